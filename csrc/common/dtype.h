@@ -1,0 +1,39 @@
+// Element types and reduction operators, the words for them, and which pairs make sense.
+//
+//   sum, prod        every number (bool: a TypeError that names bor and band)
+//   min, max         every real number and bool; IEEE 754-2019 minimum and maximum: a NaN on any rank is a NaN
+//                    everywhere, and -0 < +0
+//   avg              floats and complex: the sum divided by the number of ranks
+//   band, bor, bxor  integers and bool
+//
+// float16, bfloat16 and both float8 are accumulated in float32 and rounded once, to nearest even, at the final store.
+// Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2 and the others give Inf.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace pycomm {
+
+enum class DType : uint8_t {
+  float32, float64, float16, bfloat16, float8_e4m3fn, float8_e5m2,
+  int8, int16, int32, int64, uint8, uint16, uint32, uint64, bool_, complex64, complex128,
+};
+inline constexpr int kNumDTypes = 17;
+
+enum class Op : uint8_t { sum, prod, min, max, avg, band, bor, bxor };
+inline constexpr int kNumOps = 8;
+
+size_t size_of(DType dtype);
+// The type partial results are held in: float32 for the 16- and 8-bit floats, else the type itself.
+DType accumulator(DType dtype);
+const char* name(DType dtype);  // "float32", ..., "bool": NumPy's and ml_dtypes' names
+const char* name(Op op);
+DType parse_dtype(std::string_view name);  // throws TypeError that lists the names
+Op parse_op(std::string_view name);        // throws ValueError that lists the names
+bool supports(DType dtype, Op op);
+void require(DType dtype, Op op);  // throws TypeError that says which operators or types would do
+
+}  // namespace pycomm

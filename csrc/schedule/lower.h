@@ -1,0 +1,22 @@
+// schedule -> plan: byte ranges, windows, slots, signals. The only place that inserts them.
+#pragma once
+
+#include "schedule/algorithms.h"
+#include "schedule/plan.h"
+
+namespace pycomm::schedule {
+
+// Lowers `schedule`, as algorithm `algorithm` wrote it for call.world, for ranks that map each other's memory.
+//
+// Refs to `in` and `out` of a symmetric buffer are used in place. Those of a plain buffer go through the rank's
+// window: an offered chunk that the peer reads is first copied there (or written there at once by the combine that
+// produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into trips that fit a slot.
+//
+// Throws ValueError if the schedule breaks the rules of schedule.h (an offer that nobody uses, ...) or a slot
+// cannot hold even the smallest trip.
+Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry);
+
+// The same from an algorithm's name.
+Plan make_plan(const std::string& algorithm, const Call& call, const Geometry& geometry);
+
+}  // namespace pycomm::schedule
