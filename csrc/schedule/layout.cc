@@ -1,0 +1,112 @@
+#include "schedule/layout.h"
+
+#include <algorithm>
+
+#include "common/error.h"
+
+namespace pycomm::schedule {
+
+namespace {
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+}  // namespace
+
+int num_blocks(const World& world) {
+  switch (world.collective) {
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::barrier:
+    case Collective::send_recv: return 1;
+    case Collective::reduce_scatter:
+    case Collective::all_gather:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::all_to_all: return world.size;
+  }
+  return 1;
+}
+
+bool is_ragged(const Call& call) {
+  return call.world.collective == Collective::all_to_all &&
+         std::any_of(call.counts.begin(), call.counts.end(), [&](int64_t c) { return c != call.counts[0]; });
+}
+
+int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {
+  const int blocks = num_blocks(call.world);
+  if (block >= blocks) block = 0;  // further scratch images
+  if (call.world.collective != Collective::all_to_all) return call.counts[block];
+  return buffer == Buffer::out ? call.counts[block * blocks + rank] : call.counts[rank * blocks + block];
+}
+
+int64_t block_offset(const Call& call, int rank, Buffer buffer, int block) {
+  const Collective kind = call.world.collective;
+  const bool own_only =
+      (buffer == Buffer::in && (kind == Collective::all_gather || kind == Collective::gather)) ||
+      (buffer == Buffer::out && (kind == Collective::reduce_scatter || kind == Collective::scatter));
+  if (block < 0 || block >= num_blocks(call.world) || (own_only && block != rank)) {
+    throw ValueError("rank " + std::to_string(rank) + "'s `" + name(buffer) + "` has no block " +
+                     std::to_string(block) + " in " + name(kind));
+  }
+  if (own_only) return 0;
+  int64_t offset = 0;
+  for (int b = 0; b < block; ++b) offset += block_length(call, rank, buffer, b);
+  return offset;
+}
+
+Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
+               int scratch_blocks) {
+  item = static_cast<int64_t>(size_of(call.dtype));
+  partial_item = static_cast<int64_t>(size_of(accumulator(call.dtype)));
+  grain = std::max<int64_t>(1, 64 / item);
+  ragged = is_ragged(call);
+  const int blocks = num_blocks(call.world);
+  const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
+  const bool uses_window = uses_image || scratch_blocks > 0;
+
+  // A trip's data: what the cache holds, less where the algorithm pipelines, and what the bank holds.
+  int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
+  if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
+  const int64_t bytes_per_element = (uses_image ? blocks * item : 0) + scratch_blocks * partial_item;
+  const int32_t many_slots = schedule.stages + 1;
+  int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * item);
+  if (uses_window) {
+    const int64_t room = geometry.bank_bytes / many_slots - 64;  // 64: the scratch part starts on a line
+    widest = std::max(grain, std::min(widest, room / bytes_per_element));
+  }
+  if (widest != INT64_MAX) widest = std::max(grain, widest / grain * grain);
+
+  if (!ragged && longest <= widest) {
+    width = round_up(longest, grain);
+  } else if (ragged) {
+    width = widest == INT64_MAX ? round_up(longest, grain) : widest;
+    slots = many_slots;
+  } else {
+    trips = (longest + widest - 1) / widest;
+    width = round_up((longest + trips - 1) / trips, grain);
+    trips = (longest + width - 1) / width;
+    slots = many_slots;
+  }
+  if (!uses_window) slots = 1;
+  scratch_offset = uses_image ? round_up(blocks * width * item, 64) : 0;
+  slot_bytes = uses_window ? round_up(scratch_offset + scratch_blocks * width * partial_item, 64) : 0;
+  if (slots * slot_bytes > geometry.bank_bytes) {
+    throw ValueError("the window's bank of " + std::to_string(geometry.bank_bytes) + " bytes cannot hold " +
+                     std::to_string(slots) + " slots of " + std::to_string(slot_bytes) +
+                     " bytes; use larger windows");
+  }
+}
+
+int64_t Layout::trip_length(int64_t length, int64_t trip) const {
+  return width == 0 ? 0 : std::clamp<int64_t>(length - trip * width, 0, width);
+}
+
+Range Layout::chunk_range(const Chunk& chunk, int64_t trip_length) const {
+  auto boundary = [&](int part) {
+    if (part == chunk.of) return trip_length;
+    return trip_length / chunk.of * part / grain * grain +
+           (trip_length % chunk.of * part / chunk.of + trip_length / chunk.of * part % grain) / grain * grain;
+  };
+  return {boundary(chunk.first), boundary(chunk.last)};
+}
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,46 @@
+// Where chunks lie: block lengths, offsets in the caller's buffers, trips, and the window slot's layout.
+#pragma once
+
+#include <vector>
+
+#include "schedule/plan.h"
+
+namespace pycomm::schedule {
+
+int num_blocks(const World& world);
+// Elements of one block of a rank's buffer (image and scratch: of the data they are copies of).
+int64_t block_length(const Call& call, int rank, Buffer buffer, int block);
+// First element of the block in the caller's buffer. Throws ValueError if that rank's buffer has no such block.
+int64_t block_offset(const Call& call, int rank, Buffer buffer, int block);
+
+// all_to_all with unequal counts: a rank knows its own row and column alone, so nothing may depend on the rest.
+bool is_ragged(const Call& call);
+
+struct Range {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// Trips of `width` elements a block; image and scratch blocks lie one after the other in a slot.
+struct Layout {
+  int64_t item = 4, partial_item = 4;  // bytes of an element, of a partial result
+  int64_t grain = 16;                  // chunk boundaries are multiples of it: a cache line of elements
+  int64_t width = 0;
+  int64_t trips = 1;
+  int32_t slots = 1;
+  int64_t scratch_offset = 0, slot_bytes = 0;
+  bool ragged = false;
+
+  Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
+         int scratch_blocks);
+  // Elements of this trip's part of a block that is `length` long.
+  int64_t trip_length(int64_t length, int64_t trip) const;
+  // The chunk's elements, relative to the trip's part of the block.
+  Range chunk_range(const Chunk& chunk, int64_t trip_length) const;
+  int64_t image_bytes(int block, int64_t element) const { return (block * width + element) * item; }
+  int64_t scratch_bytes(int block, int64_t element) const {
+    return scratch_offset + (block * width + element) * partial_item;
+  }
+};
+
+}  // namespace pycomm::schedule
