@@ -1,5 +1,5 @@
 # csrc/kernels/cpu/*_isa.cc is one source compiled once per instruction set: PYCOMM_ISA names the set (and the
-# namespace), and the kernels choose among them at run time. PYCOMM_ISA_BASELINE is what the compiler does unasked.
+# namespace), and the kernels choose among them at run time.
 set(baseline_flags "")
 set(avx2_flags -mavx2 -mfma -mf16c)
 set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
@@ -8,19 +8,17 @@ set(neon_flags "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(instruction_sets baseline avx2 avx512)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
-  set(instruction_sets baseline neon)
+  set(instruction_sets neon)  # every one of them has it
 else()
   set(instruction_sets baseline)
 endif()
 
 file(GLOB isa_sources CONFIGURE_DEPENDS csrc/kernels/cpu/*_isa.cc)
 foreach(isa ${instruction_sets})
-  if(isa_sources)
-    add_library(pycomm_${isa} OBJECT ${isa_sources})
-    target_include_directories(pycomm_${isa} PRIVATE csrc)
-    target_compile_definitions(pycomm_${isa} PRIVATE PYCOMM_ISA=${isa})
-    target_compile_options(pycomm_${isa} PRIVATE ${${isa}_flags})
-    target_link_libraries(pycomm_${isa} PRIVATE pycomm_settings)
-    target_sources(pycomm_core PRIVATE $<TARGET_OBJECTS:pycomm_${isa}>)
-  endif()
+  add_library(pycomm_${isa} OBJECT ${isa_sources})
+  target_include_directories(pycomm_${isa} PRIVATE csrc)
+  target_compile_definitions(pycomm_${isa} PRIVATE PYCOMM_ISA=${isa})
+  target_compile_options(pycomm_${isa} PRIVATE ${${isa}_flags})
+  target_link_libraries(pycomm_${isa} PRIVATE pycomm_settings)
+  target_sources(pycomm_core PRIVATE $<TARGET_OBJECTS:pycomm_${isa}>)
 endforeach()

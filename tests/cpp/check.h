@@ -6,8 +6,9 @@
 //       CHECK_THROWS(std::invalid_argument, parse("?"));
 //     }
 //
-// `./test_x` runs all tests in the order they stand, `./test_x part` those whose name contains `part`. The exit
-// code is 1 if a check failed, an exception escaped, or nothing matched. Checks may be made from several threads.
+// `./test_x` runs all tests in the order they stand, `./test_x part` those whose name contains `part`. The
+// exit code is 1 if a check failed, an exception escaped, or nothing matched. Checks may be made from several
+// threads.
 #pragma once
 
 #include <atomic>
@@ -70,7 +71,8 @@ template <typename A, typename B>
 void equal(const A& a, const B& b, const char* a_text, const char* b_text, const char* file, int line) {
   bool same;
   if constexpr (std::is_integral_v<A> && std::is_integral_v<B>) {
-    same = std::cmp_equal(+a, +b);  // by value, whatever the signs: a size against a literal deserves no warning
+    same =
+        std::cmp_equal(+a, +b);  // by value, whatever the signs: a size against a literal deserves no warning
   } else {
     same = a == b;
   }
@@ -98,30 +100,31 @@ inline int run_all(int argc, char** argv) {
 
 }  // namespace check
 
-#define TEST(name)                                               \
-  static void test_##name();                                     \
+#define TEST(name)                                                  \
+  static void test_##name();                                        \
   static const check::Register register_##name(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(...)                                                        \
-  do {                                                                    \
-    if (!(__VA_ARGS__)) check::fail(__FILE__, __LINE__, #__VA_ARGS__);    \
+#define CHECK(...)                                                     \
+  do {                                                                 \
+    if (!(__VA_ARGS__)) check::fail(__FILE__, __LINE__, #__VA_ARGS__); \
   } while (false)
 
 #define CHECK_EQ(a, b) check::equal((a), (b), #a, #b, __FILE__, __LINE__)
 
-#define CHECK_THROWS(Type, ...)                                                              \
-  do {                                                                                       \
-    bool thrown = false;                                                                     \
-    try {                                                                                    \
-      (void)(__VA_ARGS__);                                                                   \
-    } catch (const Type&) {                                                                  \
-      thrown = true;                                                                         \
-    } catch (const std::exception& error) {                                                  \
-      check::fail(__FILE__, __LINE__, std::string(#__VA_ARGS__ " threw another exception than " #Type ": ") + error.what()); \
-      thrown = true;                                                                         \
-    }                                                                                        \
-    if (!thrown) check::fail(__FILE__, __LINE__, #__VA_ARGS__ " did not throw " #Type);      \
+#define CHECK_THROWS(Type, ...)                                                                          \
+  do {                                                                                                   \
+    bool thrown = false;                                                                                 \
+    try {                                                                                                \
+      (void)(__VA_ARGS__);                                                                               \
+    } catch (const Type&) {                                                                              \
+      thrown = true;                                                                                     \
+    } catch (const std::exception& error) {                                                              \
+      check::fail(__FILE__, __LINE__,                                                                    \
+                  std::string(#__VA_ARGS__ " threw another exception than " #Type ": ") + error.what()); \
+      thrown = true;                                                                                     \
+    }                                                                                                    \
+    if (!thrown) check::fail(__FILE__, __LINE__, #__VA_ARGS__ " did not throw " #Type);                  \
   } while (false)
 
 int main(int argc, char** argv) { return check::run_all(argc, argv); }

@@ -1,0 +1,77 @@
+# make demo | test | lint | format | stubs | check-stubs | sanitize | build | clean
+# A machine with Python >= 3.10, a C++20 compiler and make is enough; the rest is installed into .venv.
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
+CXX_SOURCES = $(shell find csrc tests bench -name '*.cc' -o -name '*.h')
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test build lint format stubs check-stubs sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(call install,OFF)
+	@$(BIN)/python examples/train_lm.py
+
+test: build
+	@echo "== C++ tests"
+	@ctest --test-dir build --output-on-failure --no-tests=error
+	@echo "== Python tests"
+	@$(BIN)/python -m pytest
+
+build: $(VENV)/.dev
+	$(call install,ON)
+
+# An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or
+# OFF) link the very library that the module is made of.
+define install
+@echo "== build"
+@SKBUILD_BUILD_DIR=build SKBUILD_CMAKE_DEFINE=PYCOMM_TESTS=$(1) $(PIP) install --no-build-isolation --no-deps -e .
+endef
+
+# ---- the environment: made anew when pyproject.toml changes ----
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.dev: EXTRAS := demo test lint
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.python
+	@echo "== environment: packages for $(EXTRAS)"
+	@$(BIN)/python scripts/requirements.py $(EXTRAS) >$(VENV)/requirements.txt
+	@$(PIP) install cmake ninja -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.python: pyproject.toml scripts/requirements.py
+	@python=$$(scripts/find_python) && echo "== environment: $(VENV) with $$($$python --version)" && \
+	  rm -rf $(VENV) && $$python -m venv $(VENV)
+	@$(PIP) install "pip>=23"
+	@touch $@
+
+# ---- what a reviewer would otherwise have to say ----
+lint: $(VENV)/.dev
+	@echo "== ruff, clang-format, mypy"
+	@ruff check -q $(PYTHON_SOURCES)
+	@ruff format -q --check $(PYTHON_SOURCES)
+	@clang-format --dry-run -Werror $(CXX_SOURCES)
+	@mypy --no-error-summary
+
+format: $(VENV)/.dev
+	@ruff check -q --fix-only $(PYTHON_SOURCES)
+	@ruff format -q $(PYTHON_SOURCES)
+	@clang-format -i $(CXX_SOURCES)
+
+# ---- pycomm/_native.pyi is generated from the module ----
+stubs: build
+	@scripts/stubs write
+
+check-stubs: build
+	@scripts/stubs check
+
+# ---- the C++ tests under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer ----
+sanitize: $(VENV)/.dev
+	@for sanitizer in thread address; do \
+	  echo "== C++ tests, $$sanitizer sanitizer"; \
+	  scripts/ctest build-$$sanitizer -DPYCOMM_SANITIZE=$$sanitizer || exit 1; \
+	done
+
+clean:
+	rm -rf build build-* $(VENV)
