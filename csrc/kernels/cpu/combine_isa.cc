@@ -1,0 +1,398 @@
+// The inner loops for one instruction set: PYCOMM_ISA names it, and the compiler's flags turn it on.
+//
+// Elements go through in blocks that fit the first-level cache. Within a block the sources form the balanced tree as
+// the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as many pairs merge as j has
+// trailing ones. The last merge is the root, and it stores. Two sources that need no conversion are one root over
+// the whole length, so the common case is one plain loop.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/combine.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/ops.h"
+#include "kernels/cpu/small_float.h"
+
+// Iterations are independent: destinations are apart from the sources or the very same.
+#if defined(__clang__)
+#define PYCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define PYCOMM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+namespace pycomm::kernels::PYCOMM_ISA {
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr size_t kBlockBytes = 2048;
+constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
+
+// An element in memory, at any address and of any declared type.
+template <class T>
+struct __attribute__((packed, may_alias)) Unaligned {
+  T value;
+};
+
+template <class T>
+const Unaligned<T>* in(const void* p) {
+  return static_cast<const Unaligned<T>*>(p);
+}
+template <class T>
+Unaligned<T>* out(void* p) {
+  return static_cast<Unaligned<T>*>(p);
+}
+
+template <class T>
+T splat(double x) {
+  return static_cast<T>(x);
+}
+template <>
+Complex<float> splat(double x) {
+  return {static_cast<float>(x), 0};
+}
+template <>
+Complex<double> splat(double x) {
+  return {x, 0};
+}
+
+// dsts[0..kDsts) = finish(a op b)
+template <class T, class O, Finish kFinish, int kDsts>
+void merge(void* const* dsts, const void* a, const void* b, size_t n, double divisor) {
+  const auto* x = in<T>(a);
+  const auto* y = in<T>(b);
+  auto* first = out<T>(dsts[0]);
+  auto* second = out<T>(dsts[kDsts - 1]);
+  const T by = splat<T>(divisor);
+  PYCOMM_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) {
+    const T result = finish<kFinish>(O::apply(x[i].value, y[i].value), by);
+    first[i].value = result;
+    if constexpr (kDsts == 2) second[i].value = result;
+  }
+}
+
+template <class T, class O, Finish kFinish>
+void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, double divisor) {
+  if (num_dsts == 1) {
+    merge<T, O, kFinish, 1>(dsts, a, b, n, divisor);
+  } else {
+    merge<T, O, kFinish, 2>(dsts, a, b, n, divisor);
+  }
+}
+
+// dst = x * factor
+template <class T>
+void scale(void* dst, const void* src, size_t n, double factor) {
+  const auto* x = in<T>(src);
+  auto* to = out<T>(dst);
+  const T by = static_cast<T>(factor);
+  PYCOMM_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) to[i].value = x[i].value * by;
+}
+
+// dst = finish(x)
+template <class T, Finish kFinish>
+void finish_all(void* dst, const void* src, size_t n, double divisor) {
+  const auto* x = in<T>(src);
+  auto* to = out<T>(dst);
+  const T by = splat<T>(divisor);
+  PYCOMM_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) to[i].value = finish<kFinish>(x[i].value, by);
+}
+
+// What the walk over blocks needs to know of a type and an operator.
+struct Steps {
+  size_t size;      // bytes of a raw or final element
+  size_t acc_size;  // bytes of a partial one
+  // Raw elements to partial ones.
+  void (*load)(void* dst, const void* src, size_t n, double prescale);
+  // dst = a op b, partial; dst may be a.
+  void (*merge)(void* dst, const void* a, const void* b, size_t n);
+  // The last merge, and the store to one or two destinations.
+  void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final, double divisor);
+  // The store where there was nothing to merge.
+  void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
+};
+
+template <class T, class O>
+void merge_partial(void* dst, const void* a, const void* b, size_t n) {
+  merge<T, O, Finish::none, 1>(&dst, a, b, n, 1);
+}
+
+template <class T>
+inline constexpr bool kIsExact = !kIsFloat<T>;  // integers: every result is final as it is
+template <class T>
+inline constexpr bool kIsExact<Complex<T>> = false;
+
+// A type that is its own accumulator.
+template <class T, class O, int kPartsOfElement = 1>
+struct Direct {
+  static constexpr bool kDirect = true;
+  static constexpr size_t kParts = kPartsOfElement;
+
+  static void load(void* dst, const void* src, size_t n, double prescale) {
+    if constexpr (kIsFloat<T>) {
+      scale<T>(dst, src, n, prescale);
+    } else {
+      (void)prescale;
+      std::memcpy(dst, src, n * sizeof(T));
+    }
+  }
+
+  static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
+                   double divisor) {
+    if constexpr (!kIsExact<T>) {
+      if (final && divisor != 1) return merge_any<T, O, Finish::average>(dsts, num_dsts, a, b, n, divisor);
+      if (final) return merge_any<T, O, Finish::canonical>(dsts, num_dsts, a, b, n, divisor);
+    }
+    merge_any<T, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
+  }
+
+  static void store(void* dst, const void* acc, size_t n, bool final, double divisor) {
+    if constexpr (!kIsExact<T>) {
+      if (final && divisor != 1) return finish_all<T, Finish::average>(dst, acc, n, divisor);
+      if (final) return finish_all<T, Finish::canonical>(dst, acc, n, divisor);
+    }
+    std::memcpy(dst, acc, n * sizeof(T));
+  }
+
+  static constexpr Steps kSteps = {sizeof(T), sizeof(T), load, merge_partial<T, O>, root, store};
+};
+
+// A small float, accumulated in float32.
+template <class F, class O>
+struct Narrow {
+  using Raw = typename F::Raw;
+  static constexpr bool kDirect = false;
+  static constexpr size_t kParts = 1;
+
+  static void load(void* dst, const void* src, size_t n, double prescale) {
+    decode<F>(dst, src, n);
+    if (prescale != 1) scale<float>(dst, dst, n, prescale);
+  }
+
+  static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
+                   double divisor) {
+    if (!final) return merge_any<float, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
+    alignas(kLine) float sums[kBlockBytes / sizeof(float)];
+    merge_partial<float, O>(sums, a, b, n);
+    for (int i = 0; i < num_dsts; ++i) store(dsts[i], sums, n, final, divisor);
+  }
+
+  static void store(void* dst, const void* acc, size_t n, bool final, double divisor) {
+    if (!final) {
+      std::memcpy(dst, acc, n * sizeof(float));
+    } else if (divisor == 1) {
+      encode<F>(dst, acc, n);
+    } else {
+      alignas(kLine) float quotients[kBlockBytes / sizeof(float)];
+      finish_all<float, Finish::average>(quotients, acc, n, divisor);
+      encode<F>(dst, quotients, n);
+    }
+  }
+
+  template <class G>
+  static void decode(void* dst, const void* src, size_t n) {
+    const auto* x = in<Raw>(src);
+    auto* to = out<float>(dst);
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) to[i].value = G::decode(x[i].value);
+  }
+
+  template <class G>
+  static void encode(void* dst, const void* src, size_t n) {
+    const auto* x = in<float>(src);
+    auto* to = out<Raw>(dst);
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) to[i].value = G::encode(x[i].value);
+  }
+
+  static constexpr Steps kSteps = {sizeof(Raw), sizeof(float), load, merge_partial<float, O>, root, store};
+};
+
+const char* at(const void* p, size_t offset) { return static_cast<const char*>(p) + offset; }
+char* at(void* p, size_t offset) { return static_cast<char*>(p) + offset; }
+
+size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+// Elements [begin, begin + n), at most a block, reduced and stored to dsts, which point at `begin` already.
+void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, size_t n, void* const* dsts,
+                   int num_dsts) {
+  alignas(kLine) unsigned char buffers[kMaxDepth][kBlockBytes];
+  const void* stack[kMaxDepth];
+  int depth = 0;
+  const bool final = args.dst_format == Format::final;
+  const bool direct = steps.size == steps.acc_size && args.prescale == 1;
+  for (int j = 0; j < args.num_srcs; ++j) {
+    if (args.src_formats[j] == Format::raw && !direct) {
+      steps.load(buffers[depth], at(args.srcs[j], begin * steps.size), n, args.prescale);
+      stack[depth] = buffers[depth];
+    } else {
+      stack[depth] = at(args.srcs[j], begin * steps.acc_size);
+    }
+    ++depth;
+    const int merges = j + 1 == args.num_srcs ? depth - 2 : __builtin_ctz(static_cast<unsigned>(j) + 1);
+    for (int merged = 0; merged < merges; ++merged) {
+      --depth;
+      steps.merge(buffers[depth - 1], stack[depth - 1], stack[depth], n);
+      stack[depth - 1] = buffers[depth - 1];
+    }
+  }
+  if (depth == 2) {
+    steps.root(dsts, num_dsts, stack[0], stack[1], n, final, args.divisor);
+  } else {
+    for (int d = 0; d < num_dsts; ++d) steps.store(dsts[d], stack[0], n, final, args.divisor);
+  }
+}
+
+void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
+  const size_t size = args.dst_format == Format::partial ? steps.acc_size : steps.size;
+  const size_t block = kBlockBytes / steps.acc_size;
+  size_t n = block;
+  if (args.stream) {  // the first block ends where a cache line of the destination does
+    const size_t head = (kLine - reinterpret_cast<uintptr_t>(args.dsts[0]) % kLine) % kLine;
+    if (head != 0 && head % size == 0) n = least(block, head / size);
+  }
+  for (size_t begin = 0; begin < count; begin += n, n = block) {
+    n = least(n, count - begin);
+    const size_t offset = begin * size;
+    if (args.stream) {
+      alignas(kLine) unsigned char results[kBlockBytes];
+      void* const dst = results;
+      combine_block(args, steps, begin, n, &dst, 1);
+      for (int d = 0; d < args.num_dsts; ++d) stream_copy(at(args.dsts[d], offset), results, n * size);
+    } else {
+      const int fused = args.num_dsts == 1 ? 1 : 2;
+      void* const dsts[2] = {at(args.dsts[0], offset), at(args.dsts[fused - 1], offset)};
+      combine_block(args, steps, begin, n, dsts, fused);
+      for (int d = 2; d < args.num_dsts; ++d) std::memcpy(at(args.dsts[d], offset), dsts[0], n * size);
+    }
+  }
+  if (args.stream) stream_fence();
+}
+
+void copy(const CombineArgs& args, size_t bytes) {
+  const void* src = args.srcs[0];
+  if (args.num_dsts == 1) return copy_bytes(args.dsts[0], src, bytes, args.stream);
+  for (size_t begin = 0; begin < bytes; begin += kBlockBytes) {  // all destinations while the block is in the cache
+    const size_t n = least(kBlockBytes, bytes - begin);
+    for (int d = 0; d < args.num_dsts; ++d) {
+      void* dst = args.dsts[d];
+      if (dst == src) continue;
+      if (args.stream) {
+        stream_copy(at(dst, begin), at(src, begin), n);
+      } else {
+        std::memcpy(at(dst, begin), at(src, begin), n);
+      }
+    }
+  }
+  if (args.stream) stream_fence();
+}
+
+template <class K>
+void combine(const CombineArgs& args) {
+  const size_t count = args.count * K::kParts;
+  if (count == 0) return;
+  if (args.num_srcs == 1 && args.src_formats[0] == args.dst_format) {
+    return copy(args, count * (args.dst_format == Format::partial ? K::kSteps.acc_size : K::kSteps.size));
+  }
+  if constexpr (K::kDirect) {
+    if (args.num_srcs == 2 && args.num_dsts <= 2 && args.prescale == 1 && !args.stream) {
+      return K::root(args.dsts, args.num_dsts, args.srcs[0], args.srcs[1], count,
+                     args.dst_format == Format::final, args.divisor);
+    }
+  }
+  combine_blocks(args, K::kSteps, count);
+}
+
+template <template <class, class> class K, class T>
+CombineFn find_float(Op op) {
+  switch (op) {
+    case Op::sum:
+    case Op::avg: return combine<K<T, Sum>>;
+    case Op::prod: return combine<K<T, Prod>>;
+    case Op::min: return combine<K<T, Min>>;
+    case Op::max: return combine<K<T, Max>>;
+    case Op::band:
+    case Op::bor:
+    case Op::bxor: return nullptr;
+  }
+  return nullptr;
+}
+
+template <class T, class O>
+using DirectOne = Direct<T, O>;
+
+// Two's complement: only min and max depend on the sign.
+template <class T, class Unsigned>
+CombineFn find_integer(Op op) {
+  switch (op) {
+    case Op::sum: return combine<Direct<Unsigned, Sum>>;
+    case Op::prod: return combine<Direct<Unsigned, Prod>>;
+    case Op::min: return combine<Direct<T, Min>>;
+    case Op::max: return combine<Direct<T, Max>>;
+    case Op::avg: return nullptr;
+    case Op::band: return combine<Direct<Unsigned, Band>>;
+    case Op::bor: return combine<Direct<Unsigned, Bor>>;
+    case Op::bxor: return combine<Direct<Unsigned, Bxor>>;
+  }
+  return nullptr;
+}
+
+// Bytes that are 0 or 1.
+CombineFn find_bool(Op op) {
+  switch (op) {
+    case Op::min:
+    case Op::band: return combine<Direct<uint8_t, Band>>;
+    case Op::max:
+    case Op::bor: return combine<Direct<uint8_t, Bor>>;
+    case Op::bxor: return combine<Direct<uint8_t, Bxor>>;
+    case Op::sum:
+    case Op::prod:
+    case Op::avg: return nullptr;
+  }
+  return nullptr;
+}
+
+// A sum of complex numbers is one of twice as many reals.
+template <class T>
+CombineFn find_complex(Op op) {
+  switch (op) {
+    case Op::sum:
+    case Op::avg: return combine<Direct<T, Sum, 2>>;
+    case Op::prod: return combine<Direct<Complex<T>, Prod>>;
+    case Op::min:
+    case Op::max:
+    case Op::band:
+    case Op::bor:
+    case Op::bxor: return nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+CombineFn find(DType dtype, Op op) {
+  switch (dtype) {
+    case DType::float32: return find_float<DirectOne, float>(op);
+    case DType::float64: return find_float<DirectOne, double>(op);
+    case DType::float16: return find_float<Narrow, Float16>(op);
+    case DType::bfloat16: return find_float<Narrow, BFloat16>(op);
+    case DType::float8_e4m3fn: return find_float<Narrow, Float8E4M3>(op);
+    case DType::float8_e5m2: return find_float<Narrow, Float8E5M2>(op);
+    case DType::int8: return find_integer<int8_t, uint8_t>(op);
+    case DType::int16: return find_integer<int16_t, uint16_t>(op);
+    case DType::int32: return find_integer<int32_t, uint32_t>(op);
+    case DType::int64: return find_integer<int64_t, uint64_t>(op);
+    case DType::uint8: return find_integer<uint8_t, uint8_t>(op);
+    case DType::uint16: return find_integer<uint16_t, uint16_t>(op);
+    case DType::uint32: return find_integer<uint32_t, uint32_t>(op);
+    case DType::uint64: return find_integer<uint64_t, uint64_t>(op);
+    case DType::bool_: return find_bool(op);
+    case DType::complex64: return find_complex<float>(op);
+    case DType::complex128: return find_complex<double>(op);
+  }
+  return nullptr;
+}
+
+}  // namespace pycomm::kernels::PYCOMM_ISA
