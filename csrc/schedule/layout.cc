@@ -78,7 +78,7 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   if (!ragged && longest <= widest) {
     width = round_up(longest, grain);
   } else if (ragged) {
-    width = widest == INT64_MAX ? round_up(longest, grain) : widest;
+    width = widest == INT64_MAX ? int64_t{1} << 56 : widest;
     slots = many_slots;
   } else {
     trips = (longest + widest - 1) / widest;
@@ -101,10 +101,9 @@ int64_t Layout::trip_length(int64_t length, int64_t trip) const {
 }
 
 Range Layout::chunk_range(const Chunk& chunk, int64_t trip_length) const {
+  // Equal fractions give equal boundaries, however they are written.
   auto boundary = [&](int part) {
-    if (part == chunk.of) return trip_length;
-    return trip_length / chunk.of * part / grain * grain +
-           (trip_length % chunk.of * part / chunk.of + trip_length / chunk.of * part % grain) / grain * grain;
+    return part == chunk.of ? trip_length : trip_length * part / chunk.of / grain * grain;
   };
   return {boundary(chunk.first), boundary(chunk.last)};
 }

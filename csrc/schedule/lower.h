@@ -12,11 +12,14 @@ namespace pycomm::schedule {
 // window: an offered chunk that the peer reads is first copied there (or written there at once by the combine that
 // produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into trips that fit a slot.
 //
+// `only_rank` leaves the other ranks' programs empty: what a rank runs does not depend on it.
+//
 // Throws ValueError if the schedule breaks the rules of schedule.h (an offer that nobody uses, ...) or a slot
 // cannot hold even the smallest trip.
-Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry);
+Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry,
+           int only_rank = -1);
 
 // The same from an algorithm's name.
-Plan make_plan(const std::string& algorithm, const Call& call, const Geometry& geometry);
+Plan make_plan(const std::string& algorithm, const Call& call, const Geometry& geometry, int only_rank = -1);
 
 }  // namespace pycomm::schedule
