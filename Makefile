@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 
 test: build
 	@echo "== C++ tests"
-	@ctest --test-dir build --output-on-failure --no-tests=error
+	@ctest --test-dir build --output-on-failure --no-tests=error -j 2
 	@echo "== Python tests"
 	@$(BIN)/python -m pytest
 
