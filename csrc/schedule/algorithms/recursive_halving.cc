@@ -1,0 +1,46 @@
+// recursive_halving reduce_scatter: the blocks that a rank still answers for halve at every step.
+//
+// At distance d a rank answers for its own block and those of the d - 1 ranks that follow, as far as n reaches; before,
+// it hands the partial sums of the d blocks beyond to the rank at distance d. It is the all_gather of
+// recursive_doubling run backwards, and as that one it takes any n.
+//
+// Cost: ceil(log2 n) steps; each rank reads (n-1)/n of the data, the least possible.
+//
+// Bernaschi, Iannello and Lauria, Efficient implementation of reduce-scatter in MPI, Journal of Systems Architecture
+// 49(3), 2003.
+#include <algorithm>
+#include <bit>
+
+#include "schedule/algorithms/all.h"
+
+namespace pycomm::schedule {
+
+Schedule recursive_halving(const World& world) {
+  const int n = world.size;
+  if (n == 1) return alone(world);
+  Schedule schedule;
+  for (int rank = 0; rank < n; ++rank) {
+    Builder b(schedule, rank);
+    // By distance of the block from the rank that holds it: is the partial sum more than its own `in`?
+    std::vector<bool> summed(n, false);
+    const auto held = [&](int holder, int distance) {
+      return Ref{holder, summed[distance] ? Buffer::scratch : Buffer::in, {(holder + distance) % n}};
+    };
+    for (int d = static_cast<int>(std::bit_ceil(static_cast<unsigned>(n))) / 2; d >= 1; d /= 2) {
+      const int giver = (rank + n - d) % n, taker = (rank + d) % n, blocks = std::min(d, n - d);
+      for (int i = 0; i < blocks; ++i) b.offer(taker, held(rank, d + i));
+      for (int i = 0; i < blocks; ++i) {
+        const std::vector<Ref> srcs = {held(rank, i), held(giver, d + i)};
+        if (d == 1)
+          b.combine({b.out({rank})}, srcs, /*final=*/true);
+        else
+          b.combine({b.scratch({(rank + i) % n})}, srcs);
+      }
+      std::fill_n(summed.begin(), blocks, true);
+    }
+  }
+  accept_all(schedule);
+  return schedule;
+}
+
+}  // namespace pycomm::schedule
