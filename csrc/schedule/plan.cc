@@ -1,0 +1,97 @@
+#include "schedule/plan.h"
+
+#include <numeric>
+
+namespace pycomm::schedule {
+
+namespace {
+
+int64_t total(const Call& call) {
+  return std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
+}
+
+std::string describe_operand(const Plan& plan, int rank, const Operand& operand, int64_t count) {
+  const char* spaces[] = {"in", "out", "window"};
+  const DType stored = operand.format == Format::partial ? accumulator(plan.call.dtype) : plan.call.dtype;
+  std::string text = spaces[static_cast<int>(operand.space)];
+  if (operand.rank != rank) text += "@" + std::to_string(operand.rank);
+  text += "[" + std::to_string(operand.offset) + ":" +
+          std::to_string(operand.offset + count * static_cast<int64_t>(size_of(stored))) + "]";
+  if (operand.format == Format::partial) text += " partial";
+  if (operand.stride != 0) text += " + " + std::to_string(operand.stride) + "w";
+  return text;
+}
+
+}  // namespace
+
+bool Call::operator==(const Call& other) const {
+  return world.collective == other.world.collective && world.size == other.world.size &&
+         world.root == other.world.root && world.peer == other.world.peer && dtype == other.dtype &&
+         op == other.op && counts == other.counts && in == other.in && out == other.out &&
+         in_place == other.in_place && prescale == other.prescale && deterministic == other.deterministic;
+}
+
+std::string describe(const Plan& plan, int rank, const Step& step) {
+  const Program& program = plan.programs[rank];
+  std::string text = "rank " + std::to_string(rank);
+  const auto index = &step - program.steps.data();
+  if (index >= 0 && index < static_cast<std::ptrdiff_t>(program.steps.size())) {
+    text += " step " + std::to_string(index);
+  }
+  if (step.kind == Step::Kind::combine) {
+    text += ": combine";
+    for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
+      if (i == step.num_dsts) text += " <-";
+      text += " " + describe_operand(plan, rank, program.operands.at(step.operand + i), step.count);
+    }
+    return text;
+  }
+  text += step.kind == Step::Kind::signal ? ": signal to rank " : ": wait for rank ";
+  text += std::to_string(step.peer) + ", cell " + std::to_string(step.cell) + ", value " +
+          std::to_string(step.value);
+  if (step.per_trip != 0) text += " + " + std::to_string(step.per_trip) + "w";
+  return text;
+}
+
+int64_t in_elements(const Call& call, int rank) {
+  const int n = call.world.size;
+  switch (call.world.collective) {
+    case Collective::all_reduce:
+    case Collective::reduce: return call.counts[0];
+    case Collective::reduce_scatter: return total(call);
+    case Collective::all_gather:
+    case Collective::gather: return call.counts[rank];
+    case Collective::broadcast:
+    case Collective::send_recv: return rank == call.world.root ? call.counts[0] : 0;
+    case Collective::scatter: return rank == call.world.root ? total(call) : 0;
+    case Collective::all_to_all: {
+      const auto row = call.counts.begin() + static_cast<std::ptrdiff_t>(rank) * n;
+      return std::accumulate(row, row + n, int64_t{0});
+    }
+    case Collective::barrier: return 0;
+  }
+  return 0;
+}
+
+int64_t out_elements(const Call& call, int rank) {
+  const int n = call.world.size;
+  switch (call.world.collective) {
+    case Collective::all_reduce:
+    case Collective::broadcast: return call.counts[0];
+    case Collective::reduce: return rank == call.world.root ? call.counts[0] : 0;
+    case Collective::reduce_scatter:
+    case Collective::scatter: return call.counts[rank];
+    case Collective::all_gather: return total(call);
+    case Collective::gather: return rank == call.world.root ? total(call) : 0;
+    case Collective::send_recv: return rank == call.world.peer ? call.counts[0] : 0;
+    case Collective::all_to_all: {
+      int64_t sum = 0;
+      for (int source = 0; source < n; ++source) sum += call.counts[source * n + rank];
+      return sum;
+    }
+    case Collective::barrier: return 0;
+  }
+  return 0;
+}
+
+}  // namespace pycomm::schedule
