@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,7 +17,11 @@
 
 namespace pycomm::transport {
 
-// A mapped extent; unmapped with its last owner.
+// True in a child of fork() that inherited nodes made before it: nothing of them is mapped there. One load.
+bool forked_since(uint64_t generation);
+uint64_t fork_generation();
+
+// A mapped extent; unmapped with its last owner (not in a child of fork(), where something else may lie there).
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
@@ -29,6 +34,7 @@ class Mapping {
  private:
   char* data_;
   int64_t bytes_;
+  uint64_t generation_ = fork_generation();
 };
 
 class Node {
@@ -38,12 +44,14 @@ class Node {
     // Names the meeting point, the same on all ranks and unlike any other job's: an abstract socket "pycomm-<hash>" is
     // derived from it together with the uid.
     std::string address;
-    double timeout_s = 600;
+    double timeout_s = 600;  // may be infinity; the earliest deadline of any rank is everybody's
+    std::function<void()> on_wait;  // called every 50 ms or so while waiting, and may throw: for Ctrl-C
   };
 
   // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the rank that
   // knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing), ValueError for a rank or
-  // size that does not fit what others said (two processes with one rank, different sizes), CommError for a stranger's uid.
+  // size that does not fit what others said (two processes with one rank, different sizes), CommError for a stranger's uid,
+  // PeerLostError for a rank that ends meanwhile.
   static std::shared_ptr<Node> join(const Options& options);
   // `size` nodes for the rank threads of this process.
   static std::vector<std::shared_ptr<Node>> local(int size);
@@ -61,7 +69,7 @@ class Node {
   // it takes, so that neither SIGBUS nor the out-of-memory killer comes. One rank calls it and tells the others the offset.
   // Thread- and process-safe.
   int64_t reserve(int64_t bytes);
-  // Maps an extent of the file; huge pages are advised where the system offers them for shared memory.
+  // Maps an extent that was reserved, page tables filled (no fault later); huge pages are advised where the system offers them for shared memory.
   std::shared_ptr<Mapping> map(int64_t offset, int64_t bytes);
   // Gives an extent's pages back (whoever still has it mapped reads zeros).
   void release(int64_t offset, int64_t bytes);
@@ -73,7 +81,7 @@ class Node {
   bool dead(int rank);
   // Any rank that has ended, the lowest one; one poll for all.
   std::optional<int> any_dead();
-  // For rank threads: this rank will not come back.
+  // For rank threads: this rank will not come back. (Between processes only this one is told.)
   void mark_dead(int rank);
 
  private:
@@ -84,9 +92,5 @@ class Node {
   std::vector<int> pidfds_;
   std::vector<int64_t> pids_;
 };
-
-// True in a child of fork() that inherited nodes made before it: nothing of them is mapped there. One load.
-bool forked_since(uint64_t generation);
-uint64_t fork_generation();
 
 }  // namespace pycomm::transport

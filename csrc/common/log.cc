@@ -1,0 +1,48 @@
+#include "common/log.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <mutex>
+
+#ifndef PYCOMM_VERSION
+#define PYCOMM_VERSION "unknown"  // the build defines it
+#endif
+
+namespace pycomm {
+namespace {
+
+// Rank threads share a process, so the rank is the thread's; other threads speak for the rank that joined last.
+struct Who {
+  int rank = -1, size = -1;
+};
+thread_local Who this_thread;
+std::mutex mutex;
+Who last_joined;
+
+void write_line(const std::string& text) {
+  const Who who = this_thread.rank >= 0 ? this_thread : last_joined;
+  const auto word = [](int n) { return n < 0 ? std::string("-") : std::to_string(n); };
+  const std::string line = "pycomm [" + word(who.rank) + "/" + word(who.size) + "] " + text + "\n";
+  while (write(STDERR_FILENO, line.data(), line.size()) < 0 && errno == EINTR) continue;
+}
+
+}  // namespace
+
+bool logging(LogLevel level) { return level <= env().debug; }
+
+void set_log_rank(int rank, int size) {
+  const std::lock_guard lock(mutex);
+  this_thread = last_joined = {rank, size};
+}
+
+void write_log(LogLevel level, const std::string& text) {
+  static constexpr const char* kNames[] = {"OFF", "WARN", "INFO", "TRACE"};
+  static bool first = true;
+  const std::lock_guard lock(mutex);
+  if (first && logging(LogLevel::info)) write_line("INFO version " PYCOMM_VERSION);
+  first = false;
+  write_line(std::string(kNames[static_cast<int>(level)]) + " " + text);
+}
+
+}  // namespace pycomm

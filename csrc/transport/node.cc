@@ -1,0 +1,158 @@
+#include "transport/node.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <new>
+#include <utility>
+
+#include "common/error.h"
+#include "common/log.h"
+#include "transport/memory.h"
+#include "transport/rendezvous.h"
+
+namespace pycomm::transport {
+namespace {
+
+std::atomic<uint64_t> forks{0};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+
+// The first word of the file: where its free part begins.
+using Bump = std::atomic<int64_t>;
+static_assert(Bump::is_always_lock_free && sizeof(Bump) == 8);
+
+void require_positive(int64_t bytes) {
+  if (bytes <= 0) throw ValueError("an extent of " + std::to_string(bytes) + " bytes: must be positive");
+}
+
+}  // namespace
+
+uint64_t fork_generation() { return forks.load(std::memory_order_relaxed); }
+bool forked_since(uint64_t generation) { return fork_generation() != generation; }
+
+Mapping::~Mapping() {
+  if (!forked_since(generation_)) munmap(data_, static_cast<size_t>(bytes_));
+}
+
+struct Node::Shared {
+  Shared(Fd file, int size, bool threads)
+      : memory(std::move(file)), root(map_extent(memory.get(), 0, page_size(), true), page_size()), threads(threads), dead(size) {}
+  Bump& bump() { return *reinterpret_cast<Bump*>(root.data()); }
+
+  Fd memory;
+  Mapping root;
+  bool threads;
+  std::vector<std::atomic<bool>> dead;  // by mark_dead
+};
+
+namespace {
+
+// Whoever makes the memory lays out its first page.
+Fd make_memory() {
+  Fd memory = create_memory();
+  populate(memory.get(), 0, page_size());
+  const Mapping root(map_extent(memory.get(), 0, page_size(), true), page_size());
+  new (root.data()) Bump(page_size());
+  return memory;
+}
+
+}  // namespace
+
+std::shared_ptr<Node> Node::join(const Options& options) {
+  if (options.size < 1 || options.rank < 0 || options.rank >= options.size)
+    throw ValueError("rank " + std::to_string(options.rank) + " of " + std::to_string(options.size) +
+                     ": a rank is at least 0 and less than the size");
+  if (!(options.timeout_s > 0))
+    throw ValueError("a timeout of " + std::to_string(options.timeout_s) + " s: must be positive");
+  if (options.size > 1 && options.address.empty())
+    throw ValueError("the ranks of a node need an address to meet at, the same on all of them; it is empty");
+  Fd memory = options.rank == 0 ? make_memory() : Fd();
+  Meeting meeting;
+  if (options.size > 1) {
+    meeting = meet(options, std::move(memory));
+  } else {
+    meeting.memory = std::move(memory);
+    meeting.members.push_back({getpid(), Fd()});
+  }
+  std::shared_ptr<Node> node(new Node);
+  node->rank_ = options.rank;
+  node->size_ = options.size;
+  node->shared_ = std::make_shared<Shared>(std::move(meeting.memory), options.size, false);
+  for (int rank = 0; rank < options.size; ++rank) {
+    Member& member = meeting.members[rank];
+    node->pids_.push_back(member.pid);
+    node->pidfds_.push_back(rank == options.rank ? -1 : member.pidfd.release());
+  }
+  log(LogLevel::trace, "joined the node at '", options.address, "'");
+  return node;
+}
+
+std::vector<std::shared_ptr<Node>> Node::local(int size) {
+  if (size < 1) throw ValueError(std::to_string(size) + " ranks: must be at least 1");
+  const auto shared = std::make_shared<Shared>(make_memory(), size, true);
+  std::vector<std::shared_ptr<Node>> nodes;
+  for (int rank = 0; rank < size; ++rank) {
+    std::shared_ptr<Node> node(new Node);
+    node->rank_ = rank;
+    node->size_ = size;
+    node->shared_ = shared;
+    node->pidfds_.assign(size, -1);
+    node->pids_.assign(size, getpid());
+    nodes.push_back(std::move(node));
+  }
+  return nodes;
+}
+
+Node::~Node() {
+  for (const int fd : pidfds_)
+    if (fd >= 0) close(fd);
+}
+
+bool Node::threads() const { return shared_->threads; }
+int64_t Node::pid_of(int rank) const { return pids_.at(rank); }
+char* Node::root_page() const { return shared_->root.data(); }
+
+int64_t Node::reserve(int64_t bytes) {
+  require_positive(bytes);
+  const int64_t unit = extent_unit(bytes);
+  require_available(bytes);  // before any address space is spent on it
+  bytes = round_up(bytes, page_size());
+  Bump& bump = shared_->bump();
+  int64_t free = bump.load(), offset;
+  do offset = round_up(free, unit);
+  while (!bump.compare_exchange_weak(free, offset + round_up(bytes, unit)));
+  populate(shared_->memory.get(), offset, bytes);
+  return offset;
+}
+
+std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
+  require_positive(bytes);
+  bytes = round_up(bytes, page_size());
+  return std::make_shared<Mapping>(map_extent(shared_->memory.get(), offset, bytes, true), bytes);
+}
+
+void Node::release(int64_t offset, int64_t bytes) {
+  require_positive(bytes);
+  punch(shared_->memory.get(), offset, round_up(bytes, extent_unit(bytes)));
+}
+
+bool Node::dead(int rank) {
+  if (shared_->dead.at(rank).load(std::memory_order_acquire)) return true;
+  pollfd entry{pidfds_[rank], POLLIN, 0};
+  return entry.fd >= 0 && poll(&entry, 1, 0) > 0;
+}
+
+std::optional<int> Node::any_dead() {
+  std::vector<pollfd> entries;
+  for (const int fd : pidfds_) entries.push_back({fd, POLLIN, 0});  // poll skips -1
+  if (!shared_->threads) poll(entries.data(), entries.size(), 0);
+  for (int rank = 0; rank < size_; ++rank)
+    if (entries[rank].revents || shared_->dead[rank].load(std::memory_order_acquire)) return rank;
+  return std::nullopt;
+}
+
+void Node::mark_dead(int rank) { shared_->dead.at(rank).store(true, std::memory_order_release); }
+
+}  // namespace pycomm::transport

@@ -1,0 +1,26 @@
+// How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on, and leave with the same memory
+// and a pidfd of everybody. Afterwards no socket is left.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "transport/fd.h"
+#include "transport/node.h"
+
+namespace pycomm::transport {
+
+struct Member {
+  int64_t pid = 0;
+  Fd pidfd;
+};
+
+struct Meeting {
+  Fd memory;
+  std::vector<Member> members;  // by rank
+};
+
+// `memory` is what rank 0 brings; the others get it. Throws as Node::join says.
+Meeting meet(const Node::Options& options, Fd memory);
+
+}  // namespace pycomm::transport
