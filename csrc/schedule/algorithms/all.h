@@ -1,7 +1,8 @@
-// What algorithm files share: every algorithm's declaration, once, and the few pieces that several are built from.
+// What algorithm files share: every algorithm's declaration, once, and the few pieces that several are built
+// from.
 //
-// One file holds one algorithm. Where it serves several collectives (`ring` is a reduce-scatter, an all-gather, and an
-// all-reduce made of both) it asks world.collective.
+// One file holds one algorithm. Where it serves several collectives (`ring` is a reduce-scatter, an
+// all-gather, and an all-reduce made of both) it asks world.collective.
 #pragma once
 
 #include <vector>
@@ -26,8 +27,8 @@ Schedule two_shot(const World& world);
 // A world of one: its `in` is the result.
 Schedule alone(const World& world);
 
-// Ends every program with the accepts of its offers that have none yet. For offers that peers only read: their accept
-// says no more than "before the collective ends".
+// Ends every program with the accepts of its offers that have none yet. For offers that peers only read:
+// their accept says no more than "before the collective ends".
 void accept_all(Schedule& schedule);
 
 // A rooted tree over the ranks.
@@ -38,8 +39,8 @@ struct Tree {
   int depth = 0;                           // links between the root and the farthest rank
 };
 
-// One rank's part of a sum towards the root: leaves show `in`, inner ranks a partial sum in scratch, and the root
-// finishes the sum in `out`.
+// One rank's part of a sum towards the root: leaves show `in`, inner ranks a partial sum in scratch, and the
+// root finishes the sum in `out`.
 void reduce_up(Builder& b, const Tree& tree, Chunk chunk);
 // One rank's part of spreading the chunk from the root's `source` to the `out` of all other ranks.
 void broadcast_down(Builder& b, const Tree& tree, Chunk chunk, Buffer source);

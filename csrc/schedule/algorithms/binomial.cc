@@ -1,8 +1,9 @@
-// binomial broadcast and reduce: the tree in which the rank at place v (counted from the root) hangs under v with its
-// lowest bit cleared. All children are served at once, and a parent sums all its children in one pass.
+// binomial broadcast and reduce: the tree in which the rank at place v (counted from the root) hangs under v
+// with its lowest bit cleared. All children are served at once, and a parent sums all its children in one
+// pass.
 //
-// Cost: ceil(log2 n) steps; the data crosses each link once, and the root serves log2(n) children. The choice for small
-// messages over many ranks.
+// Cost: ceil(log2 n) steps; the data crosses each link once, and the root serves log2(n) children. The choice
+// for small messages over many ranks.
 //
 // Johnsson and Ho, Optimum broadcasting and personalized communication in hypercubes, IEEE TC 38(9), 1989.
 #include "schedule/algorithms/all.h"

@@ -1,12 +1,13 @@
-// direct, for all that has no all_reduce in its name: every rank shows what others need of its `in`, and reads what it
-// needs itself, all at once, in one pass.
+// direct, for all that has no all_reduce in its name: every rank shows what others need of its `in`, and
+// reads what it needs itself, all at once, in one pass.
 //
-// Cost: 1 step whatever n is; every byte crosses once. What a rank moves follows from the collective: (n-1)/n of the data
-// for all_gather, reduce_scatter and all_to_all, all of it for broadcast, n-fold at the root for reduce. The choice on
-// a node, whose shared memory carries n - 1 readers well. Sums are taken in one pass in the order of ranks: the
-// balanced tree.
+// Cost: 1 step whatever n is; every byte crosses once. What a rank moves follows from the collective: (n-1)/n
+// of the data for all_gather, reduce_scatter and all_to_all, all of it for broadcast, n-fold at the root for
+// reduce. The choice on a node, whose shared memory carries n - 1 readers well. Sums are taken in one pass in
+// the order of ranks: the balanced tree.
 //
-// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1), 2005.
+// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1),
+// 2005.
 #include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {
@@ -18,7 +19,8 @@ struct Need {
   std::vector<Ref> srcs;
 };
 
-// The collective's definition. Ranks start with themselves and go on with the next, so that not all read the same one.
+// The collective's definition. Ranks start with themselves and go on with the next, so that not all read the
+// same one.
 std::vector<Need> needs_of(const World& world, int rank) {
   const int n = world.size;
   std::vector<Need> needs;
@@ -69,8 +71,7 @@ std::vector<Need> needs_of(const World& world, int rank) {
 
 Schedule direct(const World& world) {
   const int n = world.size;
-  const bool sums =
-      world.collective == Collective::reduce_scatter || world.collective == Collective::reduce;
+  const bool sums = world.collective == Collective::reduce_scatter || world.collective == Collective::reduce;
   std::vector<std::vector<Need>> needs;
   for (int rank = 0; rank < n; ++rank) needs.push_back(needs_of(world, rank));
   Schedule schedule;

@@ -1,5 +1,5 @@
-// dissemination barrier: at distance d = 1, 2, 4, ... every rank tells the rank d ahead that it, and all it has heard
-// of, have arrived. What is told is an empty chunk: its signals are the barrier.
+// dissemination barrier: at distance d = 1, 2, 4, ... every rank tells the rank d ahead that it, and all it
+// has heard of, have arrived. What is told is an empty chunk: its signals are the barrier.
 //
 // Cost: ceil(log2 n) steps, no data. One for any n.
 //

@@ -1,17 +1,17 @@
-// halving_doubling all_reduce: a reduce-scatter in which the part of the data that a rank answers for halves while the
-// distance doubles, then the same steps backwards to spread the sums.
+// halving_doubling all_reduce: a reduce-scatter in which the part of the data that a rank answers for halves
+// while the distance doubles, then the same steps backwards to spread the sums.
 //
-// A world that is no power of two is cut into aligned *cubes*, powers of two that shrink (13 = 8 + 4 + 1). Each cube
-// sums its own ranks; then from the smallest on, a cube's sums are added to the next larger one's, so that the largest
-// ends with all, spreads it among its ranks, and shows it to the ranks beyond. Sums are always taken in the order of
-// ranks: the balanced binary tree for every n.
+// A world that is no power of two is cut into aligned *cubes*, powers of two that shrink (13 = 8 + 4 + 1).
+// Each cube sums its own ranks; then from the smallest on, a cube's sums are added to the next larger one's,
+// so that the largest ends with all, spreads it among its ranks, and shows it to the ranks beyond. Sums are
+// always taken in the order of ranks: the balanced binary tree for every n.
 //
-// Cost: 2 log2(n) steps where n is a power of two, and as many more as there are further cubes, plus one; each rank
-// moves 2 (n-1)/n of the data, the least possible (beyond a power of two, the largest cube shows it once more).
-// The choice for middle sizes over many ranks.
+// Cost: 2 log2(n) steps where n is a power of two, and as many more as there are further cubes, plus one;
+// each rank moves 2 (n-1)/n of the data, the least possible (beyond a power of two, the largest cube shows it
+// once more). The choice for middle sizes over many ranks.
 //
-// Rabenseifner, Optimization of collective reduction operations, ICCS 2004; for the cubes, Rabenseifner and Träff, More
-// efficient reduction algorithms for non-power-of-two number of processors, EuroPVM/MPI 2004.
+// Rabenseifner, Optimization of collective reduction operations, ICCS 2004; for the cubes, Rabenseifner and
+// Träff, More efficient reduction algorithms for non-power-of-two number of processors, EuroPVM/MPI 2004.
 #include <algorithm>
 #include <bit>
 
@@ -37,7 +37,8 @@ struct Part {
   int first, last;
 };
 
-// What a rank answers for after the steps below distance d: at each, a rank whose bit is set keeps the upper half.
+// What a rank answers for after the steps below distance d: at each, a rank whose bit is set keeps the upper
+// half.
 Part part_of(int rank, int units, int d) {
   Part part{0, units};
   for (int bit = 1; bit < d; bit *= 2) {
@@ -64,7 +65,8 @@ void reduce_scatter(Builder& b, const std::vector<Cube>& cubes) {
     const Chunk part = chunk(rank, 2 * d);
     b.offer(partner, {rank, sums, chunk(partner, 2 * d)});
     const bool finished = last && 2 * d == units;
-    b.combine({finished ? b.out(part) : b.scratch(part)}, {{lower, sums, part}, {upper, sums, part}}, finished);
+    b.combine({finished ? b.out(part) : b.scratch(part)}, {{lower, sums, part}, {upper, sums, part}},
+              finished);
   }
   // From the next smaller cube, whose sums are in scratch, or in `in` where it is a single rank.
   const auto sums_of = [](int member, int cube_size, Chunk part) {
@@ -74,7 +76,8 @@ void reduce_scatter(Builder& b, const std::vector<Cube>& cubes) {
     const Cube smaller = cubes[k + 1];
     const Chunk part = chunk(rank, size);
     const Ref theirs = sums_of(smaller.base + rank % smaller.size, smaller.size, part);
-    b.combine({k == 0 ? b.out(part) : b.scratch(part)}, {sums_of(rank, size, part), theirs}, /*final=*/k == 0);
+    b.combine({k == 0 ? b.out(part) : b.scratch(part)}, {sums_of(rank, size, part), theirs},
+              /*final=*/k == 0);
   }
   // To the next larger one, which has cut the data finer.
   if (k > 0) {

@@ -1,7 +1,8 @@
 // one_shot all_reduce: every rank shows its whole input to all others and sums everything itself.
 //
-// Cost: 1 synchronisation, the least possible; each rank reads (n-1) times the data. The choice for small messages on a
-// node. The input is shown as a copy, so that a rank may overwrite its own buffer while others still read.
+// Cost: 1 synchronisation, the least possible; each rank reads (n-1) times the data. The choice for small
+// messages on a node. The input is shown as a copy, so that a rank may overwrite its own buffer while others
+// still read.
 #include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {

@@ -1,18 +1,18 @@
 // pairwise all_to_all: rounds of disjoint pairs, each of which swaps its two blocks; every pair meets once.
 //
-// Cost: n - 1 rounds (n where n is odd: one rank rests in each); each rank moves (n-1)/n of the data in and out, the
-// least possible, and speaks to one peer at a time. The choice for large blocks, since no rank is read by many at once.
-// Blocks are shown as copies, so that `out` may be `in`.
+// Cost: n - 1 rounds (n where n is odd: one rank rests in each); each rank moves (n-1)/n of the data in and
+// out, the least possible, and speaks to one peer at a time. The choice for large blocks, since no rank is
+// read by many at once. Blocks are shown as copies, so that `out` may be `in`.
 //
-// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1), 2005; the
-// rounds are those of the circle method for tournaments, so that partners are mutual for every n.
+// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1),
+// 2005; the rounds are those of the circle method for tournaments, so that partners are mutual for every n.
 #include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {
 namespace {
 
-// Ranks p and q below the odd number `circle` meet in the round p + q; for even n the last rank meets the one that
-// would meet itself. A rank whose partner is itself rests.
+// Ranks p and q below the odd number `circle` meet in the round p + q; for even n the last rank meets the one
+// that would meet itself. A rank whose partner is itself rests.
 int partner_of(int rank, int round, int n) {
   const int circle = n % 2 == 0 ? n - 1 : n;
   if (rank == circle) return round * (circle + 1) / 2 % circle;

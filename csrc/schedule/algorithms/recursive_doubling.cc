@@ -1,17 +1,18 @@
 // recursive_doubling all_reduce and all_gather: what a rank knows doubles at every step.
 //
-// all_reduce. At distance d the ranks form aligned blocks of d; every rank knows the sum of its block, and reads the
-// sum of the sibling block from one of its members. Sums are taken in the order of ranks, which makes the balanced
-// binary tree over ranks for every n; the last block may be cut short, and one without a sibling waits.
-// Cost: ceil(log2 n) steps; each rank reads the whole data at each. The choice for small messages over many ranks.
+// all_reduce. At distance d the ranks form aligned blocks of d; every rank knows the sum of its block, and
+// reads the sum of the sibling block from one of its members. Sums are taken in the order of ranks, which
+// makes the balanced binary tree over ranks for every n; the last block may be cut short, and one without a
+// sibling waits. Cost: ceil(log2 n) steps; each rank reads the whole data at each. The choice for small
+// messages over many ranks.
 //
-// all_gather. At distance d a rank holds d blocks, its own and those of the ranks that follow, and reads as many from
-// the rank at distance d. Any n, no rotation at the end, since every block is put where it belongs.
+// all_gather. At distance d a rank holds d blocks, its own and those of the ranks that follow, and reads as
+// many from the rank at distance d. Any n, no rotation at the end, since every block is put where it belongs.
 // Cost: ceil(log2 n) steps; each rank reads (n-1)/n of the data, the least possible.
 //
-// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1), 2005;
-// for all_gather, Bruck, Ho, Kipnis, Upfal and Weathersby, Efficient algorithms for all-to-all communications in
-// multiport message-passing systems, IEEE TPDS 8(11), 1997.
+// Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1),
+// 2005; for all_gather, Bruck, Ho, Kipnis, Upfal and Weathersby, Efficient algorithms for all-to-all
+// communications in multiport message-passing systems, IEEE TPDS 8(11), 1997.
 #include <algorithm>
 #include <bit>
 
@@ -20,11 +21,12 @@
 namespace pycomm::schedule {
 namespace {
 
-// Every sum has scratch of its own, since slower ranks still read the one before; `in` is shown as a copy, since a
-// rank finishes `out`, which may be `in`, before all have read it.
+// Every sum has scratch of its own, since slower ranks still read the one before; `in` is shown as a copy,
+// since a rank finishes `out`, which may be `in`, before all have read it.
 void all_reduce(Builder& b, int n) {
   const int rank = b.rank();
-  // The sum of the block of ranks that starts at `base`, as `member` knows it after the steps below distance d.
+  // The sum of the block of ranks that starts at `base`, as `member` knows it after the steps below distance
+  // d.
   const auto sum_of = [n](int member, int base, int d) {
     const int step = std::bit_width(static_cast<unsigned>(std::min(d, n - base) - 1));
     return step == 0 ? Builder::image_of(member) : Builder::scratch_of(member, {step - 1});

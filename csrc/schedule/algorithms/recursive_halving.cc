@@ -1,13 +1,13 @@
 // recursive_halving reduce_scatter: the blocks that a rank still answers for halve at every step.
 //
-// At distance d a rank answers for its own block and those of the d - 1 ranks that follow, as far as n reaches; before,
-// it hands the partial sums of the d blocks beyond to the rank at distance d. It is the all_gather of
-// recursive_doubling run backwards, and as that one it takes any n.
+// At distance d a rank answers for its own block and those of the d - 1 ranks that follow, as far as n
+// reaches; before, it hands the partial sums of the d blocks beyond to the rank at distance d. It is the
+// all_gather of recursive_doubling run backwards, and as that one it takes any n.
 //
 // Cost: ceil(log2 n) steps; each rank reads (n-1)/n of the data, the least possible.
 //
-// Bernaschi, Iannello and Lauria, Efficient implementation of reduce-scatter in MPI, Journal of Systems Architecture
-// 49(3), 2003.
+// Bernaschi, Iannello and Lauria, Efficient implementation of reduce-scatter in MPI, Journal of Systems
+// Architecture 49(3), 2003.
 #include <algorithm>
 #include <bit>
 

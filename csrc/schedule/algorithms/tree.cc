@@ -1,12 +1,12 @@
-// tree all_reduce: two binary trees, each sums half of the data up to its root and spreads it down again. The inner
-// ranks of one tree are leaves of the other, so that every rank's link is used in full.
+// tree all_reduce: two binary trees, each sums half of the data up to its root and spreads it down again. The
+// inner ranks of one tree are leaves of the other, so that every rank's link is used in full.
 //
-// Cost: 2 log2(n) steps for the first trip; each rank moves at most 2 times the data in and out, and small trips follow
-// each other through the trees: the sum of a trip comes down while later trips go up. The choice for many ranks, where
-// a ring's 2(n-1) steps are too many.
+// Cost: 2 log2(n) steps for the first trip; each rank moves at most 2 times the data in and out, and small
+// trips follow each other through the trees: the sum of a trip comes down while later trips go up. The choice
+// for many ranks, where a ring's 2(n-1) steps are too many.
 //
-// Sanders, Speck and Träff, Two-tree algorithms for full bandwidth broadcast, reduction and scan, Parallel Computing 35,
-// 2009.
+// Sanders, Speck and Träff, Two-tree algorithms for full bandwidth broadcast, reduction and scan, Parallel
+// Computing 35, 2009.
 #include <algorithm>
 #include <bit>
 
@@ -45,8 +45,8 @@ Schedule tree(const World& world) {
   };
   Schedule schedule;
   schedule.trip_bytes = 64 << 10;
-  // A leaf hears of a trip when it has gone up and come down again; meanwhile later trips go up, as many as there are
-  // stages for.
+  // A leaf hears of a trip when it has gone up and come down again; meanwhile later trips go up, as many as
+  // there are stages for.
   const int down = std::min(2 * trees[0].depth, 3);
   schedule.stages = down + 1;
   for (int rank = 0; rank < n; ++rank) {

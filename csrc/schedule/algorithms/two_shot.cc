@@ -1,9 +1,9 @@
-// two_shot all_reduce and reduce: every rank owns one n-th of the data, sums it over all ranks in one pass, and writes the
-// result to all of them (reduce: to the root).
+// two_shot all_reduce and reduce: every rank owns one n-th of the data, sums it over all ranks in one pass,
+// and writes the result to all of them (reduce: to the root).
 //
-// Cost: 2 synchronisations whatever n is; each rank moves (n-1)/n of the data in and out, the least possible. The
-// n - 1 peers are read at once, which a node's shared memory carries well and a network less so. It is the direct
-// reduce-scatter + all-gather of Rabenseifner (2004) with all exchanges made concurrent.
+// Cost: 2 synchronisations whatever n is; each rank moves (n-1)/n of the data in and out, the least possible.
+// The n - 1 peers are read at once, which a node's shared memory carries well and a network less so. It is
+// the direct reduce-scatter + all-gather of Rabenseifner (2004) with all exchanges made concurrent.
 #include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {
