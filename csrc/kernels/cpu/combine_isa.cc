@@ -42,6 +42,25 @@ Unaligned<T>* out(void* p) {
   return static_cast<Unaligned<T>*>(p);
 }
 
+// Complex numbers go part by part: the compiler makes no vectors of structs copied whole.
+template <class T>
+T get(const Unaligned<T>& from) {
+  return from.value;
+}
+template <class T>
+Complex<T> get(const Unaligned<Complex<T>>& from) {
+  return {from.value.re, from.value.im};
+}
+template <class T>
+void put(Unaligned<T>& to, T x) {
+  to.value = x;
+}
+template <class T>
+void put(Unaligned<Complex<T>>& to, Complex<T> x) {
+  to.value.re = x.re;
+  to.value.im = x.im;
+}
+
 template <class T>
 T splat(double x) {
   return static_cast<T>(x);
@@ -65,9 +84,9 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, double div
   const T by = splat<T>(divisor);
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
-    const T result = finish<kFinish>(O::apply(x[i].value, y[i].value), by);
-    first[i].value = result;
-    if constexpr (kDsts == 2) second[i].value = result;
+    const T result = finish<kFinish>(O::apply(get(x[i]), get(y[i])), by);
+    put(first[i], result);
+    if constexpr (kDsts == 2) put(second[i], result);
   }
 }
 
@@ -87,7 +106,7 @@ void scale(void* dst, const void* src, size_t n, double factor) {
   auto* to = out<T>(dst);
   const T by = static_cast<T>(factor);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) to[i].value = x[i].value * by;
+  for (size_t i = 0; i < n; ++i) put(to[i], get(x[i]) * by);
 }
 
 // dst = finish(x)
@@ -97,7 +116,7 @@ void finish_all(void* dst, const void* src, size_t n, double divisor) {
   auto* to = out<T>(dst);
   const T by = splat<T>(divisor);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) to[i].value = finish<kFinish>(x[i].value, by);
+  for (size_t i = 0; i < n; ++i) put(to[i], finish<kFinish>(get(x[i]), by));
 }
 
 // What the walk over blocks needs to know of a type and an operator.
@@ -196,7 +215,7 @@ struct Narrow {
     const auto* x = in<Raw>(src);
     auto* to = out<float>(dst);
     PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) to[i].value = G::decode(x[i].value);
+    for (size_t i = 0; i < n; ++i) put(to[i], G::decode(get(x[i])));
   }
 
   template <class G>
@@ -204,7 +223,7 @@ struct Narrow {
     const auto* x = in<float>(src);
     auto* to = out<Raw>(dst);
     PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) to[i].value = G::encode(x[i].value);
+    for (size_t i = 0; i < n; ++i) put(to[i], G::encode(get(x[i])));
   }
 
   static constexpr Steps kSteps = {sizeof(Raw), sizeof(float), load, merge_partial<float, O>, root, store};

@@ -12,6 +12,12 @@ namespace pycomm::kernels::PYCOMM_ISA {
 inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
+// A choice that the compiler cannot turn back into a branch: it does not make vectors of float arithmetic under one.
+inline uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 inline constexpr uint32_t kFloatInf = 0x7f800000;
 inline constexpr uint32_t kFloatNan = 0x7fc00000;
 
@@ -23,7 +29,7 @@ struct BFloat16 {
   static Raw encode(float x) {
     const uint32_t bits = as_bits(x);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return static_cast<Raw>(x == x ? rounded : kFloatNan >> 16);
+    return static_cast<Raw>(select(x == x, rounded, kFloatNan >> 16));
   }
 };
 
@@ -47,9 +53,9 @@ struct SmallFloat {
     // A subnormal counts units of its last place.
     const uint32_t subnormal =
         as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * as_float(power(1 - kBias - kMantissa)));
-    const uint32_t special = magnitude == kOverflow && kOverflow != kNan ? kFloatInf : kFloatNan;
-    uint32_t bits = magnitude < 1u << kMantissa ? subnormal : normal;
-    bits = magnitude >= kOverflow ? special : bits;
+    const uint32_t special = kOverflow == kNan ? kFloatNan : select(magnitude == kOverflow, kFloatInf, kFloatNan);
+    const uint32_t finite = select(magnitude < 1u << kMantissa, subnormal, normal);
+    const uint32_t bits = select(magnitude < kOverflow, finite, special);
     return as_float(bits | (x & kSign) << (31 - kExponent - kMantissa));
   }
 
@@ -61,11 +67,11 @@ struct SmallFloat {
     // Added to a power of two whose last place is that of our subnormals, a float is rounded by the hardware.
     constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
     const uint32_t subnormal = as_bits(as_float(magnitude) + as_float(kAnchor)) - kAnchor;
-    uint32_t result = magnitude < kMinNormal ? subnormal : normal;
-    result = magnitude < kMinNormal || result < kOverflow ? result : kOverflow;
-    const bool nan = (magnitude > kFloatInf) | (kOverflow == kNan && result == kNan);
-    result |= bits >> (31 - kExponent - kMantissa) & kSign;
-    return static_cast<Raw>(nan ? kNan : result);
+    const uint32_t rounded = select(magnitude < kMinNormal, subnormal, normal);
+    const uint32_t finite = rounded < kOverflow ? rounded : kOverflow;
+    const bool nan = (magnitude > kFloatInf) | (kOverflow == kNan && finite == kNan);
+    const uint32_t sign = bits >> (31 - kExponent - kMantissa) & kSign;
+    return static_cast<Raw>(select(nan, kNan, sign | finite));
   }
 };
 
