@@ -103,6 +103,7 @@ void save(Byte* p, T value) {
 }
 
 __int128 wrap(__int128 x, DType dtype) {
+  if (is_floating(dtype)) return 0;
   const __int128 range = static_cast<__int128>(1) << (8 * size_of(dtype));
   x %= range;
   if (x < 0) x += range;
