@@ -441,8 +441,11 @@ class Emitter {
       }
       const Format format = step.final ? Format::final : partial ? Format::partial : Format::raw;
       const bool window = l_.in_window(ref) && ref.rank != rank_;
-      dsts.push_back(operand(ref, window, format));
-      to_user = to_user && dsts.back().space == Space::out;
+      // In place, a rank's `out` holds what its `in` does.
+      const bool there = l_.call_.in_place && is_copy && ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
+                         step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
+      if (!there) dsts.push_back(operand(ref, window, format));
+      to_user = to_user && !there && dsts.back().space == Space::out;
       if (l_.window_copies_[rank_].count({item.step, d})) {
         dsts.push_back(operand(ref, true, format));
         to_user = false;
@@ -454,7 +457,7 @@ class Emitter {
       srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_,
                              ref.buffer == Buffer::scratch ? Format::partial : Format::raw));
     }
-    emit(dsts, srcs, count, step.stage, to_user && stream_out());
+    if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && stream_out());
     for (const auto& [peer, event] : done) signal(peer, event, step.stage);
   }
 
@@ -467,7 +470,7 @@ class Emitter {
 
 Program Lowering::emit(int rank) const {
   // Lengths change only where some block that this rank touches has its last full trip or its tail.
-  std::set<int64_t> cuts = {0, 1};
+  std::set<int64_t> cuts = {0};
   auto cut = [&](int64_t length) {
     if (layout_.width == 0) return;
     cuts.insert(length / layout_.width);
@@ -480,8 +483,8 @@ Program Lowering::emit(int rank) const {
     }
   } else {
     for (int64_t count : call_.counts) cut(count);
-    if (layout_.trips > 1) cuts.erase(1);
   }
+  if (layout_.ragged || layout_.trips == 1) cuts.insert(1);
   Program program;
   for (auto at = cuts.begin(); std::next(at) != cuts.end(); ++at) {
     Loop loop{.first = *at, .trips = *std::next(at) - *at, .step = static_cast<int32_t>(program.steps.size()),
