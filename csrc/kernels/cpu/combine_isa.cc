@@ -2,8 +2,8 @@
 //
 // Elements go through in blocks that fit the first-level cache. Within a block the sources form the balanced tree as
 // the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as many pairs merge as j has
-// trailing ones. The last merge is the root, and it stores. Two sources that need no conversion are one root over
-// the whole length, so the common case is one plain loop.
+// trailing ones. The last merge is the root, and it stores. Two sources of one format are a root over the whole
+// length, so the common case is one plain loop.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -44,19 +44,19 @@ Unaligned<T>* out(void* p) {
 
 // Complex numbers go part by part: the compiler makes no vectors of structs copied whole.
 template <class T>
-T get(const Unaligned<T>& from) {
+PYCOMM_INLINE T get(const Unaligned<T>& from) {
   return from.value;
 }
 template <class T>
-Complex<T> get(const Unaligned<Complex<T>>& from) {
+PYCOMM_INLINE Complex<T> get(const Unaligned<Complex<T>>& from) {
   return {from.value.re, from.value.im};
 }
 template <class T>
-void put(Unaligned<T>& to, T x) {
+PYCOMM_INLINE void put(Unaligned<T>& to, T x) {
   to.value = x;
 }
 template <class T>
-void put(Unaligned<Complex<T>>& to, Complex<T> x) {
+PYCOMM_INLINE void put(Unaligned<Complex<T>>& to, Complex<T> x) {
   to.value.re = x.re;
   to.value.im = x.im;
 }
@@ -74,49 +74,60 @@ Complex<double> splat(double x) {
   return {x, 0};
 }
 
+// How an element lies in memory: as it is computed with, or as a small float (small_float.h).
+template <class T>
+struct Plain {
+  using Raw = T;
+  using Value = T;
+  static constexpr bool kEncodeFinishes = !kHasNan<T>;
+  PYCOMM_INLINE static T decode(T x) { return x; }
+  PYCOMM_INLINE static T encode(T x) { return x; }
+};
+
 // dsts[0..kDsts) = finish(a op b)
-template <class T, class O, Finish kFinish, int kDsts>
+template <class From, class To, class O, Finish kFinish, int kDsts>
 void merge(void* const* dsts, const void* a, const void* b, size_t n, double divisor) {
-  const auto* x = in<T>(a);
-  const auto* y = in<T>(b);
-  auto* first = out<T>(dsts[0]);
-  auto* second = out<T>(dsts[kDsts - 1]);
-  const T by = splat<T>(divisor);
+  const auto* x = in<typename From::Raw>(a);
+  const auto* y = in<typename From::Raw>(b);
+  auto* first = out<typename To::Raw>(dsts[0]);
+  auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
+  const auto by = splat<typename From::Value>(divisor);
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
-    const T result = finish<kFinish>(O::apply(get(x[i]), get(y[i])), by);
-    put(first[i], result);
-    if constexpr (kDsts == 2) put(second[i], result);
+    const auto result = O::apply(From::decode(get(x[i])), From::decode(get(y[i])));
+    const auto stored = To::encode(finish<kFinish>(result, by));
+    put(first[i], stored);
+    if constexpr (kDsts == 2) put(second[i], stored);
   }
 }
 
-template <class T, class O, Finish kFinish>
+template <class From, class To, class O, Finish kFinish>
 void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, double divisor) {
   if (num_dsts == 1) {
-    merge<T, O, kFinish, 1>(dsts, a, b, n, divisor);
+    merge<From, To, O, kFinish, 1>(dsts, a, b, n, divisor);
   } else {
-    merge<T, O, kFinish, 2>(dsts, a, b, n, divisor);
+    merge<From, To, O, kFinish, 2>(dsts, a, b, n, divisor);
   }
-}
-
-// dst = x * factor
-template <class T>
-void scale(void* dst, const void* src, size_t n, double factor) {
-  const auto* x = in<T>(src);
-  auto* to = out<T>(dst);
-  const T by = static_cast<T>(factor);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) put(to[i], get(x[i]) * by);
 }
 
 // dst = finish(x)
-template <class T, Finish kFinish>
-void finish_all(void* dst, const void* src, size_t n, double divisor) {
-  const auto* x = in<T>(src);
-  auto* to = out<T>(dst);
-  const T by = splat<T>(divisor);
+template <class From, class To, Finish kFinish>
+void convert(void* dst, const void* src, size_t n, double divisor) {
+  const auto* x = in<typename From::Raw>(src);
+  auto* to = out<typename To::Raw>(dst);
+  const auto by = splat<typename From::Value>(divisor);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) put(to[i], finish<kFinish>(get(x[i]), by));
+  for (size_t i = 0; i < n; ++i) put(to[i], To::encode(finish<kFinish>(From::decode(get(x[i])), by)));
+}
+
+// dst = x * factor
+template <class From>
+void scale(void* dst, const void* src, size_t n, double factor) {
+  const auto* x = in<typename From::Raw>(src);
+  auto* to = out<typename From::Value>(dst);
+  const auto by = splat<typename From::Value>(factor);
+  PYCOMM_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) put(to[i], Prod::apply(From::decode(get(x[i])), by));
 }
 
 // What the walk over blocks needs to know of a type and an operator.
@@ -133,100 +144,40 @@ struct Steps {
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
 };
 
-template <class T, class O>
-void merge_partial(void* dst, const void* a, const void* b, size_t n) {
-  merge<T, O, Finish::none, 1>(&dst, a, b, n, 1);
-}
-
-template <class T>
-inline constexpr bool kIsExact = !kIsFloat<T>;  // integers: every result is final as it is
-template <class T>
-inline constexpr bool kIsExact<Complex<T>> = false;
-
-// A type that is its own accumulator.
-template <class T, class O, int kPartsOfElement = 1>
-struct Direct {
-  static constexpr bool kDirect = true;
+// Elements of format F under the operator O, in parts that the operator treats alone.
+template <class F, class O, size_t kPartsOfElement = 1>
+struct Kernel {
+  using Raw = F;
+  using Value = typename F::Value;
+  using Partial = Plain<Value>;
   static constexpr size_t kParts = kPartsOfElement;
+  static constexpr bool kAverages = kHasNan<Value> && kIsSum<O>;
+  static constexpr Finish kFinish = F::kEncodeFinishes ? Finish::none : Finish::canonical;
 
-  static void load(void* dst, const void* src, size_t n, double prescale) {
-    if constexpr (kIsFloat<T>) {
-      scale<T>(dst, src, n, prescale);
-    } else {
-      (void)prescale;
-      std::memcpy(dst, src, n * sizeof(T));
-    }
+  static void merge_partial(void* dst, const void* a, const void* b, size_t n) {
+    merge<Partial, Partial, O, Finish::none, 1>(&dst, a, b, n, 1);
   }
 
+  template <class From>
   static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
                    double divisor) {
-    if constexpr (!kIsExact<T>) {
-      if (final && divisor != 1) return merge_any<T, O, Finish::average>(dsts, num_dsts, a, b, n, divisor);
-      if (final) return merge_any<T, O, Finish::canonical>(dsts, num_dsts, a, b, n, divisor);
+    if (!final) return merge_any<From, Partial, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
+    if constexpr (kAverages) {
+      if (divisor != 1) return merge_any<From, F, O, Finish::average>(dsts, num_dsts, a, b, n, divisor);
     }
-    merge_any<T, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
+    merge_any<From, F, O, kFinish>(dsts, num_dsts, a, b, n, divisor);
   }
 
   static void store(void* dst, const void* acc, size_t n, bool final, double divisor) {
-    if constexpr (!kIsExact<T>) {
-      if (final && divisor != 1) return finish_all<T, Finish::average>(dst, acc, n, divisor);
-      if (final) return finish_all<T, Finish::canonical>(dst, acc, n, divisor);
+    if (!final) return convert<Partial, Partial, Finish::none>(dst, acc, n, divisor);
+    if constexpr (kAverages) {
+      if (divisor != 1) return convert<Partial, F, Finish::average>(dst, acc, n, divisor);
     }
-    std::memcpy(dst, acc, n * sizeof(T));
+    convert<Partial, F, kFinish>(dst, acc, n, divisor);
   }
 
-  static constexpr Steps kSteps = {sizeof(T), sizeof(T), load, merge_partial<T, O>, root, store};
-};
-
-// A small float, accumulated in float32.
-template <class F, class O>
-struct Narrow {
-  using Raw = typename F::Raw;
-  static constexpr bool kDirect = false;
-  static constexpr size_t kParts = 1;
-
-  static void load(void* dst, const void* src, size_t n, double prescale) {
-    decode<F>(dst, src, n);
-    if (prescale != 1) scale<float>(dst, dst, n, prescale);
-  }
-
-  static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
-                   double divisor) {
-    if (!final) return merge_any<float, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
-    alignas(kLine) float sums[kBlockBytes / sizeof(float)];
-    merge_partial<float, O>(sums, a, b, n);
-    for (int i = 0; i < num_dsts; ++i) store(dsts[i], sums, n, final, divisor);
-  }
-
-  static void store(void* dst, const void* acc, size_t n, bool final, double divisor) {
-    if (!final) {
-      std::memcpy(dst, acc, n * sizeof(float));
-    } else if (divisor == 1) {
-      encode<F>(dst, acc, n);
-    } else {
-      alignas(kLine) float quotients[kBlockBytes / sizeof(float)];
-      finish_all<float, Finish::average>(quotients, acc, n, divisor);
-      encode<F>(dst, quotients, n);
-    }
-  }
-
-  template <class G>
-  static void decode(void* dst, const void* src, size_t n) {
-    const auto* x = in<Raw>(src);
-    auto* to = out<float>(dst);
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) put(to[i], G::decode(get(x[i])));
-  }
-
-  template <class G>
-  static void encode(void* dst, const void* src, size_t n) {
-    const auto* x = in<float>(src);
-    auto* to = out<Raw>(dst);
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) put(to[i], G::encode(get(x[i])));
-  }
-
-  static constexpr Steps kSteps = {sizeof(Raw), sizeof(float), load, merge_partial<float, O>, root, store};
+  static constexpr Steps kSteps = {sizeof(typename F::Raw), sizeof(Value),  scale<F>,
+                                   merge_partial,           root<Partial>, store};
 };
 
 const char* at(const void* p, size_t offset) { return static_cast<const char*>(p) + offset; }
@@ -315,23 +266,24 @@ void combine(const CombineArgs& args) {
   if (args.num_srcs == 1 && args.src_formats[0] == args.dst_format) {
     return copy(args, count * (args.dst_format == Format::partial ? K::kSteps.acc_size : K::kSteps.size));
   }
-  if constexpr (K::kDirect) {
-    if (args.num_srcs == 2 && args.num_dsts <= 2 && args.prescale == 1 && !args.stream) {
-      return K::root(args.dsts, args.num_dsts, args.srcs[0], args.srcs[1], count,
-                     args.dst_format == Format::final, args.divisor);
-    }
+  if (args.num_srcs == 2 && args.src_formats[0] == args.src_formats[1] && args.num_dsts <= 2 &&
+      args.prescale == 1 && !args.stream) {
+    const bool final = args.dst_format == Format::final;
+    const auto root = args.src_formats[0] == Format::raw ? K::template root<typename K::Raw>
+                                                         : K::template root<typename K::Partial>;
+    return root(args.dsts, args.num_dsts, args.srcs[0], args.srcs[1], count, final, args.divisor);
   }
   combine_blocks(args, K::kSteps, count);
 }
 
-template <template <class, class> class K, class T>
+template <class F>
 CombineFn find_float(Op op) {
   switch (op) {
     case Op::sum:
-    case Op::avg: return combine<K<T, Sum>>;
-    case Op::prod: return combine<K<T, Prod>>;
-    case Op::min: return combine<K<T, Min>>;
-    case Op::max: return combine<K<T, Max>>;
+    case Op::avg: return combine<Kernel<F, Sum>>;
+    case Op::prod: return combine<Kernel<F, Prod>>;
+    case Op::min: return combine<Kernel<F, Min>>;
+    case Op::max: return combine<Kernel<F, Max>>;
     case Op::band:
     case Op::bor:
     case Op::bxor: return nullptr;
@@ -339,21 +291,18 @@ CombineFn find_float(Op op) {
   return nullptr;
 }
 
-template <class T, class O>
-using DirectOne = Direct<T, O>;
-
 // Two's complement: only min and max depend on the sign.
 template <class T, class Unsigned>
 CombineFn find_integer(Op op) {
   switch (op) {
-    case Op::sum: return combine<Direct<Unsigned, Sum>>;
-    case Op::prod: return combine<Direct<Unsigned, Prod>>;
-    case Op::min: return combine<Direct<T, Min>>;
-    case Op::max: return combine<Direct<T, Max>>;
+    case Op::sum: return combine<Kernel<Plain<Unsigned>, Sum>>;
+    case Op::prod: return combine<Kernel<Plain<Unsigned>, Prod>>;
+    case Op::min: return combine<Kernel<Plain<T>, Min>>;
+    case Op::max: return combine<Kernel<Plain<T>, Max>>;
     case Op::avg: return nullptr;
-    case Op::band: return combine<Direct<Unsigned, Band>>;
-    case Op::bor: return combine<Direct<Unsigned, Bor>>;
-    case Op::bxor: return combine<Direct<Unsigned, Bxor>>;
+    case Op::band: return combine<Kernel<Plain<Unsigned>, Band>>;
+    case Op::bor: return combine<Kernel<Plain<Unsigned>, Bor>>;
+    case Op::bxor: return combine<Kernel<Plain<Unsigned>, Bxor>>;
   }
   return nullptr;
 }
@@ -362,10 +311,10 @@ CombineFn find_integer(Op op) {
 CombineFn find_bool(Op op) {
   switch (op) {
     case Op::min:
-    case Op::band: return combine<Direct<uint8_t, Band>>;
+    case Op::band: return combine<Kernel<Plain<uint8_t>, Band>>;
     case Op::max:
-    case Op::bor: return combine<Direct<uint8_t, Bor>>;
-    case Op::bxor: return combine<Direct<uint8_t, Bxor>>;
+    case Op::bor: return combine<Kernel<Plain<uint8_t>, Bor>>;
+    case Op::bxor: return combine<Kernel<Plain<uint8_t>, Bxor>>;
     case Op::sum:
     case Op::prod:
     case Op::avg: return nullptr;
@@ -378,8 +327,8 @@ template <class T>
 CombineFn find_complex(Op op) {
   switch (op) {
     case Op::sum:
-    case Op::avg: return combine<Direct<T, Sum, 2>>;
-    case Op::prod: return combine<Direct<Complex<T>, Prod>>;
+    case Op::avg: return combine<Kernel<Plain<T>, Sum, 2>>;
+    case Op::prod: return combine<Kernel<Plain<Complex<T>>, Prod>>;
     case Op::min:
     case Op::max:
     case Op::band:
@@ -393,12 +342,12 @@ CombineFn find_complex(Op op) {
 
 CombineFn find(DType dtype, Op op) {
   switch (dtype) {
-    case DType::float32: return find_float<DirectOne, float>(op);
-    case DType::float64: return find_float<DirectOne, double>(op);
-    case DType::float16: return find_float<Narrow, Float16>(op);
-    case DType::bfloat16: return find_float<Narrow, BFloat16>(op);
-    case DType::float8_e4m3fn: return find_float<Narrow, Float8E4M3>(op);
-    case DType::float8_e5m2: return find_float<Narrow, Float8E5M2>(op);
+    case DType::float32: return find_float<Plain<float>>(op);
+    case DType::float64: return find_float<Plain<double>>(op);
+    case DType::float16: return find_float<Float16>(op);
+    case DType::bfloat16: return find_float<BFloat16>(op);
+    case DType::float8_e4m3fn: return find_float<Float8E4M3>(op);
+    case DType::float8_e5m2: return find_float<Float8E5M2>(op);
     case DType::int8: return find_integer<int8_t, uint8_t>(op);
     case DType::int16: return find_integer<int16_t, uint16_t>(op);
     case DType::int32: return find_integer<int32_t, uint32_t>(op);

@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// A call left in a loop keeps it from becoming vectors, and the compiler's own limits leave some.
+#define PYCOMM_INLINE [[gnu::always_inline]] inline
+
 namespace pycomm::kernels::PYCOMM_ISA {
 
 template <class T>
@@ -32,9 +35,14 @@ struct Complex {
   T re, im;
 };
 
+template <class T>
+inline constexpr bool kHasNan = kIsFloat<T>;
+template <class T>
+inline constexpr bool kHasNan<Complex<T>> = true;
+
 // Integers compute unsigned and at least 32 bits wide: they wrap, and C++'s promotion to int cannot overflow.
 template <class T>
-auto widen(T x) {
+PYCOMM_INLINE auto widen(T x) {
   if constexpr (kIsFloat<T>) {
     return x;
   } else if constexpr (sizeof(T) == 8) {
@@ -47,25 +55,30 @@ auto widen(T x) {
 // -x by its bits, for x times something that is subtracted: gcc 12 fuses multiply and add into one rounding where it
 // sees alternating sums and differences of products, -ffp-contract=off or not.
 template <class T>
-T negate(T x) {
+PYCOMM_INLINE T negate(T x) {
   using U = typename Bits<T>::type;
   return __builtin_bit_cast(T, static_cast<U>(__builtin_bit_cast(U, x) ^ U{1} << (8 * sizeof(T) - 1)));
 }
 
 struct Sum {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     return static_cast<T>(widen(a) + widen(b));
   }
 };
 
+template <class O>
+inline constexpr bool kIsSum = false;
+template <>
+inline constexpr bool kIsSum<Sum> = true;
+
 struct Prod {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     return static_cast<T>(widen(a) * widen(b));
   }
   template <class T>
-  static Complex<T> apply(Complex<T> a, Complex<T> b) {
+  PYCOMM_INLINE static Complex<T> apply(Complex<T> a, Complex<T> b) {
     return {a.re * b.re + negate(a.im) * b.im, a.re * b.im + a.im * b.re};
   }
 };
@@ -74,7 +87,7 @@ struct Prod {
 // zero, `and` drops it.
 struct Min {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     if constexpr (kIsFloat<T>) {
       using U = typename Bits<T>::type;
       const T least = (a < b) | (a != a) ? a : b;
@@ -88,7 +101,7 @@ struct Min {
 
 struct Max {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     if constexpr (kIsFloat<T>) {
       using U = typename Bits<T>::type;
       const T most = (a > b) | (a != a) ? a : b;
@@ -102,21 +115,21 @@ struct Max {
 
 struct Band {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     return static_cast<T>(a & b);
   }
 };
 
 struct Bor {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     return static_cast<T>(a | b);
   }
 };
 
 struct Bxor {
   template <class T>
-  static T apply(T a, T b) {
+  PYCOMM_INLINE static T apply(T a, T b) {
     return static_cast<T>(a ^ b);
   }
 };
@@ -126,14 +139,14 @@ struct Bxor {
 enum class Finish { none, canonical, average };
 
 template <Finish kFinish, class T>
-T finish(T x, T divisor) {
+PYCOMM_INLINE T finish(T x, T divisor) {
   if constexpr (kFinish == Finish::average) x /= divisor;
   if constexpr (kFinish != Finish::none) x = x == x ? x : __builtin_bit_cast(T, Bits<T>::kNan);
   return x;
 }
 
 template <Finish kFinish, class T>
-Complex<T> finish(Complex<T> x, Complex<T> divisor) {
+PYCOMM_INLINE Complex<T> finish(Complex<T> x, Complex<T> divisor) {
   return {finish<kFinish>(x.re, divisor.re), finish<kFinish>(x.im, divisor.re)};
 }
 

@@ -7,15 +7,18 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/ops.h"
+
 namespace pycomm::kernels::PYCOMM_ISA {
 
-inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+PYCOMM_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+PYCOMM_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
-// A choice that the compiler cannot turn back into a branch: it does not make vectors of float arithmetic under one.
-inline uint32_t select(bool condition, uint32_t yes, uint32_t no) {
-  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
+// a < b ? yes : no, for a and b below 2^31. Masks and no comparison: the compiler cannot turn it back into a branch,
+// under which it does not make vectors of float arithmetic.
+PYCOMM_INLINE uint32_t if_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - ((a - b) >> 31);
+  return no ^ ((no ^ yes) & mask);
 }
 
 inline constexpr uint32_t kFloatInf = 0x7f800000;
@@ -23,13 +26,15 @@ inline constexpr uint32_t kFloatNan = 0x7fc00000;
 
 struct BFloat16 {
   using Raw = uint16_t;
+  using Value = float;
+  static constexpr bool kEncodeFinishes = true;
 
-  static float decode(Raw x) { return as_float(static_cast<uint32_t>(x) << 16); }
+  PYCOMM_INLINE static float decode(Raw x) { return as_float(static_cast<uint32_t>(x) << 16); }
 
-  static Raw encode(float x) {
+  PYCOMM_INLINE static Raw encode(float x) {
     const uint32_t bits = as_bits(x);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return static_cast<Raw>(select(x == x, rounded, kFloatNan >> 16));
+    return static_cast<Raw>(if_less(kFloatInf, bits & 0x7fffffff, kFloatNan >> 16, rounded));
   }
 };
 
@@ -38,6 +43,8 @@ struct BFloat16 {
 template <class R, int kExponent, int kMantissa, uint32_t kOverflow, uint32_t kNan>
 struct SmallFloat {
   using Raw = R;
+  using Value = float;
+  static constexpr bool kEncodeFinishes = true;
   static constexpr int kBias = (1 << (kExponent - 1)) - 1;
   static constexpr int kShift = 23 - kMantissa;  // from our mantissa's last bit to float32's
   static constexpr uint32_t kSign = 1u << (kExponent + kMantissa);
@@ -47,19 +54,19 @@ struct SmallFloat {
   // 2^n as bits of a float32.
   static constexpr uint32_t power(int n) { return static_cast<uint32_t>(127 + n) << 23; }
 
-  static float decode(Raw x) {
+  PYCOMM_INLINE static float decode(Raw x) {
     const uint32_t magnitude = x & (kSign - 1);
     const uint32_t normal = (magnitude << kShift) + kRebias;
     // A subnormal counts units of its last place.
     const uint32_t subnormal =
         as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * as_float(power(1 - kBias - kMantissa)));
-    const uint32_t special = kOverflow == kNan ? kFloatNan : select(magnitude == kOverflow, kFloatInf, kFloatNan);
-    const uint32_t finite = select(magnitude < 1u << kMantissa, subnormal, normal);
-    const uint32_t bits = select(magnitude < kOverflow, finite, special);
+    const uint32_t special = kOverflow == kNan ? kFloatNan : if_less(kOverflow, magnitude, kFloatNan, kFloatInf);
+    const uint32_t finite = if_less(magnitude, 1u << kMantissa, subnormal, normal);
+    const uint32_t bits = if_less(magnitude, kOverflow, finite, special);
     return as_float(bits | (x & kSign) << (31 - kExponent - kMantissa));
   }
 
-  static Raw encode(float x) {
+  PYCOMM_INLINE static Raw encode(float x) {
     const uint32_t bits = as_bits(x);
     const uint32_t magnitude = bits & 0x7fffffff;
     const uint32_t normal =
@@ -67,11 +74,12 @@ struct SmallFloat {
     // Added to a power of two whose last place is that of our subnormals, a float is rounded by the hardware.
     constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
     const uint32_t subnormal = as_bits(as_float(magnitude) + as_float(kAnchor)) - kAnchor;
-    const uint32_t rounded = select(magnitude < kMinNormal, subnormal, normal);
-    const uint32_t finite = rounded < kOverflow ? rounded : kOverflow;
-    const bool nan = (magnitude > kFloatInf) | (kOverflow == kNan && finite == kNan);
+    const uint32_t rounded = if_less(magnitude, kMinNormal, subnormal, normal);
     const uint32_t sign = bits >> (31 - kExponent - kMantissa) & kSign;
-    return static_cast<Raw>(select(nan, kNan, sign | finite));
+    // Where the format has no infinity, overflow is a NaN: without a sign.
+    const uint32_t overflow = kOverflow == kNan ? kNan : sign | kOverflow;
+    const uint32_t number = if_less(rounded, kOverflow, sign | rounded, overflow);
+    return static_cast<Raw>(if_less(kFloatInf, magnitude, kNan, number));
   }
 };
 
