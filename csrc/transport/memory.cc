@@ -92,8 +92,8 @@ void apply_limits(const std::string& root, const Hierarchy& files, std::string g
 void require_rest(int64_t asked, int64_t rest) {
   const Available available = available_memory();
   if (rest > available.bytes - margin(rest))
-    refuse(asked, mebibytes(available.bytes) + " are left by " + available.where + ", of which " +
-                      mebibytes(margin(rest)) + " stay reserved for page tables and the rest of the system");
+    refuse(asked, mebibytes(available.bytes) + " are left by " + available.where +
+                      ", and a margin of 64 MiB and 1/64 is kept for page tables and the rest of the system");
 }
 
 // Page faults make huge pages where shared memory is set to offer them by advice; fallocate would make small ones.
