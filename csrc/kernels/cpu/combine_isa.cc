@@ -61,63 +61,43 @@ PYCOMM_INLINE void put(Unaligned<Complex<T>>& to, Complex<T> x) {
   to.value.im = x.im;
 }
 
-template <class T>
-T splat(double x) {
-  return static_cast<T>(x);
-}
-template <>
-Complex<float> splat(double x) {
-  return {static_cast<float>(x), 0};
-}
-template <>
-Complex<double> splat(double x) {
-  return {x, 0};
-}
-
-// How an element lies in memory: as it is computed with, or as a small float (small_float.h).
-template <class T>
-struct Plain {
-  using Raw = T;
-  using Value = T;
-  static constexpr bool kEncodeFinishes = !kHasNan<T>;
-  PYCOMM_INLINE static T decode(T x) { return x; }
-  PYCOMM_INLINE static T encode(T x) { return x; }
-};
-
-// dsts[0..kDsts) = finish(a op b)
-template <class From, class To, class O, Finish kFinish, int kDsts>
+// dsts[0..kDsts) = a op b, over the divisor for an average
+template <class From, class To, class O, bool kAverage, int kDsts>
 void merge(void* const* dsts, const void* a, const void* b, size_t n, double divisor) {
   const auto* x = in<typename From::Raw>(a);
   const auto* y = in<typename From::Raw>(b);
   auto* first = out<typename To::Raw>(dsts[0]);
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
-  const auto by = splat<typename From::Value>(divisor);
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
-    const auto result = O::apply(From::decode(get(x[i])), From::decode(get(y[i])));
-    const auto stored = To::encode(finish<kFinish>(result, by));
-    put(first[i], stored);
-    if constexpr (kDsts == 2) put(second[i], stored);
+    auto value = O::apply(From::decode(get(x[i])), From::decode(get(y[i])));
+    if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
+    const auto result = To::encode(value);
+    put(first[i], result);
+    if constexpr (kDsts == 2) put(second[i], result);
   }
 }
 
-template <class From, class To, class O, Finish kFinish>
+template <class From, class To, class O, bool kAverage>
 void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, double divisor) {
   if (num_dsts == 1) {
-    merge<From, To, O, kFinish, 1>(dsts, a, b, n, divisor);
+    merge<From, To, O, kAverage, 1>(dsts, a, b, n, divisor);
   } else {
-    merge<From, To, O, kFinish, 2>(dsts, a, b, n, divisor);
+    merge<From, To, O, kAverage, 2>(dsts, a, b, n, divisor);
   }
 }
 
-// dst = finish(x)
-template <class From, class To, Finish kFinish>
+// dst = x, over the divisor for an average
+template <class From, class To, bool kAverage>
 void convert(void* dst, const void* src, size_t n, double divisor) {
   const auto* x = in<typename From::Raw>(src);
   auto* to = out<typename To::Raw>(dst);
-  const auto by = splat<typename From::Value>(divisor);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) put(to[i], To::encode(finish<kFinish>(From::decode(get(x[i])), by)));
+  for (size_t i = 0; i < n; ++i) {
+    auto value = From::decode(get(x[i]));
+    if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
+    put(to[i], To::encode(value));
+  }
 }
 
 // dst = x * factor
@@ -125,16 +105,15 @@ template <class From>
 void scale(void* dst, const void* src, size_t n, double factor) {
   const auto* x = in<typename From::Raw>(src);
   auto* to = out<typename From::Value>(dst);
-  const auto by = splat<typename From::Value>(factor);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) put(to[i], Prod::apply(From::decode(get(x[i])), by));
+  for (size_t i = 0; i < n; ++i) put(to[i], From::decode(get(x[i])) * static_cast<typename From::Value>(factor));
 }
 
 // What the walk over blocks needs to know of a type and an operator.
 struct Steps {
   size_t size;      // bytes of a raw or final element
   size_t acc_size;  // bytes of a partial one
-  // Raw elements to partial ones.
+  // Raw elements to partial ones; null where those are the same.
   void (*load)(void* dst, const void* src, size_t n, double prescale);
   // dst = a op b, partial; dst may be a.
   void (*merge)(void* dst, const void* a, const void* b, size_t n);
@@ -151,32 +130,36 @@ struct Kernel {
   using Value = typename F::Value;
   using Partial = Plain<Value>;
   static constexpr size_t kParts = kPartsOfElement;
-  static constexpr bool kAverages = kHasNan<Value> && kIsSum<O>;
-  static constexpr Finish kFinish = F::kEncodeFinishes ? Finish::none : Finish::canonical;
+  static constexpr bool kAverages = kIsFloat<Value> && kIsSum<O>;
 
   static void merge_partial(void* dst, const void* a, const void* b, size_t n) {
-    merge<Partial, Partial, O, Finish::none, 1>(&dst, a, b, n, 1);
+    merge<Partial, Partial, O, false, 1>(&dst, a, b, n, 1);
   }
 
   template <class From>
   static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
                    double divisor) {
-    if (!final) return merge_any<From, Partial, O, Finish::none>(dsts, num_dsts, a, b, n, divisor);
+    if (!final) return merge_any<From, Partial, O, false>(dsts, num_dsts, a, b, n, divisor);
     if constexpr (kAverages) {
-      if (divisor != 1) return merge_any<From, F, O, Finish::average>(dsts, num_dsts, a, b, n, divisor);
+      if (divisor != 1) return merge_any<From, F, O, true>(dsts, num_dsts, a, b, n, divisor);
     }
-    merge_any<From, F, O, kFinish>(dsts, num_dsts, a, b, n, divisor);
+    merge_any<From, F, O, false>(dsts, num_dsts, a, b, n, divisor);
   }
 
   static void store(void* dst, const void* acc, size_t n, bool final, double divisor) {
-    if (!final) return convert<Partial, Partial, Finish::none>(dst, acc, n, divisor);
+    if (!final) return convert<Partial, Partial, false>(dst, acc, n, divisor);
     if constexpr (kAverages) {
-      if (divisor != 1) return convert<Partial, F, Finish::average>(dst, acc, n, divisor);
+      if (divisor != 1) return convert<Partial, F, true>(dst, acc, n, divisor);
     }
-    convert<Partial, F, kFinish>(dst, acc, n, divisor);
+    convert<Partial, F, false>(dst, acc, n, divisor);
   }
 
-  static constexpr Steps kSteps = {sizeof(typename F::Raw), sizeof(Value),  scale<F>,
+  static constexpr auto loader() -> decltype(Steps::load) {
+    if constexpr (kIsFloat<Value>) return scale<F>;
+    return nullptr;  // neither converted nor scaled
+  }
+
+  static constexpr Steps kSteps = {sizeof(typename F::Raw), sizeof(Value),  loader(),
                                    merge_partial,           root<Partial>, store};
 };
 
@@ -192,7 +175,7 @@ void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, si
   const void* stack[kMaxDepth];
   int depth = 0;
   const bool final = args.dst_format == Format::final;
-  const bool direct = steps.size == steps.acc_size && args.prescale == 1;
+  const bool direct = steps.load == nullptr || (steps.size == steps.acc_size && args.prescale == 1);
   for (int j = 0; j < args.num_srcs; ++j) {
     if (args.src_formats[j] == Format::raw && !direct) {
       steps.load(buffers[depth], at(args.srcs[j], begin * steps.size), n, args.prescale);
@@ -327,8 +310,8 @@ template <class T>
 CombineFn find_complex(Op op) {
   switch (op) {
     case Op::sum:
-    case Op::avg: return combine<Kernel<Plain<T>, Sum, 2>>;
-    case Op::prod: return combine<Kernel<Plain<Complex<T>>, Prod>>;
+    case Op::avg: return combine<Kernel<Wide<T>, Sum, 2>>;
+    case Op::prod: return combine<Kernel<Wide<Complex<T>>, Prod>>;
     case Op::min:
     case Op::max:
     case Op::band:
@@ -342,8 +325,8 @@ CombineFn find_complex(Op op) {
 
 CombineFn find(DType dtype, Op op) {
   switch (dtype) {
-    case DType::float32: return find_float<Plain<float>>(op);
-    case DType::float64: return find_float<Plain<double>>(op);
+    case DType::float32: return find_float<Wide<float>>(op);
+    case DType::float64: return find_float<Wide<double>>(op);
     case DType::float16: return find_float<Float16>(op);
     case DType::bfloat16: return find_float<BFloat16>(op);
     case DType::float8_e4m3fn: return find_float<Float8E4M3>(op);

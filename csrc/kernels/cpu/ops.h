@@ -1,4 +1,4 @@
-// One element of the inner loops: the operators, and what a final store does to a result. Written without branches so
+// One element of the inner loops: the operators, and the way from memory and back. Written without branches so
 // that the compiler makes vectors of them. Included by combine_isa.cc alone, see isa.h.
 #pragma once
 
@@ -34,11 +34,6 @@ template <class T>
 struct Complex {
   T re, im;
 };
-
-template <class T>
-inline constexpr bool kHasNan = kIsFloat<T>;
-template <class T>
-inline constexpr bool kHasNan<Complex<T>> = true;
 
 // Integers compute unsigned and at least 32 bits wide: they wrap, and C++'s promotion to int cannot overflow.
 template <class T>
@@ -134,20 +129,30 @@ struct Bxor {
   }
 };
 
-// What a store does to a result: nothing to a partial one; a final one has its NaN made canonical, and is divided by
-// the number of ranks before if it is an average.
-enum class Finish { none, canonical, average };
+// An element as it lies in memory, one of these or of the small floats (small_float.h): how it becomes a value to
+// compute with, and a result becomes an element.
+template <class T>
+struct Plain {  // partial results, and integers
+  using Raw = T;
+  using Value = T;
+  PYCOMM_INLINE static T decode(T x) { return x; }
+  PYCOMM_INLINE static T encode(T x) { return x; }
+};
 
-template <Finish kFinish, class T>
-PYCOMM_INLINE T finish(T x, T divisor) {
-  if constexpr (kFinish == Finish::average) x /= divisor;
-  if constexpr (kFinish != Finish::none) x = x == x ? x : __builtin_bit_cast(T, Bits<T>::kNan);
-  return x;
-}
+template <class T>
+struct Wide {  // raw and final floats: a final NaN is the canonical one
+  using Raw = T;
+  using Value = T;
+  PYCOMM_INLINE static T decode(T x) { return x; }
+  PYCOMM_INLINE static T encode(T x) { return x == x ? x : __builtin_bit_cast(T, Bits<T>::kNan); }
+};
 
-template <Finish kFinish, class T>
-PYCOMM_INLINE Complex<T> finish(Complex<T> x, Complex<T> divisor) {
-  return {finish<kFinish>(x.re, divisor.re), finish<kFinish>(x.im, divisor.re)};
-}
+template <class T>
+struct Wide<Complex<T>> {
+  using Raw = Complex<T>;
+  using Value = Complex<T>;
+  PYCOMM_INLINE static Value decode(Value x) { return x; }
+  PYCOMM_INLINE static Value encode(Value x) { return {Wide<T>::encode(x.re), Wide<T>::encode(x.im)}; }
+};
 
 }  // namespace pycomm::kernels::PYCOMM_ISA

@@ -27,7 +27,6 @@ inline constexpr uint32_t kFloatNan = 0x7fc00000;
 struct BFloat16 {
   using Raw = uint16_t;
   using Value = float;
-  static constexpr bool kEncodeFinishes = true;
 
   PYCOMM_INLINE static float decode(Raw x) { return as_float(static_cast<uint32_t>(x) << 16); }
 
@@ -44,7 +43,6 @@ template <class R, int kExponent, int kMantissa, uint32_t kOverflow, uint32_t kN
 struct SmallFloat {
   using Raw = R;
   using Value = float;
-  static constexpr bool kEncodeFinishes = true;
   static constexpr int kBias = (1 << (kExponent - 1)) - 1;
   static constexpr int kShift = 23 - kMantissa;  // from our mantissa's last bit to float32's
   static constexpr uint32_t kSign = 1u << (kExponent + kMantissa);
