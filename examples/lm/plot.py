@@ -1,0 +1,52 @@
+"""The demo's chart: loss curves and their difference on the left, bandwidth on the right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .bandwidth import Bandwidth, human
+
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+matplotlib.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "font.size": 9})
+
+STYLES = {
+    "pycomm, symmetric": {"color": "#c2410c", "marker": "o"},
+    "pycomm, plain": {"color": "#f59e0b", "marker": "o"},
+    "MPI": {"color": "#475569", "marker": "s"},
+    "Gloo": {"color": "#94a3b8", "marker": "^"},
+}
+
+
+def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> None:
+    """`losses`: two runs, by their labels."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    loss, difference = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    right_axes = right.subplots()
+
+    (one, one_losses), (many, many_losses) = losses.items()
+    steps = np.arange(1, len(one_losses) + 1)
+    loss.plot(steps, one_losses, color="#fdba74", linewidth=5, label=one)
+    loss.plot(steps, many_losses, color="#1e293b", linewidth=1, label=many)
+    loss.set(title="Training loss: the two runs lie on each other", ylabel="nats a byte")
+    loss.legend()
+    gap = np.abs(np.subtract(one_losses, many_losses))
+    difference.plot(steps, np.where(gap > 0, gap, np.nan), ".", color="#1e293b", markersize=3)
+    difference.set(yscale="log", xlabel="step", ylabel="|difference|")
+
+    for contender in bandwidth.microseconds:
+        busbw = bandwidth.busbw(contender)
+        right_axes.plot(list(busbw), list(busbw.values()), label=contender, markersize=4, **STYLES[contender])
+    right_axes.set_xscale("log", base=2)
+    right_axes.set_yscale("log")
+    right_axes.xaxis.set_major_formatter(human)
+    right_axes.set(
+        title=f"all_reduce, float32 sum, {bandwidth.ranks} ranks", xlabel="size", ylabel="bus bandwidth, GB/s"
+    )
+    right_axes.legend()
+    figure.supxlabel(bandwidth.machine, fontsize=7, color="#64748b")
+    figure.savefig(path, dpi=150)

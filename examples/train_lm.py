@@ -1,0 +1,166 @@
+"""The demo: a language model trained on 2 ranks, beside the same run on 1 rank.
+
+    python examples/train_lm.py
+
+The training itself is `train` in lm/train.py, some thirty lines to read. This file starts it with
+`pycomm run`, once on one rank and once on several, with the same seed and the same global batch; shows the
+progress; and sums up in tables and in demo.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm.bandwidth import bandwidth_table, render
+from lm.plot import draw
+from lm.train import GLOBAL_BATCH, STEPS
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+# A rank is a process on a core of its own; with more BLAS threads, a rank alone would use the others' cores.
+ONE_BLAS_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
+@dataclass
+class Run:
+    """One training run, as far as it has been heard of."""
+
+    ranks: int
+    start: dict[str, Any] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+
+    def column(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+    def steps_per_second(self) -> float:
+        return len(self.steps) / sum(self.column("seconds"))
+
+    def share_communicating(self) -> float:
+        return sum(self.column("communicating")) / sum(self.column("seconds"))
+
+    def final_loss(self) -> float:
+        return float(np.mean(self.column("loss")[-20:]))
+
+    def hear(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "start":
+                self.start = event
+            case "step":
+                self.steps.append(event)
+            case "end":
+                self.end = event
+
+
+def events(ranks: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Train on so many ranks, in processes of their own; yields what rank 0 reports."""
+    command = [sys.executable, "-m", "pycomm", "run", "-n", str(ranks)]
+    command += ["-m", "lm.train", "--steps", str(steps)]
+    others = []  # lines that are no report: warnings, a traceback
+    with subprocess.Popen(
+        command,
+        cwd=Path(__file__).parent,
+        env=os.environ | ONE_BLAS_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            _, brace, report = line.partition('{"event"')  # `pycomm run` puts the rank before each line
+            if brace:
+                yield json.loads(brace + report)
+            else:
+                others.append(line)
+    if process.returncode:
+        raise SystemExit("".join(others) + f"`{' '.join(command[1:])}` ended with code {process.returncode}")
+
+
+def train_beside(ranks: int, steps: int, console: Console) -> tuple[Run, Run]:
+    """The same training on 1 rank and on `ranks`, one after the other, shown live."""
+    progress = Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=40),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+    )
+    runs = Run(1), Run(ranks)
+    tasks = [progress.add_task(run.label, total=steps, state="[dim]waits[/dim]") for run in runs]
+    with progress:
+        for run, task in zip(runs, tasks, strict=True):
+            for event in events(run.ranks, steps):
+                run.hear(event)
+                if event["event"] == "step":
+                    state = f"loss [bold]{event['loss']:.3f}[/bold]  {run.steps_per_second():5.1f} steps/s"
+                    state += f"  [dim]{run.share_communicating():.1%} communicating[/dim]"
+                    progress.update(task, completed=len(run.steps), state=state)
+    return runs
+
+
+def summary(one: Run, many: Run) -> Group:
+    table = Table(title="the same training, alone and data-parallel")
+    for heading in ("", one.label, many.label):
+        table.add_column(heading, justify="right" if heading else "left")
+    speedup = many.steps_per_second() / one.steps_per_second()
+    table.add_row("steps per second", f"{one.steps_per_second():.1f}", f"{many.steps_per_second():.1f}")
+    table.add_row("speed-up", "", f"[bold green]{speedup:.2f}x[/bold green]")
+    table.add_row("communicating", *(f"{run.share_communicating():.1%}" for run in (one, many)))
+    table.add_row("training loss, last 20 steps", *(f"{run.final_loss():.4f}" for run in (one, many)))
+    table.add_row("loss on held-out text", *(f"{run.end['held_out']:.4f}" for run in (one, many)))
+    table.add_row("replicas equal, bit for bit", "", "yes" if many.end["replicas_equal"] else "[red]NO[/red]")
+
+    gap = np.abs(np.subtract(one.column("loss"), many.column("loss")))
+    note = (
+        "Communicating is the time in all_reduce, the wait for the slower rank counted in.\n"
+        f"The loss curves differ by at most {gap[:10].max():.1e} in the first 10 steps and {gap.max():.1e} "
+        "in all. This is float rounding only:\nthe sum of the gradients associates differently over "
+        f"{many.ranks} ranks, and training amplifies a float32's last bit step by step."
+    )
+    sample = Panel(Text(many.end["sample"]), title="what the model writes", border_style="dim", width=100)
+    return Group(table, Text(note, style="dim"), sample)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks, at least 2 (default: %(default)s)")
+    options = parser.parse_args()
+    if options.ranks < 2 or GLOBAL_BATCH % options.ranks:
+        parser.error(f"--ranks must be at least 2 and divide the global batch of {GLOBAL_BATCH} rows")
+
+    console = Console()
+    console.print(
+        "A byte-level language model learns from the sources of Python's own standard library, "
+        f"{GLOBAL_BATCH} bytes a step,\nfirst on 1 rank, then on {options.ranks}. "
+        "Every rank is a process with one BLAS thread."
+    )
+    one, many = train_beside(options.ranks, options.steps, console)
+    console.print(f"{many.start['parameters']:,} parameters, {many.start['text_bytes']:,} bytes of text")
+    console.print(summary(one, many))
+    with console.status("measuring all_reduce"):
+        bandwidth = bandwidth_table(options.ranks)
+    console.print(render(bandwidth))
+    chart = Path("demo.png")
+    draw({run.label: run.column("loss") for run in (one, many)}, bandwidth, chart)
+    console.print(f"chart: {chart.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
