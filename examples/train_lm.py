@@ -127,14 +127,14 @@ def summary(one: Run, many: Run) -> Group:
     table.add_row("replicas equal, bit for bit", "", "yes" if many.end["replicas_equal"] else "[red]NO[/red]")
 
     gap = np.abs(np.subtract(one.column("loss"), many.column("loss")))
-    note = (
-        "Communicating is the time in all_reduce, the wait for the slower rank counted in.\n"
+    notes = (
+        "Communicating is the time in all_reduce, the wait for the slower rank counted in.",
         f"The loss curves differ by at most {gap[:10].max():.1e} in the first 10 steps and {gap.max():.1e} "
-        "in all. This is float rounding only:\nthe sum of the gradients associates differently over "
-        f"{many.ranks} ranks, and training amplifies a float32's last bit step by step."
+        "in all. This is float rounding only: the sum of the gradients associates differently over "
+        f"{many.ranks} ranks, and training amplifies a float32's last bit step by step.",
     )
-    sample = Panel(Text(many.end["sample"]), title="what the model writes", border_style="dim", width=100)
-    return Group(table, Text(note, style="dim"), sample)
+    sample = Panel(Text(many.end["sample"]), title="what the model writes", border_style="dim")
+    return Group(table, *(Text(note, style="dim") for note in notes), sample)
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def main() -> None:
     console = Console()
     console.print(
         "A byte-level language model learns from the sources of Python's own standard library, "
-        f"{GLOBAL_BATCH} bytes a step,\nfirst on 1 rank, then on {options.ranks}. "
+        f"{GLOBAL_BATCH} examples a step, first on 1 rank, then on {options.ranks}. "
         "Every rank is a process with one BLAS thread."
     )
     one, many = train_beside(options.ranks, options.steps, console)

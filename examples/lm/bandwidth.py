@@ -67,7 +67,10 @@ def from_json(measured: dict[str, Any], ranks: int) -> Bandwidth:
         for contender, us in times.items():
             by_size = microseconds.setdefault(contender, {})
             by_size[row["bytes"]] = min(us, by_size.get(row["bytes"], us))
-    return Bandwidth(measured["machine"], ranks, microseconds)
+    pycomm_first = sorted(microseconds, key=lambda contender: not contender.startswith("pycomm"))
+    return Bandwidth(
+        measured["machine"], ranks, {contender: microseconds[contender] for contender in pycomm_first}
+    )
 
 
 def render(bandwidth: Bandwidth) -> Table:

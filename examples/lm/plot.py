@@ -37,6 +37,9 @@ def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> No
     gap = np.abs(np.subtract(one_losses, many_losses))
     difference.plot(steps, np.where(gap > 0, gap, np.nan), ".", color="#1e293b", markersize=3)
     difference.set(yscale="log", xlabel="step", ylabel="|difference|")
+    difference.text(
+        0.01, 0.85, "not drawn where it is 0", transform=difference.transAxes, fontsize=7, color="#64748b"
+    )
 
     for contender in bandwidth.microseconds:
         busbw = bandwidth.busbw(contender)

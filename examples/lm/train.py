@@ -1,6 +1,6 @@
 """Data-parallel training with pycomm: what every rank does.
 
-    cd examples && pycomm run -n 2 -m lm.train
+    cd examples && python -m pycomm run -n 2 -m lm.train
 
 Each rank computes the gradient on its share of the batch; one all_reduce averages the gradients; each rank
 then takes the same optimizer step on the same parameters, so that the replicas stay equal bit for bit.
@@ -94,7 +94,7 @@ def main() -> None:
     equal = replicas_equal(comm, model)
     if comm.rank == 0:
         x, y = rank_batch(held_out, shape.context, 8192, seed=SEED, step=0)
-        sample = model.sample(b"\n\n    def __init__(self, ", length=240, temperature=0.5, seed=SEED)
+        sample = model.sample(b"\n    def __init__(self, ", length=400, temperature=0.8, seed=SEED)
         report(
             {
                 "event": "end",

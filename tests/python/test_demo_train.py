@@ -1,0 +1,72 @@
+"""The demo's training loop (examples/lm/train.py) on rank threads; its reading of `pycomm bench --json`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pycomm
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from lm.bandwidth import from_json
+from lm.data import VOCABULARY, read_text
+from lm.model import Model, Shape
+from lm.train import replicas_equal, train
+
+SMALL = Shape(VOCABULARY, hidden=32)
+STEPS = 30
+
+
+def losses(size: int) -> tuple[list[float], list[float]]:
+    """(the losses that rank 0 reports, each rank's checksum of what it learnt)."""
+    text, reported = read_text(), []
+
+    def run(comm: pycomm.Communicator) -> float:
+        model = train(comm, SMALL, text, STEPS, lambda event: reported.append(event["loss"]))
+        assert replicas_equal(comm, model)
+        return float(model.params.sum(dtype=np.float64))
+
+    checksums = pycomm.run_local(run, size)
+    return reported, checksums
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_together_learn_what_one_learns_alone(size: int) -> None:
+    alone, _ = losses(1)
+    together, checksums = losses(size)
+    assert len(alone) == len(together) == STEPS
+    assert alone[-1] < alone[0] - 1
+    np.testing.assert_allclose(together[:10], alone[:10], rtol=1e-5)
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
+    assert len(set(checksums)) == 1
+
+
+def test_replicas_that_differ_are_noticed() -> None:
+    n = SMALL.count()
+
+    def run(comm: pycomm.Communicator) -> bool:
+        model = Model(SMALL, *np.empty((2, n), np.float32), seed=0)
+        if comm.rank == 1:
+            model.params[-1] = np.nextafter(np.float32(0), np.float32(1))
+        return replicas_equal(comm, model)
+
+    assert pycomm.run_local(run, 2) == [False, False]
+
+
+def test_bandwidth_from_what_bench_wrote() -> None:
+    def row(buffers: str, us: float, mpi: float) -> dict[str, Any]:
+        return {"collective": "all_reduce", "bytes": 3000, "algorithm": "two_shot", "buffers": buffers} | {
+            "pycomm_us": us,
+            "peers": {"mpi": mpi},
+            "ratios": {"mpi": mpi / us},
+        }
+
+    bandwidth = from_json({"machine": "m", "rows": [row("plain", 2, 9), row("symmetric", 1, 8)]}, ranks=4)
+    assert list(bandwidth.microseconds) == ["pycomm, plain", "pycomm, symmetric", "MPI"]
+    assert bandwidth.microseconds["MPI"] == {3000: 8}
+    assert bandwidth.busbw("pycomm, plain") == {3000: pytest.approx(2.25)}  # 1.5 GB/s, of which 2(n-1)/n
