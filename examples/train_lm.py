@@ -142,8 +142,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks, at least 2 (default: %(default)s)")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: train at least one")
     if options.ranks < 2 or GLOBAL_BATCH % options.ranks:
-        parser.error(f"--ranks must be at least 2 and divide the global batch of {GLOBAL_BATCH} rows")
+        parser.error(
+            f"--ranks {options.ranks}: at least 2, and a divisor of the global batch of {GLOBAL_BATCH} rows"
+        )
 
     console = Console()
     console.print(
