@@ -1,0 +1,93 @@
+#include "schedule/verify.h"
+
+#include "common/error.h"
+#include "schedule/verify_run.h"
+
+namespace pycomm::schedule {
+
+namespace {
+
+// A program refers to nothing that is not there, so that it can be run at all.
+std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& step) {
+  const Program& program = plan.programs[rank];
+  const int n = plan.call.world.size;
+  if (step.kind != Step::Kind::combine) {
+    if (step.peer < 0 || step.peer >= n || step.peer == rank) return "there is no such peer";
+    if (step.cell >= plan.cells) return "a pair has " + std::to_string(plan.cells) + " cells";
+    return std::nullopt;
+  }
+  if (step.count < 0) return "it has a count of " + std::to_string(step.count);
+  if (step.num_dsts < 1 || step.num_srcs < 1) return "it needs a destination and a source";
+  const int64_t operands = int64_t{step.num_dsts} + step.num_srcs;
+  if (step.operand < 0 || step.operand + operands > static_cast<int64_t>(program.operands.size())) {
+    return "its operands are not in the program";
+  }
+  for (int64_t i = 0; i < operands; ++i) {
+    const int owner = program.operands[step.operand + i].rank;
+    if (owner < 0 || owner >= n) return "an operand belongs to rank " + std::to_string(owner);
+  }
+  return std::nullopt;
+}
+
+std::optional<Counterexample> malformed(const Plan& plan, int call) {
+  auto fault = [&](int rank, int step, const std::string& what) {
+    return Counterexample{Counterexample::Kind::malformed, rank, call, step, what};
+  };
+  if (auto what = call_fault(plan.call)) return fault(0, -1, *what);
+  const int n = plan.call.world.size;
+  if (static_cast<int>(plan.programs.size()) != n) {
+    return fault(0, -1, std::to_string(plan.programs.size()) + " programs for " + std::to_string(n) + " ranks");
+  }
+  const double divisor = plan.call.op == Op::avg ? n : 1.0;
+  if (plan.divisor != divisor) {
+    return fault(0, -1, std::string("results of ") + name(plan.call.op) + " are divided by " +
+                            std::to_string(plan.divisor) + " and not by " + std::to_string(divisor));
+  }
+  if (plan.slots < 1 || plan.slot_bytes < 0 || plan.slots * plan.slot_bytes > plan.bank_bytes) {
+    return {{Counterexample::Kind::bounds, 0, call, -1,
+             std::to_string(plan.slots) + " slots of " + std::to_string(plan.slot_bytes) +
+                 " bytes do not fit a bank of " + std::to_string(plan.bank_bytes)}};
+  }
+  for (int rank = 0; rank < n; ++rank) {
+    const Program& program = plan.programs[rank];
+    const std::string who = "rank " + std::to_string(rank);
+    for (const Loop& loop : program.loops) {
+      if (loop.first < 0 || loop.trips < 0 || loop.stages < 1) {
+        return fault(rank, -1, who + ": a loop of trips [" + std::to_string(loop.first) + ", " +
+                                   std::to_string(loop.first + loop.trips) + ") in " +
+                                   std::to_string(loop.stages) + " stages");
+      }
+      if (loop.step < 0 || loop.num_steps < 0 ||
+          int64_t{loop.step} + loop.num_steps > static_cast<int64_t>(program.steps.size())) {
+        return fault(rank, -1, who + ": a loop's steps are not in the program");
+      }
+    }
+    for (size_t i = 0; i < program.steps.size(); ++i) {
+      if (auto what = step_fault(plan, rank, program.steps[i])) {
+        return fault(rank, static_cast<int>(i), who + " step " + std::to_string(i) + ": " + *what);
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls, const VerifyOptions& options) {
+  if (calls.empty()) return std::nullopt;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (auto found = malformed(*calls[i], static_cast<int>(i))) return found;
+    if (calls[i]->call.world.size != calls[0]->call.world.size) {
+      throw ValueError("a sequence of calls in worlds of " + std::to_string(calls[0]->call.world.size) + " and " +
+                       std::to_string(calls[i]->call.world.size) + " ranks; a group has one size");
+    }
+  }
+  return SymbolicRun(calls, options).run();
+}
+
+std::optional<Counterexample> verify(const Plan& plan, const VerifyOptions& options) {
+  const Plan* const calls[] = {&plan};
+  return verify_sequence(calls, options);
+}
+
+}  // namespace pycomm::schedule

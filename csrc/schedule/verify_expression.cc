@@ -1,0 +1,112 @@
+#include "schedule/verify_expression.h"
+
+#include <bit>
+
+namespace pycomm::schedule {
+
+size_t Expressions::Hash::operator()(const Node& node) const {
+  uint64_t h = static_cast<uint64_t>(node.kind);
+  for (uint64_t v : {static_cast<uint64_t>(node.first.expr), static_cast<uint64_t>(node.first.delta),
+                     static_cast<uint64_t>(node.second.expr), static_cast<uint64_t>(node.second.delta)}) {
+    h = (h ^ v) * 0x9e3779b97f4a7c15;
+    h ^= h >> 29;
+  }
+  return h;
+}
+
+ExprId Expressions::intern(const Node& node) {
+  const auto [at, fresh] = ids_.try_emplace(node, static_cast<ExprId>(nodes_.size()));
+  if (fresh) nodes_.push_back(node);
+  return at->second;
+}
+
+Term Expressions::wrap(Kind kind, Term term) {
+  if (is_garbage(term.expr)) return term;
+  return {intern({kind, {term.expr, 0}, {}}), term.delta};
+}
+
+Term Expressions::combine(Term a, Term b) {
+  if (is_garbage(a.expr)) return a;
+  if (is_garbage(b.expr)) return b;
+  return {intern({Kind::combine, {a.expr, 0}, {b.expr, b.delta - a.delta}}), a.delta};
+}
+
+Term Expressions::garbage(const std::string& why) {
+  const auto [at, fresh] = reason_ids_.try_emplace(why, static_cast<ExprId>(reasons_.size()));
+  if (fresh) reasons_.push_back(why);
+  return {intern({Kind::garbage, {at->second, 0}, {}}), 0};
+}
+
+Term Expressions::balanced(const Term* terms, size_t count) {
+  if (count == 1) return terms[0];
+  const size_t half = std::bit_floor(count - 1);
+  return combine(balanced(terms, half), balanced(terms + half, count - half));
+}
+
+const std::string& Expressions::reduction_fault(ExprId id, int num_ranks) {
+  const auto [at, fresh] = faults_.try_emplace(id);
+  if (fresh) at->second = find_reduction_fault(id, num_ranks);
+  return at->second;
+}
+
+std::string Expressions::find_reduction_fault(ExprId id, int num_ranks) const {
+  if (nodes_[id].kind == Kind::garbage) return "it depends on " + reasons_[nodes_[id].first.expr];
+  if (nodes_[id].kind != Kind::finish) return "it is not a finished result";
+  std::vector<int> times(num_ranks, 0);
+  std::vector<Term> open = {nodes_[id].first};
+  while (!open.empty()) {
+    const Term term = open.back();
+    open.pop_back();
+    const Node& node = nodes_[term.expr];
+    if (node.kind == Kind::combine) {
+      open.push_back({node.second.expr, term.delta + node.second.delta});
+      open.push_back({node.first.expr, term.delta});
+      continue;
+    }
+    if (node.kind != Kind::lift) return "it sums what was not converted and scaled exactly once";
+    const Node& leaf = nodes_[node.first.expr];
+    if (leaf.kind != Kind::leaf) return "it converts or scales twice";
+    if (term.delta != 0) return "it sums different elements of the ranks";
+    if (++times[leaf.first.expr] > 1) return "it sums rank " + std::to_string(leaf.first.expr) + " twice";
+  }
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    if (times[rank] == 0) return "rank " + std::to_string(rank) + "'s input is missing";
+  }
+  return {};
+}
+
+std::string Expressions::words(Term term, int64_t index) const {
+  std::string text;
+  write(text, term, index, 160);
+  return text;
+}
+
+void Expressions::write(std::string& text, Term term, int64_t index, int budget) const {
+  if (static_cast<int>(text.size()) > budget) {
+    if (!text.ends_with("...")) text += "...";
+    return;
+  }
+  const Node& node = nodes_[term.expr];
+  const int64_t i = index + term.delta;
+  switch (node.kind) {
+    case Kind::leaf:
+      text += "in@" + std::to_string(node.first.expr) + "[" + std::to_string(i) + "]";
+      break;
+    case Kind::lift:
+    case Kind::finish:
+      text += node.kind == Kind::lift ? "(" : "round(";
+      write(text, node.first, i, budget);
+      text += ")";
+      break;
+    case Kind::combine:
+      text += "(";
+      write(text, node.first, i, budget);
+      text += " op ";
+      write(text, node.second, i, budget);
+      text += ")";
+      break;
+    case Kind::garbage: text += reasons_[node.first.expr]; break;
+  }
+}
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,69 @@
+// Expressions: what a memory location holds in a symbolic run.
+//
+// An expression is a function of an element index i, kept once (equal functions have equal ids): a leaf is element i
+// of a rank's input, a node applies to what its operands hold at i + delta. The first operand's delta is 0, so that a
+// result over any part of the data, computed anywhere, is one expression at different indices.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace pycomm::schedule {
+
+using ExprId = int32_t;
+
+// An expression at index i + delta.
+struct Term {
+  ExprId expr = 0;
+  int64_t delta = 0;
+  bool operator==(const Term&) const = default;
+};
+
+class Expressions {
+ public:
+  enum class Kind : uint8_t {
+    leaf,     // the caller's element, of rank `first.expr`
+    lift,     // raw -> accumulator, prescaled
+    combine,  // first op second, in the accumulator's type
+    finish,   // accumulator -> final: divided, rounded
+    garbage,  // nothing that a result may depend on: reasons()[first.expr] says what
+  };
+
+  Term leaf(int rank) { return {intern({Kind::leaf, {rank, 0}, {}}), 0}; }
+  Term lift(Term term) { return wrap(Kind::lift, term); }
+  Term finish(Term term) { return wrap(Kind::finish, term); }
+  Term combine(Term a, Term b);
+  Term garbage(const std::string& why);
+  // tree(0, k), as kernels/combine.h says.
+  Term balanced(const Term* terms, size_t count);
+
+  bool is_garbage(ExprId id) const { return nodes_[id].kind == Kind::garbage; }
+  // Empty if `id` sums in any order every rank's element i once, lifted once and finished once; else what is wrong.
+  const std::string& reduction_fault(ExprId id, int num_ranks);
+  // At index i: "round((in@0[i]) + (in@1[i]))".
+  std::string words(Term term, int64_t index) const;
+
+ private:
+  struct Node {
+    Kind kind;
+    Term first, second;
+    bool operator==(const Node&) const = default;
+  };
+  struct Hash {
+    size_t operator()(const Node& node) const;
+  };
+  ExprId intern(const Node& node);
+  Term wrap(Kind kind, Term term);
+  std::string find_reduction_fault(ExprId id, int num_ranks) const;
+  void write(std::string& text, Term term, int64_t index, int budget) const;
+
+  std::vector<Node> nodes_;
+  std::unordered_map<Node, ExprId, Hash> ids_;
+  std::vector<std::string> reasons_;
+  std::unordered_map<std::string, ExprId> reason_ids_;
+  std::unordered_map<ExprId, std::string> faults_;
+};
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,71 @@
+// One range of addresses in a symbolic run: what each byte holds and who touched it last.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <vector>
+
+#include "schedule/verify_expression.h"
+
+namespace pycomm::schedule {
+
+// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank had
+// counted `epoch` happened before whoever has heard of more.
+using Clock = std::vector<int32_t>;
+
+struct Access {
+  static constexpr int kEntry = -1, kEnd = -2;  // the caller's own
+  int32_t rank = -1;                            // -1: nobody
+  int32_t epoch = 0;
+  int32_t call = 0;
+  int32_t step = 0;
+  bool before(const Clock& clock, int by) const { return rank < 0 || rank == by || clock[rank] > epoch; }
+};
+
+// Element (address - origin) / size of an expression; bytes that are no whole element are nothing.
+struct Value {
+  ExprId expr = 0;
+  int32_t size = 1;
+  int64_t origin = 0;
+  bool operator==(const Value&) const = default;
+};
+
+// Two accesses to bytes [begin, end) that nothing orders.
+struct Conflict {
+  int64_t begin, end;
+  Access earlier;
+  bool earlier_writes;
+};
+
+class Memory {
+ public:
+  explicit Memory(const Value& value) { segments_[INT64_MIN] = {INT64_MAX, value, {}, {}}; }
+
+  struct Piece {
+    int64_t begin, end;
+    Value value;
+    int32_t call;  // that wrote it
+  };
+  // Checks against earlier writes and notes the read; neighbours that hold the same are one piece.
+  std::optional<Conflict> read(int64_t begin, int64_t end, const Access& access, const Clock& clock,
+                               std::vector<Piece>& pieces);
+  // Checks against earlier reads and writes; put() then changes what is there.
+  std::optional<Conflict> check_write(int64_t begin, int64_t end, const Access& access, const Clock& clock);
+  void put(int64_t begin, int64_t end, const Value& value, const Access& access);
+  // What is there, with no access made.
+  std::vector<Piece> look(int64_t begin, int64_t end) const;
+
+ private:
+  struct Segment {
+    int64_t end;
+    Value value;
+    Access write;
+    std::vector<Access> reads;  // since the write; the latest of each rank
+  };
+  using Map = std::map<int64_t, Segment>;
+  Map::iterator split(int64_t at);  // the segment that now starts here
+
+  Map segments_;
+};
+
+}  // namespace pycomm::schedule

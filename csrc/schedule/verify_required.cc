@@ -1,0 +1,122 @@
+#include "schedule/verify_required.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace pycomm::schedule {
+
+namespace {
+
+bool reduces(Collective collective) {
+  return collective == Collective::all_reduce || collective == Collective::reduce ||
+         collective == Collective::reduce_scatter;
+}
+
+// Elements of the blocks before `block`.
+int64_t displacement(const Call& call, int block) {
+  return std::accumulate(call.counts.begin(), call.counts.begin() + block, int64_t{0});
+}
+
+}  // namespace
+
+Buffers buffers_of(const Call& call, int rank) {
+  const auto item = static_cast<int64_t>(size_of(call.dtype));
+  Buffers buffers;
+  buffers.in_bytes = in_elements(call, rank) * item;
+  buffers.out_bytes = out_elements(call, rank) * item;
+  if (!call.in_place) {
+    buffers.out_begin = buffers.in_bytes;
+    return buffers;
+  }
+  switch (call.world.collective) {
+    case Collective::all_gather:
+    case Collective::gather: buffers.in_begin = displacement(call, rank) * item; break;
+    case Collective::reduce_scatter:
+    case Collective::scatter: buffers.out_begin = displacement(call, rank) * item; break;
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::all_to_all:
+    case Collective::barrier:
+    case Collective::send_recv: break;
+  }
+  return buffers;
+}
+
+std::vector<Required> required_of(const Call& call, int rank) {
+  const World& world = call.world;
+  std::vector<Required> required;
+  switch (world.collective) {
+    case Collective::all_reduce: required.push_back({0, call.counts[0], Required::kReduced, 0}); break;
+    case Collective::reduce:
+      if (rank == world.root) required.push_back({0, call.counts[0], Required::kReduced, 0});
+      break;
+    case Collective::reduce_scatter:
+      required.push_back({0, call.counts[rank], Required::kReduced, displacement(call, rank)});
+      break;
+    case Collective::gather:
+      if (rank != world.root) break;
+      [[fallthrough]];
+    case Collective::all_gather:
+      for (int source = 0; source < world.size; ++source) {
+        const int64_t begin = displacement(call, source);
+        required.push_back({begin, begin + call.counts[source], source, -begin});
+      }
+      break;
+    case Collective::broadcast: required.push_back({0, call.counts[0], world.root, 0}); break;
+    case Collective::scatter:
+      required.push_back({0, call.counts[rank], world.root, displacement(call, rank)});
+      break;
+    case Collective::all_to_all: {
+      int64_t begin = 0;
+      for (int source = 0; source < world.size; ++source) {
+        const auto row = call.counts.begin() + static_cast<std::ptrdiff_t>(source) * world.size;
+        const int64_t end = begin + row[rank];
+        required.push_back({begin, end, source, std::accumulate(row, row + rank, int64_t{0}) - begin});
+        begin = end;
+      }
+      break;
+    }
+    case Collective::send_recv:
+      if (rank == world.peer) required.push_back({0, call.counts[0], world.root, 0});
+      break;
+    case Collective::barrier: break;
+  }
+  return required;
+}
+
+std::optional<std::string> call_fault(const Call& call) {
+  const World& world = call.world;
+  const auto n = static_cast<size_t>(std::max(world.size, 0));
+  size_t counts = 1;
+  switch (world.collective) {
+    case Collective::all_gather:
+    case Collective::reduce_scatter:
+    case Collective::gather:
+    case Collective::scatter: counts = n; break;
+    case Collective::all_to_all: counts = n * n; break;
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::barrier:
+    case Collective::send_recv: break;
+  }
+  if (world.size < 1) return "a world of " + std::to_string(world.size) + " ranks";
+  if (call.counts.size() != counts) {
+    return std::to_string(call.counts.size()) + " counts; " + name(world.collective) + " of " +
+           std::to_string(n) + " ranks takes " + std::to_string(counts);
+  }
+  for (int64_t count : call.counts) {
+    if (count < 0) return "a count of " + std::to_string(count);
+  }
+  if (world.root < 0 || world.root >= world.size || world.peer < 0 || world.peer >= world.size) {
+    return "root " + std::to_string(world.root) + " and peer " + std::to_string(world.peer) +
+           " in a world of " + std::to_string(world.size);
+  }
+  if (call.prescale != 1.0 && !reduces(world.collective)) {
+    return std::string(name(world.collective)) + " does not scale";
+  }
+  return std::nullopt;
+}
+
+}  // namespace pycomm::schedule

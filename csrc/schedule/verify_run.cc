@@ -1,0 +1,338 @@
+#include "schedule/verify_run.h"
+
+#include <algorithm>
+
+namespace pycomm::schedule {
+
+SymbolicRun::SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions& options)
+    : options_(options), n_(plans[0]->call.world.size), num_cells_(1) {
+  for (const Plan* plan : plans) {
+    CallState& call = calls_.emplace_back();
+    call.plan = plan;
+    for (int rank = 0; rank < n_; ++rank) call.buffers.push_back(buffers_of(plan->call, rank));
+    call.trips = select_trips(*plan, call.buffers, options.all_trips);
+    call.memory.resize(n_);
+    call.entry_epoch.assign(n_, -1);
+    call.entry_clock.resize(n_);
+    call.results.resize(n_);
+    num_cells_ = std::max(num_cells_, plan->cells);
+  }
+  for (int rank = 0; rank < n_; ++rank) {
+    const Term nothing =
+        expressions_.garbage("what nobody has written in rank " + std::to_string(rank) + "'s window");
+    windows_.emplace_back(kBanks, Memory({nothing.expr, 1, 0}));
+  }
+  cells_.resize(static_cast<size_t>(n_) * n_ * num_cells_);
+  ranks_.resize(n_);
+  for (RankState& state : ranks_) state.clock.assign(n_, 0);
+}
+
+std::optional<Counterexample> SymbolicRun::run() {
+  for (bool moved = true; moved && !fault_;) {
+    moved = false;
+    for (int rank = 0; rank < n_ && !fault_; ++rank) {
+      while (!fault_ && advance(rank)) moved = true;
+    }
+  }
+  for (int rank = 0; rank < n_ && !fault_; ++rank) {
+    if (ranks_[rank].phase == Phase::done) continue;
+    const Step* step = nullptr;
+    int64_t trip = 0;
+    const bool inside = ranks_[rank].phase == Phase::inside && current(rank, step, trip);
+    const auto* steps = call_of(rank).plan->programs[rank].steps.data();
+    fail(Kind::deadlock, rank, inside ? static_cast<int>(step - steps) : -1, deadlock_words(rank));
+  }
+  return fault_ ? fault_ : data_fault_;
+}
+
+bool SymbolicRun::advance(int rank) {
+  switch (ranks_[rank].phase) {
+    case Phase::outside: enter(rank); return true;
+    case Phase::gate: return pass_gate(rank);
+    case Phase::inside: return execute(rank);
+    case Phase::done: return false;
+  }
+  return false;
+}
+
+// The caller has written its buffers; the entry record says so to whoever reads it.
+void SymbolicRun::enter(int rank) {
+  RankState& state = ranks_[rank];
+  CallState& call = call_of(rank);
+  const Buffers& buffers = call.buffers[rank];
+  const auto item = static_cast<int32_t>(size_of(call.plan->call.dtype));
+  const Term before =
+      expressions_.garbage("what rank " + std::to_string(rank) + "'s caller had left in `out`");
+  const Access access{rank, state.clock[rank], state.call, Access::kEntry};
+  call.memory[rank] = std::make_unique<Memory>(Value{before.expr, 1, 0});
+  auto fill = [&](int64_t begin, int64_t bytes, const Value& value) {
+    if (bytes > 0) call.memory[rank]->put(begin, begin + bytes, value, access);
+  };
+  fill(buffers.out_begin, buffers.out_bytes, {before.expr, 1, 0});
+  fill(buffers.in_begin, buffers.in_bytes, {expressions_.leaf(rank).expr, item, buffers.in_begin});
+  call.entry_epoch[rank] = state.clock[rank]++;
+  call.entry_clock[rank] = state.clock;
+  state.phase = Phase::gate;
+  state.loop = 0;
+  state.iteration = 0;
+  state.step = 0;
+}
+
+// All have entered the call before; after a full exchange that is known without asking.
+bool SymbolicRun::pass_gate(int rank) {
+  RankState& state = ranks_[rank];
+  if (state.call > 0 && !calls_[state.call - 1].plan->full_exchange) {
+    const CallState& previous = calls_[state.call - 1];
+    for (int peer = 0; peer < n_; ++peer) {
+      if (previous.entry_epoch[peer] < 0) return false;
+    }
+    for (const Clock& clock : previous.entry_clock) {
+      for (int r = 0; r < n_; ++r) state.clock[r] = std::max(state.clock[r], clock[r]);
+    }
+  }
+  state.phase = Phase::inside;
+  return true;
+}
+
+bool SymbolicRun::current(int rank, const Step*& step, int64_t& trip) const {
+  const RankState& state = ranks_[rank];
+  const CallState& call = calls_[state.call];
+  const Program& program = call.plan->programs[rank];
+  if (state.loop == program.loops.size()) return false;
+  const Loop& loop = program.loops[state.loop];
+  const LoopTrips& trips = call.trips.loops[rank][state.loop];
+  if (state.step == loop.num_steps) return false;
+  step = &program.steps[loop.step + state.step];
+  trip = trips.first + state.iteration - step->stage;
+  return true;
+}
+
+bool SymbolicRun::execute(int rank) {
+  RankState& state = ranks_[rank];
+  const CallState& call = call_of(rank);
+  const Program& program = call.plan->programs[rank];
+  if (state.loop == program.loops.size()) {
+    leave(rank);
+    return true;
+  }
+  const Loop& loop = program.loops[state.loop];
+  const LoopTrips& trips = call.trips.loops[rank][state.loop];
+  const Step* step = nullptr;
+  int64_t trip = 0;
+  if (current(rank, step, trip)) {
+    if (trip >= trips.first && trip < trips.first + trips.count) {
+      switch (step->kind) {
+        case Step::Kind::wait:
+          if (!wait(rank, *step, trip)) return false;
+          break;
+        case Step::Kind::signal: signal(rank, *step, trip); break;
+        case Step::Kind::combine: combine(rank, *step, trips.plan_trip(trip)); break;
+      }
+    }
+    ++state.step;
+    return true;
+  }
+  state.step = 0;
+  if (++state.iteration >= trips.count + loop.stages - 1 || loop.num_steps == 0) {
+    state.iteration = 0;
+    ++state.loop;
+  }
+  return true;
+}
+
+bool SymbolicRun::wait(int rank, const Step& step, int64_t trip) {
+  RankState& state = ranks_[rank];
+  const int64_t value = step.value + trip * step.per_trip;
+  if (value <= 0) return true;
+  const std::vector<Signal>& seen = cell(rank, step.peer, step.cell);
+  const auto found = std::partition_point(seen.begin(), seen.end(), [&](const Signal& signal) {
+    return signal.call < state.call || (signal.call == state.call && signal.value < value);
+  });
+  if (found == seen.end()) return false;
+  for (int r = 0; r < n_; ++r) state.clock[r] = std::max(state.clock[r], found->clock[r]);
+  return true;
+}
+
+void SymbolicRun::signal(int rank, const Step& step, int64_t trip) {
+  RankState& state = ranks_[rank];
+  const int64_t value = step.value + trip * step.per_trip;
+  std::vector<Signal>& seen = cell(step.peer, rank, step.cell);
+  const int64_t last = !seen.empty() && seen.back().call == state.call ? seen.back().value : 0;
+  if (value <= last) {
+    return fail(Kind::malformed, rank, static_cast<int>(&step - call_of(rank).plan->programs[rank].steps.data()),
+                at(rank, &step) + ": stores " + std::to_string(value) + " in a cell that holds " +
+                    std::to_string(last) + "; a cell only grows");
+  }
+  ++state.clock[rank];
+  seen.push_back({state.call, value, state.clock});
+}
+
+void SymbolicRun::combine(int rank, const Step& step, int64_t trip) {
+  if (step.count == 0) return;
+  std::vector<Span> spans;
+  if (!formats_allowed(rank, step) || !resolve(rank, step, trip, spans) || overlaps(rank, step, spans)) return;
+  const RankState& state = ranks_[rank];
+  const auto index = static_cast<int32_t>(&step - call_of(rank).plan->programs[rank].steps.data());
+  const Access access{rank, state.clock[rank], state.call, index};
+
+  const Operand* operands = &call_of(rank).plan->programs[rank].operands[step.operand + step.num_dsts];
+  std::vector<std::vector<Elements>> sources;
+  std::vector<Memory::Piece> pieces;
+  for (int32_t s = step.num_dsts; s < step.num_dsts + step.num_srcs; ++s) {
+    const Span& span = spans[s];
+    const std::string where = place(rank, *span.operand);
+    if (auto conflict = span.memory->read(span.begin, span.end, access, state.clock, pieces)) {
+      return race(rank, &step, where, span.begin, false, *conflict);
+    }
+    sources.push_back(elements(pieces, span.begin, span.item, step.count, state.call, where));
+  }
+  const std::vector<Elements> result = compute(step, operands, sources);
+  for (int32_t d = 0; d < step.num_dsts; ++d) {
+    const Span& span = spans[d];
+    if (auto conflict = span.memory->check_write(span.begin, span.end, access, state.clock)) {
+      return race(rank, &step, place(rank, *span.operand), span.begin, true, *conflict);
+    }
+    for (const Elements& part : result) {
+      const Value value{part.term.expr, static_cast<int32_t>(span.item),
+                        span.begin - part.term.delta * span.item};
+      span.memory->put(span.begin + part.begin * span.item, span.begin + part.end * span.item, value, access);
+    }
+  }
+}
+
+bool SymbolicRun::formats_allowed(int rank, const Step& step) {
+  const CallState& call = call_of(rank);
+  const Program& program = call.plan->programs[rank];
+  const Operand* operands = &program.operands[step.operand];
+  const bool copy = step.num_srcs == 1 && operands[step.num_dsts].format == step.dst_format;
+  bool allowed = copy || step.dst_format != Format::raw;
+  for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
+    const Format format = operands[i].format;
+    allowed = allowed && (i < step.num_dsts ? format == step.dst_format : copy || format != Format::final);
+  }
+  if (!allowed) {
+    fail(Kind::malformed, rank, static_cast<int>(&step - program.steps.data()),
+         at(rank, &step) + ": no kernel takes these formats");
+  }
+  return allowed;
+}
+
+// Finds each operand's bytes at this trip, and that they are there to be used.
+bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans) {
+  CallState& call = call_of(rank);
+  const Plan& plan = *call.plan;
+  const Program& program = plan.programs[rank];
+  const auto item = static_cast<int64_t>(size_of(plan.call.dtype));
+  const auto partial = static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
+  for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
+    const Operand& operand = program.operands[step.operand + i];
+    const int64_t size = operand.format == Format::partial ? partial : item;
+    auto refuse = [&](Kind kind, const std::string& why) {
+      fail(kind, rank, static_cast<int>(&step - program.steps.data()), at(rank, &step) + ": " + why);
+      return false;
+    };
+    int64_t begin = operand.offset, room = plan.slot_bytes, base = 0;
+    if (operand.space == Space::window) {
+      base = trip % plan.slots * plan.slot_bytes;
+    } else {
+      const bool is_in = operand.space == Space::in;
+      if (operand.rank != rank && (is_in ? plan.call.in : plan.call.out) == Placement::plain) {
+        return refuse(Kind::bounds, place(rank, operand) + " is not symmetric: other ranks cannot reach it");
+      }
+      const Buffers& buffers = call.buffers[operand.rank];
+      begin += trip * operand.stride;
+      room = is_in ? buffers.in_bytes : buffers.out_bytes;
+      base = is_in ? buffers.in_begin : buffers.out_begin;
+    }
+    const int64_t end = begin + step.count * size;
+    if (begin < 0 || end > room) {
+      return refuse(Kind::bounds, "bytes [" + std::to_string(begin) + ", " + std::to_string(end) + ") of " +
+                                      place(rank, operand) + ", which has " + std::to_string(room) +
+                                      (operand.space == Space::window ? " in a slot" : ""));
+    }
+    Memory* memory = nullptr;
+    if (operand.space == Space::window) {
+      memory = &windows_[operand.rank][ranks_[rank].call % kBanks];
+    } else {
+      memory = call.memory[operand.rank].get();
+      if (memory == nullptr) {
+        return refuse(Kind::race, "touches " + place(rank, operand) + " while rank " +
+                                      std::to_string(operand.rank) +
+                                      "'s caller may still be writing it (no signal says that it has entered)");
+      }
+    }
+    spans.push_back({memory, base + begin, base + end, size, &operand});
+  }
+  return true;
+}
+
+bool SymbolicRun::overlaps(int rank, const Step& step, const std::vector<Span>& spans) {
+  for (int32_t d = 0; d < step.num_dsts; ++d) {
+    for (size_t other = d + 1; other < spans.size(); ++other) {
+      const Span &a = spans[d], &b = spans[other];
+      if (a.memory != b.memory || a.begin >= b.end || b.begin >= a.end) continue;
+      const bool in_place = static_cast<int32_t>(other) >= step.num_dsts && a.begin == b.begin && a.item == b.item;
+      if (in_place) continue;
+      fail(Kind::malformed, rank, static_cast<int>(&step - call_of(rank).plan->programs[rank].steps.data()),
+           at(rank, &step) + ": its operands overlap in " + place(rank, *a.operand));
+      return true;
+    }
+  }
+  return false;
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::elements(const std::vector<Memory::Piece>& pieces,
+                                                         int64_t begin, int64_t item, int64_t count,
+                                                         int32_t call, const std::string& where) {
+  std::vector<Elements> result;
+  int64_t next = 0;
+  auto fill_until = [&](int64_t until) {
+    if (until <= next) return;
+    result.push_back({next, until,
+                      expressions_.garbage("bytes in " + where + " that are no whole element of " +
+                                           std::to_string(item) + " bytes")});
+    next = until;
+  };
+  for (const Memory::Piece& piece : pieces) {
+    const int64_t first = (piece.begin - begin + item - 1) / item, last = (piece.end - begin) / item;
+    if (first >= last) continue;
+    Term term{piece.value.expr, 0};
+    if (!expressions_.is_garbage(piece.value.expr)) {
+      if (piece.value.size != item || (begin - piece.value.origin) % item != 0) continue;
+      term.delta = (begin - piece.value.origin) / item;
+      if (piece.call != call) {
+        term = expressions_.garbage("what call " + std::to_string(piece.call) + " left in " + where);
+      }
+    }
+    fill_until(first);
+    result.push_back({first, last, term});
+    next = last;
+  }
+  fill_until(count);
+  return result;
+}
+
+// Cuts the sources where any of them changes, and applies the kernel to each part.
+std::vector<SymbolicRun::Elements> SymbolicRun::compute(const Step& step, const Operand* operands,
+                                                        const std::vector<std::vector<Elements>>& sources) {
+  const bool copy = step.num_srcs == 1 && operands[0].format == step.dst_format;
+  std::vector<Elements> result;
+  std::vector<size_t> at(sources.size(), 0);
+  std::vector<Term> terms(sources.size());
+  for (int64_t begin = 0; begin < step.count;) {
+    int64_t end = step.count;
+    for (size_t s = 0; s < sources.size(); ++s) {
+      while (sources[s][at[s]].end <= begin) ++at[s];
+      end = std::min(end, sources[s][at[s]].end);
+      terms[s] = sources[s][at[s]].term;
+      if (!copy && operands[s].format == Format::raw) terms[s] = expressions_.lift(terms[s]);
+    }
+    Term term = expressions_.balanced(terms.data(), terms.size());
+    if (!copy && step.dst_format == Format::final) term = expressions_.finish(term);
+    result.push_back({begin, end, term});
+    begin = end;
+  }
+  return result;
+}
+
+}  // namespace pycomm::schedule

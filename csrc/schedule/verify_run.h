@@ -1,0 +1,114 @@
+// The symbolic run of one or several calls: all ranks, in one of the orders that the waits allow.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "schedule/verify.h"
+#include "schedule/verify_memory.h"
+#include "schedule/verify_trips.h"
+
+namespace pycomm::schedule {
+
+class SymbolicRun {
+ public:
+  SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions& options);
+  std::optional<Counterexample> run();
+
+ private:
+  using Kind = Counterexample::Kind;
+  static constexpr int kBanks = 2;
+
+  // Elements [begin, end) of an operand or a buffer; element j holds `term` at index j.
+  struct Elements {
+    int64_t begin, end;
+    Term term;
+  };
+  struct CallState {
+    const Plan* plan;
+    TripSelection trips;
+    std::vector<Buffers> buffers;
+    std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
+    std::vector<int32_t> entry_epoch;             // -1: not entered
+    std::vector<Clock> entry_clock;
+    std::vector<std::vector<Elements>> results;   // reductions that all ranks must hold alike
+    int ended = 0;
+  };
+  struct Signal {
+    int32_t call;
+    int64_t value;
+    Clock clock;
+  };
+  enum class Phase : uint8_t { outside, gate, inside, done };
+  struct RankState {
+    Phase phase = Phase::outside;
+    int32_t call = 0;
+    size_t loop = 0;
+    int64_t iteration = 0;  // from the loop's first
+    int32_t step = 0;       // in the loop
+    Clock clock;
+  };
+  // A resolved operand of the combine at hand.
+  struct Span {
+    Memory* memory;
+    int64_t begin, end;
+    int64_t item;
+    const Operand* operand;
+  };
+
+  // Each returns whether the rank moved.
+  bool advance(int rank);
+  bool pass_gate(int rank);
+  bool execute(int rank);
+  bool wait(int rank, const Step& step, int64_t trip);
+
+  void enter(int rank);
+  void leave(int rank);
+  void signal(int rank, const Step& step, int64_t trip);
+  void combine(int rank, const Step& step, int64_t trip);
+  bool resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans);
+  bool formats_allowed(int rank, const Step& step);
+  bool overlaps(int rank, const Step& step, const std::vector<Span>& spans);
+  std::vector<Elements> elements(const std::vector<Memory::Piece>& pieces, int64_t begin, int64_t item,
+                                 int64_t count, int32_t call, const std::string& where);
+  std::vector<Elements> compute(const Step& step, const Operand* operands,
+                                const std::vector<std::vector<Elements>>& sources);
+  void check_exchange(int rank);
+  void check_output(int rank);
+  void check_input(int rank);
+  void check_required(int rank, const Required& required, const std::vector<Elements>& held);
+  void check_same_results(int call);
+
+  CallState& call_of(int rank) { return calls_[ranks_[rank].call]; }
+  std::vector<Signal>& cell(int reader, int writer, int index) {
+    return cells_[(static_cast<size_t>(reader) * n_ + writer) * num_cells_ + index];
+  }
+  // The step that a rank is at, and its trip; false between loops' ends.
+  bool current(int rank, const Step*& step, int64_t& trip) const;
+
+  // Words.
+  void fail(Kind kind, int rank, int step, const std::string& what);
+  void data_fault(int rank, const std::string& what);
+  void race(int rank, const Step* step, const std::string& place, int64_t base, bool writes,
+            const Conflict& conflict);
+  std::string at(int rank, const Step* step) const;
+  std::string place(int rank, const Operand& operand) const;
+  std::string deadlock_words(int rank) const;
+  std::string blocked_words(int rank, int& on) const;
+
+  const VerifyOptions& options_;
+  int n_;
+  int num_cells_;
+  Expressions expressions_;
+  std::vector<CallState> calls_;
+  std::vector<std::vector<Memory>> windows_;  // by rank and bank
+  std::vector<std::vector<Signal>> cells_;
+  std::vector<RankState> ranks_;
+  std::optional<Counterexample> fault_;       // ends the run
+  std::optional<Counterexample> data_fault_;  // told if nothing more basic is wrong
+};
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,189 @@
+#include "schedule/verify_trips.h"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <tuple>
+
+namespace pycomm::schedule {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
+
+using Cell = std::tuple<int, int, int>;  // writer, reader, index
+
+Cell cell_of(int rank, const Step& step) {
+  return step.kind == Step::Kind::signal ? Cell{rank, step.peer, step.cell} : Cell{step.peer, rank, step.cell};
+}
+
+bool same_loops(const Plan& plan) {
+  const std::vector<Loop>* common = nullptr;
+  for (const Program& program : plan.programs) {
+    if (program.loops.empty()) continue;
+    if (common == nullptr) common = &program.loops;
+    const bool same = std::equal(common->begin(), common->end(), program.loops.begin(), program.loops.end(),
+                                 [](const Loop& a, const Loop& b) {
+                                   return a.first == b.first && a.trips == b.trips && a.stages == b.stages;
+                                 });
+    if (!same) return false;
+  }
+  return common != nullptr;
+}
+
+// The largest distance in trips of a value from its own trip's; nothing if cells do not count alike everywhere.
+std::optional<int64_t> signal_distance(const Plan& plan) {
+  std::map<Cell, int64_t> per_trip;
+  int64_t distance = 0;
+  for (size_t rank = 0; rank < plan.programs.size(); ++rank) {
+    for (const Step& step : plan.programs[rank].steps) {
+      if (step.kind == Step::Kind::combine) continue;
+      const auto known = per_trip.emplace(cell_of(static_cast<int>(rank), step), step.per_trip).first;
+      if (step.per_trip < 1 || known->second != step.per_trip) return std::nullopt;
+      distance = std::max(distance, ceil_div(std::abs(step.value), step.per_trip));
+    }
+  }
+  return distance;
+}
+
+// No wait of this loop is for a signal of a later iteration.
+bool waits_for_the_past(const Plan& plan, size_t loop) {
+  std::map<Cell, std::vector<const Step*>> signals;
+  auto each_step = [&](auto&& visit) {
+    for (size_t rank = 0; rank < plan.programs.size(); ++rank) {
+      const Program& program = plan.programs[rank];
+      if (program.loops.empty()) continue;
+      for (int32_t i = 0; i < program.loops[loop].num_steps; ++i) {
+        const Step& step = program.steps[program.loops[loop].step + i];
+        if (!visit(static_cast<int>(rank), step)) return false;
+      }
+    }
+    return true;
+  };
+  each_step([&](int rank, const Step& step) {
+    if (step.kind == Step::Kind::signal) signals[cell_of(rank, step)].push_back(&step);
+    return true;
+  });
+  return each_step([&](int rank, const Step& wait) {
+    if (wait.kind != Step::Kind::wait) return true;
+    const std::vector<const Step*>& candidates = signals[cell_of(rank, wait)];
+    return std::any_of(candidates.begin(), candidates.end(), [&](const Step* signal) {
+      return ceil_div(wait.value - signal->value, wait.per_trip) + signal->stage <= wait.stage;
+    });
+  });
+}
+
+// One operand's bytes in a rank's buffers over all trips of a loop.
+struct Span {
+  int64_t first_trip, trips;
+  int64_t begin, bytes;  // at trip 0
+  int64_t stride;
+  size_t loop;
+  bool write;
+  int64_t lowest() const { return begin + (first_trip + (stride < 0 ? trips - 1 : 0)) * stride; }
+  int64_t end() const { return begin + (first_trip + (stride < 0 ? 0 : trips - 1)) * stride + bytes; }
+};
+
+std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vector<Buffers>& buffers) {
+  const auto item = static_cast<int64_t>(size_of(plan.call.dtype));
+  const auto partial = static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
+  std::vector<std::vector<Span>> spans(plan.programs.size());
+  for (const Program& program : plan.programs) {
+    for (size_t loop = 0; loop < program.loops.size(); ++loop) {
+      const Loop& l = program.loops[loop];
+      for (int32_t s = 0; s < l.num_steps; ++s) {
+        const Step& step = program.steps[l.step + s];
+        if (step.kind != Step::Kind::combine || step.count == 0) continue;
+        for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
+          const Operand& operand = program.operands[step.operand + i];
+          if (operand.space == Space::window) continue;
+          const Buffers& owner = buffers[operand.rank];
+          const int64_t base = operand.space == Space::in ? owner.in_begin : owner.out_begin;
+          spans[operand.rank].push_back(
+              {l.first, l.trips, base + operand.offset,
+               step.count * (operand.format == Format::partial ? partial : item), operand.stride, loop,
+               i < step.num_dsts});
+        }
+      }
+    }
+  }
+  for (auto& owned : spans) {
+    std::sort(owned.begin(), owned.end(), [](const Span& a, const Span& b) { return a.lowest() < b.lowest(); });
+  }
+  return spans;
+}
+
+// Groups a rank's spans that reach each other; each group of this loop must step through memory as one, by strides
+// that its trips do not exceed. Adds what the trips [from, to) write.
+bool trips_are_disjoint(const std::vector<Span>& spans, size_t loop, int64_t from, int64_t to,
+                        std::vector<ByteRange>& written) {
+  for (size_t begin = 0; begin < spans.size();) {
+    int64_t reach = spans[begin].end();
+    bool in_loop = false, others = false, write = false, same_stride = true;
+    int64_t lowest = INT64_MAX, highest = INT64_MIN;
+    size_t end = begin;
+    for (; end < spans.size() && (end == begin || spans[end].lowest() < reach); ++end) {
+      const Span& span = spans[end];
+      reach = std::max(reach, span.end());
+      (span.loop == loop ? in_loop : others) = true;
+      write = write || span.write;
+      same_stride = same_stride && span.stride == spans[begin].stride;
+      lowest = std::min(lowest, span.begin);
+      highest = std::max(highest, span.begin + span.bytes);
+    }
+    const int64_t stride = spans[begin].stride;
+    begin = end;
+    if (!in_loop) continue;
+    if (others || !same_stride || highest - lowest > stride) return false;
+    if (write) written.push_back({lowest + from * stride, lowest + to * stride});
+  }
+  return true;
+}
+
+}  // namespace
+
+TripSelection select_trips(const Plan& plan, const std::vector<Buffers>& buffers, bool all_trips) {
+  const size_t n = plan.programs.size();
+  TripSelection selection;
+  selection.left_out.resize(n);
+  const Program* model = nullptr;
+  for (const Program& program : plan.programs) {
+    std::vector<LoopTrips>& loops = selection.loops.emplace_back();
+    for (const Loop& loop : program.loops) loops.push_back({loop.first, loop.trips, loop.trips, 0, 0});
+    if (!program.loops.empty()) model = &program;
+  }
+  if (all_trips || model == nullptr || plan.slots < 1 || !same_loops(plan)) return selection;
+  const std::optional<int64_t> distance = signal_distance(plan);
+  if (!distance) return selection;
+
+  std::vector<std::vector<Span>> spans;
+  int64_t shift = 0;
+  for (size_t loop = 0; loop < model->loops.size(); ++loop) {
+    const Loop& l = model->loops[loop];
+    const int64_t needed = plan.slots + *distance + l.stages + 2;
+    const int64_t gap = std::max<int64_t>(0, l.trips - needed) / plan.slots * plan.slots;
+    const int64_t head = needed - 1;
+    bool cut = gap > 0 && waits_for_the_past(plan, loop);
+    if (cut) {
+      if (spans.empty()) spans = spans_by_owner(plan, buffers);
+      auto left_out = selection.left_out;
+      for (size_t rank = 0; cut && rank < n; ++rank) {
+        cut = trips_are_disjoint(spans[rank], loop, l.first + head, l.first + head + gap, left_out[rank]);
+      }
+      if (cut) selection.left_out = std::move(left_out);
+    }
+    for (auto& loops : selection.loops) {
+      if (loops.empty()) continue;
+      loops[loop] = cut ? LoopTrips{l.first - shift, l.trips - gap, head, shift, gap}
+                        : LoopTrips{l.first - shift, l.trips, l.trips, shift, 0};
+    }
+    if (cut) shift += gap;
+  }
+  for (auto& ranges : selection.left_out) {
+    std::sort(ranges.begin(), ranges.end(),
+              [](const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; });
+  }
+  return selection;
+}
+
+}  // namespace pycomm::schedule

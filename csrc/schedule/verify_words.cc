@@ -1,0 +1,103 @@
+// Counterexamples in words.
+#include "schedule/verify_run.h"
+
+namespace pycomm::schedule {
+
+void SymbolicRun::fail(Kind kind, int rank, int step, const std::string& what) {
+  if (!fault_) fault_ = {kind, rank, ranks_[rank].call, step, what};
+}
+
+void SymbolicRun::data_fault(int rank, const std::string& what) {
+  if (!data_fault_) data_fault_ = {Kind::data, rank, ranks_[rank].call, -1, at(rank, nullptr) + what};
+}
+
+std::string SymbolicRun::at(int rank, const Step* step) const {
+  const RankState& state = ranks_[rank];
+  const Plan& plan = *calls_[state.call].plan;
+  std::string text;
+  if (calls_.size() > 1) {
+    text = "call " + std::to_string(state.call) + " (" + name(plan.call.world.collective) + ", " +
+           plan.algorithm + "), ";
+  }
+  if (step == nullptr) return text + "rank " + std::to_string(rank) + " at its end: ";
+  text += describe(plan, rank, *step);
+  const Step* now = nullptr;
+  int64_t trip = 0;
+  if (current(rank, now, trip)) {
+    const int64_t real = calls_[state.call].trips.loops[rank][state.loop].plan_trip(trip);
+    if (real != 0) text += ", trip " + std::to_string(real);
+  }
+  return text;
+}
+
+std::string SymbolicRun::place(int rank, const Operand& operand) const {
+  if (operand.space == Space::window) {
+    return "rank " + std::to_string(operand.rank) + "'s window";
+  }
+  const char* buffer = operand.space == Space::in ? "`in`" : "`out`";
+  if (operand.rank == rank) return std::string("its ") + buffer;
+  return "rank " + std::to_string(operand.rank) + "'s " + buffer;
+}
+
+void SymbolicRun::race(int rank, const Step* step, const std::string& where, int64_t base, bool writes,
+                       const Conflict& conflict) {
+  const Access& earlier = conflict.earlier;
+  const std::string bytes =
+      " [" + std::to_string(conflict.begin - base) + ", " + std::to_string(conflict.end - base) + ")";
+  std::string text = at(rank, step);
+  if (step == nullptr) {
+    text += "the caller may write bytes" + bytes + " of " + where;
+  } else {
+    text += std::string(": ") + (writes ? "writes" : "reads") + " bytes" + bytes + " of its operand in " + where;
+  }
+  text += " while ";
+  const std::string other = "rank " + std::to_string(earlier.rank);
+  if (earlier.step == Access::kEntry || earlier.step == Access::kEnd) {
+    text += other + "'s caller may " +
+            (earlier.step == Access::kEntry ? "not have finished writing them before its entry"
+                                            : "already use them after its end");
+  } else {
+    const Plan& plan = *calls_[earlier.call].plan;
+    if (earlier.call != ranks_[rank].call) text += "in call " + std::to_string(earlier.call) + " ";
+    text += describe(plan, earlier.rank, plan.programs[earlier.rank].steps[earlier.step]) + " may still be " +
+            (conflict.earlier_writes ? "writing" : "reading") + " them";
+  }
+  const int index = step == nullptr
+                        ? -1
+                        : static_cast<int>(step - calls_[ranks_[rank].call].plan->programs[rank].steps.data());
+  fail(Kind::race, rank, index, text + " (no signal orders the two)");
+}
+
+// What a rank that cannot move waits for, and on whom.
+std::string SymbolicRun::blocked_words(int rank, int& on) const {
+  const RankState& state = ranks_[rank];
+  on = -1;
+  if (state.phase == Phase::done) return "rank " + std::to_string(rank) + " has ended";
+  if (state.phase == Phase::gate) {
+    const CallState& previous = calls_[state.call - 1];
+    for (on = 0; previous.entry_epoch[on] >= 0;) ++on;
+    return "rank " + std::to_string(rank) + " waits to enter call " + std::to_string(state.call) +
+           " until rank " + std::to_string(on) + " has entered the one before";
+  }
+  const Step* step = nullptr;
+  int64_t trip = 0;
+  current(rank, step, trip);
+  on = step->peer;
+  const auto& seen = cells_[(static_cast<size_t>(rank) * n_ + step->peer) * num_cells_ + step->cell];
+  const int64_t held = !seen.empty() && seen.back().call == state.call ? seen.back().value : 0;
+  return at(rank, step) + ": waits for ever for " + std::to_string(step->value + trip * step->per_trip) +
+         " in a cell that holds " + std::to_string(held);
+}
+
+std::string SymbolicRun::deadlock_words(int rank) const {
+  std::string text;
+  std::vector<bool> told(n_, false);
+  for (int now = rank, on = -1; now >= 0; now = on) {
+    if (told[now]) return text + "; and so round";
+    told[now] = true;
+    text += (text.empty() ? "" : "; ") + blocked_words(now, on);
+  }
+  return text;
+}
+
+}  // namespace pycomm::schedule
