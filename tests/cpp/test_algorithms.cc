@@ -394,3 +394,156 @@ TEST(names_are_found) {
   }
   CHECK_THROWS(ValueError, find_algorithm(Collective::barrier, "ring"));
 }
+
+// ---- the plans ----
+
+namespace {
+
+int blocks_of(const World& w) {
+  switch (w.collective) {
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::barrier:
+    case Collective::send_recv:
+      return 1;
+    case Collective::reduce_scatter:
+    case Collective::all_gather:
+    case Collective::gather:
+    case Collective::scatter:
+      return w.size;
+    case Collective::all_to_all:
+      return w.size * w.size;
+  }
+  return 0;
+}
+
+// Counts of `about` elements a block; uneven ones differ from block to block and are zero here and there. In
+// place, what a rank sends to another must be as long as what it gets.
+std::vector<int64_t> counts_of(const World& w, int64_t about, bool uneven, bool in_place = false) {
+  if (w.collective == Collective::barrier) return {0};
+  std::vector<int64_t> counts(blocks_of(w), about);
+  for (int b = 0; uneven && b < blocks_of(w); ++b) {
+    const int from = b / w.size, to = b % w.size;
+    const int pair = in_place && from > to ? to * w.size + from : b;
+    counts[b] = pair % 5 == 1 ? 0 : about * (pair % 3 + 1) / 3 + pair % 4;
+  }
+  return counts;
+}
+
+// A geometry in which a block of `elements` float32 goes through the window in one trip.
+Geometry trips_of(const World& w, int64_t elements) {
+  const int64_t blocks = w.collective == Collective::all_to_all ? w.size : blocks_of(w);
+  Geometry geometry;
+  geometry.trip_bytes = std::max<int64_t>(elements * blocks * 4, 64);
+  geometry.bank_bytes = int64_t{1} << 40;
+  return geometry;
+}
+
+// Proves one plan, or says what is wrong. Returns its trips.
+int64_t prove(const Algorithm& algorithm, const Call& call, const Geometry& geometry) {
+  std::string what;
+  int64_t trips = 0;
+  try {
+    const Plan plan = make_plan(algorithm.name, call, geometry);
+    if (const auto wrong = verify(plan, {.balanced = algorithm.balanced})) what = wrong->what;
+    for (const Loop& loop : plan.programs[call.world.root].loops) trips += loop.trips;
+  } catch (const ValueError& error) {
+    what = error.what();
+  }
+  if (what.empty()) return trips;
+  what = title(algorithm.name, call.world) + ", in " + (call.in == Placement::plain ? "plain" : "symmetric") +
+         ", out " + (call.out == Placement::plain ? "plain" : "symmetric") +
+         (call.in_place ? ", in place" : "") + ", " + std::to_string(call.counts[0]) +
+         " elements, trips of " + std::to_string(geometry.trip_bytes) + " bytes: " + what;
+  check::fail(__FILE__, __LINE__, what);
+  return trips;
+}
+
+struct Buffers {
+  Placement in, out;
+  bool in_place;
+};
+
+constexpr Buffers kBuffers[] = {
+    {Placement::plain, Placement::plain, false},         {Placement::plain, Placement::plain, true},
+    {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
+    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false},
+};
+
+// Every placement, counts that do not divide, are smaller than the world, are zero; one trip and many.
+void prove_all(const Algorithm& algorithm, const World& world) {
+  const int n = world.size;
+  for (const Buffers& buffers : kBuffers) {
+    if (n > 17 && buffers.in != buffers.out) continue;
+    Call call{
+        .world = world, .counts = {}, .in = buffers.in, .out = buffers.out, .in_place = buffers.in_place};
+    const int64_t width = 16 * n + 16;  // a line for every rank, and one that does not divide
+    for (int64_t count : {int64_t{0}, int64_t{1}, int64_t{n - 1}, 33 * width + 7}) {
+      if (n > 17 && count < n) continue;
+      call.counts = counts_of(world, count, false);
+      prove(algorithm, call, trips_of(world, 64 * width));
+    }
+    call.counts = counts_of(world, 12 * width + 37, false);
+    const int64_t trips = prove(algorithm, call, trips_of(world, width));
+    // More than there are slots, so that each is used again, wherever there is something to show.
+    const bool local = n == 1 || (world.collective == Collective::send_recv && world.root == world.peer);
+    if (!local && buffers.in == Placement::plain && world.collective != Collective::barrier) CHECK(trips > 6);
+    if (blocks_of(world) > 1 && world.collective != Collective::barrier) {
+      call.counts = counts_of(world, 3 * width + 5, true, call.in_place);
+      prove(algorithm, call, trips_of(world, 64 * width));
+      if (n <= 17) prove(algorithm, call, trips_of(world, 32));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(plans_are_proved) {
+  for (const Algorithm& algorithm : algorithms())
+    for (int n : kWorlds)
+      for (const World& world : worlds_of(algorithm.collective, n, 5)) prove_all(algorithm, world);
+}
+
+// Small floats have wider partial sums, and avg divides.
+TEST(plans_of_other_types_are_proved) {
+  for (const Algorithm& algorithm : algorithms()) {
+    for (int n : {2, 3, 5, 8}) {
+      const World world{algorithm.collective, n, n - 1, 0};
+      for (DType dtype : {DType::bfloat16, DType::float8_e5m2, DType::complex128}) {
+        Call call{.world = world, .dtype = dtype, .op = Op::avg, .counts = counts_of(world, 5000, false)};
+        prove(algorithm, call, trips_of(world, 512));
+        prove(algorithm, call, trips_of(world, 1 << 16));
+      }
+    }
+  }
+}
+
+// Calls that follow each other reuse windows: all pairs of algorithms, and some triples.
+TEST(sequences_are_proved) {
+  for (int n : {2, 3, 4, 5}) {
+    for (Placement placement : {Placement::plain, Placement::symmetric}) {
+      std::vector<Plan> plans;
+      for (const Algorithm& algorithm : algorithms()) {
+        const World world{algorithm.collective, n, n / 2, n - 1};
+        const Call call{
+            .world = world, .counts = counts_of(world, 1000, false), .in = placement, .out = placement};
+        plans.push_back(make_plan(algorithm.name, call, trips_of(world, 240)));
+      }
+      const auto check_sequence = [&](const std::vector<const Plan*>& calls) {
+        const auto wrong = verify_sequence(calls);
+        if (!wrong) return;
+        std::string names;
+        for (const Plan* plan : calls) names += title(plan->algorithm, plan->call.world) + "; ";
+        check::fail(__FILE__, __LINE__, names + "call " + std::to_string(wrong->call) + ": " + wrong->what);
+      };
+      for (size_t a = 0; a < plans.size(); ++a) {
+        for (size_t b = 0; b < plans.size(); ++b) {
+          check_sequence({&plans[a], &plans[b]});
+          if ((a + 2 * b) % 5 == 0) check_sequence({&plans[a], &plans[b], &plans[a]});
+          if ((2 * a + b) % 7 == 0) check_sequence({&plans[a], &plans[b], &plans[(a + b) % plans.size()]});
+        }
+      }
+    }
+  }
+}
