@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
-CXX_SOURCES = $(shell find csrc tests bench -name '*.cc' -o -name '*.h')
+CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h')
 export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test build lint format stubs check-stubs sanitize clean
