@@ -1,0 +1,3 @@
+from pycomm.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,47 @@
+"""`pycomm COMMAND ...`, also `python -m pycomm`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import pycomm
+
+COMMANDS = {
+    "run": "start the ranks of a job on this machine",
+    "bench": "measure the collectives, beside MPI and Gloo where they are installed",
+    "verify": "prove that the plans of an algorithm are right",
+    "explain": "say which plan a call would run, and why",
+    "info": "say what this machine and this installation have",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="pycomm", description="Collective communication for training.")
+    parser.add_argument("--version", action="version", version=f"pycomm {pycomm.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        if argv and argv[0] == name:
+            module = importlib.import_module(f"pycomm.cli.{name}")
+            module.configure(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def fail(message: str) -> int:
+    """For what the user can mend: one line on stderr, and argparse's exit code for it."""
+    print(f"pycomm: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

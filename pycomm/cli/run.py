@@ -1,0 +1,32 @@
+"""`pycomm run -n N [-m] script args`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from pycomm.cli.main import fail
+from pycomm.launch import launch
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Each rank runs on its own cores where there are enough, reads nothing from stdin, and prints"
+        " lines that start"
+        " with its number. When one fails the others are ended, and its exit code is this command's."
+    )
+    parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument(
+        "-m", dest="module", action="store_true", help="SCRIPT names a module, as for python -m"
+    )
+    parser.add_argument("script", help="the Python file to run")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="what it gets as its arguments")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.size < 1:
+        return fail(f"-n {args.size}: start at least one rank")
+    if not args.module and not os.path.exists(args.script):
+        return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
+    return launch([sys.executable, *(["-m"] if args.module else []), args.script, *args.args], args.size)

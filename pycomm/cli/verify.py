@@ -1,0 +1,141 @@
+"""`pycomm verify`: proves plans, and puts into words what is wrong with one that is not right."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pycomm import _native
+from pycomm.cli.main import fail
+
+COLLECTIVES = (
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "barrier",
+)
+ROOTED = ("broadcast", "reduce", "gather", "scatter")
+
+
+@dataclass(frozen=True)
+class Case:
+    collective: str
+    algorithm: str
+    size: int
+    count: int
+    root: int
+    placement: str
+    dtype: str
+    op: str
+
+    def counterexample(self) -> str | None:
+        return _native.verify(
+            self.algorithm,
+            self.collective,
+            self.size,
+            self.count,
+            root=self.root,
+            placement=self.placement,
+            dtype=self.dtype,
+            op=self.op,
+        )
+
+    def __str__(self) -> str:
+        root = f" from root {self.root}" if self.root else ""
+        return (
+            f"{self.algorithm} {self.collective} of {self.count} {self.dtype} ({self.op}) on {self.size}"
+            f" ranks{root},"
+            f" {self.placement} buffers"
+        )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--algorithm", default="all", help="names, separated by commas (all)")
+    parser.add_argument("--collective", default="all", help="names, separated by commas (all)")
+    parser.add_argument(
+        "--ranks", default="1-17,24,32,64", help="world sizes: numbers and ranges (1-17,24,32,64)"
+    )
+    parser.add_argument("--counts", default="0,1,7,1001,300007", help="elements (0,1,7,1001,300007)")
+    parser.add_argument("--dtype", default="float32", help="element type (float32)")
+    parser.add_argument("--op", default="sum", help="operator of the reductions (sum)")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        collectives = COLLECTIVES if args.collective == "all" else args.collective.split(",")
+        algorithms = {name: _algorithms(name, args.algorithm) for name in collectives}
+        sizes, counts = numbers(args.ranks), numbers(args.counts)
+    except ValueError as error:
+        return fail(str(error))
+    if not any(algorithms.values()):
+        return fail(
+            f"--algorithm {args.algorithm} --collective {args.collective}: no algorithm has these names"
+        )
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+        from rich.table import Table
+    except ImportError:
+        return fail("this needs rich: pip install rich")
+
+    table = Table("collective", "algorithm", "ranks", "plans", "seconds", "result")
+    failure: tuple[Case, str] | None = None
+    pairs = [(collective, name) for collective, names in algorithms.items() for name in names]
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        for collective, algorithm in progress.track(pairs, description="proving"):
+            start, proved, found = time.perf_counter(), 0, None
+            for case in _cases(collective, algorithm, sizes, counts, args.dtype, args.op):
+                try:
+                    found = case.counterexample()
+                except (TypeError, ValueError) as error:
+                    return fail(f"{case}: {error}")
+                if found:
+                    failure = failure or (case, found)
+                    break
+                proved += 1
+            seconds = f"{time.perf_counter() - start:.2f}"
+            result = f"[red]wrong[/] on {case.size} ranks" if found else "[green]proved[/]"
+            table.add_row(collective, algorithm, args.ranks, str(proved), seconds, result)
+    console.print(table)
+    if failure:
+        case, found = failure
+        console.print(f"{case}:\n  {found}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers that a list such as "1-4,8" means."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            found += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise ValueError(f"{part!r} in {text!r} is neither a number nor a range such as 1-17") from None
+    return found
+
+
+def _algorithms(collective: str, wanted: str) -> list[str]:
+    known = _native.algorithms(collective)
+    return known if wanted == "all" else [name for name in known if name in wanted.split(",")]
+
+
+def _cases(
+    collective: str, algorithm: str, sizes: list[int], counts: list[int], dtype: str, op: str
+) -> Iterator[Case]:
+    """For roots the first, one inside and the last stand for all."""
+    for size in sizes:
+        roots = sorted({0, size // 2, size - 1}) if collective in ROOTED else [0]
+        for count in counts if collective != "barrier" else [0]:
+            for root in roots:
+                for placement in ("plain", "symmetric"):
+                    yield Case(collective, algorithm, size, count, root, placement, dtype, op)

@@ -1,0 +1,195 @@
+"""How a process comes by a communicator, and what a communicator can do that need not be fast.
+
+The collectives themselves are native methods, called with no Python frame between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from pycomm import _native, objects
+from pycomm.world import find_world
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """Where ranks leave each other a few bytes. The stores of torch.distributed are such."""
+
+    def set(self, key: str, value: bytes, /) -> object: ...
+    def get(self, key: str, /) -> bytes | str:
+        """Waits until the key is there."""
+
+
+@dataclass(frozen=True)
+class premul_sum:
+    """The operator that multiplies every rank's values by `factor` as they are read, and sums them."""
+
+    factor: float
+
+
+class Communicator(_native.Communicator):
+    """A group of ranks that communicate, as one of them sees it.
+
+    It is also a context manager that closes the group at the end.
+    """
+
+    def broadcast_object(self, obj: object, root: int = 0) -> objects.Object:
+        """Rank `root`'s object, on every rank; the others' `obj` is ignored.
+
+        For the types of JSON and bytes (see pycomm.objects). What root cannot encode is root's TypeError and
+        a ValueError on the others; the group stays usable.
+        """
+        payload, error = _try_encode(obj) if self.rank == root else (b"", None)
+        length = np.array([-1 if error else len(payload)], np.int64)
+        self.broadcast(length, root=root)
+        _raise_failures(error, [root] if length[0] < 0 else [])
+        data = _buffer(payload) if self.rank == root else np.empty(int(length[0]), np.uint8)
+        self.broadcast(data, root=root)
+        return objects.decode(data.tobytes())
+
+    def all_gather_object(self, obj: object) -> list[objects.Object]:
+        """Every rank's object, in rank order, on every rank. Types and errors are those of
+        broadcast_object."""
+        payload, error = _try_encode(obj)
+        lengths = np.empty(self.size, np.int64)
+        self.all_gather(np.array([-1 if error else len(payload)], np.int64), out=lengths)
+        _raise_failures(error, [rank for rank, length in enumerate(lengths) if length < 0])
+        data = np.empty(int(lengths.sum()), np.uint8)
+        self.all_gather(_buffer(payload), out=data, counts=lengths.tolist())
+        return [objects.decode(part.tobytes()) for part in np.split(data, np.cumsum(lengths)[:-1])]
+
+    def split(self, color: int, key: int = 0) -> Communicator:
+        """The group of those ranks that gave the same color, ordered by key and then by rank here."""
+        return type(self)(super().split(color, key))
+
+    def shrink(self) -> Communicator:
+        """The group of those ranks that are still there."""
+        return type(self)(super().shrink())
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pycomm.Communicator rank {self.rank} of {self.size}>"
+
+
+def init(
+    *,
+    store: Store | None = None,
+    rank: int | None = None,
+    size: int | None = None,
+    timeout: float | None = None,
+) -> Communicator:
+    """Joins the other ranks and returns the communicator of all of them.
+
+    The world is what the launcher says (pycomm.world), or what `store`, `rank` and `size` say, which go
+    together. `timeout`, in seconds, is how long to wait for a rank that is late, here and in every call on
+    the group; without it PYCOMM_TIMEOUT holds. Every call of `init` makes a group of its own, and all ranks
+    make the same calls in the same order.
+    """
+    if store is not None and rank is not None and size is not None:
+        if not 0 <= rank < size:
+            raise ValueError(f"rank={rank} does not fit size={size}: ranks go from 0 to size - 1")
+        address = _meet_at(store, rank)
+    elif store is None and rank is None and size is None:
+        world = find_world()
+        rank, size = world.rank, world.size
+        address = f"{world.address}|{next(_init_calls)}"
+    else:
+        raise ValueError(
+            f"store={store!r}, rank={rank!r}, size={size!r}: give all three, or none to take the"
+            " launcher's word"
+        )
+    return Communicator(_native.join(rank, size, address, timeout))
+
+
+def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None = None) -> list[T]:
+    """Runs `fn(comm)` on `n` rank threads of this process; returns what they returned, in rank order.
+
+    If one raises, its communicator is closed, so that the others get PeerLostError rather than wait for it;
+    when all have ended, the error that came first is raised here.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: a group has at least one rank")
+    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout)]
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+
+    def run(comm: Communicator) -> None:
+        try:
+            results[comm.rank] = fn(comm)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            comm.close()
+
+    threads = [
+        threading.Thread(target=run, args=(comm,), name=f"pycomm rank {rank}", daemon=True)
+        for rank, comm in enumerate(comms)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C comes to this thread only
+        for comm in comms:
+            comm.close()
+        raise
+    if errors:
+        consequences = (_native.PeerLostError, _native.AbortedError)
+        raise next((error for error in errors if not isinstance(error, consequences)), errors[0])
+    return [results[rank] for rank in range(n)]
+
+
+_init_calls = itertools.count()
+_store_calls: WeakKeyDictionary[Store, itertools.count[int]] = WeakKeyDictionary()
+
+
+def _meet_at(store: Store, rank: int) -> str:
+    """Rank 0 makes up the address; the others read it."""
+    key = f"pycomm/{next(_store_calls.setdefault(store, itertools.count()))}"
+    if rank == 0:
+        address = secrets.token_hex(16)
+        store.set(key, address.encode())
+        return address
+    value = store.get(key)
+    return value if isinstance(value, str) else bytes(value).decode()
+
+
+def _buffer(payload: bytes) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(bytearray(payload), np.uint8)  # of a bytearray: writable
+
+
+def _try_encode(obj: object) -> tuple[bytes, Exception | None]:
+    # Raised only after the others have been told: they would wait for this rank until the deadline.
+    try:
+        return objects.encode(obj), None
+    except (TypeError, ValueError) as error:
+        return b"", error
+
+
+def _raise_failures(error: Exception | None, failed: list[int]) -> None:
+    if error:
+        raise error
+    if failed:
+        ranks = ", ".join(map(str, failed))
+        raise ValueError(
+            f"rank {ranks} gave an object that cannot be sent: the TypeError or ValueError there says why"
+        )

@@ -1,0 +1,252 @@
+"""`pycomm run`: starts the ranks of a job on this machine, and sees to it that they end together.
+
+One loop, woken by the ranks' output, their ends and the signals that come here. A rank is a session of its
+own, so that a signal from the terminal reaches it once, through here, and the processes it started can be
+ended with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import re
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_LINE = re.compile(rb"[^\r\n]*[\r\n]")  # a progress bar ends its lines with a carriage return
+_COLORS = (36, 33, 35, 32, 34, 31)
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(command: Sequence[str], size: int) -> int:
+    """Runs `command` as ranks 0 to size - 1; returns the exit code of the first that failed (128 + signal if
+    by a signal), or 0."""
+    with _Job(size) as job:
+        for rank, cores in enumerate(split_cores(size)):
+            job.start(rank, command, cores)
+        return job.run()
+
+
+def split_cores(size: int) -> list[set[int]]:
+    """The CPUs of each rank: its own cores, next to each other; all of them if there are not enough."""
+    allowed = os.sched_getaffinity(0)
+    cores: dict[tuple[int, int], list[int]] = {}
+    for cpu in sorted(allowed):
+        cores.setdefault(_place(cpu), []).append(cpu)
+    # Hardware threads of one core stay together, as long as there is a core for each rank.
+    units = [cores[place] for place in sorted(cores)]
+    if len(units) < size:
+        units = [[cpu] for unit in units for cpu in unit]
+    if len(units) < size:
+        return [set(allowed) for _ in range(size)]
+    bounds = [len(units) * rank // size for rank in range(size + 1)]
+    return [{cpu for unit in units[bounds[r] : bounds[r + 1]] for cpu in unit} for r in range(size)]
+
+
+def _place(cpu: int) -> tuple[int, int]:
+    """Package, and the first hardware thread of the CPU's core."""
+    topology = f"/sys/devices/system/cpu/cpu{cpu}/topology/"
+    try:
+        with (
+            open(topology + "physical_package_id") as package,
+            open(topology + "thread_siblings_list") as siblings,
+        ):
+            return int(package.read()), int(re.split("[,-]", siblings.read())[0])
+    except (OSError, ValueError):
+        return 0, cpu
+
+
+@dataclass
+class _Rank:
+    rank: int
+    process: subprocess.Popen[bytes]
+    end: int  # a pidfd
+
+
+@dataclass
+class _Pipe:
+    """A stream of one rank, on its way to ours, in whole lines."""
+
+    source: IO[bytes]
+    sink: int
+    prefix: bytes
+    rest: bytes = b""
+
+
+class _Job:
+    """The ranks, and the loop that waits for them. Leaving it leaves no process behind.
+
+    Who has ended is not reaped before the job is over: a number that a dead leader holds is no stranger's, so
+    that its group can be signalled.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._id = secrets.token_hex(16)
+        self._started: list[_Rank] = []
+        self._running: list[_Rank] = []
+        self._selector = selectors.DefaultSelector()
+        self._failure = 0
+        self._deadline = math.inf  # of what was asked to end
+        self._cleanup = contextlib.ExitStack()
+
+    def __enter__(self) -> _Job:
+        self._cleanup.enter_context(self._selector)
+        signals = self._cleanup.enter_context(_caught_signals())
+        self._selector.register(signals, selectors.EVENT_READ, lambda: self._forward(signals))
+        self._cleanup.callback(self._kill_and_reap)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    def start(self, rank: int, command: Sequence[str], cores: set[int]) -> None:
+        ours = {"PYCOMM_RANK": str(rank), "PYCOMM_SIZE": str(self._size), "PYCOMM_JOB": self._id}
+        process = subprocess.Popen(
+            command,
+            bufsize=0,
+            # Else Python holds back what a rank prints to a pipe until there is much of it.
+            env={"PYTHONUNBUFFERED": "1", **os.environ, **ours},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_child_setup(os.getpid(), cores),
+        )
+        started = _Rank(rank, process, os.pidfd_open(process.pid))
+        self._cleanup.callback(os.close, started.end)
+        self._started.append(started)
+        self._running.append(started)
+        self._selector.register(started.end, selectors.EVENT_READ, lambda: self._end(started))
+        for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            if source:
+                self._pass_on_lines(_Pipe(source, sink.fileno(), _prefix(rank, sink.isatty())))
+
+    def run(self) -> int:
+        """Returns when all ranks have ended, and whoever holds their output or the time to let go is over."""
+        while len(self._selector.get_map()) > 1:
+            left = self._deadline - time.monotonic()
+            for key, _ in self._selector.select(None if left == math.inf else max(left, 0)):
+                handle: Callable[[], None] = key.data
+                handle()
+            if time.monotonic() >= self._deadline:
+                if not self._running:
+                    break
+                self._deadline = math.inf
+                for rank in self._running:
+                    os.killpg(rank.process.pid, signal.SIGKILL)
+        return self._failure
+
+    def _end(self, rank: _Rank) -> None:
+        self._selector.unregister(rank.end)
+        self._running.remove(rank)
+        os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
+        code = _exit_code(rank.process.pid)
+        if code and not self._failure:
+            self._failure = code
+            self._signal(signal.SIGTERM)
+            how = (
+                f"exited with code {code}"
+                if code < 128
+                else f"was ended by {signal.Signals(code - 128).name}"
+            )
+            others = "; ending the others" if self._running else ""
+            print(f"pycomm run: rank {rank.rank} {how}{others}", file=sys.stderr, flush=True)
+        if self._failure or not self._running:
+            self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+
+    def _pass_on_lines(self, pipe: _Pipe) -> None:
+        def pass_on() -> None:
+            data = os.read(pipe.source.fileno(), 1 << 16)
+            text = pipe.rest + (data or (b"\n" if pipe.rest else b""))
+            lines = _LINE.findall(text)
+            pipe.rest = text[sum(map(len, lines)) :]
+            try:
+                _write(pipe.sink, b"".join(pipe.prefix + line for line in lines))
+            except BrokenPipeError:  # nobody reads us any more: let the rank see the same
+                data = b""
+            if not data:
+                self._selector.unregister(pipe.source)
+                pipe.source.close()
+
+        self._selector.register(pipe.source, selectors.EVENT_READ, pass_on)
+
+    def _forward(self, signals: int) -> None:
+        for number in os.read(signals, 64):
+            self._signal(signal.Signals(number))
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank in self._running:
+            os.kill(rank.process.pid, number)
+
+    def _kill_and_reap(self) -> None:
+        for rank in self._started:
+            os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.wait()
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[int]:
+    """A descriptor from which the numbers of the signals to forward can be read. What is ignored (nohup)
+    stays so."""
+    forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.signal(number, _noted) for number in forwarded}
+    wakeup = signal.set_wakeup_fd(sink)
+    try:
+        yield source
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(source)
+        os.close(sink)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """Its number has been written to the wakeup descriptor already."""
+
+
+def _child_setup(launcher: int, cores: set[int]) -> Callable[[], None]:
+    prctl = ctypes.CDLL(None).prctl
+
+    def setup() -> None:
+        # The kernel kills the rank when the launcher is gone, however it went.
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(1)
+        os.sched_setaffinity(0, cores)
+
+    return setup
+
+
+def _exit_code(pid: int) -> int:
+    """Of a process that has ended, which stays to be reaped: as the shell counts, 128 + signal."""
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    if end is None:
+        return 0
+    return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+
+
+def _prefix(rank: int, is_terminal: bool) -> bytes:
+    if is_terminal and not os.environ.get("NO_COLOR"):
+        return b"\x1b[%dm[%d]\x1b[0m " % (_COLORS[rank % len(_COLORS)], rank)
+    return b"[%d] " % rank
+
+
+def _write(sink: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(sink, data) :]
