@@ -1,6 +1,8 @@
 #include "transport/memory.h"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 
@@ -96,16 +98,26 @@ void require_rest(int64_t asked, int64_t rest) {
                       ", and a margin of 64 MiB and 1/64 is kept for page tables and the rest of the system");
 }
 
-// Page faults make huge pages where shared memory is set to offer them by advice; fallocate would make small ones.
-// It serves where the kernel cannot populate a mapping yet.
+// fallocate starts over when a signal comes; with a profiler's timer it would never end.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+// `data` is null or where the extent is mapped: then by page faults, if the kernel can populate a mapping (5.14).
 bool take(int fd, char* data, int64_t offset, int64_t bytes) {
-  int failed;
-  do failed = madvise(data, bytes, MADV_POPULATE_WRITE);
-  while (failed && (errno == EINTR || errno == EAGAIN));
-  if (!failed || errno != EINVAL) return !failed;
-  do failed = fallocate(fd, 0, offset, bytes);
-  while (failed && errno == EINTR);
-  return !failed;
+  const SignalsBlocked blocked;
+  if (data && madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return true;
+  if (data && errno != EINVAL) return false;
+  return fallocate(fd, 0, offset, bytes) == 0;
 }
 
 }  // namespace
@@ -148,20 +160,34 @@ Available available_memory(const std::string& root) {
 
 void require_available(int64_t bytes) { require_rest(bytes, bytes); }
 
-void populate(int fd, int64_t offset, int64_t bytes) {
-  char* data = map_extent(fd, offset, bytes, false);
+bool huge_by_advice() {
+  static constexpr const char* kSettings[] = {
+      "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+      "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled"};  // Linux 6.12; "inherit" is the first's
+  return std::ranges::any_of(kSettings, [](const char* path) {
+    std::ifstream file(path);
+    std::string setting;
+    return std::getline(file, setting) && setting.find("[advise]") != std::string::npos;
+  });
+}
+
+void populate(int fd, int64_t offset, int64_t bytes, bool by_faults) {
+  char* data = by_faults ? map_extent(fd, offset, bytes, false) : nullptr;
+  const auto unmap = [&] {
+    if (data) munmap(data, bytes);
+  };
   try {
     for (int64_t done = 0; done < bytes; done += kStep) {
       require_rest(bytes, bytes - done);  // others take memory at the same time
-      if (!take(fd, data + done, offset + done, std::min(kStep, bytes - done)))
+      if (!take(fd, data ? data + done : nullptr, offset + done, std::min(kStep, bytes - done)))
         refuse(bytes, "the system gave " + mebibytes(done) + " and then said: " + reason());
     }
   } catch (...) {
-    munmap(data, bytes);
+    unmap();
     punch(fd, offset, bytes);
     throw;
   }
-  munmap(data, bytes);
+  unmap();
 }
 
 char* map_extent(int fd, int64_t offset, int64_t bytes, bool prefault) {

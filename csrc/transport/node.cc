@@ -52,7 +52,7 @@ namespace {
 // Whoever makes the memory lays out its first page.
 Fd make_memory() {
   Fd memory = create_memory();
-  populate(memory.get(), 0, page_size());
+  populate(memory.get(), 0, page_size(), false);
   const Mapping root(map_extent(memory.get(), 0, page_size(), true), page_size());
   new (root.data()) Bump(page_size());
   return memory;
@@ -123,7 +123,7 @@ int64_t Node::reserve(int64_t bytes) {
   int64_t free = bump.load(), offset;
   do offset = round_up(free, unit);
   while (!bump.compare_exchange_weak(free, offset + round_up(bytes, unit)));
-  populate(shared_->memory.get(), offset, bytes);
+  populate(shared_->memory.get(), offset, bytes, unit == kHugePage && huge_by_advice());
   return offset;
 }
 

@@ -1,7 +1,6 @@
 // Real processes join, share memory, die. Each rank is a forked child unless a test says otherwise.
 #include "transport/node.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -13,12 +12,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <functional>
-#include <set>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -231,7 +231,7 @@ TEST(signals_do_not_disturb) {
     sigaction(SIGALRM, &action, nullptr);
     const itimerval often{{0, 1000}, {0, 1000}};
     setitimer(ITIMER_REAL, &often, nullptr);
-    if (rank == 2) usleep(50000), usleep(50000), sleep_ms(100);
+    if (rank == 2) sleep_ms(100);  // the others wait
     const auto node = Node::join(options(rank, 3, address));
     const int64_t offset = node->reserve(200 * kMiB);
     node->release(offset, 200 * kMiB);
@@ -480,6 +480,19 @@ TEST(reserve_takes_pages_and_release_gives_them_back) {
   }
   CHECK_THROWS(ValueError, node->reserve(0));
   CHECK_THROWS(ValueError, node->map(0, -1));
+}
+
+TEST(pages_come_by_faults_as_well) {
+  const Fd memory = create_memory();
+  const int64_t offset = 6 * kMiB, bytes = 70 * kMiB + page_size();
+  for (const bool by_faults : {false, true}) {
+    CHECK_EQ(memory_blocks(), 0);
+    populate(memory.get(), offset, bytes, by_faults);
+    CHECK(memory_blocks() * 512 >= bytes);
+    CHECK_THROWS(OutOfMemoryError, populate(memory.get(), offset, int64_t{1} << 45, by_faults));
+    punch(memory.get(), offset, bytes);
+  }
+  CHECK_EQ(memory_blocks(), 0);
 }
 
 TEST(what_is_not_there_is_refused_and_nothing_kept) {
