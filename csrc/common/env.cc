@@ -14,11 +14,13 @@ namespace pycomm {
 namespace {
 
 [[noreturn]] void reject(const char* variable, std::string_view value, const std::string& allowed) {
-  throw ValueError(std::string(variable) + "='" + std::string(value) + "' is not understood: allowed are " + allowed);
+  throw ValueError(std::string(variable) + "='" + std::string(value) + "' is not understood: allowed are " +
+                   allowed);
 }
 
 template <class T>
-T parse_word(const char* variable, std::string_view value, std::initializer_list<std::pair<const char*, T>> words) {
+T parse_word(const char* variable, std::string_view value,
+             std::initializer_list<std::pair<const char*, T>> words) {
   std::string allowed;
   for (const auto& [word, meaning] : words) {
     if (value == word) return meaning;
@@ -51,9 +53,12 @@ Env read_env(const std::function<const char*(const char* name)>& get) {
                                       {"TRACE", LogLevel::trace}});
   });
   read("PYCOMM_ISA", [&](const char* variable, std::string_view value) {
-    env.isa = parse_word<const char*>(
-        variable, value,
-        {{"0", "baseline"}, {"baseline", "baseline"}, {"avx2", "avx2"}, {"avx512", "avx512"}, {"neon", "neon"}});
+    env.isa = parse_word<const char*>(variable, value,
+                                      {{"0", "baseline"},
+                                       {"baseline", "baseline"},
+                                       {"avx2", "avx2"},
+                                       {"avx512", "avx512"},
+                                       {"neon", "neon"}});
   });
   read("PYCOMM_TIMEOUT", [&](const char* variable, std::string_view value) {
     const double seconds = parse_number(variable, value, "seconds, 0 for no timeout");

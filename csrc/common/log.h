@@ -1,4 +1,5 @@
-// The one logger: lines to stderr, each written whole, as `pycomm [rank/size] LEVEL text`. PYCOMM_DEBUG sets the level.
+// The one logger: lines to stderr, each written whole, as `pycomm [rank/size] LEVEL text`. PYCOMM_DEBUG sets
+// the level.
 #pragma once
 
 #include <sstream>

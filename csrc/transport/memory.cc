@@ -61,12 +61,13 @@ struct Hierarchy {
 };
 constexpr Hierarchy kVersion1 = {"/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
                                  "total_inactive_file", "total_active_file"};
-constexpr Hierarchy kVersion2 = {"/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file", "active_file"};
+constexpr Hierarchy kVersion2 = {"/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file",
+                                 "active_file"};
 constexpr Hierarchy kHybrid = {"/sys/fs/cgroup/unified", "memory.max", "memory.current", "inactive_file",
                                "active_file"};
 
-// Walks from a control group up to the root. In a container the path may be the host's and the first levels absent;
-// the mount's root is then the container's own group.
+// Walks from a control group up to the root. In a container the path may be the host's and the first levels
+// absent; the mount's root is then the container's own group.
 void apply_limits(const std::string& root, const Hierarchy& files, std::string group, Available* least) {
   while (true) {
     const std::string directory = root + files.mount + group + "/";
@@ -74,8 +75,8 @@ void apply_limits(const std::string& root, const Hierarchy& files, std::string g
     const auto usage = read_number(directory + files.usage);
     if (limit && usage) {
       const std::string stat = directory + "memory.stat";
-      const int64_t cache =
-          read_field(stat, files.inactive_cache).value_or(0) + read_field(stat, files.active_cache).value_or(0);
+      const int64_t cache = read_field(stat, files.inactive_cache).value_or(0) +
+                            read_field(stat, files.active_cache).value_or(0);
       const int64_t left = std::max<int64_t>(0, *limit - std::max<int64_t>(0, *usage - cache));
       if (left < least->bytes) *least = {left, "the control group's limit " + directory + files.limit};
     }
@@ -86,9 +87,9 @@ void apply_limits(const std::string& root, const Hierarchy& files, std::string g
 }
 
 [[noreturn]] void refuse(int64_t bytes, const std::string& why) {
-  throw OutOfMemoryError("pycomm needs " + mebibytes(bytes) + " (" + std::to_string(bytes) +
-                         " bytes) of shared memory: " + why +
-                         ". Use smaller or fewer symmetric buffers, or fewer ranks on this machine, or raise the limit");
+  throw OutOfMemoryError(
+      "pycomm needs " + mebibytes(bytes) + " (" + std::to_string(bytes) + " bytes) of shared memory: " + why +
+      ". Use smaller or fewer symmetric buffers, or fewer ranks on this machine, or raise the limit");
 }
 
 void require_rest(int64_t asked, int64_t rest) {
@@ -112,7 +113,8 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
-// `data` is null or where the extent is mapped: then by page faults, if the kernel can populate a mapping (5.14).
+// `data` is null or where the extent is mapped: then by page faults, if the kernel can populate a mapping
+// (5.14).
 bool take(int fd, char* data, int64_t offset, int64_t bytes) {
   const SignalsBlocked blocked;
   if (data && madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return true;
@@ -134,7 +136,8 @@ Fd create_memory() {
   rlimit limit{};
   getrlimit(RLIMIT_FSIZE, &limit);  // beyond it ftruncate would raise SIGXFSZ
   constexpr rlim_t kEndless = rlim_t{1} << 60;
-  if (ftruncate(fd.get(), static_cast<int64_t>(std::min(limit.rlim_cur, kEndless)))) throw CommError("pycomm cannot size its shared memory: " + reason());
+  if (ftruncate(fd.get(), static_cast<int64_t>(std::min(limit.rlim_cur, kEndless))))
+    throw CommError("pycomm cannot size its shared memory: " + reason());
   return fd;
 }
 
@@ -163,7 +166,8 @@ void require_available(int64_t bytes) { require_rest(bytes, bytes); }
 bool huge_by_advice() {
   static constexpr const char* kSettings[] = {
       "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
-      "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled"};  // Linux 6.12; "inherit" is the first's
+      "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled"};  // Linux 6.12; "inherit" is the
+                                                                              // first's
   return std::ranges::any_of(kSettings, [](const char* path) {
     std::ifstream file(path);
     std::string setting;
@@ -195,7 +199,8 @@ char* map_extent(int fd, int64_t offset, int64_t bytes, bool prefault) {
   const int64_t unit = extent_unit(bytes);
   const int64_t slack = unit - page_size();
   void* area = mmap(nullptr, bytes + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (area == MAP_FAILED) refuse(bytes, "mapping it failed: " + reason() + " (is the address space limited, ulimit -v?)");
+  if (area == MAP_FAILED)
+    refuse(bytes, "mapping it failed: " + reason() + " (is the address space limited, ulimit -v?)");
   char* start = static_cast<char*>(area);
   char* end = start + bytes + slack;
   char* data = start + (unit + offset % unit - reinterpret_cast<intptr_t>(start) % unit) % unit;
@@ -207,8 +212,8 @@ char* map_extent(int fd, int64_t offset, int64_t bytes, bool prefault) {
   if (data > start) munmap(start, data - start);
   if (end > data + bytes) munmap(data + bytes, end - (data + bytes));
   madvise(data, bytes, MADV_DONTFORK);
-  if (unit == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);        // advice: may be unknown to the kernel
-  if (prefault) madvise(data, bytes, MADV_POPULATE_WRITE);           // so may this: pages are then mapped as touched
+  if (unit == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // advice: may be unknown to the kernel
+  if (prefault) madvise(data, bytes, MADV_POPULATE_WRITE);  // so may this: pages are then mapped as touched
   return data;
 }
 

@@ -17,7 +17,8 @@ namespace pycomm::transport {
 namespace {
 
 std::atomic<uint64_t> forks{0};
-const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 
 // The first word of the file: where its free part begins.
 using Bump = std::atomic<int64_t>;
@@ -38,7 +39,10 @@ Mapping::~Mapping() {
 
 struct Node::Shared {
   Shared(Fd file, int size, bool threads)
-      : memory(std::move(file)), root(map_extent(memory.get(), 0, page_size(), true), page_size()), threads(threads), dead(size) {}
+      : memory(std::move(file)),
+        root(map_extent(memory.get(), 0, page_size(), true), page_size()),
+        threads(threads),
+        dead(size) {}
   Bump& bump() { return *reinterpret_cast<Bump*>(root.data()); }
 
   Fd memory;

@@ -1,11 +1,14 @@
-// A node: ranks that map each other's memory, and how they find each other, share memory, and learn of a death.
+// A node: ranks that map each other's memory, and how they find each other, share memory, and learn of a
+// death.
 //
-// Memory is one anonymous sparse file (memfd) per node, so nothing has a name that could be left behind. Space is handed
-// out by offset and never reused (the file's address space is practically endless; release() gives the pages back).
-// The descriptor and every rank's pidfd are passed once, at join, over an abstract Unix socket (SCM_RIGHTS); the kernel's
-// word for the uid is checked both ways (SO_PEERCRED). Mappings are MADV_DONTFORK. Descriptors are close-on-exec.
+// Memory is one anonymous sparse file (memfd) per node, so nothing has a name that could be left behind.
+// Space is handed out by offset and never reused (the file's address space is practically endless; release()
+// gives the pages back). The descriptor and every rank's pidfd are passed once, at join, over an abstract
+// Unix socket (SCM_RIGHTS); the kernel's word for the uid is checked both ways (SO_PEERCRED). Mappings are
+// MADV_DONTFORK. Descriptors are close-on-exec.
 //
-// A node may also be made of rank threads of one process (local): same memory, no sockets, deaths marked by hand.
+// A node may also be made of rank threads of one process (local): same memory, no sockets, deaths marked by
+// hand.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +24,8 @@ namespace pycomm::transport {
 bool forked_since(uint64_t generation);
 uint64_t fork_generation();
 
-// A mapped extent; unmapped with its last owner (not in a child of fork(), where something else may lie there).
+// A mapped extent; unmapped with its last owner (not in a child of fork(), where something else may lie
+// there).
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
@@ -41,17 +45,17 @@ class Node {
  public:
   struct Options {
     int rank = 0, size = 1;
-    // Names the meeting point, the same on all ranks and unlike any other job's: an abstract socket "pycomm-<hash>" is
-    // derived from it together with the uid.
+    // Names the meeting point, the same on all ranks and unlike any other job's: an abstract socket
+    // "pycomm-<hash>" is derived from it together with the uid.
     std::string address;
-    double timeout_s = 600;  // may be infinity; the earliest deadline of any rank is everybody's
+    double timeout_s = 600;         // may be infinity; the earliest deadline of any rank is everybody's
     std::function<void()> on_wait;  // called every 50 ms or so while waiting, and may throw: for Ctrl-C
   };
 
-  // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the rank that
-  // knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing), ValueError for a rank or
-  // size that does not fit what others said (two processes with one rank, different sizes), CommError for a stranger's uid,
-  // PeerLostError for a rank that ends meanwhile.
+  // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the rank
+  // that knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing),
+  // ValueError for a rank or size that does not fit what others said (two processes with one rank, different
+  // sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile.
   static std::shared_ptr<Node> join(const Options& options);
   // `size` nodes for the rank threads of this process.
   static std::vector<std::shared_ptr<Node>> local(int size);
@@ -64,12 +68,13 @@ class Node {
   bool threads() const;  // made by local()
   int64_t pid_of(int rank) const;
 
-  // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or OutOfMemoryError is
-  // thrown that names what was asked, what the cgroup and MemAvailable have left, and the remedy, and nothing is kept. Looks before
-  // it takes, so that neither SIGBUS nor the out-of-memory killer comes. One rank calls it and tells the others the offset.
-  // Thread- and process-safe.
+  // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or
+  // OutOfMemoryError is thrown that names what was asked, what the cgroup and MemAvailable have left, and the
+  // remedy, and nothing is kept. Looks before it takes, so that neither SIGBUS nor the out-of-memory killer
+  // comes. One rank calls it and tells the others the offset. Thread- and process-safe.
   int64_t reserve(int64_t bytes);
-  // Maps an extent that was reserved, page tables filled (no fault later); huge pages are advised where the system offers them for shared memory.
+  // Maps an extent that was reserved, page tables filled (no fault later); huge pages are advised where the
+  // system offers them for shared memory.
   std::shared_ptr<Mapping> map(int64_t offset, int64_t bytes);
   // Gives an extent's pages back (whoever still has it mapped reads zeros).
   void release(int64_t offset, int64_t bytes);
@@ -77,7 +82,8 @@ class Node {
   // Word 0 is the allocator's; bytes [64, 4096) are free to use.
   char* root_page() const;
 
-  // Whether a rank's process has ended, by its pidfd (no system call more than one poll; never blocks). Threads: mark_dead.
+  // Whether a rank's process has ended, by its pidfd (no system call more than one poll; never blocks).
+  // Threads: mark_dead.
   bool dead(int rank);
   // Any rank that has ended, the lowest one; one poll for all.
   std::optional<int> any_dead();

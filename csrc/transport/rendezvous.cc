@@ -23,8 +23,8 @@ namespace pycomm::transport {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using std::chrono::milliseconds;
 using std::to_string;
+using std::chrono::milliseconds;
 
 constexpr milliseconds kTick{50};     // between two calls of on_wait
 constexpr milliseconds kGrace{2000};  // rank 0 knows more about a timeout: the others let it speak first
@@ -61,21 +61,28 @@ Message error_message(const std::exception& error) {
 [[noreturn]] void throw_error(const Message& message) {
   const std::string text(message.text, strnlen(message.text, sizeof message.text));
   switch (message.kind) {
-    case Kind::value_error: throw ValueError(text);
-    case Kind::peer_lost: throw PeerLostError(text);
-    case Kind::timeout: throw CommTimeoutError(text);
-    case Kind::comm_error: throw CommError(text);
+    case Kind::value_error:
+      throw ValueError(text);
+    case Kind::peer_lost:
+      throw PeerLostError(text);
+    case Kind::timeout:
+      throw CommTimeoutError(text);
+    case Kind::comm_error:
+      throw CommError(text);
     case Kind::hello:
-    case Kind::members: break;
+    case Kind::members:
+      break;
   }
-  throw CommError("rank 0 sent a message that makes no sense here; do all ranks run the same version of pycomm?");
+  throw CommError(
+      "rank 0 sent a message that makes no sense here; do all ranks run the same version of pycomm?");
 }
 
 enum class Io { done, again, gone };
 
 Io failed_io() {
   // ETOOMANYREFS: more descriptors under way than the user may have open; they arrive as the others read.
-  return errno == EAGAIN || errno == EINTR || errno == ETOOMANYREFS || errno == ENOBUFS ? Io::again : Io::gone;
+  return errno == EAGAIN || errno == EINTR || errno == ETOOMANYREFS || errno == ENOBUFS ? Io::again
+                                                                                        : Io::gone;
 }
 
 union Control {
@@ -122,10 +129,12 @@ Io receive(const Fd& socket, Message* message, std::vector<Fd>* fds) {
   const Message own{};
   if (bytes < static_cast<ssize_t>(offsetof(Message, kind)) || message->magic != own.magic) return Io::gone;
   if (message->version != own.version || bytes != sizeof *message)
-    throw CommError("another rank speaks version " + to_string(message->version) + " of the join's protocol, this one " +
-                    to_string(own.version) + ": install the same pycomm for all ranks");
+    throw CommError("another rank speaks version " + to_string(message->version) +
+                    " of the join's protocol, this one " + to_string(own.version) +
+                    ": install the same pycomm for all ranks");
   if (header.msg_flags & MSG_CTRUNC)
-    throw CommError("no room for the descriptors of all ranks (one a rank): raise the limit on open files, ulimit -n");
+    throw CommError(
+        "no room for the descriptors of all ranks (one a rank): raise the limit on open files, ulimit -n");
   return Io::done;
 }
 
@@ -218,7 +227,8 @@ Fd Join::listen_as_host() {
     if (errno == EADDRINUSE) return Fd();
     throw CommError("pycomm cannot bind its socket " + place() + ": " + reason());
   }
-  if (listen(socket.get(), SOMAXCONN)) throw CommError("pycomm cannot listen on " + place() + ": " + reason());
+  if (listen(socket.get(), SOMAXCONN))
+    throw CommError("pycomm cannot listen on " + place() + ": " + reason());
   return socket;
 }
 
@@ -255,19 +265,22 @@ Meeting Join::attend(const Fd& host) {
       if (io == Io::done) io = Io::again;
     }
     if (io == Io::gone)
-      throw PeerLostError("rank 0 left while the ranks were joining: its process ended, or its group was complete " +
-                          std::string("without rank ") + to_string(options_.rank) + "; see what rank 0 said");
+      throw PeerLostError(
+          "rank 0 left while the ranks were joining: its process ended, or its group was complete " +
+          std::string("without rank ") + to_string(options_.rank) + "; see what rank 0 said");
     if (io == Io::again) {
       if (late(kGrace))
-        throw CommTimeoutError("rank 0 (pid " + to_string(peer_of(host).pid) + ") is there but did not finish the join within " +
-                               elapsed() + ": is it stopped?");
+        throw CommTimeoutError("rank 0 (pid " + to_string(peer_of(host).pid) +
+                               ") is there but did not finish the join within " + elapsed() +
+                               ": is it stopped?");
       std::vector<pollfd> entry{{host.get(), POLLIN, 0}};
       wait(entry, said_hello ? kTick : milliseconds(1));
       continue;
     }
     const size_t with_memory = known == 0;
-    if (message.kind != Kind::members || message.first != known || message.count < 1 || message.count > kBatch ||
-        message.count > options_.size - known || fds.size() != message.count + with_memory)
+    if (message.kind != Kind::members || message.first != known || message.count < 1 ||
+        message.count > kBatch || message.count > options_.size - known ||
+        fds.size() != message.count + with_memory)
       throw_error(message);
     if (with_memory) meeting.memory = std::move(fds[0]);
     for (int i = 0; i < message.count; ++i)
@@ -310,8 +323,9 @@ void Join::admit(Fd& guest, const Message& hello, std::vector<Fd>& fds) {
     throw CommError(who + " sent a hello that makes no sense; do all ranks run the same version of pycomm?");
   Member& member = meeting_.members[hello.rank];
   if (member.pidfd)
-    throw ValueError("two processes say that they are rank " + to_string(hello.rank) + ": pid " + to_string(member.pid) +
-                     " and pid " + to_string(pid) + ". Give every process its own rank, and every job its own address");
+    throw ValueError("two processes say that they are rank " + to_string(hello.rank) + ": pid " +
+                     to_string(member.pid) + " and pid " + to_string(pid) +
+                     ". Give every process its own rank, and every job its own address");
   member = {pid, std::move(fds[0])};
   connections_[hello.rank] = std::move(guest);
   deadline_ = std::min(deadline_, Clock::now() + milliseconds(hello.remaining_ms));
@@ -321,7 +335,8 @@ void Join::admit(Fd& guest, const Message& hello, std::vector<Fd>& fds) {
 // Waits until something happens, and throws if that is a rank's end.
 void Join::watch() {
   std::vector<pollfd> entries;
-  for (int rank = 0; rank < options_.size; ++rank) {  // poll skips the descriptor -1 of those that have not come
+  for (int rank = 0; rank < options_.size;
+       ++rank) {  // poll skips the descriptor -1 of those that have not come
     entries.push_back({connections_[rank].get(), POLLIN, 0});
     entries.push_back({rank == 0 ? -1 : meeting_.members[rank].pidfd.get(), POLLIN, 0});
   }
@@ -331,10 +346,12 @@ void Join::watch() {
   for (int rank = 0; rank < options_.size; ++rank) {
     pollfd& ended = entries[2 * rank + 1];
     if (!entries[2 * rank].revents && !ended.revents) continue;
-    // Nothing is sent after the hello: it hung up. A process that ends closes its sockets a moment before it is gone.
+    // Nothing is sent after the hello: it hung up. A process that ends closes its sockets a moment before it
+    // is gone.
     poll(&ended, 1, 20);
     throw PeerLostError("rank " + to_string(rank) + " (pid " + to_string(meeting_.members[rank].pid) + ") " +
-                        (ended.revents ? "ended" : "gave up") + " while the ranks were joining; see what it said");
+                        (ended.revents ? "ended" : "gave up") +
+                        " while the ranks were joining; see what it said");
   }
 }
 
@@ -363,7 +380,8 @@ void Join::send_members(int rank) {
     }
     Io io;
     while ((io = send(connections_[rank], message, fds)) == Io::again) {
-      if (late(kGrace)) throw CommTimeoutError("rank " + to_string(rank) + " came but does not read: is it stopped?");
+      if (late(kGrace))
+        throw CommTimeoutError("rank " + to_string(rank) + " came but does not read: is it stopped?");
       pause(milliseconds(1));
     }
     if (io == Io::gone)
@@ -401,9 +419,9 @@ Meeting Join::host(Fd listener, Fd memory) {
       accept_guests();
       greet_guests();
       if (missing_ > 0 && late())
-        throw CommTimeoutError(missing_ranks() + " of " + to_string(options_.size) + " did not join within " + elapsed() +
-                               ". Do all run on this machine, with one address and in one network namespace? Socket " +
-                               place());
+        throw CommTimeoutError(
+            missing_ranks() + " of " + to_string(options_.size) + " did not join within " + elapsed() +
+            ". Do all run on this machine, with one address and in one network namespace? Socket " + place());
     }
     listener_ = Fd();  // first: whoever is done may soon meet again under this name
     for (int rank = 1; rank < options_.size; ++rank) send_members(rank);
@@ -424,12 +442,14 @@ Meeting meet(const Node::Options& options, Fd memory) {
   for (milliseconds backoff{1};; backoff = std::min(2 * backoff, kTick)) {
     if (options.rank == 0)
       if (Fd listener = join.listen_as_host()) return join.host(std::move(listener), std::move(memory));
-    // If rank 0 finds its name taken, it goes to the other rank 0 as well, and both are told that there are two.
+    // If rank 0 finds its name taken, it goes to the other rank 0 as well, and both are told that there are
+    // two.
     if (const Fd host = join.connect_to_host()) return join.attend(host);
     if (join.late())
-      throw CommTimeoutError("rank 0 did not come within " + join.elapsed() + ", rank " + to_string(options.rank) +
-                             " waited for it at " + join.place() +
-                             ". Does it run on this machine, with the same address and in the same network namespace?");
+      throw CommTimeoutError(
+          "rank 0 did not come within " + join.elapsed() + ", rank " + to_string(options.rank) +
+          " waited for it at " + join.place() +
+          ". Does it run on this machine, with the same address and in the same network namespace?");
     join.pause(backoff);
   }
 }

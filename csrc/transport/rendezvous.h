@@ -1,5 +1,5 @@
-// How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on, and leave with the same memory
-// and a pidfd of everybody. Afterwards no socket is left.
+// How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on, and leave with the
+// same memory and a pidfd of everybody. Afterwards no socket is left.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,9 @@
-#include "common/env.h"
-
 #include <cmath>
 #include <map>
 #include <string>
 
 #include "check.h"
+#include "common/env.h"
 #include "common/error.h"
 #include "common/hash.h"
 
@@ -31,7 +30,8 @@ std::string error_of(const std::string& variable, const std::string& value) {
 }  // namespace
 
 TEST(defaults) {
-  for (const Env& env : {read({}), read({{"PYCOMM_DEBUG", ""}, {"PYCOMM_ISA", ""}, {"PYCOMM_TIMEOUT", ""}})}) {
+  for (const Env& env :
+       {read({}), read({{"PYCOMM_DEBUG", ""}, {"PYCOMM_ISA", ""}, {"PYCOMM_TIMEOUT", ""}})}) {
     CHECK(env.debug == LogLevel::warn);
     CHECK_EQ(env.isa, std::string());
     CHECK_EQ(env.timeout_s, 600.0);
@@ -44,7 +44,8 @@ TEST(values) {
   CHECK(read({{"PYCOMM_DEBUG", "WARN"}}).debug == LogLevel::warn);
   CHECK(read({{"PYCOMM_DEBUG", "INFO"}}).debug == LogLevel::info);
   CHECK(read({{"PYCOMM_DEBUG", "TRACE"}}).debug == LogLevel::trace);
-  for (const char* isa : {"baseline", "avx2", "avx512", "neon"}) CHECK_EQ(read({{"PYCOMM_ISA", isa}}).isa, isa);
+  for (const char* isa : {"baseline", "avx2", "avx512", "neon"})
+    CHECK_EQ(read({{"PYCOMM_ISA", isa}}).isa, isa);
   CHECK_EQ(read({{"PYCOMM_TIMEOUT", "2.5"}}).timeout_s, 2.5);
   CHECK_EQ(read({{"PYCOMM_SPIN_US", "7"}}).spin_us, 7.0);
   CHECK(read({{"PYCOMM_VERIFY", "1"}}).verify);

@@ -1,6 +1,4 @@
 // Real processes join, share memory, die. Each rank is a forked child unless a test says otherwise.
-#include "transport/node.h"
-
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -28,6 +26,7 @@
 #include "common/error.h"
 #include "common/hash.h"
 #include "transport/memory.h"
+#include "transport/node.h"
 
 using namespace pycomm;
 using namespace pycomm::transport;
@@ -98,10 +97,10 @@ std::string join_error(const Node::Options& options) {
   return error_of<Error>([&] { Node::join(options); });
 }
 
-#define CHECK_CONTAINS(text, part)                                                     \
-  do {                                                                                 \
-    const std::string text_ = (text);                                                  \
-    if (text_.find(part) == std::string::npos)                                         \
+#define CHECK_CONTAINS(text, part)                                                        \
+  do {                                                                                    \
+    const std::string text_ = (text);                                                     \
+    if (text_.find(part) == std::string::npos)                                            \
       check::fail(__FILE__, __LINE__, "'" + std::string(part) + "' is not in: " + text_); \
   } while (false)
 
@@ -226,7 +225,7 @@ TEST(jobs_with_different_addresses_do_not_meet) {
 TEST(signals_do_not_disturb) {
   const std::string address = fresh_address();
   run_ranks(3, [&](int rank) {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = [](int) {};  // no SA_RESTART
     sigaction(SIGALRM, &action, nullptr);
     const itimerval often{{0, 1000}, {0, 1000}};
@@ -245,7 +244,8 @@ TEST(a_missing_rank_is_named_in_time) {
   const std::string address = fresh_address();
   run_ranks(2, [&](int rank) {
     const auto start = Clock::now();
-    CHECK_CONTAINS(join_error<CommTimeoutError>(options(rank, 4, address, 0.4)), "ranks 2, 3 of 4 did not join");
+    CHECK_CONTAINS(join_error<CommTimeoutError>(options(rank, 4, address, 0.4)),
+                   "ranks 2, 3 of 4 did not join");
     CHECK(since(start) > 0.3 && since(start) < 1.4);
   });
   CHECK(!socket_exists(address));
@@ -261,7 +261,8 @@ TEST(the_earliest_deadline_is_everybodys) {
   const std::string address = fresh_address();
   run_ranks(2, [&](int rank) {
     const auto start = Clock::now();
-    CHECK_CONTAINS(join_error<CommTimeoutError>(options(rank, 3, address, rank == 0 ? 60 : 0.3)), "rank 2 of 3");
+    CHECK_CONTAINS(join_error<CommTimeoutError>(options(rank, 3, address, rank == 0 ? 60 : 0.3)),
+                   "rank 2 of 3");
     CHECK(since(start) < 1.3);
   });
 }
@@ -271,7 +272,8 @@ TEST(a_stopped_rank_0_is_named) {
   const pid_t host = spawn([&] { Node::join(options(0, 3, address)); });
   wait_for_socket(address);
   kill(host, SIGSTOP);
-  CHECK_CONTAINS(join_error<CommTimeoutError>(options(1, 3, address, 0.2)), "rank 0 (pid " + std::to_string(host) + ")");
+  CHECK_CONTAINS(join_error<CommTimeoutError>(options(1, 3, address, 0.2)),
+                 "rank 0 (pid " + std::to_string(host) + ")");
   kill_and_wait(host);
 }
 
@@ -293,7 +295,8 @@ TEST(two_processes_with_one_rank) {
 TEST(different_sizes) {
   const std::string address = fresh_address();
   run_ranks(2, [&](int rank) {
-    CHECK_CONTAINS(join_error<ValueError>(options(rank, 2 + rank, address)), "there are 3 ranks, rank 0 says 2");
+    CHECK_CONTAINS(join_error<ValueError>(options(rank, 2 + rank, address)),
+                   "there are 3 ranks, rank 0 says 2");
   });
 }
 
@@ -333,12 +336,13 @@ TEST(on_wait_may_end_the_join) {
 TEST(a_rank_killed_while_joining_is_named_at_once) {
   for (const int victim : {0, 1}) {
     const std::string address = fresh_address();
-    const pid_t ranks[] = {spawn([&] {
-                             const std::string lost = join_error<PeerLostError>(options(0, 4, address));
-                             CHECK_CONTAINS(lost, "rank 1");
-                             CHECK_CONTAINS(lost, "ended");
-                           }),
-                           spawn([&] { CHECK_CONTAINS(join_error<PeerLostError>(options(1, 4, address)), "rank 0"); })};
+    const pid_t ranks[] = {
+        spawn([&] {
+          const std::string lost = join_error<PeerLostError>(options(0, 4, address));
+          CHECK_CONTAINS(lost, "rank 1");
+          CHECK_CONTAINS(lost, "ended");
+        }),
+        spawn([&] { CHECK_CONTAINS(join_error<PeerLostError>(options(1, 4, address)), "rank 0"); })};
     const pid_t witness = spawn([&] {
       CHECK_CONTAINS(join_error<PeerLostError>(options(2, 4, address)), "rank " + std::to_string(victim));
     });
@@ -385,8 +389,8 @@ TEST(a_death_is_noticed) {
     CHECK(node->dead(1) && node->dead(2) && !node->dead(0));
   }
   std::sort(delays.begin(), delays.end());
-  std::printf("       a death is seen after %.2f ms (median), %.2f ms (worst)\n", delays[delays.size() / 2] * 1e3,
-              delays.back() * 1e3);
+  std::printf("       a death is seen after %.2f ms (median), %.2f ms (worst)\n",
+              delays[delays.size() / 2] * 1e3, delays.back() * 1e3);
   CHECK(delays[delays.size() / 2] < 0.05);
   CHECK(delays.back() < 1);
 }
@@ -428,7 +432,8 @@ TEST(strangers_are_turned_away) {
   });
   wait_for_socket(address);
   sleep_ms(50);
-  run_ranks(2, [&](int rank) { CHECK_CONTAINS(join_error<CommError>(options(rank, 2, address)), "uid 65534"); });
+  run_ranks(2,
+            [&](int rank) { CHECK_CONTAINS(join_error<CommError>(options(rank, 2, address)), "uid 65534"); });
   kill_and_wait(holder);
 
   // One that knocks: the join goes on without it.
@@ -453,7 +458,8 @@ TEST(noise_on_the_socket_is_ignored) {
   const std::string text = socket_name(address);
   text.copy(name.sun_path + 1, text.size());
   const int fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
-  CHECK_EQ(connect(fd, reinterpret_cast<sockaddr*>(&name), offsetof(sockaddr_un, sun_path) + 1 + text.size()), 0);
+  CHECK_EQ(connect(fd, reinterpret_cast<sockaddr*>(&name), offsetof(sockaddr_un, sun_path) + 1 + text.size()),
+           0);
   CHECK_EQ(send(fd, "hello", 5, 0), 5);
   char byte;
   CHECK(recv(fd, &byte, 1, 0) <= 0);
@@ -585,7 +591,8 @@ TEST(a_forked_child_knows_and_does_no_harm) {
   const pid_t child = spawn([&] {
     CHECK(forked_since(before));
     // Nothing is mapped there, so that something else may be; the mapping's end must not tear it down.
-    void* other = mmap(data, kMiB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    void* other =
+        mmap(data, kMiB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     CHECK(other == data);
     data[0] = 3;
     mapping.reset();
