@@ -1,0 +1,134 @@
+// A domain: the shared memory of one group (or of one pair for send and recv), and the protocol words in it.
+//
+//   Failure     one per group: the first error, which every rank then raises
+//   Member      one per rank: what it calls (a two-deep record), how far it is, whether it sleeps
+//   Cell        one per (reader, writer, index): the signals of a plan
+//   windows     two banks per rank
+//
+// Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all have entered c - 1,
+// so a record of call c - 1 and one of call c are all that anybody can ask for.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "schedule/plan.h"
+#include "transport/node.h"
+
+namespace pycomm::runtime {
+
+using schedule::Collective;
+
+inline constexpr int kCellsPerPair = 16;
+inline constexpr int kValueBits = 24;  // of a cell's word: the value in the call; above it the call's number
+inline constexpr int64_t kBankBytes = 1 << 20;
+
+// In a cell word: (call, value). Written by one rank, read by one rank, and only grows.
+struct alignas(64) Cell {
+  std::atomic<uint64_t> word;
+  std::atomic<uint64_t> fingerprint;  // of the writer's call; written before word
+};
+inline uint64_t cell_word(uint64_t call, int64_t value) { return call << kValueBits | static_cast<uint64_t>(value); }
+inline uint64_t call_of(uint64_t word) { return word >> kValueBits; }
+
+// What a rank calls, in words enough for an error message. Plain bytes, copied word by word into shared memory.
+struct CallRecord {
+  uint64_t fingerprint = 0;
+  int64_t count = 0;
+  int64_t symmetric_offset = -1;
+  int32_t root = 0;
+  Collective collective = Collective::all_reduce;
+  DType dtype = DType::float32;
+  Op op = Op::sum;
+  schedule::Placement in = schedule::Placement::plain, out = schedule::Placement::plain;
+  char algorithm[27] = {};
+  char tag[48] = {};
+};
+static_assert(sizeof(CallRecord) % 8 == 0);
+std::string describe(const CallRecord& record);
+
+struct alignas(64) Entry {
+  std::atomic<uint64_t> call;
+  std::atomic<uint64_t> words[sizeof(CallRecord) / 8];
+};
+
+struct Member {
+  alignas(64) std::atomic<uint64_t> entered;  // the last call entered, the last finished
+  std::atomic<uint64_t> finished;
+  std::atomic<uint32_t> closed;
+  std::atomic<uint32_t> waiting_on;           // in a long wait: 1 + the peer
+  std::atomic<uint64_t> heartbeat;            // grows during a long wait
+  alignas(64) std::atomic<uint32_t> sleeping;
+  std::atomic<uint32_t> doorbell;             // futex
+  Entry entries[2];
+};
+
+enum class FailureKind : uint32_t { none, peer_lost, mismatch, timeout, aborted };
+struct Failure {
+  alignas(64) std::atomic<uint32_t> state;  // 0: none; 1: being written; 2: readable
+  std::atomic<uint32_t> kind;
+  std::atomic<char> text[1000];
+};
+
+// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, windows.
+class Domain {
+ public:
+  static int64_t bytes(int size, int64_t bank_bytes = kBankBytes);
+
+  // `node_ranks[i]` is the node's rank of group rank i. The extent at `offset` is zeroed or holds the domain already.
+  // A domain that `parent` is given for shares its Failure (send and recv between a pair of a group's ranks).
+  Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_ranks, int rank, int64_t offset,
+         int64_t bank_bytes = kBankBytes, Domain* parent = nullptr);
+
+  int rank() const { return rank_; }
+  int size() const { return static_cast<int>(node_ranks_.size()); }
+  transport::Node& node() const { return *node_; }
+  const std::shared_ptr<transport::Node>& shared_node() const { return node_; }
+  const std::vector<int>& node_ranks() const { return node_ranks_; }
+  int64_t bank_bytes() const { return bank_bytes_; }
+
+  Member& member(int rank) const { return members_[rank]; }
+  Member& self() const { return members_[rank_]; }
+  Cell& cell(int reader, int writer, int index) const {
+    return cells_[(reader * size() + writer) * kCellsPerPair + index];
+  }
+  char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
+
+  // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
+  void enter(uint64_t call, const CallRecord& record);
+  std::optional<CallRecord> record_of(int rank, uint64_t call) const;
+
+  void ring(int rank) const;  // wakes the rank if it sleeps
+  void ring_all() const;
+
+  bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
+  // Makes this the group's error unless there is one already, and wakes all.
+  void fail(FailureKind kind, const std::string& text);
+  // Throws the group's error: to who first sees it as it is, to later calls as AbortedError.
+  [[noreturn]] void raise_failure();
+
+  // The rank's name in messages: a pair's domain counts as its group does.
+  int display_rank(int rank) const { return display_ranks_[rank]; }
+
+ private:
+  std::shared_ptr<transport::Node> node_;
+  std::vector<int> node_ranks_, display_ranks_;
+  int rank_;
+  int64_t bank_bytes_;
+  std::shared_ptr<transport::Mapping> mapping_;
+  Failure* failure_;
+  Member* members_;
+  Cell* cells_;
+  char* windows_;
+  std::shared_ptr<std::atomic<bool>> raised_;
+  uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
+
+  friend class Communicator;
+};
+
+}  // namespace pycomm::runtime

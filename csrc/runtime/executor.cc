@@ -1,0 +1,57 @@
+#include "runtime/executor.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pycomm::runtime {
+
+Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
+  for (const schedule::Operand& operand : program(rank).operands) formats.push_back(operand.format);
+  combine = kernels::find_combine(plan.call.dtype, plan.call.op);
+  const schedule::Call& call = plan.call;
+  record.fingerprint = plan.fingerprint;
+  record.count = call.world.collective == Collective::all_to_all ? schedule::in_elements(call, rank) : call.counts[0];
+  record.root = call.world.root;
+  record.collective = call.world.collective;
+  record.dtype = call.dtype;
+  record.op = call.op;
+  record.in = call.in;
+  record.out = call.out;
+  std::strncpy(record.algorithm, plan.algorithm.c_str(), sizeof record.algorithm - 1);
+}
+
+void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
+                const CallRecord& record, bool wait_for_entries) {
+  domain_ = &domain;
+  prepared_ = &prepared;
+  buffers_ = buffers;
+  call_ = call;
+  fingerprint_ = record.fingerprint;
+  slots_ = prepared.plan.slots;
+  slot_bytes_ = prepared.plan.slot_bytes;
+  next_entry_ = wait_for_entries ? 0 : domain.size();
+  loop_ = 0;
+  iteration_ = -1;
+  step_ = 0;
+  mismatched_ = -1;
+  if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
+  domain.enter(call, record);
+}
+
+bool Run::entries_met() {
+  for (; next_entry_ < domain_->size(); ++next_entry_) {
+    const std::atomic<uint64_t>& entered = domain_->member(next_entry_).entered;
+    if (entered.load(std::memory_order_acquire) + 1 < call_) {
+      blocked_ = {&entered, call_ - 1, next_entry_};
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Run::agrees(int peer) const {
+  const auto record = domain_->record_of(peer, call_);
+  return record && record->fingerprint == fingerprint_;
+}
+
+}  // namespace pycomm::runtime

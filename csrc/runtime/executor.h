@@ -1,0 +1,165 @@
+// Runs a plan on the host: one rank's program over bound buffers, in a domain.
+//
+// advance() never blocks: it runs steps until the program ends or a wait is not met yet; then blocked_on() says what
+// for. Waiting is somebody else's policy (waiter.h), so blocking calls, asynchronous ones and tests share this one
+// interpreter. An Observer is told of each step before it runs (the kill suite ends the process there); the default
+// one is empty and costs nothing.
+#pragma once
+
+#include <vector>
+
+#include "kernels/combine.h"
+#include "runtime/domain.h"
+#include "schedule/plan.h"
+
+namespace pycomm::runtime {
+
+// A plan with what only this rank needs to run it again and again.
+struct Prepared {
+  schedule::Plan plan;  // only this rank's program is filled
+  std::vector<schedule::Format> formats;  // of the operands, in one row for the kernels
+  kernels::CombineFn combine = nullptr;
+  CallRecord record;
+
+  Prepared(schedule::Plan plan, int rank);
+  const schedule::Program& program(int rank) const { return plan.programs[rank]; }
+};
+
+// The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones are used.
+struct Buffers {
+  const char* in = nullptr;
+  char* out = nullptr;
+  // Symmetric: rank r's buffer is at own + (r - rank) * distance. 0: plain.
+  int64_t in_distance = 0, out_distance = 0;
+};
+
+struct NoObserver {
+  void operator()(int /*step*/) const {}
+};
+
+struct Blocked {
+  const std::atomic<uint64_t>* word = nullptr;
+  uint64_t target = 0;
+  int peer = -1;
+  bool met() const { return word->load(std::memory_order_acquire) >= target; }
+};
+
+class Run {
+ public:
+  // Enters call number `call` on `domain` and publishes `record`. `wait_for_entries`: the call before was no full exchange.
+  void start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
+             const CallRecord& record, bool wait_for_entries);
+
+  // True when the program has ended. Throws nothing; a peer that called something else stops it: see mismatched().
+  template <class Observer = NoObserver>
+  bool advance(const Observer& observer = {});
+
+  const Blocked& blocked_on() const { return blocked_; }
+  int mismatched() const { return mismatched_; }  // that peer, or -1
+  uint64_t call() const { return call_; }
+  uint64_t fingerprint() const { return fingerprint_; }
+
+ private:
+  bool entries_met();
+  // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
+  bool agrees(int peer) const;
+  char* address(const schedule::Operand& operand, int64_t trip) const;
+  void combine(const schedule::Step& step, int64_t trip);
+
+  Domain* domain_ = nullptr;
+  const Prepared* prepared_ = nullptr;
+  Buffers buffers_;
+  uint64_t call_ = 0, fingerprint_ = 0;
+  int64_t slot_bytes_ = 0;
+  int32_t slots_ = 1;
+  int next_entry_ = 0;  // ranks before it have entered the call before
+  size_t loop_ = 0;
+  int64_t iteration_ = 0;
+  int32_t step_ = 0;
+  Blocked blocked_;
+  int mismatched_ = -1;
+  std::vector<void*> pointers_;
+};
+
+inline char* Run::address(const schedule::Operand& operand, int64_t trip) const {
+  switch (operand.space) {
+    case schedule::Space::in:
+      return const_cast<char*>(buffers_.in) + (operand.rank - domain_->rank()) * buffers_.in_distance +
+             operand.offset + trip * operand.stride;
+    case schedule::Space::out:
+      return buffers_.out + (operand.rank - domain_->rank()) * buffers_.out_distance + operand.offset +
+             trip * operand.stride;
+    case schedule::Space::window: break;
+  }
+  return domain_->bank(operand.rank, call_) + (slots_ == 1 ? 0 : trip % slots_ * slot_bytes_) + operand.offset;
+}
+
+inline void Run::combine(const schedule::Step& step, int64_t trip) {
+  const schedule::Operand* operands = &prepared_->program(domain_->rank()).operands[step.operand];
+  const int total = step.num_dsts + step.num_srcs;
+  for (int i = 0; i < total; ++i) pointers_[i] = address(operands[i], trip);
+  const schedule::Call& call = prepared_->plan.call;
+  prepared_->combine({.dsts = pointers_.data(),
+                      .srcs = pointers_.data() + step.num_dsts,
+                      .src_formats = &prepared_->formats[step.operand + step.num_dsts],
+                      .num_dsts = step.num_dsts,
+                      .num_srcs = step.num_srcs,
+                      .dst_format = step.dst_format,
+                      .stream = step.stream,
+                      .count = static_cast<size_t>(step.count),
+                      .prescale = call.prescale,
+                      .divisor = prepared_->plan.divisor});
+}
+
+template <class Observer>
+bool Run::advance(const Observer& observer) {
+  using Kind = schedule::Step::Kind;
+  if (!entries_met()) return false;
+  const int me = domain_->rank();
+  const schedule::Program& program = prepared_->program(me);
+  for (; loop_ < program.loops.size(); ++loop_, iteration_ = -1, step_ = 0) {
+    const schedule::Loop& loop = program.loops[loop_];
+    if (iteration_ < 0) iteration_ = loop.first;
+    const int64_t last_trip = loop.first + loop.trips, end = last_trip + loop.stages - 1;
+    for (; iteration_ < end; ++iteration_, step_ = 0) {
+      for (; step_ < loop.num_steps; ++step_) {
+        const schedule::Step& step = program.steps[loop.step + step_];
+        const int64_t trip = iteration_ - step.stage;
+        if (trip < loop.first || trip >= last_trip) continue;
+        switch (step.kind) {
+          case Kind::combine:
+            observer(loop.step + step_);
+            combine(step, trip);
+            break;
+          case Kind::signal: {
+            observer(loop.step + step_);
+            Cell& cell = domain_->cell(step.peer, me, step.cell);
+            cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
+            cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
+            domain_->ring(step.peer);
+            break;
+          }
+          case Kind::wait: {
+            const int64_t value = step.value + trip * step.per_trip;
+            if (value <= 0) break;
+            observer(loop.step + step_);
+            const Cell& cell = domain_->cell(me, step.peer, step.cell);
+            const uint64_t target = cell_word(call_, value);
+            if (cell.word.load(std::memory_order_acquire) < target) {
+              blocked_ = {&cell.word, target, step.peer};
+              return false;
+            }
+            if (cell.fingerprint.load(std::memory_order_relaxed) != fingerprint_ && !agrees(step.peer)) [[unlikely]] {
+              mismatched_ = step.peer;
+              return false;
+            }
+            break;
+          }
+        }
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace pycomm::runtime

@@ -1,0 +1,22 @@
+// Which algorithm a call gets when its caller names none, and the geometry of the host's windows.
+#pragma once
+
+#include <string>
+
+#include "schedule/plan.h"
+
+namespace pycomm::runtime {
+
+using schedule::Geometry;
+
+struct Choice {
+  std::string algorithm;
+  std::string reason;  // in words, for explain()
+};
+
+// Pure in the call. The thresholds were measured on a node's shared memory (docs/algorithms.md).
+Choice select(const schedule::Call& call);
+
+Geometry host_geometry();
+
+}  // namespace pycomm::runtime

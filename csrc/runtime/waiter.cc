@@ -1,0 +1,173 @@
+#include "runtime/waiter.h"
+
+#include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <thread>
+
+#include "common/env.h"
+#include "common/error.h"
+
+namespace pycomm::runtime {
+
+namespace {
+
+constexpr double kTick = 0.02;
+
+void pause_core() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
+bool fence_all_processes() {
+  static const bool registered =
+      syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0;
+  return registered && syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0;
+}
+
+void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
+  const uint32_t rung = self.doorbell.load(std::memory_order_acquire);
+  self.sleeping.store(1, std::memory_order_seq_cst);
+  if (!fence_all_processes()) seconds = std::min(seconds, 0.0005);
+  if (!blocked.met()) {
+    const timespec limit{0, static_cast<long>(seconds * 1e9)};
+    syscall(SYS_futex, &self.doorbell, FUTEX_WAIT, rung, &limit, nullptr, 0);
+  }
+  self.sleeping.store(0, std::memory_order_relaxed);
+}
+
+std::string rank_name(const Domain& domain, int rank) { return "rank " + std::to_string(domain.display_rank(rank)); }
+
+std::string current_call(const Domain& domain, const Run& run) {
+  const auto record = domain.record_of(domain.rank(), run.call());
+  return record ? describe(*record) : "a call";
+}
+
+void look_for_mismatch(Domain& domain, const Run& run) {
+  for (int rank = 0; rank < domain.size(); ++rank) {
+    const auto theirs = domain.record_of(rank, run.call());
+    if (!theirs || theirs->fingerprint == run.fingerprint()) continue;
+    domain.fail(FailureKind::mismatch,
+                rank_name(domain, domain.rank()) + " called " + current_call(domain, run) + " where " +
+                    rank_name(domain, rank) + " called " + describe(*theirs) + " (call " +
+                    std::to_string(run.call()) +
+                    " of the group). All ranks must make the same calls in the same order with the same arguments.");
+  }
+}
+
+// A peer that ended before it finished this call is lost, unless what is waited for came before its end.
+void look_for_losses(Domain& domain, const Run& run) {
+  const bool deaths = domain.node().any_dead().has_value();
+  for (int rank = 0; rank < domain.size(); ++rank) {
+    if (rank == domain.rank()) continue;
+    Member& peer = domain.member(rank);
+    const bool closed = peer.closed.load(std::memory_order_acquire) != 0;
+    const int node_rank = domain.node_ranks()[rank];
+    if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
+    if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
+    domain.fail(FailureKind::peer_lost,
+                closed ? rank_name(domain, rank) + " closed its communicator before " + current_call(domain, run) +
+                             ", which " + rank_name(domain, domain.rank()) + " had called."
+                       : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
+                             ") has ended in or before " + current_call(domain, run) + ", call " +
+                             std::to_string(run.call()) +
+                             " of the group. Look at that rank's own output for the cause; this group cannot go on.");
+  }
+}
+
+// The rank that the others wait for in the end: one that has not come, or does not move.
+int find_late(const Domain& domain, const Run& run) {
+  for (int rank = 0; rank < domain.size(); ++rank) {
+    if (domain.member(rank).entered.load(std::memory_order_acquire) < run.call()) return rank;
+  }
+  std::vector<uint64_t> beats;
+  for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.member(rank).heartbeat.load());
+  std::this_thread::sleep_for(std::chrono::milliseconds(60));
+  for (int rank = 0; rank < domain.size(); ++rank) {
+    const Member& peer = domain.member(rank);
+    if (rank == domain.rank() || peer.finished.load() >= run.call()) continue;
+    if (peer.heartbeat.load() == beats[rank]) return rank;
+  }
+  return run.blocked_on().peer;
+}
+
+}  // namespace
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+WaitPolicy wait_policy(int ranks, int cores) {
+  return {.spin_us = env().spin_us, .yield = ranks > cores};
+}
+
+void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double started, double timeout_s,
+          Patience& patience) {
+  const Blocked& blocked = run.blocked_on();
+  if (run.mismatched() < 0 && policy.spin_us > 0) {
+    if (policy.yield) {
+      patience.on_block();
+    } else {
+      for (int i = 0; i < 64; ++i) {  // the common case, before any clock is read
+        if (blocked.met()) return;
+        pause_core();
+      }
+    }
+    for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
+      for (int i = 0; i < (policy.yield ? 1 : 64); ++i) {
+        if (blocked.met()) return;
+        policy.yield ? (void)sched_yield() : pause_core();
+      }
+    }
+  }
+  patience.on_block();
+  if (started == 0) started = now_s();
+  Member& self = domain.self();
+  self.waiting_on.store(1 + blocked.peer, std::memory_order_relaxed);
+  double nap = 0.0005, ticked = now_s();
+  while (run.mismatched() >= 0 || !blocked.met()) {
+    self.heartbeat.fetch_add(1, std::memory_order_relaxed);
+    look_for_mismatch(domain, run);
+    if (!domain.failed()) look_for_losses(domain, run);
+    if (!domain.failed() && now_s() - started > timeout_s) {
+      const int late = find_late(domain, run);
+      if (blocked.met()) break;
+      domain.fail(FailureKind::timeout,
+                  rank_name(domain, domain.rank()) + " waited " + std::to_string(timeout_s) + " s in " +
+                      current_call(domain, run) + " for " + rank_name(domain, late) + ", which " +
+                      (domain.member(late).entered.load() < run.call() ? "has not called it"
+                                                                       : "has called it but does not move") +
+                      ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
+    }
+    if (domain.failed()) {
+      self.waiting_on.store(0, std::memory_order_relaxed);
+      domain.raise_failure();
+    }
+    if (const double now = now_s(); now - ticked > kTick) {
+      ticked = now;
+      try {
+        patience.on_tick();
+      } catch (...) {
+        domain.fail(FailureKind::aborted, rank_name(domain, domain.rank()) + " was interrupted in " +
+                                              current_call(domain, run) + "; the group cannot go on.");
+        self.waiting_on.store(0, std::memory_order_relaxed);
+        throw;
+      }
+    }
+    sleep_on_doorbell(self, blocked, nap);
+    nap = std::min(nap * 2, 0.005);
+  }
+  self.waiting_on.store(0, std::memory_order_relaxed);
+}
+
+}  // namespace pycomm::runtime

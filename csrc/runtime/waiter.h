@@ -1,0 +1,37 @@
+// How a blocked call waits, and how it learns that waiting is in vain.
+//
+// Where every rank has a core of its own a wait first spins; where ranks outnumber cores it yields at once (a spinning
+// rank would keep the core from the one it waits for). Then it sleeps on the rank's doorbell, and wakes every few
+// milliseconds at the latest to look at the group's failure, the peers' records (MismatchError), their processes
+// (PeerLostError), the deadline (CommTimeoutError) and the caller's own interrupts.
+#pragma once
+
+#include "runtime/domain.h"
+#include "runtime/executor.h"
+
+namespace pycomm::runtime {
+
+// What the caller's language wants during a wait: Python releases its lock, and looks for Ctrl-C.
+class Patience {
+ public:
+  virtual ~Patience() = default;
+  virtual void on_block() {}  // before the first sleep or yield of a call; may come again
+  virtual void on_tick() {}   // about every 20 ms of sleep; may throw, which fails the group
+};
+
+struct WaitPolicy {
+  double spin_us = 50;
+  bool yield = false;  // instead of spinning
+};
+
+// The policy for this many ranks on the cores that they may use together.
+WaitPolicy wait_policy(int ranks, int cores);
+
+// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it.
+// `deadline` is in seconds on the steady clock (now_s); infinity: none.
+void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double started, double timeout_s,
+          Patience& patience);
+
+double now_s();
+
+}  // namespace pycomm::runtime
