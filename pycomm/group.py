@@ -59,8 +59,7 @@ class Communicator(_native.Communicator):
         return objects.decode(data.tobytes())
 
     def all_gather_object(self, obj: object) -> list[objects.Object]:
-        """Every rank's object, in rank order, on every rank. Types and errors are those of
-        broadcast_object."""
+        """Every rank's object, in rank order, on every rank; with broadcast_object's types and errors."""
         payload, error = _try_encode(obj)
         lengths = np.empty(self.size, np.int64)
         self.all_gather(np.array([-1 if error else len(payload)], np.int64), out=lengths)

@@ -40,17 +40,15 @@ def find_world(environ: Mapping[str, str] = os.environ) -> World:
     if env.has("RANK", "WORLD_SIZE"):
         # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same; a restarted
         # attempt may reuse all but its count.
-        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-        job = "|".join(
-            [env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *(environ.get(n, "") for n in names)]
-        )
+        attempt = [environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
+        job = "|".join([env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *attempt])
         return env.world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job)
     if env.has("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
         job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
-        prefix = "OMPI_COMM_WORLD_"
-        rank, size, local_rank, local_size = (prefix + n for n in ("RANK", "SIZE", "LOCAL_RANK",
-        "LOCAL_SIZE")) return env.world("Open MPI", rank, size, local_rank, local_size, job or
-        _parent_job(rank))
+        rank, size, local_rank, local_size = (
+            f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        )
+        return env.world("Open MPI", rank, size, local_rank, local_size, job or _parent_job(rank))
     # srun may speak PMI as well, but then says nothing of local ranks, which its own variables do.
     if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not _in_slurm_step(environ)):
         job = environ.get("PMI_JOBID") or _parent_job("PMI_RANK")
@@ -65,8 +63,7 @@ class _Environment:
         self._environ = environ
 
     def has(self, *names: str) -> bool:
-        """Whether any of them is set. All of them are asked for later, and one that is missing is named
-        then."""
+        """Whether any is set. All are asked for later, and one that is missing is named then."""
         return any(name in self._environ for name in names)
 
     def text(self, name: str) -> str:
