@@ -11,9 +11,10 @@ struct TypeInfo {
 };
 
 constexpr TypeInfo kTypes[kNumDTypes] = {
-    {"float32", 4}, {"float64", 8}, {"float16", 2}, {"bfloat16", 2}, {"float8_e4m3fn", 1}, {"float8_e5m2", 1},
-    {"int8", 1},    {"int16", 2},   {"int32", 4},   {"int64", 8},    {"uint8", 1},         {"uint16", 2},
-    {"uint32", 4},  {"uint64", 8},  {"bool", 1},    {"complex64", 8}, {"complex128", 16},
+    {"float32", 4},     {"float64", 8},     {"float16", 2}, {"bfloat16", 2}, {"float8_e4m3fn", 1},
+    {"float8_e5m2", 1}, {"int8", 1},        {"int16", 2},   {"int32", 4},    {"int64", 8},
+    {"uint8", 1},       {"uint16", 2},      {"uint32", 4},  {"uint64", 8},   {"bool", 1},
+    {"complex64", 8},   {"complex128", 16},
 };
 
 constexpr const char* kOps[kNumOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
@@ -68,13 +69,17 @@ Op parse_op(std::string_view text) {
 bool supports(DType dtype, Op op) {
   switch (op) {
     case Op::sum:
-    case Op::prod: return dtype != DType::bool_;
+    case Op::prod:
+      return dtype != DType::bool_;
     case Op::min:
-    case Op::max: return !is_complex(dtype);
-    case Op::avg: return is_float(dtype) || is_complex(dtype);
+    case Op::max:
+      return !is_complex(dtype);
+    case Op::avg:
+      return is_float(dtype) || is_complex(dtype);
     case Op::band:
     case Op::bor:
-    case Op::bxor: return is_integer(dtype) || dtype == DType::bool_;
+    case Op::bxor:
+      return is_integer(dtype) || dtype == DType::bool_;
   }
   return false;
 }
@@ -82,8 +87,8 @@ bool supports(DType dtype, Op op) {
 void require(DType dtype, Op op) {
   if (supports(dtype, op)) return;
   throw TypeError("op '" + std::string(name(op)) + "' makes no sense on " + name(dtype) + "; " + name(dtype) +
-                  " takes " + list<Op>(kNumOps, [&](Op other) { return supports(dtype, other); }) + ", and '" +
-                  name(op) + "' takes " +
+                  " takes " + list<Op>(kNumOps, [&](Op other) { return supports(dtype, other); }) +
+                  ", and '" + name(op) + "' takes " +
                   list<DType>(kNumDTypes, [&](DType other) { return supports(other, op); }));
 }
 

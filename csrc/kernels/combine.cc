@@ -40,8 +40,9 @@ const IsaList& available() {
     found.add("avx512", avx512::find,
               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
-    found.add("avx2", avx2::find,
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+    found.add(
+        "avx2", avx2::find,
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
     found.add("baseline", baseline::find, true);
 #elif defined(__aarch64__)
     found.add("neon", neon::find, true);

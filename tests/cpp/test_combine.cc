@@ -1,7 +1,5 @@
-// The kernels against a reference written the other way round: one element at a time, recursively, in float64 or in
-// wide integers, with the small floats as sorted tables of their values.
-#include "kernels/combine.h"
-
+// The kernels against a reference written the other way round: one element at a time, recursively, in float64
+// or in wide integers, with the small floats as sorted tables of their values.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -13,6 +11,7 @@
 
 #include "check.h"
 #include "common/dtype.h"
+#include "kernels/combine.h"
 
 using namespace pycomm;
 using namespace pycomm::kernels;
@@ -29,8 +28,8 @@ bool is_floating(DType d) { return d <= DType::float8_e5m2 || is_complex(d); }
 bool is_signed(DType d) { return d >= DType::int8 && d <= DType::int64; }
 bool in_float64(DType d) { return d == DType::float64 || d == DType::complex128; }
 
-// A small float as the table of its non-negative values, by code; the last entry is where the next would be, and what
-// rounds to it is `overflow`.
+// A small float as the table of its non-negative values, by code; the last entry is where the next would be,
+// and what rounds to it is `overflow`.
 struct Table {
   int bits;
   uint32_t overflow, nan;
@@ -71,16 +70,22 @@ const Table* table_of(DType dtype) {
   static const Table float16(5, 10, 0x7c00, 0x7e00), bfloat16(8, 7, 0x7f80, 0x7fc0);
   static const Table e4m3(4, 3, 0x7f, 0x7f), e5m2(5, 2, 0x7c, 0x7e);
   switch (dtype) {
-    case DType::float16: return &float16;
-    case DType::bfloat16: return &bfloat16;
-    case DType::float8_e4m3fn: return &e4m3;
-    case DType::float8_e5m2: return &e5m2;
-    default: return nullptr;
+    case DType::float16:
+      return &float16;
+    case DType::bfloat16:
+      return &bfloat16;
+    case DType::float8_e4m3fn:
+      return &e4m3;
+    case DType::float8_e5m2:
+      return &e5m2;
+    default:
+      return nullptr;
   }
 }
 
-// To the precision results are accumulated in. Rounding a float64 sum, product or quotient of float32 numbers to
-// float32 is rounding the exact one. (volatile: gcc 12 at -O2 makes one vector of two such roundings, and then none.)
+// To the precision results are accumulated in. Rounding a float64 sum, product or quotient of float32 numbers
+// to float32 is rounding the exact one. (volatile: gcc 12 at -O2 makes one vector of two such roundings, and
+// then none.)
 double rounded(bool wide, double x) {
   volatile float narrow = static_cast<float>(x);
   return wide ? x : static_cast<double>(narrow);
@@ -173,11 +178,21 @@ Number apply(DType dtype, Op op, const Number& a, const Number& b) {
         r = {round(a.re * b.re), 0, wrap(static_cast<__int128>(product), dtype)};
       }
       break;
-    case Op::min: r = {extreme(a.re, b.re, true), 0, a.whole < b.whole ? a.whole : b.whole}; break;
-    case Op::max: r = {extreme(a.re, b.re, false), 0, a.whole < b.whole ? b.whole : a.whole}; break;
-    case Op::band: r.whole = wrap(a.whole & b.whole, dtype); break;
-    case Op::bor: r.whole = wrap(a.whole | b.whole, dtype); break;
-    case Op::bxor: r.whole = wrap(a.whole ^ b.whole, dtype); break;
+    case Op::min:
+      r = {extreme(a.re, b.re, true), 0, a.whole < b.whole ? a.whole : b.whole};
+      break;
+    case Op::max:
+      r = {extreme(a.re, b.re, false), 0, a.whole < b.whole ? b.whole : a.whole};
+      break;
+    case Op::band:
+      r.whole = wrap(a.whole & b.whole, dtype);
+      break;
+    case Op::bor:
+      r.whole = wrap(a.whole | b.whole, dtype);
+      break;
+    case Op::bxor:
+      r.whole = wrap(a.whole ^ b.whole, dtype);
+      break;
   }
   return r;
 }
@@ -208,7 +223,8 @@ struct Case {
 
 std::mt19937_64 random_bits(1);
 
-// Small numbers for most, arbitrary bits (so NaN with payloads, infinities, subnormals) for some, and the zeros.
+// Small numbers for most, arbitrary bits (so NaN with payloads, infinities, subnormals) for some, and the
+// zeros.
 void fill(DType dtype, Byte* p, size_t count) {
   const size_t parts = is_complex(dtype) ? 2 : 1, size = size_of(dtype) / parts;
   for (size_t i = 0; i < count * parts; ++i, p += size) {
@@ -222,7 +238,8 @@ void fill(DType dtype, Byte* p, size_t count) {
       if (kind == 1) x = sign * 0.0;
       if (kind == 2) x = sign * (bits & 2 ? std::numeric_limits<double>::infinity() : 448 + (bits >> 8 & 31));
       if (kind == 3) x = in_float64(dtype) ? sign * 1.7e308 : sign * 3.4e38;
-      if (kind == 4) x = sign * std::ldexp(bits >> 8 & 7, in_float64(dtype) ? -1074 : table_of(dtype) ? -25 : -149);
+      if (kind == 4)
+        x = sign * std::ldexp(bits >> 8 & 7, in_float64(dtype) ? -1074 : table_of(dtype) ? -25 : -149);
       Number number;
       number.re = x;
       encode(parts == 2 ? (in_float64(dtype) ? DType::float64 : DType::float32) : dtype, number, p);
@@ -341,8 +358,9 @@ void check_lengths(const Case& c, const std::vector<Bytes>& sources, const Bytes
         call(fn, c, dsts, srcs, count, count % 4 == 3);
         for (size_t d = 0; d < m; ++d) {
           if (!same(c, outs[d].data, want.data(), count) || !outs[d].guarded(bytes)) {
-            check::fail(__FILE__, __LINE__, c.title() + " " + isa + " count " + std::to_string(count) + " dst " +
-                                                std::to_string(d) + " of " + std::to_string(m));
+            check::fail(__FILE__, __LINE__,
+                        c.title() + " " + isa + " count " + std::to_string(count) + " dst " +
+                            std::to_string(d) + " of " + std::to_string(m));
             return;
           }
         }
@@ -426,7 +444,8 @@ std::vector<To> convert(const std::string& isa, DType dtype, const std::vector<F
                         Format to) {
   std::vector<To> results(values.size());
   const Case c{dtype, Op::sum, {from}, to};
-  call(find_combine_for(isa.c_str(), dtype, Op::sum), c, {results.data()}, {values.data()}, values.size(), false);
+  call(find_combine_for(isa.c_str(), dtype, Op::sum), c, {results.data()}, {values.data()}, values.size(),
+       false);
   return results;
 }
 
@@ -450,14 +469,19 @@ void check_decode(DType dtype) {
   }
 }
 
-// Every value of the format, every midpoint between neighbours (the overflow's threshold too), and the floats just
-// beside them, of both signs.
+// Every value of the format, every midpoint between neighbours (the overflow's threshold too), and the floats
+// just beside them, of both signs.
 template <class Code>
 void check_encode(DType dtype) {
   const Table& table = *table_of(dtype);
   const float inf = std::numeric_limits<float>::infinity();
-  std::vector<float> values = {inf, -inf, std::nanf(""), -std::nanf("1"), std::bit_cast<float>(0x7f800001u),
-                               std::numeric_limits<float>::max(), std::numeric_limits<float>::denorm_min()};
+  std::vector<float> values = {inf,
+                               -inf,
+                               std::nanf(""),
+                               -std::nanf("1"),
+                               std::bit_cast<float>(0x7f800001u),
+                               std::numeric_limits<float>::max(),
+                               std::numeric_limits<float>::denorm_min()};
   for (size_t code = 0; code + 1 < table.values.size(); ++code) {
     for (double x : {table.values[code], (table.values[code] + table.values[code + 1]) / 2}) {
       const auto exact = static_cast<float>(x);
@@ -472,8 +496,9 @@ void check_encode(DType dtype) {
     for (size_t i = 0; i < values.size(); ++i) {
       const uint32_t want = table.encode(values[i]);
       if (got[i] != want) {
-        check::fail(__FILE__, __LINE__, std::string(name(dtype)) + " " + isa + " of " + check::show(values[i]) +
-                                            ": " + check::show(got[i]) + " against " + check::show(want));
+        check::fail(__FILE__, __LINE__,
+                    std::string(name(dtype)) + " " + isa + " of " + check::show(values[i]) + ": " +
+                        check::show(got[i]) + " against " + check::show(want));
       }
     }
   }
@@ -528,7 +553,8 @@ TEST(conversions_encode) {
 // Known answers, so that the tables above are not all there is to trust.
 TEST(conversions_known) {
   const float nan = std::nanf(""), inf = std::numeric_limits<float>::infinity();
-  const std::vector<float> x = {1.f, -2.f, 448.f, 464.f, 464.0001f, -500.f, inf, nan, 0.001953125f, 0.0009765625f};
+  const std::vector<float> x = {1.f,    -2.f, 448.f, 464.f,        464.0001f,
+                                -500.f, inf,  nan,   0.001953125f, 0.0009765625f};
   const std::vector<uint8_t> e4m3 = {0x38, 0xc0, 0x7e, 0x7e, 0x7f, 0x7f, 0x7f, 0x7f, 0x01, 0x00};
   const std::vector<float> y = {1.f, 57344.f, 61439.f, 61440.f, -inf, nan, -0.f};
   const std::vector<uint8_t> e5m2 = {0x3c, 0x7b, 0x7b, 0x7c, 0xfc, 0x7e, 0x80};

@@ -1,8 +1,7 @@
-#include "common/dtype.h"
-
 #include <string>
 
 #include "check.h"
+#include "common/dtype.h"
 #include "common/error.h"
 
 using namespace pycomm;
@@ -46,7 +45,8 @@ TEST(sizes_and_accumulators) {
 }
 
 TEST(names_parse_back) {
-  for (int i = 0; i < kNumDTypes; ++i) CHECK_EQ(parse_dtype(name(static_cast<DType>(i))), static_cast<DType>(i));
+  for (int i = 0; i < kNumDTypes; ++i)
+    CHECK_EQ(parse_dtype(name(static_cast<DType>(i))), static_cast<DType>(i));
   for (int i = 0; i < kNumOps; ++i) CHECK_EQ(parse_op(name(static_cast<Op>(i))), static_cast<Op>(i));
   CHECK_EQ(std::string(name(DType::bool_)), "bool");
   CHECK_EQ(std::string(name(DType::float8_e4m3fn)), "float8_e4m3fn");
@@ -66,10 +66,10 @@ TEST(which_pairs_make_sense) {
   const char* const floats = "11111000";
   const char* const integers = "11110111";
   const char* const expected[kNumDTypes] = {
-      floats,   floats,   floats,   floats,   floats,   floats,                          // float32 .. float8_e5m2
-      integers, integers, integers, integers, integers, integers, integers, integers,    // int8 .. uint64
-      "00110111",                                                                        // bool
-      "11001000", "11001000",                                                            // complex
+      floats,     floats,     floats,   floats,   floats,   floats,  // float32 .. float8_e5m2
+      integers,   integers,   integers, integers, integers, integers, integers, integers,  // int8 .. uint64
+      "00110111",                                                                          // bool
+      "11001000", "11001000",                                                              // complex
   };
   for (int d = 0; d < kNumDTypes; ++d) {
     for (int o = 0; o < kNumOps; ++o) {

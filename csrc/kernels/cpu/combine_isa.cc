@@ -1,9 +1,9 @@
 // The inner loops for one instruction set: PYCOMM_ISA names it, and the compiler's flags turn it on.
 //
-// Elements go through in blocks that fit the first-level cache. Within a block the sources form the balanced tree as
-// the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as many pairs merge as j has
-// trailing ones. The last merge is the root, and it stores. Two sources of one format are a root over the whole
-// length, so the common case is one plain loop.
+// Elements go through in blocks that fit the first-level cache. Within a block the sources form the balanced
+// tree as the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as many pairs
+// merge as j has trailing ones. The last merge is the root, and it stores. Two sources of one format are a
+// root over the whole length, so the common case is one plain loop.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -106,7 +106,8 @@ void scale(void* dst, const void* src, size_t n, double factor) {
   const auto* x = in<typename From::Raw>(src);
   auto* to = out<typename From::Value>(dst);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) put(to[i], From::decode(get(x[i])) * static_cast<typename From::Value>(factor));
+  for (size_t i = 0; i < n; ++i)
+    put(to[i], From::decode(get(x[i])) * static_cast<typename From::Value>(factor));
 }
 
 // What the walk over blocks needs to know of a type and an operator.
@@ -118,7 +119,8 @@ struct Steps {
   // dst = a op b, partial; dst may be a.
   void (*merge)(void* dst, const void* a, const void* b, size_t n);
   // The last merge, and the store to one or two destinations.
-  void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final, double divisor);
+  void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
+               double divisor);
   // The store where there was nothing to merge.
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
 };
@@ -159,7 +161,7 @@ struct Kernel {
     return nullptr;  // neither converted nor scaled
   }
 
-  static constexpr Steps kSteps = {sizeof(typename F::Raw), sizeof(Value),  loader(),
+  static constexpr Steps kSteps = {sizeof(typename F::Raw), sizeof(Value), loader(),
                                    merge_partial,           root<Partial>, store};
 };
 
@@ -227,7 +229,8 @@ void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
 void copy(const CombineArgs& args, size_t bytes) {
   const void* src = args.srcs[0];
   if (args.num_dsts == 1) return copy_bytes(args.dsts[0], src, bytes, args.stream);
-  for (size_t begin = 0; begin < bytes; begin += kBlockBytes) {  // all destinations while the block is in the cache
+  for (size_t begin = 0; begin < bytes;
+       begin += kBlockBytes) {  // all destinations while the block is in the cache
     const size_t n = least(kBlockBytes, bytes - begin);
     for (int d = 0; d < args.num_dsts; ++d) {
       void* dst = args.dsts[d];
@@ -263,13 +266,18 @@ template <class F>
 CombineFn find_float(Op op) {
   switch (op) {
     case Op::sum:
-    case Op::avg: return combine<Kernel<F, Sum>>;
-    case Op::prod: return combine<Kernel<F, Prod>>;
-    case Op::min: return combine<Kernel<F, Min>>;
-    case Op::max: return combine<Kernel<F, Max>>;
+    case Op::avg:
+      return combine<Kernel<F, Sum>>;
+    case Op::prod:
+      return combine<Kernel<F, Prod>>;
+    case Op::min:
+      return combine<Kernel<F, Min>>;
+    case Op::max:
+      return combine<Kernel<F, Max>>;
     case Op::band:
     case Op::bor:
-    case Op::bxor: return nullptr;
+    case Op::bxor:
+      return nullptr;
   }
   return nullptr;
 }
@@ -278,14 +286,22 @@ CombineFn find_float(Op op) {
 template <class T, class Unsigned>
 CombineFn find_integer(Op op) {
   switch (op) {
-    case Op::sum: return combine<Kernel<Plain<Unsigned>, Sum>>;
-    case Op::prod: return combine<Kernel<Plain<Unsigned>, Prod>>;
-    case Op::min: return combine<Kernel<Plain<T>, Min>>;
-    case Op::max: return combine<Kernel<Plain<T>, Max>>;
-    case Op::avg: return nullptr;
-    case Op::band: return combine<Kernel<Plain<Unsigned>, Band>>;
-    case Op::bor: return combine<Kernel<Plain<Unsigned>, Bor>>;
-    case Op::bxor: return combine<Kernel<Plain<Unsigned>, Bxor>>;
+    case Op::sum:
+      return combine<Kernel<Plain<Unsigned>, Sum>>;
+    case Op::prod:
+      return combine<Kernel<Plain<Unsigned>, Prod>>;
+    case Op::min:
+      return combine<Kernel<Plain<T>, Min>>;
+    case Op::max:
+      return combine<Kernel<Plain<T>, Max>>;
+    case Op::avg:
+      return nullptr;
+    case Op::band:
+      return combine<Kernel<Plain<Unsigned>, Band>>;
+    case Op::bor:
+      return combine<Kernel<Plain<Unsigned>, Bor>>;
+    case Op::bxor:
+      return combine<Kernel<Plain<Unsigned>, Bxor>>;
   }
   return nullptr;
 }
@@ -294,13 +310,17 @@ CombineFn find_integer(Op op) {
 CombineFn find_bool(Op op) {
   switch (op) {
     case Op::min:
-    case Op::band: return combine<Kernel<Plain<uint8_t>, Band>>;
+    case Op::band:
+      return combine<Kernel<Plain<uint8_t>, Band>>;
     case Op::max:
-    case Op::bor: return combine<Kernel<Plain<uint8_t>, Bor>>;
-    case Op::bxor: return combine<Kernel<Plain<uint8_t>, Bxor>>;
+    case Op::bor:
+      return combine<Kernel<Plain<uint8_t>, Bor>>;
+    case Op::bxor:
+      return combine<Kernel<Plain<uint8_t>, Bxor>>;
     case Op::sum:
     case Op::prod:
-    case Op::avg: return nullptr;
+    case Op::avg:
+      return nullptr;
   }
   return nullptr;
 }
@@ -310,13 +330,16 @@ template <class T>
 CombineFn find_complex(Op op) {
   switch (op) {
     case Op::sum:
-    case Op::avg: return combine<Kernel<Wide<T>, Sum, 2>>;
-    case Op::prod: return combine<Kernel<Wide<Complex<T>>, Prod>>;
+    case Op::avg:
+      return combine<Kernel<Wide<T>, Sum, 2>>;
+    case Op::prod:
+      return combine<Kernel<Wide<Complex<T>>, Prod>>;
     case Op::min:
     case Op::max:
     case Op::band:
     case Op::bor:
-    case Op::bxor: return nullptr;
+    case Op::bxor:
+      return nullptr;
   }
   return nullptr;
 }
@@ -325,23 +348,40 @@ CombineFn find_complex(Op op) {
 
 CombineFn find(DType dtype, Op op) {
   switch (dtype) {
-    case DType::float32: return find_float<Wide<float>>(op);
-    case DType::float64: return find_float<Wide<double>>(op);
-    case DType::float16: return find_float<Float16>(op);
-    case DType::bfloat16: return find_float<BFloat16>(op);
-    case DType::float8_e4m3fn: return find_float<Float8E4M3>(op);
-    case DType::float8_e5m2: return find_float<Float8E5M2>(op);
-    case DType::int8: return find_integer<int8_t, uint8_t>(op);
-    case DType::int16: return find_integer<int16_t, uint16_t>(op);
-    case DType::int32: return find_integer<int32_t, uint32_t>(op);
-    case DType::int64: return find_integer<int64_t, uint64_t>(op);
-    case DType::uint8: return find_integer<uint8_t, uint8_t>(op);
-    case DType::uint16: return find_integer<uint16_t, uint16_t>(op);
-    case DType::uint32: return find_integer<uint32_t, uint32_t>(op);
-    case DType::uint64: return find_integer<uint64_t, uint64_t>(op);
-    case DType::bool_: return find_bool(op);
-    case DType::complex64: return find_complex<float>(op);
-    case DType::complex128: return find_complex<double>(op);
+    case DType::float32:
+      return find_float<Wide<float>>(op);
+    case DType::float64:
+      return find_float<Wide<double>>(op);
+    case DType::float16:
+      return find_float<Float16>(op);
+    case DType::bfloat16:
+      return find_float<BFloat16>(op);
+    case DType::float8_e4m3fn:
+      return find_float<Float8E4M3>(op);
+    case DType::float8_e5m2:
+      return find_float<Float8E5M2>(op);
+    case DType::int8:
+      return find_integer<int8_t, uint8_t>(op);
+    case DType::int16:
+      return find_integer<int16_t, uint16_t>(op);
+    case DType::int32:
+      return find_integer<int32_t, uint32_t>(op);
+    case DType::int64:
+      return find_integer<int64_t, uint64_t>(op);
+    case DType::uint8:
+      return find_integer<uint8_t, uint8_t>(op);
+    case DType::uint16:
+      return find_integer<uint16_t, uint16_t>(op);
+    case DType::uint32:
+      return find_integer<uint32_t, uint32_t>(op);
+    case DType::uint64:
+      return find_integer<uint64_t, uint64_t>(op);
+    case DType::bool_:
+      return find_bool(op);
+    case DType::complex64:
+      return find_complex<float>(op);
+    case DType::complex128:
+      return find_complex<double>(op);
   }
   return nullptr;
 }

@@ -1,7 +1,9 @@
-// What combine.cc and the copies of combine_isa.cc, one compiled for each instruction set, know of each other.
+// What combine.cc and the copies of combine_isa.cc, one compiled for each instruction set, know of each
+// other.
 //
-// All that a copy defines lies in a namespace of its own, and it calls no inline function or template from elsewhere:
-// the linker keeps one body of such a function for the whole program, and it might be the one in AVX-512.
+// All that a copy defines lies in a namespace of its own, and it calls no inline function or template from
+// elsewhere: the linker keeps one body of such a function for the whole program, and it might be the one in
+// AVX-512.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +26,8 @@ namespace neon {
 CombineFn find(DType dtype, Op op);
 }
 
-// Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later stores.
-// Where there are none (not x86), a memcpy and nothing.
+// Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
+// stores. Where there are none (not x86), a memcpy and nothing.
 void stream_copy(void* dst, const void* src, size_t bytes);
 void stream_fence();
 

@@ -1,5 +1,5 @@
-// One element of the inner loops: the operators, and the way from memory and back. Written without branches so
-// that the compiler makes vectors of them. Included by combine_isa.cc alone, see isa.h.
+// One element of the inner loops: the operators, and the way from memory and back. Written without branches
+// so that the compiler makes vectors of them. Included by combine_isa.cc alone, see isa.h.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +47,8 @@ PYCOMM_INLINE auto widen(T x) {
   }
 }
 
-// -x by its bits, for x times something that is subtracted: gcc 12 fuses multiply and add into one rounding where it
-// sees alternating sums and differences of products, -ffp-contract=off or not.
+// -x by its bits, for x times something that is subtracted: gcc 12 fuses multiply and add into one rounding
+// where it sees alternating sums and differences of products, -ffp-contract=off or not.
 template <class T>
 PYCOMM_INLINE T negate(T x) {
   using U = typename Bits<T>::type;
@@ -78,8 +78,8 @@ struct Prod {
   }
 };
 
-// IEEE 754-2019 minimum and maximum. Equal floats differ in bits only as zeros: `or` keeps the sign of a negative
-// zero, `and` drops it.
+// IEEE 754-2019 minimum and maximum. Equal floats differ in bits only as zeros: `or` keeps the sign of a
+// negative zero, `and` drops it.
 struct Min {
   template <class T>
   PYCOMM_INLINE static T apply(T a, T b) {
@@ -129,8 +129,8 @@ struct Bxor {
   }
 };
 
-// An element as it lies in memory, one of these or of the small floats (small_float.h): how it becomes a value to
-// compute with, and a result becomes an element.
+// An element as it lies in memory, one of these or of the small floats (small_float.h): how it becomes a
+// value to compute with, and a result becomes an element.
 template <class T>
 struct Plain {  // partial results, and integers
   using Raw = T;

@@ -1,8 +1,9 @@
-// The 16- and 8-bit floats to and from float32, in integer arithmetic without branches, so that every instruction set
-// gives the same bits and the compiler makes vectors of the loops. Included by combine_isa.cc alone, see isa.h.
+// The 16- and 8-bit floats to and from float32, in integer arithmetic without branches, so that every
+// instruction set gives the same bits and the compiler makes vectors of the loops. Included by combine_isa.cc
+// alone, see isa.h.
 //
-// Encoding rounds to nearest even. Beyond the largest finite value a format gives infinity; float8_e4m3fn has none and
-// gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload.
+// Encoding rounds to nearest even. Beyond the largest finite value a format gives infinity; float8_e4m3fn has
+// none and gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ namespace pycomm::kernels::PYCOMM_ISA {
 PYCOMM_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 PYCOMM_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
-// a < b ? yes : no, for a and b below 2^31. Masks and no comparison: the compiler cannot turn it back into a branch,
-// under which it does not make vectors of float arithmetic.
+// a < b ? yes : no, for a and b below 2^31. Masks and no comparison: the compiler cannot turn it back into a
+// branch, under which it does not make vectors of float arithmetic.
 PYCOMM_INLINE uint32_t if_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
   const uint32_t mask = 0u - ((a - b) >> 31);
   return no ^ ((no ^ yes) & mask);
@@ -37,8 +38,8 @@ struct BFloat16 {
   }
 };
 
-// A float of `kExponent` and `kMantissa` bits whose magnitudes from `kOverflow` on are special: kOverflow is the
-// infinity, or, where it is kNan itself, all there is.
+// A float of `kExponent` and `kMantissa` bits whose magnitudes from `kOverflow` on are special: kOverflow is
+// the infinity, or, where it is kNan itself, all there is.
 template <class R, int kExponent, int kMantissa, uint32_t kOverflow, uint32_t kNan>
 struct SmallFloat {
   using Raw = R;
@@ -58,7 +59,8 @@ struct SmallFloat {
     // A subnormal counts units of its last place.
     const uint32_t subnormal =
         as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * as_float(power(1 - kBias - kMantissa)));
-    const uint32_t special = kOverflow == kNan ? kFloatNan : if_less(kOverflow, magnitude, kFloatNan, kFloatInf);
+    const uint32_t special =
+        kOverflow == kNan ? kFloatNan : if_less(kOverflow, magnitude, kFloatNan, kFloatInf);
     const uint32_t finite = if_less(magnitude, 1u << kMantissa, subnormal, normal);
     const uint32_t bits = if_less(magnitude, kOverflow, finite, special);
     return as_float(bits | (x & kSign) << (31 - kExponent - kMantissa));
