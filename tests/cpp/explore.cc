@@ -1,0 +1,604 @@
+#include "explore.h"
+
+#include <algorithm>
+#include <map>
+#include <unordered_set>
+#include <utility>
+
+namespace explore {
+
+namespace {
+
+using namespace pycomm;
+using namespace pycomm::schedule;
+
+// ---- Values ----
+
+// What an element holds. Two elements are equal in bits if they are the same value.
+struct Symbol {
+  enum class Type : uint8_t { nothing, raw, partial, final };
+  Type type = Type::nothing;
+  int64_t bytes = 1;
+  std::vector<std::pair<int, int64_t>> terms;  // (rank, element) summed, sorted
+  bool sane = true;                            // converted, scaled and divided as the call asks
+};
+
+class Symbols {
+ public:
+  static constexpr int kNothing = 0;
+  Symbols() { all_.emplace_back(); }
+  const Symbol& operator[](int id) const { return all_[id]; }
+
+  int raw(int rank, int64_t element, int64_t bytes) {
+    return make({'r', rank, element}, {Symbol::Type::raw, bytes, {{rank, element}}, true});
+  }
+  int lift(int id, int64_t bytes) {
+    Symbol result = all_[id];
+    result.sane = result.sane && result.type == Symbol::Type::raw;
+    result.type = Symbol::Type::partial;
+    result.bytes = bytes;
+    return make({'l', id, 0}, result);
+  }
+  int sum(int a, int b) {
+    if (a == kNothing || b == kNothing) return kNothing;
+    Symbol result = all_[a];
+    const Symbol& other = all_[b];
+    result.terms.insert(result.terms.end(), other.terms.begin(), other.terms.end());
+    std::sort(result.terms.begin(), result.terms.end());
+    result.sane = result.sane && other.sane && result.type == Symbol::Type::partial &&
+                  other.type == Symbol::Type::partial;
+    return make({'s', a, b}, result);
+  }
+  int finish(int id, int64_t bytes, bool right_divisor) {
+    Symbol result = all_[id];
+    result.sane = result.sane && result.type == Symbol::Type::partial && right_divisor;
+    result.type = Symbol::Type::final;
+    result.bytes = bytes;
+    return make({'f', id, right_divisor}, result);
+  }
+
+ private:
+  struct Key {
+    char how;
+    int64_t a, b;
+    auto operator<=>(const Key&) const = default;
+  };
+  int make(const Key& key, const Symbol& symbol) {
+    const auto [at, fresh] = ids_.try_emplace(key, static_cast<int>(all_.size()));
+    if (fresh) all_.push_back(symbol);
+    return at->second;
+  }
+  std::vector<Symbol> all_;
+  std::map<Key, int> ids_;
+};
+
+// ---- Programs, written out ----
+
+struct Span {
+  int64_t begin, end;
+  bool write;
+};
+
+struct Move {
+  enum class Kind : uint8_t { caller_writes, enter, gate, combine, signal, wait, caller_takes_back };
+  Kind kind;
+  int call = 0;
+  std::vector<Span> spans;    // memory touched
+  const Step* step = nullptr;
+  const Operand* operands = nullptr;
+  int cell = 0;
+  int64_t word = 0;           // signal, wait; a wait for nothing has -1
+  std::vector<int> last_conflict;  // by rank: its last move whose order with this one matters, -1 if none
+};
+
+bool conflict(const Move& a, const Move& b) {
+  for (const Span& x : a.spans) {
+    for (const Span& y : b.spans) {
+      if ((x.write || y.write) && x.begin < y.end && y.begin < x.end) return true;
+    }
+  }
+  return false;
+}
+
+struct Impossible {
+  std::string why;
+};
+
+// ---- Search ----
+
+class Search {
+ public:
+  Search(const std::vector<const Plan*>& calls, bool balanced, size_t max_states)
+      : calls_(calls), n_(calls[0]->call.world.size), balanced_(balanced), max_states_(max_states) {}
+
+  Verdict run() {
+    try {
+      lay_out();
+      for (int rank = 0; rank < n_; ++rank) write_out(rank);
+      find_conflicts();
+    } catch (const Impossible& fault) {
+      return {true, true, fault.why, 0};
+    }
+    at_.assign(n_, 0);
+    visit();
+    verdict_.states = seen_.size();
+    return verdict_;
+  }
+
+ private:
+  struct Place {
+    int64_t in = 0, in_bytes = 0, out = 0, out_bytes = 0;  // addresses
+  };
+
+  static int64_t item(const Plan& plan) { return static_cast<int64_t>(size_of(plan.call.dtype)); }
+  static int64_t partial(const Plan& plan) { return static_cast<int64_t>(size_of(accumulator(plan.call.dtype))); }
+  static int64_t before(const Call& call, int block) {
+    int64_t sum = 0;
+    for (int b = 0; b < block; ++b) sum += call.counts[b];
+    return sum;
+  }
+
+  // Gives every buffer its addresses in one flat memory.
+  void lay_out() {
+    int64_t top = 0;
+    int64_t bank = 0;
+    for (const Plan* plan : calls_) {
+      bank = std::max(bank, plan->bank_bytes);
+      cells_per_pair_ = std::max(cells_per_pair_, plan->cells);
+      if (plan->slots < 1 || plan->slots * plan->slot_bytes > plan->bank_bytes) throw Impossible{"slots exceed the bank"};
+    }
+    for (int i = 0; i < n_ * 2; ++i, top += bank) windows_.push_back(top);
+    for (const Plan* plan : calls_) {
+      const Call& call = plan->call;
+      auto& places = places_.emplace_back();
+      for (int rank = 0; rank < n_; ++rank) {
+        Place place;
+        place.in_bytes = in_elements(call, rank) * item(*plan);
+        place.out_bytes = out_elements(call, rank) * item(*plan);
+        place.in = place.out = top;
+        const Collective kind = call.world.collective;
+        if (!call.in_place) {
+          place.out += place.in_bytes;
+        } else if (kind == Collective::all_gather || kind == Collective::gather) {
+          place.in += before(call, rank) * item(*plan);
+        } else if (kind == Collective::reduce_scatter || kind == Collective::scatter) {
+          place.out += before(call, rank) * item(*plan);
+        }
+        top = std::max(place.in + place.in_bytes, place.out + place.out_bytes);
+        places.push_back(place);
+      }
+      entered_.emplace_back(n_, false);
+      results_.emplace_back(n_);
+    }
+    memory_.assign(top, 0);
+    cells_.assign(static_cast<size_t>(n_) * n_ * cells_per_pair_, 0);
+  }
+
+  void write_out(int rank) {
+    std::vector<Move>& moves = moves_.emplace_back();
+    for (int c = 0; c < static_cast<int>(calls_.size()); ++c) {
+      const Plan& plan = *calls_[c];
+      const Place& place = places_[c][rank];
+      const std::vector<Span> buffers = {{place.in, place.in + place.in_bytes, true},
+                                         {place.out, place.out + place.out_bytes, true}};
+      moves.push_back({.kind = Move::Kind::caller_writes, .call = c, .spans = buffers, .last_conflict = {}});
+      moves.push_back({.kind = Move::Kind::enter, .call = c, .spans = {}, .last_conflict = {}});
+      if (c > 0 && !calls_[c - 1]->full_exchange) {
+        moves.push_back({.kind = Move::Kind::gate, .call = c, .spans = {}, .last_conflict = {}});
+      }
+      const Program& program = plan.programs.at(rank);
+      for (const Loop& loop : program.loops) {
+        if (loop.first < 0 || loop.trips < 0 || loop.stages < 1) throw Impossible{"a loop that is none"};
+        for (int64_t i = 0; i < loop.trips + loop.stages - 1; ++i) {
+          for (int32_t s = 0; s < loop.num_steps; ++s) {
+            const Step& step = program.steps.at(loop.step + s);
+            const int64_t trip = i - step.stage;
+            if (trip >= 0 && trip < loop.trips) moves.push_back(write_out(rank, c, step, loop.first + trip));
+          }
+        }
+      }
+      moves.push_back({.kind = Move::Kind::caller_takes_back, .call = c, .spans = buffers, .last_conflict = {}});
+    }
+  }
+
+  Move write_out(int rank, int c, const Step& step, int64_t trip) {
+    const Plan& plan = *calls_[c];
+    Move move{.kind = Move::Kind::combine, .call = c, .spans = {}, .step = &step, .last_conflict = {}};
+    if (step.kind != Step::Kind::combine) {
+      const bool signals = step.kind == Step::Kind::signal;
+      if (step.peer < 0 || step.peer >= n_ || step.peer == rank || step.cell >= plan.cells) {
+        throw Impossible{"no such cell"};
+      }
+      move.kind = signals ? Move::Kind::signal : Move::Kind::wait;
+      const int reader = signals ? step.peer : rank, writer = signals ? rank : step.peer;
+      move.cell = (reader * n_ + writer) * cells_per_pair_ + step.cell;
+      const int64_t value = step.value + trip * step.per_trip;
+      move.word = (int64_t{c} << 32) + value;
+      if (!signals && value <= 0) move.word = -1;
+      if (signals && value < 0) throw Impossible{"a negative signal"};
+      return move;
+    }
+    const int operands = step.num_dsts + step.num_srcs;
+    const Program& program = plan.programs[rank];
+    if (step.num_dsts < 1 || step.num_srcs < 1 || step.operand < 0 || step.count < 0 ||
+        step.operand + operands > static_cast<int>(program.operands.size())) {
+      throw Impossible{"a combine without operands"};
+    }
+    move.operands = &program.operands[step.operand];
+    if (step.count == 0) return move;
+    const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
+    if (!copy && step.dst_format == Format::raw) throw Impossible{"formats"};
+    for (int i = 0; i < operands; ++i) {
+      const Operand& operand = move.operands[i];
+      const bool dst = i < step.num_dsts;
+      if (dst ? operand.format != step.dst_format : !copy && operand.format == Format::final) {
+        throw Impossible{"formats"};
+      }
+      if (operand.rank < 0 || operand.rank >= n_) throw Impossible{"no such rank"};
+      const Place& place = places_[c][operand.rank];
+      const int64_t bytes = step.count * (operand.format == Format::partial ? partial(plan) : item(plan));
+      int64_t base = 0, offset = operand.offset, room = 0;
+      switch (operand.space) {
+        case Space::in: base = place.in, room = place.in_bytes, offset += trip * operand.stride; break;
+        case Space::out: base = place.out, room = place.out_bytes, offset += trip * operand.stride; break;
+        case Space::window:
+          base = windows_[operand.rank * 2 + c % 2] + trip % plan.slots * plan.slot_bytes;
+          room = plan.slot_bytes;
+          break;
+      }
+      if (operand.rank != rank && ((operand.space == Space::in && plan.call.in == Placement::plain) ||
+                                   (operand.space == Space::out && plan.call.out == Placement::plain))) {
+        throw Impossible{"another rank's plain buffer"};
+      }
+      if (offset < 0 || offset + bytes > room) throw Impossible{"out of bounds"};
+      move.spans.push_back({base + offset, base + offset + bytes, dst});
+    }
+    for (int a = 0; a < step.num_dsts; ++a) {
+      for (int b = a + 1; b < operands; ++b) {
+        const Span &x = move.spans[a], &y = move.spans[b];
+        const bool same = b >= step.num_dsts && x.begin == y.begin && x.end == y.end;
+        if (!same && x.begin < y.end && y.begin < x.end) throw Impossible{"operands overlap"};
+      }
+    }
+    return move;
+  }
+
+  // Whether the order of the two matters. That a rank has entered is seen by those who must know at their end.
+  bool depend(const Move& a, const Move& b) const {
+    if (a.kind == Move::Kind::caller_takes_back && b.kind == Move::Kind::enter) return depend(b, a);
+    const bool seen = a.kind == Move::Kind::enter && b.kind == Move::Kind::caller_takes_back && a.call == b.call;
+    return (seen && exchange_asked(a.call)) || conflict(a, b);
+  }
+
+  void find_conflicts() {
+    for (int rank = 0; rank < n_; ++rank) {
+      for (Move& move : moves_[rank]) {
+        move.last_conflict.assign(n_, -1);
+        for (int other = 0; other < n_; ++other) {
+          if (other == rank) continue;
+          for (int i = static_cast<int>(moves_[other].size()) - 1; i >= 0 && move.last_conflict[other] < 0; --i) {
+            if (depend(move, moves_[other][i])) move.last_conflict[other] = i;
+          }
+        }
+      }
+    }
+    grows_.assign(cells_.size(), true);
+    std::vector<int64_t> last(cells_.size(), 0);
+    for (const auto& moves : moves_) {
+      for (const Move& move : moves) {
+        if (move.kind != Move::Kind::signal) continue;
+        if (move.word < last[move.cell]) grows_[move.cell] = false;
+        last[move.cell] = move.word;
+      }
+    }
+  }
+
+  bool ended(int rank) const { return at_[rank] == moves_[rank].size(); }
+  const Move& next(int rank) const { return moves_[rank][at_[rank]]; }
+
+  bool enabled(int rank) const {
+    if (ended(rank)) return false;
+    const Move& move = next(rank);
+    if (move.kind == Move::Kind::wait) return move.word < 0 || cells_[move.cell] >= move.word;
+    if (move.kind == Move::Kind::gate) {
+      const auto& entered = entered_[move.call - 1];
+      return std::find(entered.begin(), entered.end(), false) == entered.end();
+    }
+    return true;
+  }
+
+  // Whether this move commutes with all that others may still do, so that no other order need be tried: it touches
+  // no memory that they touch, and a cell that only grows lets a wait pass later as well as now.
+  bool commutes(int rank) const {
+    const Move& move = next(rank);
+    if ((move.kind == Move::Kind::signal || move.kind == Move::Kind::wait) && !grows_[move.cell]) return false;
+    for (int other = 0; other < n_; ++other) {
+      if (move.last_conflict[other] >= static_cast<int>(at_[other])) return false;
+    }
+    return true;
+  }
+
+  bool exchange_asked(int c) const {
+    return calls_[c]->full_exchange || calls_[c]->call.world.collective == Collective::barrier;
+  }
+
+  void fail(const std::string& why) {
+    if (!verdict_.wrong) verdict_.why = why;
+    verdict_.wrong = true;
+  }
+
+  struct Undo {
+    size_t memory, cells;
+    std::vector<size_t> at;
+    std::vector<std::vector<bool>> entered;
+    uint64_t hash;
+  };
+
+  // Tries every order from the present state on, and restores it.
+  void visit() {
+    const Undo undo{written_.size(), stored_.size(), at_, entered_, hash_};
+    while (!verdict_.wrong && verdict_.complete) {
+      int choice = -1, able = 0;
+      for (int rank = 0; rank < n_; ++rank) {
+        if (!enabled(rank)) continue;
+        ++able;
+        if (choice < 0 && commutes(rank)) choice = rank;
+      }
+      if (choice >= 0) {
+        move(choice);
+        continue;
+      }
+      if (able == 0) {
+        for (int rank = 0; rank < n_; ++rank) {
+          if (!ended(rank)) fail("deadlock of rank " + std::to_string(rank));
+        }
+        break;
+      }
+      for (int a = 0; a < n_; ++a) {
+        for (int b = a + 1; b < n_; ++b) {
+          if (enabled(a) && enabled(b) && conflict(next(a), next(b))) {
+            fail("ranks " + std::to_string(a) + " and " + std::to_string(b) + " at once");
+          }
+        }
+      }
+      if (verdict_.wrong || !seen_.insert(key()).second) break;
+      if (seen_.size() > max_states_) {
+        verdict_.complete = false;
+        break;
+      }
+      for (int rank = 0; rank < n_ && !verdict_.wrong && verdict_.complete; ++rank) {
+        if (!enabled(rank)) continue;
+        const Undo here{written_.size(), stored_.size(), at_, entered_, hash_};
+        move(rank);
+        visit();
+        restore(here);
+      }
+      break;
+    }
+    restore(undo);
+  }
+
+  uint64_t key() const {
+    uint64_t k = hash_;
+    for (size_t at : at_) k = (k ^ at) * 0x9e3779b97f4a7c15 + 0x1234567;
+    return k ^ (k >> 31);
+  }
+
+  static uint64_t mark(int64_t address, uint32_t code) {
+    uint64_t x = (static_cast<uint64_t>(address) << 32 | code) * 0xbf58476d1ce4e5b9;
+    x ^= x >> 27;
+    x *= 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+  }
+
+  void put(int64_t address, uint32_t code) {
+    if (memory_[address] == code) return;
+    written_.push_back({address, memory_[address]});
+    hash_ ^= mark(address, memory_[address]) ^ mark(address, code);
+    memory_[address] = code;
+  }
+
+  void restore(const Undo& undo) {
+    while (written_.size() > undo.memory) {
+      memory_[written_.back().first] = written_.back().second;
+      written_.pop_back();
+    }
+    while (stored_.size() > undo.cells) {
+      cells_[stored_.back().first] = stored_.back().second;
+      stored_.pop_back();
+    }
+    at_ = undo.at;
+    entered_ = undo.entered;
+    hash_ = undo.hash;
+  }
+
+  // A byte holds a symbol and which of its bytes.
+  void store(int64_t address, int symbol, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; ++b) {
+      put(address + b, symbol == Symbols::kNothing ? 0 : static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b));
+    }
+  }
+  int load(int64_t address, int64_t bytes) const {
+    const int symbol = static_cast<int>(memory_[address] >> 4);
+    if (symbols_[symbol].bytes != bytes) return Symbols::kNothing;
+    for (int64_t b = 0; b < bytes; ++b) {
+      if (memory_[address + b] != (static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b))) {
+        return Symbols::kNothing;
+      }
+    }
+    return symbol;
+  }
+
+  void move(int rank) {
+    const Move& move = next(rank);
+    switch (move.kind) {
+      case Move::Kind::caller_writes: caller_writes(rank, move.call); break;
+      case Move::Kind::enter: entered_[move.call][rank] = true; break;
+      case Move::Kind::gate:
+      case Move::Kind::wait: break;
+      case Move::Kind::combine: combine(move); break;
+      case Move::Kind::signal:
+        stored_.push_back({move.cell, cells_[move.cell]});
+        cells_[move.cell] = move.word;
+        break;
+      case Move::Kind::caller_takes_back: take_back(rank, move.call); break;
+    }
+    ++at_[rank];
+  }
+
+  void caller_writes(int rank, int c) {
+    const Place& place = places_[c][rank];
+    const int64_t bytes = item(*calls_[c]);
+    for (int64_t b = 0; b < place.out_bytes; ++b) put(place.out + b, 0);
+    for (int64_t i = 0; i < place.in_bytes / bytes; ++i) {
+      store(place.in + i * bytes, symbols_.raw(rank, i, bytes), bytes);
+    }
+  }
+
+  void combine(const Move& move) {
+    const Step& step = *move.step;
+    if (step.count == 0) return;
+    const Plan& plan = *calls_[move.call];
+    const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
+    const bool right_divisor = plan.divisor == (plan.call.op == Op::avg ? n_ : 1);
+    std::vector<int> terms(step.num_srcs);
+    for (int64_t i = 0; i < step.count; ++i) {
+      for (int s = 0; s < step.num_srcs; ++s) {
+        const Format format = move.operands[step.num_dsts + s].format;
+        const int64_t bytes = format == Format::partial ? partial(plan) : item(plan);
+        terms[s] = load(move.spans[step.num_dsts + s].begin + i * bytes, bytes);
+        if (!copy && format == Format::raw && terms[s]) terms[s] = symbols_.lift(terms[s], partial(plan));
+      }
+      const int64_t bytes = step.dst_format == Format::partial ? partial(plan) : item(plan);
+      int result = tree(terms, 0, step.num_srcs);
+      if (!copy && step.dst_format == Format::final && result) result = symbols_.finish(result, bytes, right_divisor);
+      for (int d = 0; d < step.num_dsts; ++d) store(move.spans[d].begin + i * bytes, result, bytes);
+    }
+  }
+
+  int tree(const std::vector<int>& terms, int begin, int end) {
+    if (end - begin == 1) return terms[begin];
+    int half = 1;
+    while (half * 2 < end - begin) half *= 2;
+    return symbols_.sum(tree(terms, begin, begin + half), tree(terms, begin + half, end));
+  }
+
+  // The caller looks at what it got, and uses its buffers for something else.
+  void take_back(int rank, int c) {
+    const Plan& plan = *calls_[c];
+    const Place& place = places_[c][rank];
+    const int64_t bytes = item(plan);
+    if (exchange_asked(c)) {
+      for (int peer = 0; peer < n_; ++peer) {
+        if (!entered_[c][peer]) fail("no full exchange");
+      }
+    }
+    for (int64_t i = 0; i < place.in_bytes / bytes; ++i) {
+      const int64_t address = place.in + i * bytes;
+      const bool output = address >= place.out && address < place.out + place.out_bytes;
+      if (!output && load(address, bytes) != symbols_.raw(rank, i, bytes)) fail("input changed");
+    }
+    std::vector<int>& result = results_[c][rank];
+    result.clear();
+    for (int64_t i = 0; i < place.out_bytes / bytes; ++i) result.push_back(load(place.out + i * bytes, bytes));
+    for (size_t i = 0; i < result.size(); ++i) {
+      if (!is_right(plan.call, rank, static_cast<int64_t>(i), result[i])) {
+        fail("rank " + std::to_string(rank) + " element " + std::to_string(i) + " of call " + std::to_string(c));
+        break;
+      }
+    }
+    if (plan.call.world.collective == Collective::all_reduce) {
+      for (int other = 0; other < n_; ++other) {
+        const bool done = at_[other] > 0 && other != rank && took_back(other, c);
+        if (done && results_[c][other] != result) fail("ranks differ");
+      }
+    }
+    for (int64_t b = 0; b < place.in_bytes; ++b) put(place.in + b, 0);
+    for (int64_t b = 0; b < place.out_bytes; ++b) put(place.out + b, 0);
+  }
+
+  bool took_back(int rank, int c) const {
+    for (size_t i = 0; i < at_[rank]; ++i) {
+      if (moves_[rank][i].kind == Move::Kind::caller_takes_back && moves_[rank][i].call == c) return true;
+    }
+    return false;
+  }
+
+  // Element i of this rank's output.
+  bool is_right(const Call& call, int rank, int64_t i, int symbol) {
+    const World& world = call.world;
+    const int64_t bytes = static_cast<int64_t>(size_of(call.dtype));
+    auto block_of = [&](int64_t& index) {
+      int block = 0;
+      while (index >= call.counts[block]) index -= call.counts[block++];
+      return block;
+    };
+    switch (world.collective) {
+      case Collective::all_reduce:
+      case Collective::reduce: return is_sum(symbol, i, bytes);
+      case Collective::reduce_scatter: return is_sum(symbol, before(call, rank) + i, bytes);
+      case Collective::all_gather:
+      case Collective::gather: {
+        int64_t index = i;
+        const int source = block_of(index);
+        return symbol == symbols_.raw(source, index, bytes);
+      }
+      case Collective::broadcast:
+      case Collective::send_recv: return symbol == symbols_.raw(world.root, i, bytes);
+      case Collective::scatter: return symbol == symbols_.raw(world.root, before(call, rank) + i, bytes);
+      case Collective::all_to_all: {
+        int64_t index = i;
+        int source = 0;
+        while (index >= call.counts[source * n_ + rank]) index -= call.counts[source++ * n_ + rank];
+        for (int to = 0; to < rank; ++to) index += call.counts[source * n_ + to];
+        return symbol == symbols_.raw(source, index, bytes);
+      }
+      case Collective::barrier: return true;
+    }
+    return false;
+  }
+
+  bool is_sum(int id, int64_t element, int64_t bytes) {
+    const Symbol symbol = symbols_[id];
+    if (symbol.type != Symbol::Type::final || !symbol.sane) return false;
+    if (static_cast<int>(symbol.terms.size()) != n_) return false;
+    for (int rank = 0; rank < n_; ++rank) {
+      if (symbol.terms[rank] != std::pair{rank, element}) return false;
+    }
+    if (!balanced_) return true;
+    const int64_t partial_bytes = static_cast<int64_t>(size_of(accumulator(calls_[0]->call.dtype)));
+    std::vector<int> terms;
+    for (int rank = 0; rank < n_; ++rank) terms.push_back(symbols_.lift(symbols_.raw(rank, element, bytes), partial_bytes));
+    return id == symbols_.finish(tree(terms, 0, n_), bytes, true);
+  }
+
+  const std::vector<const Plan*>& calls_;
+  const int n_;
+  const bool balanced_;
+  const size_t max_states_;
+  int cells_per_pair_ = 1;
+  Symbols symbols_;
+  std::vector<int64_t> windows_;            // rank * 2 + bank
+  std::vector<std::vector<Place>> places_;  // by call and rank
+  std::vector<std::vector<Move>> moves_;
+  std::vector<bool> grows_;                 // by cell
+
+  std::vector<size_t> at_;
+  std::vector<uint32_t> memory_;
+  std::vector<int64_t> cells_;
+  std::vector<std::vector<bool>> entered_;              // by call and rank
+  std::vector<std::vector<std::vector<int>>> results_;  // by call and rank, once taken back
+  uint64_t hash_ = 0;
+  std::vector<std::pair<int64_t, uint32_t>> written_;
+  std::vector<std::pair<int, int64_t>> stored_;
+  std::unordered_set<uint64_t> seen_;
+  Verdict verdict_;
+};
+
+}  // namespace
+
+Verdict explore(const std::vector<const Plan*>& calls, bool balanced, size_t max_states) {
+  return Search(calls, balanced, max_states).run();
+}
+
+}  // namespace explore
