@@ -83,10 +83,8 @@ def _encode(obj: object, out: bytearray, path: str, depth: int) -> None:
     else:
         raise TypeError(
             f"{path} is of type {kind.__module__}.{kind.__qualname__}, which cannot be sent as an object:"
-            " use None, bool,"
-            " int, float, str, bytes, list and dict with str keys (convert a tuple with list(), a NumPy"
-            " scalar with"
-            " .item(), and send arrays with the collectives for arrays)"
+            " use None, bool, int, float, str, bytes, list and dict with str keys (convert a tuple with"
+            " list(), a NumPy scalar with .item(), and send arrays with the collectives for arrays)"
         )
 
 

@@ -44,11 +44,11 @@ def find_world(environ: Mapping[str, str] = os.environ) -> World:
         job = "|".join([env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *attempt])
         return env.world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job)
     if env.has("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
-        job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
         rank, size, local_rank, local_size = (
             f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         )
-        return env.world("Open MPI", rank, size, local_rank, local_size, job or _parent_job(rank))
+        job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or _parent_job(rank)
+        return env.world("Open MPI", rank, size, local_rank, local_size, job)
     # srun may speak PMI as well, but then says nothing of local ranks, which its own variables do.
     if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not _in_slurm_step(environ)):
         job = environ.get("PMI_JOBID") or _parent_job("PMI_RANK")
@@ -71,9 +71,8 @@ class _Environment:
         if not value:
             raise ValueError(
                 f"{name} is not set, but the variables beside it are, so that the world is unknown: start"
-                " the ranks"
-                " with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset the others to be"
-                " alone"
+                " the ranks with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset the others"
+                " to be alone"
             )
         return value
 
@@ -97,8 +96,7 @@ class _Environment:
             if local[1] > in_world[1]:
                 raise ValueError(
                     f"{local_size}={local[1]} is more than {size}={in_world[1]}: a machine cannot hold"
-                    " more ranks than"
-                    " the world; unset or correct one of them"
+                    " more ranks than the world; unset or correct one of them"
                 )
             if local[1] < in_world[1]:
                 raise _several_hosts(f"{local_size}={local[1]} is less than {size}={in_world[1]}")

@@ -13,8 +13,8 @@ from pycomm.launch import launch
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Each rank runs on its own cores where there are enough, reads nothing from stdin, and prints"
-        " lines that start"
-        " with its number. When one fails the others are ended, and its exit code is this command's."
+        " lines that start with its number. When one fails the others are ended, and its exit code is this"
+        " command's."
     )
     parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
     parser.add_argument(

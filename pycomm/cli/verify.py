@@ -51,8 +51,7 @@ class Case:
         root = f" from root {self.root}" if self.root else ""
         return (
             f"{self.algorithm} {self.collective} of {self.count} {self.dtype} ({self.op}) on {self.size}"
-            f" ranks{root},"
-            f" {self.placement} buffers"
+            f" ranks{root}, {self.placement} buffers"
         )
 
 

@@ -1,0 +1,138 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pycomm
+from pycomm import _native
+from pycomm.cli import info, main, verify
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"pycomm {pycomm.__version__}\n"
+
+
+def test_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("run", "bench", "verify", "explain", "info"):
+        assert f"\n    {command} " in out
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "verify", "explain", "info"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: pycomm {command}" in capsys.readouterr().out
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == 2
+
+
+def test_import_needs_numpy_alone() -> None:
+    code = "import sys, pycomm; print(sorted({m.partition('.')[0] for m in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in ("rich", "matplotlib", "torch", "mpi4py", "argparse", "ml_dtypes"):
+        assert f"'{name}'" not in out
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = {line[:18].strip(): line[18:] for line in lines}
+    assert facts["pycomm"] == pycomm.__version__
+    assert facts["instruction set"].startswith(_native.isa())
+    assert str(len(os.sched_getaffinity(0))) in facts["cores"]
+    assert facts["memfd"] == facts["pidfd"] == "yes"
+    assert "GiB available" in facts["memory"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [(set(), ""), ({3}, "3"), ({0, 1, 2, 3, 8}, "0-3,8"), ({1, 3, 4}, "1,3-4")]
+)
+def test_ranges(numbers: set[int], text: str) -> None:
+    assert info.ranges(numbers) == text
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["explain", "all_reduce", "1000", "float32", "--ranks", "3"]) == 0
+    assert any(name in capsys.readouterr().out for name in _native.algorithms("all_reduce"))
+    assert main.main(["explain", "all_reduce", "1000", "float31"]) == 2
+    assert "float31" in capsys.readouterr().err
+
+
+def test_numbers() -> None:
+    assert verify.numbers("1-4,8") == [1, 2, 3, 4, 8]
+    assert verify.numbers("7") == [7]
+    with pytest.raises(ValueError, match="'x'"):
+        verify.numbers("1,x")
+
+
+def test_verify_proves(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    args = ["verify", "--collective", "all_reduce,broadcast", "--ranks", "1-3", "--counts", "0,5"]
+    assert main.main(args) == 0
+    out = capsys.readouterr().out
+    for name in _native.algorithms("all_reduce"):
+        assert name in out
+    assert "proved" in out and "wrong" not in out
+
+
+def test_verify_prints_the_counterexample(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+
+    def wrong_on_three_ranks(
+        algorithm: str, collective: str, size: int, count: int, **_: object
+    ) -> str | None:
+        return "rank 2 step 4: out[0:16] holds [a], should hold [b]" if size == 3 else None
+
+    monkeypatch.setattr(_native, "verify", wrong_on_three_ranks)
+    algorithm = _native.algorithms("all_reduce")[0]
+    args = [
+        "verify",
+        "--collective",
+        "all_reduce",
+        "--algorithm",
+        algorithm,
+        "--ranks",
+        "2-4",
+        "--counts",
+        "9",
+    ]
+    assert main.main(args) == 1
+    out = capsys.readouterr().out
+    assert f"{algorithm} all_reduce of 9 float32 (sum) on 3 ranks, plain buffers" in out
+    assert "rank 2 step 4: out[0:16] holds [a], should hold [b]" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--algorithm", "no_such"], "no_such"),
+        (["--collective", "no_such"], "no_such"),
+        (["--ranks", "1-x"], "1-x"),
+    ],
+)
+def test_verify_usage(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["verify", *args]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_installed_command() -> None:
+    command = Path(sys.executable).with_name("pycomm")
+    if not command.exists():
+        pytest.skip("pycomm is not installed here")
+    out = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    assert out == f"pycomm {pycomm.__version__}\n"
