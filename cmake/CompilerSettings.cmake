@@ -12,6 +12,8 @@ endif()
 add_library(pycomm_settings INTERFACE)
 # Without contraction a * b + c has the same bits on every machine and for every instruction set.
 target_compile_options(pycomm_settings INTERFACE -Wall -Wextra -ffp-contract=off)
+# Designated initialisers leave out what has a default: that is their point.
+target_compile_options(pycomm_settings INTERFACE -Wno-missing-field-initializers)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   target_compile_options(pycomm_settings INTERFACE -Wno-restrict)  # gcc 12 sees it in any "text" + std::string
 endif()

@@ -18,7 +18,7 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 
 int64_t header_bytes(int size) {
   const int64_t n = size;
-  return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) + n * n * kCellsPerPair * sizeof(Cell)),
+  return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) + n * n * (kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
                   kPage);
 }
 }  // namespace
@@ -67,6 +67,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   failure_ = parent ? parent->failure_ : reinterpret_cast<Failure*>(base);
   members_ = reinterpret_cast<Member*>(base + sizeof(Failure));
   cells_ = reinterpret_cast<Cell*>(members_ + size());
+  channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + size() * size() * kCellsPerPair);
   windows_ = base + header_bytes(size());
   raised_ = parent ? parent->raised_ : std::make_shared<std::atomic<bool>>(false);
   for (int r = 0; r < size(); ++r) {

@@ -24,7 +24,7 @@ namespace pycomm::runtime {
 
 using schedule::Collective;
 
-inline constexpr int kCellsPerPair = 16;
+inline constexpr int kCellsPerPair = 4;
 inline constexpr int kValueBits = 24;  // of a cell's word: the value in the call; above it the call's number
 inline constexpr int64_t kBankBytes = 1 << 20;
 
@@ -75,7 +75,7 @@ struct Failure {
   std::atomic<char> text[1000];
 };
 
-// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, windows.
+// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets, windows.
 class Domain {
  public:
   static int64_t bytes(int size, int64_t bank_bytes = kBankBytes);
@@ -97,6 +97,8 @@ class Domain {
   Cell& cell(int reader, int writer, int index) const {
     return cells_[(reader * size() + writer) * kCellsPerPair + index];
   }
+  // Where the pair's domain for send and recv lies; 0: not yet made.
+  std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
 
   // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
@@ -124,11 +126,10 @@ class Domain {
   Failure* failure_;
   Member* members_;
   Cell* cells_;
+  std::atomic<int64_t>* channels_;
   char* windows_;
   std::shared_ptr<std::atomic<bool>> raised_;
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
-
-  friend class Communicator;
 };
 
 }  // namespace pycomm::runtime

@@ -1,0 +1,528 @@
+#include "runtime/communicator.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "common/env.h"
+#include "common/error.h"
+#include "common/hash.h"
+#include "runtime/select.h"
+#include "schedule/lower.h"
+#include "schedule/verify.h"
+
+namespace pycomm::runtime {
+
+namespace {
+
+constexpr int64_t kChannelBankBytes = 256 << 10;
+constexpr size_t kCachedPlans = 1024;
+
+Geometry geometry_for(Collective collective) {
+  Geometry geometry = host_geometry();
+  if (collective == Collective::send_recv) {
+    geometry.bank_bytes = kChannelBankBytes;
+    geometry.trip_bytes = kChannelBankBytes / 2 - 4096;
+  }
+  return geometry;
+}
+
+uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int rank) {
+  Hasher h;
+  h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
+  h.add(call.dtype).add(call.op).add(call.in).add(call.out).add(call.in_place).add(call.deterministic);
+  h.add(call.prescale).add(algorithm).add(rank);
+  for (int64_t count : call.counts) h.add(count);
+  return h.digest();
+}
+
+}  // namespace
+
+struct Communicator::Channel {
+  std::unique_ptr<Domain> domain;
+  uint64_t calls = 0;
+  bool last_exchanged = true;
+  Run run;
+};
+
+// ---- coming and going ----
+
+Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
+    : domain_(std::move(domain)),
+      timeout_s_(timeout_s),
+      fork_generation_(transport::fork_generation()),
+      policy_{.spin_us = env().spin_us, .yield = true},
+      background_policy_{.spin_us = 0, .yield = true},
+      heap_(std::make_shared<Heap>(domain_->shared_node())) {}
+
+std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options& options) {
+  auto node = transport::Node::join(options);
+  auto& root = *reinterpret_cast<std::atomic<int64_t>*>(node->root_page() + 64);
+  std::vector<int> ranks(options.size);
+  for (int r = 0; r < options.size; ++r) ranks[r] = r;
+  if (options.rank == 0) {
+    try {
+      root.store(node->reserve(Domain::bytes(options.size)), std::memory_order_release);
+    } catch (...) {
+      root.store(-1, std::memory_order_release);
+      throw;
+    }
+  }
+  while (root.load(std::memory_order_acquire) == 0) {
+    if (node->dead(0) && root.load(std::memory_order_acquire) == 0) {
+      throw PeerLostError("rank 0 ended while it made the group's memory");
+    }
+    if (options.on_wait) options.on_wait();
+    timespec nap{0, 200000};
+    nanosleep(&nap, nullptr);
+  }
+  const int64_t offset = root.load(std::memory_order_acquire);
+  if (offset < 0) throw OutOfMemoryError("rank 0 could not reserve the group's shared memory; see its error");
+  std::shared_ptr<Communicator> comm(
+      new Communicator(std::make_unique<Domain>(node, ranks, options.rank, offset), options.timeout_s));
+  comm->learn_cores();
+  return comm;
+}
+
+std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size) {
+  auto nodes = transport::Node::local(size);
+  const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
+  std::vector<int> ranks(size);
+  for (int r = 0; r < size; ++r) ranks[r] = r;
+  std::vector<std::shared_ptr<Communicator>> comms;
+  for (int r = 0; r < size; ++r) {
+    comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), env().timeout_s));
+    const unsigned cores = std::thread::hardware_concurrency();
+    comms[r]->policy_ = wait_policy(size, static_cast<int>(cores));
+  }
+  return comms;
+}
+
+// The cores that the ranks may use together decide whether spinning is polite.
+void Communicator::learn_cores() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  sched_getaffinity(0, sizeof mask, &mask);
+  std::vector<int64_t> words(sizeof mask / sizeof(int64_t));
+  std::memcpy(words.data(), &mask, sizeof mask);
+  Patience patience;
+  const auto all = exchange(words, patience);
+  int cores = 0;
+  for (size_t w = 0; w < words.size(); ++w) {
+    uint64_t together = 0;
+    for (int r = 0; r < size(); ++r) together |= static_cast<uint64_t>(all[r * words.size() + w]);
+    cores += std::popcount(together);
+  }
+  policy_ = wait_policy(size(), cores);
+  if (cores > size()) background_policy_ = policy_;
+}
+
+Communicator::~Communicator() {
+  if (transport::forked_since(fork_generation_)) {  // the parent's: nothing of it is here
+    if (progress_.joinable()) progress_.detach();
+    return;
+  }
+  close();
+}
+
+void Communicator::close() {
+  if (transport::forked_since(fork_generation_) || closed_.exchange(true)) return;
+  {
+    const std::lock_guard lock(queue_mutex_);
+    stopping_ = true;
+  }
+  queue_changed_.notify_all();
+  if (progress_.joinable()) progress_.join();  // it finishes what is queued
+  domain_->self().closed.store(1, std::memory_order_release);
+  domain_->ring_all();
+  for (auto& [key, channel] : channels_) {
+    channel->domain->self().closed.store(1, std::memory_order_release);
+    channel->domain->ring_all();
+  }
+}
+
+void Communicator::abandon() {
+  domain_->node().mark_dead(domain_->node_ranks()[rank()]);
+  domain_->ring_all();
+}
+
+void Communicator::check_usable() const {
+  if (transport::forked_since(fork_generation_)) {
+    throw CommError("this communicator belongs to the parent process: a child of fork() cannot use it. Call "
+                    "pycomm.init() in the processes that communicate.");
+  }
+  if (closed()) throw AbortedError("rank " + std::to_string(rank()) + " has closed this communicator");
+  if (domain_->failed()) domain_->raise_failure();
+}
+
+// ---- plans ----
+
+schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const {
+  const Geometry geometry = geometry_for(call.world.collective);
+  const auto user = std::find_if(user_algorithms_.begin(), user_algorithms_.end(), [&](const UserAlgorithm& a) {
+    return a.collective == call.world.collective && a.name == algorithm;
+  });
+  const bool is_user = user != user_algorithms_.end();
+  if (call.deterministic && (is_user || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
+    throw ValueError("algorithm \"" + algorithm + "\" does not sum in the balanced order that deterministic=True "
+                     "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
+  }
+  const bool prove = is_user || env().verify;
+  schedule::Plan plan = is_user
+                            ? schedule::lower(user->write(call.world), algorithm, call, geometry, prove ? -1 : rank)
+                            : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
+  if (prove) {
+    if (const auto wrong = schedule::verify(plan, {.balanced = call.deterministic})) {
+      throw ValueError("algorithm \"" + algorithm + "\" is wrong: " + wrong->what);
+    }
+    for (int r = 0; r < call.world.size; ++r) {
+      if (r != rank) plan.programs[r] = {};
+    }
+  }
+  return plan;
+}
+
+std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call, const std::string& algorithm,
+                                                      int rank) {
+  const std::lock_guard lock(cache_mutex_);
+  CacheEntry& recent = recent_[(static_cast<uint64_t>(call.counts[0]) * 0x9e3779b97f4a7c15ULL >> 59 ^
+                                static_cast<uint64_t>(call.world.collective)) %
+                               recent_.size()];
+  if (recent.prepared && recent.rank == rank && recent.call == call && recent.algorithm == algorithm) {
+    return recent.prepared;
+  }
+  const uint64_t key = hash_of(call, algorithm, rank);
+  for (auto [at, end] = cache_.equal_range(key); at != end; ++at) {
+    const CacheEntry& entry = at->second;
+    if (entry.rank == rank && entry.call == call && entry.algorithm == algorithm) {
+      recent = entry;
+      return entry.prepared;
+    }
+  }
+  const std::string chosen = algorithm.empty() ? select(call).algorithm : algorithm;
+  auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
+  if (cache_.size() >= kCachedPlans) cache_.clear();
+  recent = {call, algorithm, rank, prepared};
+  cache_.emplace(key, recent);
+  return prepared;
+}
+
+void Communicator::add_algorithm(Collective collective, const std::string& name,
+                                 std::function<schedule::Schedule(const schedule::World&)> write) {
+  const auto known = schedule::algorithm_names(collective);
+  if (name.empty() || std::find(known.begin(), known.end(), name) != known.end()) {
+    throw ValueError("the name \"" + name + "\" is taken: " + schedule::name(collective) +
+                     " has an algorithm of this name; choose another");
+  }
+  const std::lock_guard lock(cache_mutex_);
+  std::erase_if(user_algorithms_, [&](const auto& a) { return a.collective == collective && a.name == name; });
+  user_algorithms_.push_back({collective, name, std::move(write)});
+  std::erase_if(cache_, [&](const auto& entry) { return entry.second.algorithm == name; });
+  for (CacheEntry& entry : recent_) {
+    if (entry.algorithm == name) entry = {};
+  }
+}
+
+Bound Communicator::bind(const Request& request) {
+  check_usable();
+  require(request.call.dtype, request.call.op);
+  Bound bound;
+  bound.timeout_s = request.timeout_s < 0 ? timeout_s_ : request.timeout_s;
+  bound.buffers = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
+  schedule::Call call = request.call;
+  int plan_rank = rank();
+  Heap::Place in, out;
+  if (call.world.collective == Collective::send_recv) {
+    bound.src = call.world.root;
+    bound.dst = call.world.peer;
+    plan_rank = rank() == bound.src ? 0 : 1;
+    call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1};
+  } else {
+    call.world.size = size();
+    const auto item = static_cast<int64_t>(size_of(call.dtype));
+    in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
+    out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
+    if (in.distance && size() > 1) call.in = schedule::Placement::symmetric;
+    if (out.distance && size() > 1) call.out = schedule::Placement::symmetric;
+    bound.buffers.in_distance = in.distance;
+    bound.buffers.out_distance = out.distance;
+  }
+  bound.prepared = prepare(call, request.algorithm, plan_rank);
+  bound.record = bound.prepared->record;
+  if (in.distance || out.distance) {
+    bound.record.symmetric_offset = in.distance ? in.offset : out.offset;
+    bound.record.fingerprint = Hasher(bound.record.fingerprint).add(in.offset).add(out.offset).digest() | 1;
+  }
+  if (!request.tag.empty()) {
+    std::strncpy(bound.record.tag, request.tag.c_str(), sizeof bound.record.tag - 1);
+    bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
+  }
+  return bound;
+}
+
+std::string Communicator::explain(const Request& request) {
+  schedule::Call call = request.call;
+  call.world.size = size();
+  require(call.dtype, call.op);
+  const Choice choice = request.algorithm.empty() ? select(call) : Choice{request.algorithm, "named by the caller"};
+  const auto prepared = prepare(call, request.algorithm, rank());
+  const schedule::Plan& plan = prepared->plan;
+  const schedule::Program& program = prepared->program(rank());
+  int64_t waits = 0, moved = 0, trips = 0;
+  for (const schedule::Loop& loop : program.loops) {
+    trips += loop.trips;
+    for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
+      const schedule::Step& step = program.steps[s];
+      if (step.kind == schedule::Step::Kind::wait) waits += loop.trips;
+      if (step.kind == schedule::Step::Kind::combine) {
+        moved += loop.trips * step.count * (step.num_dsts + step.num_srcs) * static_cast<int64_t>(size_of(call.dtype));
+      }
+    }
+  }
+  std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
+  text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
+  text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) + " trip" +
+          (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " + std::to_string(moved) +
+          " bytes read and written by rank " + std::to_string(rank()) + "\n";
+  text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
+          std::to_string(plan.slot_bytes) + " bytes\n";
+  for (const schedule::Step& step : program.steps) text += "  " + schedule::describe(plan, rank(), step) + "\n";
+  return text;
+}
+
+// ---- running ----
+
+void Communicator::run(const Bound& bound, Patience& patience) {
+  if (queued_.load(std::memory_order_acquire) == 0) {
+    std::unique_lock token(token_, std::try_to_lock);
+    if (!token) {
+      patience.on_block();
+      token.lock();
+    }
+    if (queued_.load(std::memory_order_acquire) == 0) return run_with_token(bound, patience, policy_);
+  }
+  submit(bound)->wait(INFINITY, patience);  // behind what is queued
+}
+
+void Communicator::run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy) {
+  check_usable();
+  Domain* domain = domain_.get();
+  Run* run = &run_;
+  uint64_t* calls = &calls_;
+  bool* last_exchanged = &last_exchanged_;
+  if (bound.src >= 0) {
+    Channel& pair = channel(bound.src, bound.dst, patience, bound.timeout_s);
+    domain = pair.domain.get();
+    run = &pair.run;
+    calls = &pair.calls;
+    last_exchanged = &pair.last_exchanged;
+  }
+  run->start(*domain, *bound.prepared, bound.buffers, ++*calls, bound.record, !*last_exchanged);
+  double started = 0;
+  while (!run->advance()) wait(*domain, *run, policy, started, bound.timeout_s, patience);
+  domain->self().finished.store(*calls, std::memory_order_release);
+  *last_exchanged = bound.prepared->plan.full_exchange;
+}
+
+std::shared_ptr<Work> Communicator::submit(Bound bound) {
+  check_usable();
+  auto work = std::make_shared<Work>();
+  work->owner_ = shared_from_this();
+  work->bound_ = std::move(bound);
+  {
+    const std::lock_guard lock(queue_mutex_);
+    if (!progress_.joinable()) progress_ = std::thread([this] { progress(); });
+    queue_.push_back(work);
+    queued_.fetch_add(1, std::memory_order_release);
+  }
+  queue_changed_.notify_all();
+  return work;
+}
+
+void Communicator::complete(Work& work, Patience& patience, const WaitPolicy& policy) {
+  try {
+    run_with_token(work.bound_, patience, policy);
+  } catch (...) {
+    work.error_ = std::current_exception();
+  }
+}
+
+// Runs the queue's first call, if there is one; under the token.
+bool Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
+  std::shared_ptr<Work> work;
+  {
+    const std::lock_guard lock(queue_mutex_);
+    if (queue_.empty()) return false;
+    work = queue_.front();
+  }
+  complete(*work, patience, policy);
+  {
+    const std::lock_guard lock(queue_mutex_);
+    queue_.pop_front();
+    queued_.fetch_sub(1, std::memory_order_release);
+    work->done_.store(true, std::memory_order_release);
+  }
+  queue_changed_.notify_all();
+  return true;
+}
+
+void Communicator::progress() {
+  Patience patience;
+  for (;;) {
+    {
+      std::unique_lock lock(queue_mutex_);
+      queue_changed_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+    }
+    const std::lock_guard token(token_);
+    complete_next(patience, background_policy_);
+  }
+}
+
+void Communicator::drive(const Work& work, Patience& patience) {
+  while (!work.is_completed()) {
+    if (std::unique_lock token(token_, std::try_to_lock); token) {
+      complete_next(patience, policy_);
+      continue;
+    }
+    patience.on_block();
+    {
+      std::unique_lock lock(queue_mutex_);
+      queue_changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return work.is_completed(); });
+    }
+    patience.on_tick();
+  }
+}
+
+void Work::wait(double timeout_s, Patience& patience) {
+  if (std::isinf(timeout_s)) {
+    owner_->drive(*this, patience);
+  } else {
+    patience.on_block();
+    std::unique_lock lock(owner_->queue_mutex_);
+    if (!owner_->queue_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                         [&] { return is_completed(); })) {
+      throw CommTimeoutError("the call has not completed within " + std::to_string(timeout_s) +
+                             " s; it goes on: wait again, or close the communicator");
+    }
+  }
+  if (error_) std::rethrow_exception(error_);
+}
+
+// ---- send and recv ----
+
+Communicator::Channel& Communicator::channel(int src, int dst, Patience& patience, double timeout_s) {
+  auto& slot = channels_[int64_t{src} * size() + dst];
+  if (slot) return *slot;
+  std::atomic<int64_t>& offset = domain_->channel_offset(src, dst);
+  if (rank() == src) {
+    const int64_t made = domain_->node().reserve(Domain::bytes(2, kChannelBankBytes));
+    offset.store(made, std::memory_order_release);
+  }
+  const std::vector<int> pair = {domain_->node_ranks()[src], domain_->node_ranks()[dst]};
+  for (const double started = now_s(); offset.load(std::memory_order_acquire) == 0;) {
+    patience.on_block();
+    if (domain_->failed()) domain_->raise_failure();
+    const bool closed = domain_->member(src).closed.load(std::memory_order_acquire) != 0;
+    if ((closed || domain_->node().dead(pair[0])) && offset.load(std::memory_order_acquire) == 0) {
+      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) + (closed ? " closed its communicator" : " has ended") +
+                                                " before it sent what rank " + std::to_string(dst) + " waits for.");
+    } else if (now_s() - started > timeout_s) {
+      domain_->fail(FailureKind::timeout, "rank " + std::to_string(dst) + " waited " + std::to_string(timeout_s) +
+                                              " s for rank " + std::to_string(src) + " to send");
+    }
+    timespec nap{0, 500000};
+    nanosleep(&nap, nullptr);
+    patience.on_tick();
+  }
+  slot = std::make_unique<Channel>();
+  slot->domain = std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
+                                          offset.load(std::memory_order_acquire), kChannelBankBytes, domain_.get());
+  return *slot;
+}
+
+// ---- collective services ----
+
+std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Patience& patience) {
+  std::vector<int64_t> all(mine.size() * size());
+  Request request;
+  request.call.world.collective = Collective::all_gather;
+  request.call.dtype = DType::int64;
+  request.call.counts.assign(size(), static_cast<int64_t>(mine.size()));
+  request.in = mine.data();
+  request.out = all.data();
+  execute(request, patience);
+  return all;
+}
+
+std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& patience) {
+  check_usable();
+  transport::Node& node = domain_->node();
+  const int64_t extent = Heap::extent_bytes(bytes, size());
+  int64_t offset = 0;
+  std::exception_ptr failed;
+  if (rank() == 0) {
+    try {
+      offset = node.reserve(extent);
+    } catch (const OutOfMemoryError&) {
+      failed = std::current_exception();
+      offset = -1;
+    }
+  }
+  const auto all = exchange({bytes, offset}, patience);
+  for (int r = 0; r < size(); ++r) {
+    if (all[2 * r] == bytes) continue;
+    if (rank() == 0 && offset > 0) node.release(offset, extent);
+    throw ValueError("symmetric memory has one size on all ranks: rank " + std::to_string(rank()) + " asked for " +
+                     std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
+                     std::to_string(all[2 * r]));
+  }
+  if (failed) std::rethrow_exception(failed);
+  if (all[1] < 0) {
+    throw OutOfMemoryError("rank 0 could not reserve " + std::to_string(extent) +
+                           " bytes of shared memory for all ranks; its error says what there is");
+  }
+  return heap_->open(all[1], bytes, rank(), size());
+}
+
+std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Patience& patience) {
+  const auto all = exchange({color, key}, patience);
+  std::vector<int> members;
+  for (int r = 0; r < size(); ++r) {
+    if (color >= 0 && all[2 * r] == color) members.push_back(r);
+  }
+  std::stable_sort(members.begin(), members.end(), [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
+  int64_t offset = 0;
+  std::exception_ptr failed;
+  if (!members.empty() && members[0] == rank()) {
+    try {
+      offset = domain_->node().reserve(Domain::bytes(static_cast<int>(members.size())));
+    } catch (const OutOfMemoryError&) {
+      failed = std::current_exception();
+      offset = -1;
+    }
+  }
+  const auto offsets = exchange({offset}, patience);
+  if (failed) std::rethrow_exception(failed);
+  if (members.empty()) return nullptr;
+  const int leader = members[0];
+  if (offsets[leader] < 0) {
+    throw OutOfMemoryError("rank " + std::to_string(leader) + " could not reserve the new group's shared memory");
+  }
+  std::vector<int> node_ranks;
+  int mine = 0;
+  for (size_t i = 0; i < members.size(); ++i) {
+    if (members[i] == rank()) mine = static_cast<int>(i);
+    node_ranks.push_back(domain_->node_ranks()[members[i]]);
+  }
+  std::shared_ptr<Communicator> comm(new Communicator(
+      std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]), timeout_s_));
+  comm->policy_ = policy_;
+  comm->background_policy_ = background_policy_;
+  return comm;
+}
+
+}  // namespace pycomm::runtime

@@ -1,0 +1,154 @@
+// A group of ranks and what it can do: the object behind pycomm.Communicator.
+//
+// Thread-safe. A group runs one call at a time, in the order in which the calls were made: a call that finds the queue
+// empty takes the group's token and runs at once; asynchronous calls queue up, and whoever waits for one drives the
+// queue (else the progress thread does).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime/domain.h"
+#include "runtime/executor.h"
+#include "runtime/heap.h"
+#include "runtime/waiter.h"
+#include "schedule/plan.h"
+
+namespace pycomm::runtime {
+
+// One call as the caller made it. Buffers have been checked for size, contiguity and overlap.
+struct Request {
+  schedule::Call call;             // placement is found by the communicator
+  const void* in = nullptr;
+  void* out = nullptr;
+  std::string algorithm;           // empty: the library chooses
+  std::string tag;
+  double timeout_s = -1;           // negative: the communicator's
+};
+
+// A request with its plan, ready to run again and again.
+struct Bound {
+  std::shared_ptr<const Prepared> prepared;
+  Buffers buffers;
+  CallRecord record;
+  double timeout_s = 0;
+  int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
+};
+
+// An asynchronous call.
+class Communicator;
+class Work {
+ public:
+  bool is_completed() const { return done_.load(std::memory_order_acquire); }
+  // Blocks until completed; throws the call's error. With a timeout throws CommTimeoutError when it passes; the call
+  // goes on.
+  void wait(double timeout_s, Patience& patience);
+  std::exception_ptr exception() const { return is_completed() ? error_ : nullptr; }
+
+ private:
+  friend class Communicator;
+  std::shared_ptr<Communicator> owner_;
+  Bound bound_;
+  std::atomic<bool> done_{false};
+  std::exception_ptr error_;
+};
+
+class Communicator : public std::enable_shared_from_this<Communicator> {
+ public:
+  static std::shared_ptr<Communicator> join(const transport::Node::Options& options);
+  // For rank threads of one process.
+  static std::vector<std::shared_ptr<Communicator>> threads(int size);
+  ~Communicator();
+
+  int rank() const { return domain_->rank(); }
+  int size() const { return domain_->size(); }
+  bool threads() const { return domain_->node().threads(); }
+  bool closed() const { return closed_.load(std::memory_order_relaxed); }
+  double default_timeout_s() const { return timeout_s_; }
+
+  // Checks, chooses and lowers; moves nothing. Throws ValueError, TypeError.
+  Bound bind(const Request& request);
+  void run(const Bound& bound, Patience& patience);
+  std::shared_ptr<Work> submit(Bound bound);
+  void execute(const Request& request, Patience& patience) { run(bind(request), patience); }
+
+  std::string explain(const Request& request);
+  // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans it gives are
+  // proved before they run.
+  void add_algorithm(schedule::Collective collective, const std::string& name,
+                     std::function<schedule::Schedule(const schedule::World&)> write);
+
+  // Collective: symmetric memory, the same on every rank.
+  std::shared_ptr<Allocation> allocate(int64_t bytes, Patience& patience);
+  // Collective: the ranks with this rank's color, ordered by (key, rank); null for a negative color.
+  std::shared_ptr<Communicator> split(int64_t color, int64_t key, Patience& patience);
+  void close();
+  // For rank threads: this rank has failed and will make no more calls.
+  void abandon();
+
+ private:
+  friend class Work;
+  Communicator(std::unique_ptr<Domain> domain, double timeout_s);
+  void check_usable() const;
+  std::shared_ptr<const Prepared> prepare(const schedule::Call& call, const std::string& algorithm, int rank);
+  schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
+  void run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy);
+  void complete(Work& work, Patience& patience, const WaitPolicy& policy);
+  bool complete_next(Patience& patience, const WaitPolicy& policy);
+  void drive(const Work& work, Patience& patience);
+  void progress();
+  struct Channel;
+  Channel& channel(int src, int dst, Patience& patience, double timeout_s);
+  // Everyone's values, rank by rank; all give equally many.
+  std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
+  void learn_cores();
+
+  std::unique_ptr<Domain> domain_;
+  double timeout_s_;
+  uint64_t fork_generation_;
+  WaitPolicy policy_, background_policy_;
+  std::shared_ptr<Heap> heap_;
+  std::atomic<bool> closed_{false};
+
+  // The executor's state, under the token.
+  std::mutex token_;
+  Run run_;
+  uint64_t calls_ = 0;
+  bool last_exchanged_ = true;
+  std::unordered_map<int64_t, std::unique_ptr<Channel>> channels_;
+
+  std::mutex cache_mutex_;
+  struct CacheEntry {
+    schedule::Call call;
+    std::string algorithm;
+    int rank;
+    std::shared_ptr<const Prepared> prepared;
+  };
+  std::array<CacheEntry, 32> recent_;  // by a cheap hash: what a training loop calls
+  std::unordered_multimap<uint64_t, CacheEntry> cache_;
+  struct UserAlgorithm {
+    schedule::Collective collective;
+    std::string name;
+    std::function<schedule::Schedule(const schedule::World&)> write;
+  };
+  std::vector<UserAlgorithm> user_algorithms_;
+
+  std::mutex queue_mutex_;
+  std::condition_variable queue_changed_;
+  std::deque<std::shared_ptr<Work>> queue_;
+  std::atomic<size_t> queued_{0};
+  std::thread progress_;
+  bool stopping_ = false;
+};
+
+}  // namespace pycomm::runtime

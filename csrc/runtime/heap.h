@@ -1,0 +1,59 @@
+// Symmetric memory: allocations that every rank of a group has at the same offset, and who can find them by address.
+//
+// Freed lazily: each rank drops its own handle when it likes; the last one gives the pages back.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "transport/node.h"
+
+namespace pycomm::runtime {
+
+class Heap;
+
+class Allocation {
+ public:
+  ~Allocation();
+  char* data() const { return own_; }  // this rank's slice
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  friend class Heap;
+  std::shared_ptr<Heap> heap_;
+  std::shared_ptr<transport::Mapping> mapping_;
+  int64_t offset_ = 0, total_ = 0;  // of the extent in the node's file
+  int64_t slice_ = 0, bytes_ = 0;
+  int ranks_ = 1;
+  uint64_t generation_ = 0;
+  char* own_ = nullptr;
+  std::atomic<uint32_t>* dropped_ = nullptr;  // in the extent's first page: how many ranks have let go
+};
+
+class Heap : public std::enable_shared_from_this<Heap> {
+ public:
+  explicit Heap(std::shared_ptr<transport::Node> node) : node_(std::move(node)) {}
+
+  // Bytes of an extent that holds one slice per rank. One rank reserves it and tells the others.
+  static int64_t extent_bytes(int64_t bytes, int ranks);
+  std::shared_ptr<Allocation> open(int64_t offset, int64_t bytes, int rank, int ranks);
+
+  // Where a buffer lies: `distance` bytes from one rank's to the next one's; 0 if it is not wholly in one allocation of
+  // `ranks` ranks. `offset` names the place, the same on every rank.
+  struct Place {
+    int64_t distance = 0, offset = -1;
+  };
+  Place find(const void* data, int64_t bytes, int ranks) const;
+
+ private:
+  friend class Allocation;
+  std::shared_ptr<transport::Node> node_;
+  mutable std::mutex mutex_;
+  std::map<const char*, const Allocation*> allocations_;  // by own slice
+  std::atomic<size_t> count_{0};
+};
+
+}  // namespace pycomm::runtime
