@@ -70,9 +70,9 @@ check-stubs: build
 # the proofs of schedules have neither, and would take minutes
 sanitize: $(VENV)/.dev
 	@echo "== C++ tests, thread sanitizer"
-	@scripts/ctest build-thread ranks -DPYCOMM_SANITIZE=thread
+	@scripts/ctest build-thread 'transport|runtime' -DPYCOMM_SANITIZE=thread
 	@echo "== C++ tests, address and undefined-behaviour sanitizers"
-	@scripts/ctest build-address 'common|kernels|ranks' -DPYCOMM_SANITIZE=address
+	@scripts/ctest build-address 'common|kernels|transport|runtime' -DPYCOMM_SANITIZE=address
 
 clean:
 	rm -rf build build-* $(VENV)
