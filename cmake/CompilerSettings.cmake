@@ -29,6 +29,7 @@ elseif(PYCOMM_SANITIZE)
   message(FATAL_ERROR "PYCOMM_SANITIZE=${PYCOMM_SANITIZE} is unknown: use thread, address, or leave it empty")
 endif()
 if(PYCOMM_SANITIZE)
-  target_compile_options(pycomm_settings INTERFACE ${sanitizers} -fno-omit-frame-pointer -g)
+  target_compile_options(pycomm_settings INTERFACE ${sanitizers} -fno-omit-frame-pointer -g
+                         $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # their checks mislead gcc's analysis
   target_link_options(pycomm_settings INTERFACE ${sanitizers})
 endif()
