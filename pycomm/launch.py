@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO
+from typing import IO, cast
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -154,15 +154,10 @@ class _Job:
         self._selector.unregister(rank.end)
         self._running.remove(rank)
         os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
-        code = _exit_code(rank.process.pid)
+        code, how = _end_of(rank.process.pid)
         if code and not self._failure:
             self._failure = code
             self._signal(signal.SIGTERM)
-            how = (
-                f"exited with code {code}"
-                if code < 128
-                else f"was ended by {signal.Signals(code - 128).name}"
-            )
             others = "; ending the others" if self._running else ""
             print(f"pycomm run: rank {rank.rank} {how}{others}", file=sys.stderr, flush=True)
         if self._failure or not self._running:
@@ -233,12 +228,12 @@ def _child_setup(launcher: int, cores: set[int]) -> Callable[[], None]:
     return setup
 
 
-def _exit_code(pid: int) -> int:
-    """Of a process that has ended, which stays to be reaped: as the shell counts, 128 + signal."""
-    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    if end is None:
-        return 0
-    return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
+def _end_of(pid: int) -> tuple[int, str]:
+    """The exit code of a process that has ended, as a shell counts it, and how it came about."""
+    end = cast(os.waitid_result, os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT))  # it stays to be reaped
+    if end.si_code == os.CLD_EXITED:
+        return end.si_status, f"exited with code {end.si_status}"
+    return 128 + end.si_status, f"was ended by signal {end.si_status} ({signal.strsignal(end.si_status)})"
 
 
 def _prefix(rank: int, is_terminal: bool) -> bytes:
