@@ -121,8 +121,8 @@ def init(
 def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None = None) -> list[T]:
     """Runs `fn(comm)` on `n` rank threads of this process; returns what they returned, in rank order.
 
-    If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error that
-    came first is raised here. Each communicator is closed when its rank returns. `timeout` is that of init.
+    If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
+    that came first is raised here. Each communicator is closed when its rank returns. `timeout` is that of init.
     """
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
