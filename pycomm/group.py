@@ -122,7 +122,7 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
     """Runs `fn(comm)` on `n` rank threads of this process; returns what they returned, in rank order.
 
     If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
-    that came first is raised here. Each communicator is closed when its rank returns. `timeout` is that of init.
+    that came first is raised here. A communicator is closed when its rank returns. `timeout` is as in init.
     """
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")

@@ -122,7 +122,8 @@ def _cupy() -> str:
 def _cuda() -> str:
     driver = _read("/proc/driver/nvidia/version").partition("Kernel Module")[2].split()
     nvcc = shutil.which("nvcc")
-    compiler = _says(nvcc, "--version")[-1] if nvcc else "no compiler (nvcc)"
+    release = [line for line in _says(nvcc, "--version") if "release" in line] if nvcc else []
+    compiler = release[0] if release else "no compiler (nvcc)"
     return f"driver {driver[0]}, {compiler}" if driver else f"no driver, {compiler}"
 
 

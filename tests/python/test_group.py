@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import pycomm
+from pycomm import _native
 
 
 class Store:
@@ -124,7 +125,7 @@ def test_each_init_with_a_store_meets_elsewhere(monkeypatch: pytest.MonkeyPatch)
         addresses.append(address)
         raise pycomm.CommError("not today")
 
-    monkeypatch.setattr("pycomm._native.join", join)
+    monkeypatch.setattr(_native, "join", join)
     store = Store()
     for _ in range(2):
         with pytest.raises(pycomm.CommError):
