@@ -57,18 +57,24 @@ int64_t in_elements(const Call& call, int rank) {
   const int n = call.world.size;
   switch (call.world.collective) {
     case Collective::all_reduce:
-    case Collective::reduce: return call.counts[0];
-    case Collective::reduce_scatter: return total(call);
+    case Collective::reduce:
+      return call.counts[0];
+    case Collective::reduce_scatter:
+      return total(call);
     case Collective::all_gather:
-    case Collective::gather: return call.counts[rank];
+    case Collective::gather:
+      return call.counts[rank];
     case Collective::broadcast:
-    case Collective::send_recv: return rank == call.world.root ? call.counts[0] : 0;
-    case Collective::scatter: return rank == call.world.root ? total(call) : 0;
+    case Collective::send_recv:
+      return rank == call.world.root ? call.counts[0] : 0;
+    case Collective::scatter:
+      return rank == call.world.root ? total(call) : 0;
     case Collective::all_to_all: {
       const auto row = call.counts.begin() + static_cast<std::ptrdiff_t>(rank) * n;
       return std::accumulate(row, row + n, int64_t{0});
     }
-    case Collective::barrier: return 0;
+    case Collective::barrier:
+      return 0;
   }
   return 0;
 }
@@ -77,19 +83,26 @@ int64_t out_elements(const Call& call, int rank) {
   const int n = call.world.size;
   switch (call.world.collective) {
     case Collective::all_reduce:
-    case Collective::broadcast: return call.counts[0];
-    case Collective::reduce: return rank == call.world.root ? call.counts[0] : 0;
+    case Collective::broadcast:
+      return call.counts[0];
+    case Collective::reduce:
+      return rank == call.world.root ? call.counts[0] : 0;
     case Collective::reduce_scatter:
-    case Collective::scatter: return call.counts[rank];
-    case Collective::all_gather: return total(call);
-    case Collective::gather: return rank == call.world.root ? total(call) : 0;
-    case Collective::send_recv: return rank == call.world.peer ? call.counts[0] : 0;
+    case Collective::scatter:
+      return call.counts[rank];
+    case Collective::all_gather:
+      return total(call);
+    case Collective::gather:
+      return rank == call.world.root ? total(call) : 0;
+    case Collective::send_recv:
+      return rank == call.world.peer ? call.counts[0] : 0;
     case Collective::all_to_all: {
       int64_t sum = 0;
       for (int source = 0; source < n; ++source) sum += call.counts[source * n + rank];
       return sum;
     }
-    case Collective::barrier: return 0;
+    case Collective::barrier:
+      return 0;
   }
   return 0;
 }

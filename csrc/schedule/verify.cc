@@ -36,12 +36,14 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
   if (auto what = call_fault(plan.call)) return fault(0, -1, *what);
   const int n = plan.call.world.size;
   if (static_cast<int>(plan.programs.size()) != n) {
-    return fault(0, -1, std::to_string(plan.programs.size()) + " programs for " + std::to_string(n) + " ranks");
+    return fault(0, -1,
+                 std::to_string(plan.programs.size()) + " programs for " + std::to_string(n) + " ranks");
   }
   const double divisor = plan.call.op == Op::avg ? n : 1.0;
   if (plan.divisor != divisor) {
-    return fault(0, -1, std::string("results of ") + name(plan.call.op) + " are divided by " +
-                            std::to_string(plan.divisor) + " and not by " + std::to_string(divisor));
+    return fault(0, -1,
+                 std::string("results of ") + name(plan.call.op) + " are divided by " +
+                     std::to_string(plan.divisor) + " and not by " + std::to_string(divisor));
   }
   if (plan.slots < 1 || plan.slot_bytes < 0 || plan.slots * plan.slot_bytes > plan.bank_bytes) {
     return {{Counterexample::Kind::bounds, 0, call, -1,
@@ -53,9 +55,10 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
     const std::string who = "rank " + std::to_string(rank);
     for (const Loop& loop : program.loops) {
       if (loop.first < 0 || loop.trips < 0 || loop.stages < 1) {
-        return fault(rank, -1, who + ": a loop of trips [" + std::to_string(loop.first) + ", " +
-                                   std::to_string(loop.first + loop.trips) + ") in " +
-                                   std::to_string(loop.stages) + " stages");
+        return fault(rank, -1,
+                     who + ": a loop of trips [" + std::to_string(loop.first) + ", " +
+                         std::to_string(loop.first + loop.trips) + ") in " + std::to_string(loop.stages) +
+                         " stages");
       }
       if (loop.step < 0 || loop.num_steps < 0 ||
           int64_t{loop.step} + loop.num_steps > static_cast<int64_t>(program.steps.size())) {
@@ -73,13 +76,14 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
 
 }  // namespace
 
-std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls, const VerifyOptions& options) {
+std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls,
+                                              const VerifyOptions& options) {
   if (calls.empty()) return std::nullopt;
   for (size_t i = 0; i < calls.size(); ++i) {
     if (auto found = malformed(*calls[i], static_cast<int>(i))) return found;
     if (calls[i]->call.world.size != calls[0]->call.world.size) {
-      throw ValueError("a sequence of calls in worlds of " + std::to_string(calls[0]->call.world.size) + " and " +
-                       std::to_string(calls[i]->call.world.size) + " ranks; a group has one size");
+      throw ValueError("a sequence of calls in worlds of " + std::to_string(calls[0]->call.world.size) +
+                       " and " + std::to_string(calls[i]->call.world.size) + " ranks; a group has one size");
     }
   }
   return SymbolicRun(calls, options).run();

@@ -1,22 +1,26 @@
 // Proves a plan: runs all its ranks symbolically, on exactly what the executor gets.
 //
-// Every memory location holds an *expression* (leaves: rank and element index of an input; nodes: operator with
-// ordered operands, accumulation type, conversions, scale, rounding). Signals have one writer and only grow, and a wait
-// names its writer, so one run, in any order that the waits allow, covers all interleavings; what is ordered is
-// known from vector clocks. Shown are:
+// Every memory location holds an *expression* (leaves: rank and element index of an input; nodes: operator
+// with ordered operands, accumulation type, conversions, scale, rounding). Signals have one writer and only
+// grow, and a wait names its writer, so one run, in any order that the waits allow, covers all interleavings;
+// what is ordered is known from vector clocks. Shown are:
 //
-//   data      at the end every output element of every rank holds an expression that the collective allows (reductions:
-//             each rank's element once, prescaled once, rounded and divided once at the end), the same on all ranks;
-//             where `balanced` is asked, in the shape of the balanced tree; inputs not meant to change have not changed
-//   races     no two accesses to overlapping bytes, one of them a write, are unordered; the caller's own reads and
+//   data      at the end every output element of every rank holds an expression that the collective allows
+//   (reductions:
+//             each rank's element once, prescaled once, rounded and divided once at the end), the same on all
+//             ranks; where `balanced` is asked, in the shape of the balanced tree; inputs not meant to change
+//             have not changed
+//   races     no two accesses to overlapping bytes, one of them a write, are unordered; the caller's own
+//   reads and
 //             writes of its buffers before entry and after the end are accesses too
 //   bounds    every address lies in its buffer, or in its slot of its bank
 //   deadlock  every rank reaches its end
-//   banks     the same for calls that follow each other (`verify_sequence`), with the entry rule of plan.h; and
+//   banks     the same for calls that follow each other (`verify_sequence`), with the entry rule of plan.h;
+//   and
 //             full_exchange is claimed only where it holds
 //
-// Loops of more trips than fill every slot, stage and signal distance are cut to that number (the address of a trip is
-// linear in its number, and slots repeat), unless `all_trips`.
+// Loops of more trips than fill every slot, stage and signal distance are cut to that number (the address of
+// a trip is linear in its number, and slots repeat), unless `all_trips`.
 #pragma once
 
 #include <optional>
@@ -41,8 +45,9 @@ struct VerifyOptions {
   bool balanced = false;  // demand the balanced tree
 };
 
-// Nothing: proved.
+// Nothing: proved. Calls of a sequence are made by one group: a ValueError if their worlds differ in size.
 std::optional<Counterexample> verify(const Plan& plan, const VerifyOptions& options = {});
-std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls, const VerifyOptions& options = {});
+std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls,
+                                              const VerifyOptions& options = {});
 
 }  // namespace pycomm::schedule

@@ -105,7 +105,9 @@ void Expressions::write(std::string& text, Term term, int64_t index, int budget)
       write(text, node.second, i, budget);
       text += ")";
       break;
-    case Kind::garbage: text += reasons_[node.first.expr]; break;
+    case Kind::garbage:
+      text += reasons_[node.first.expr];
+      break;
   }
 }
 

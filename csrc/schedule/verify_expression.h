@@ -1,8 +1,9 @@
 // Expressions: what a memory location holds in a symbolic run.
 //
-// An expression is a function of an element index i, kept once (equal functions have equal ids): a leaf is element i
-// of a rank's input, a node applies to what its operands hold at i + delta. The first operand's delta is 0, so that a
-// result over any part of the data, computed anywhere, is one expression at different indices.
+// An expression is a function of an element index i, kept once (equal functions have equal ids): a leaf is
+// element i of a rank's input, a node applies to what its operands hold at i + delta. The first operand's
+// delta is 0, so that a result over any part of the data, computed anywhere, is one expression at different
+// indices.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ class Expressions {
   Term balanced(const Term* terms, size_t count);
 
   bool is_garbage(ExprId id) const { return nodes_[id].kind == Kind::garbage; }
-  // Empty if `id` sums in any order every rank's element i once, lifted once and finished once; else what is wrong.
+  // Empty if `id` sums in any order every rank's element i once, lifted once and finished once; else what is
+  // wrong.
   const std::string& reduction_fault(ExprId id, int num_ranks);
   // At index i: "round((in@0[i]) + (in@1[i]))".
   std::string words(Term term, int64_t index) const;

@@ -28,7 +28,8 @@ std::optional<Conflict> Memory::read(int64_t begin, int64_t end, const Access& a
   split(end);
   for (auto at = split(begin); at->first < end; ++at) {
     Segment& segment = at->second;
-    if (!segment.write.before(clock, access.rank)) return Conflict{at->first, segment.end, segment.write, true};
+    if (!segment.write.before(clock, access.rank))
+      return Conflict{at->first, segment.end, segment.write, true};
     auto known = std::find_if(segment.reads.begin(), segment.reads.end(),
                               [&](const Access& read) { return read.rank == access.rank; });
     if (known == segment.reads.end()) {

@@ -9,8 +9,8 @@
 
 namespace pycomm::schedule {
 
-// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank had
-// counted `epoch` happened before whoever has heard of more.
+// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank
+// had counted `epoch` happened before whoever has heard of more.
 using Clock = std::vector<int32_t>;
 
 struct Access {
@@ -19,6 +19,7 @@ struct Access {
   int32_t epoch = 0;
   int32_t call = 0;
   int32_t step = 0;
+  int64_t trip = 0;
   bool before(const Clock& clock, int by) const { return rank < 0 || rank == by || clock[rank] > epoch; }
 };
 

@@ -10,7 +10,7 @@ void SymbolicRun::leave(int rank) {
   RankState& state = ranks_[rank];
   CallState& call = call_of(rank);
   const Buffers& buffers = call.buffers[rank];
-  const Access access{rank, state.clock[rank], state.call, Access::kEnd};
+  const Access access{rank, state.clock[rank], state.call, Access::kEnd, 0};
   auto take_back = [&](const char* buffer, int64_t begin, int64_t bytes) {
     if (bytes == 0 || fault_) return;
     if (auto conflict = call.memory[rank]->check_write(begin, begin + bytes, access, state.clock)) {
@@ -23,9 +23,10 @@ void SymbolicRun::leave(int rank) {
   check_exchange(rank);
   check_input(rank);
   check_output(rank);
-  const Term after = expressions_.garbage("what rank " + std::to_string(rank) + "'s caller wrote after the end");
-  for (const auto& [begin, bytes] : {std::pair{buffers.in_begin, buffers.in_bytes},
-                                     std::pair{buffers.out_begin, buffers.out_bytes}}) {
+  const Term after =
+      expressions_.garbage("what rank " + std::to_string(rank) + "'s caller wrote after the end");
+  for (const auto& [begin, bytes] :
+       {std::pair{buffers.in_begin, buffers.in_bytes}, std::pair{buffers.out_begin, buffers.out_bytes}}) {
     if (bytes > 0) call.memory[rank]->put(begin, begin + bytes, {after.expr, 1, 0}, access);
   }
   if (++call.ended == n_) {
@@ -45,8 +46,8 @@ void SymbolicRun::check_exchange(int rank) {
     const int32_t entry = call.entry_epoch[peer];
     if (peer == rank || (entry >= 0 && ranks_[rank].clock[peer] > entry)) continue;
     fail(Kind::exchange, rank, -1,
-         at(rank, nullptr) + "nothing says that rank " + std::to_string(peer) + " has entered, but " +
-             (barrier ? "this is a barrier" : "the plan claims a full exchange"));
+         at_end(rank, ranks_[rank].call) + "nothing says that rank " + std::to_string(peer) +
+             " has entered, but " + (barrier ? "this is a barrier" : "the plan claims a full exchange"));
     return;
   }
 }
@@ -61,8 +62,9 @@ void SymbolicRun::check_input(int rank) {
     if (begin >= end) return;
     for (const Memory::Piece& piece : call.memory[rank]->look(begin, end)) {
       if (piece.value == Value{input.expr, static_cast<int32_t>(item), buffers.in_begin}) continue;
-      data_fault(rank, "bytes [" + std::to_string(piece.begin - buffers.in_begin) + ", " +
-                           std::to_string(piece.end - buffers.in_begin) + ") of `in` have changed");
+      data_fault(rank, ranks_[rank].call,
+                 "bytes [" + std::to_string(piece.begin - buffers.in_begin) + ", " +
+                     std::to_string(piece.end - buffers.in_begin) + ") of `in` have changed");
     }
   };
   if (buffers.out_bytes == 0) return check(buffers.in_begin, in_end);
@@ -82,7 +84,8 @@ void SymbolicRun::check_output(int rank) {
       const auto pieces = call.memory[rank]->look(out + begin * item, out + end * item);
       std::vector<Elements> held =
           elements(pieces, out + begin * item, item, end - begin, ranks_[rank].call, "its `out`");
-      for (Elements& part : held) part = {part.begin + begin, part.end + begin, {part.term.expr, part.term.delta - begin}};
+      for (Elements& part : held)
+        part = {part.begin + begin, part.end + begin, {part.term.expr, part.term.delta - begin}};
       check_required(rank, required, held);
       if (required.source == Required::kReduced) {
         call.results[rank].insert(call.results[rank].end(), held.begin(), held.end());
@@ -123,9 +126,10 @@ void SymbolicRun::check_required(int rank, const Required& required, const std::
     const std::string index = std::to_string(part.begin + required.shift);
     const std::string should = reduced ? "the reduction of every rank's element " + index
                                        : "in@" + std::to_string(required.source) + "[" + index + "]";
-    data_fault(rank, "out[" + std::to_string(part.begin) + ":" + std::to_string(part.end) + "] holds " +
-                         expressions_.words(part.term, part.begin) + ", but should hold " + should +
-                         (fault.empty() ? "" : ": " + fault));
+    data_fault(rank, ranks_[rank].call,
+               "out[" + std::to_string(part.begin) + ":" + std::to_string(part.end) + "] holds " +
+                   expressions_.words(part.term, part.begin) + ", but should hold " + should +
+                   (fault.empty() ? "" : ": " + fault));
     return;
   }
 }
@@ -137,11 +141,13 @@ void SymbolicRun::check_same_results(int call_index) {
   for (int rank = 1; rank < n_; ++rank) {
     const auto &ours = call.results[rank], &first = call.results[0];
     for (size_t a = 0, b = 0; a < ours.size() && b < first.size();) {
-      const int64_t begin = std::max(ours[a].begin, first[b].begin), end = std::min(ours[a].end, first[b].end);
+      const int64_t begin = std::max(ours[a].begin, first[b].begin),
+                    end = std::min(ours[a].end, first[b].end);
       if (begin < end && ours[a].term != first[b].term) {
-        data_fault(rank, "out[" + std::to_string(begin) + ":" + std::to_string(end) + "] holds " +
-                             expressions_.words(ours[a].term, begin) + ", but rank 0's holds " +
-                             expressions_.words(first[b].term, begin));
+        data_fault(rank, call_index,
+                   "out[" + std::to_string(begin) + ":" + std::to_string(end) + "] holds " +
+                       expressions_.words(ours[a].term, begin) + ", but rank 0's holds " +
+                       expressions_.words(first[b].term, begin));
         return;
       }
       (ours[a].end < first[b].end ? a : b)++;

@@ -30,15 +30,20 @@ Buffers buffers_of(const Call& call, int rank) {
   }
   switch (call.world.collective) {
     case Collective::all_gather:
-    case Collective::gather: buffers.in_begin = displacement(call, rank) * item; break;
+    case Collective::gather:
+      buffers.in_begin = displacement(call, rank) * item;
+      break;
     case Collective::reduce_scatter:
-    case Collective::scatter: buffers.out_begin = displacement(call, rank) * item; break;
+    case Collective::scatter:
+      buffers.out_begin = displacement(call, rank) * item;
+      break;
     case Collective::all_reduce:
     case Collective::broadcast:
     case Collective::reduce:
     case Collective::all_to_all:
     case Collective::barrier:
-    case Collective::send_recv: break;
+    case Collective::send_recv:
+      break;
   }
   return buffers;
 }
@@ -47,7 +52,9 @@ std::vector<Required> required_of(const Call& call, int rank) {
   const World& world = call.world;
   std::vector<Required> required;
   switch (world.collective) {
-    case Collective::all_reduce: required.push_back({0, call.counts[0], Required::kReduced, 0}); break;
+    case Collective::all_reduce:
+      required.push_back({0, call.counts[0], Required::kReduced, 0});
+      break;
     case Collective::reduce:
       if (rank == world.root) required.push_back({0, call.counts[0], Required::kReduced, 0});
       break;
@@ -63,7 +70,9 @@ std::vector<Required> required_of(const Call& call, int rank) {
         required.push_back({begin, begin + call.counts[source], source, -begin});
       }
       break;
-    case Collective::broadcast: required.push_back({0, call.counts[0], world.root, 0}); break;
+    case Collective::broadcast:
+      required.push_back({0, call.counts[0], world.root, 0});
+      break;
     case Collective::scatter:
       required.push_back({0, call.counts[rank], world.root, displacement(call, rank)});
       break;
@@ -80,7 +89,8 @@ std::vector<Required> required_of(const Call& call, int rank) {
     case Collective::send_recv:
       if (rank == world.peer) required.push_back({0, call.counts[0], world.root, 0});
       break;
-    case Collective::barrier: break;
+    case Collective::barrier:
+      break;
   }
   return required;
 }
@@ -93,13 +103,18 @@ std::optional<std::string> call_fault(const Call& call) {
     case Collective::all_gather:
     case Collective::reduce_scatter:
     case Collective::gather:
-    case Collective::scatter: counts = n; break;
-    case Collective::all_to_all: counts = n * n; break;
+    case Collective::scatter:
+      counts = n;
+      break;
+    case Collective::all_to_all:
+      counts = n * n;
+      break;
     case Collective::all_reduce:
     case Collective::broadcast:
     case Collective::reduce:
     case Collective::barrier:
-    case Collective::send_recv: break;
+    case Collective::send_recv:
+      break;
   }
   if (world.size < 1) return "a world of " + std::to_string(world.size) + " ranks";
   if (call.counts.size() != counts) {
@@ -112,6 +127,15 @@ std::optional<std::string> call_fault(const Call& call) {
   if (world.root < 0 || world.root >= world.size || world.peer < 0 || world.peer >= world.size) {
     return "root " + std::to_string(world.root) + " and peer " + std::to_string(world.peer) +
            " in a world of " + std::to_string(world.size);
+  }
+  if (call.in_place && world.collective == Collective::all_to_all) {
+    for (size_t i = 0; i < n * n; ++i) {
+      if (call.counts[i] != call.counts[i % n * n + i / n]) {
+        return "in place, but rank " + std::to_string(i / n) + " sends " + std::to_string(call.counts[i]) +
+               " elements to rank " + std::to_string(i % n) + " and receives " +
+               std::to_string(call.counts[i % n * n + i / n]) + ": the blocks would lie elsewhere";
+      }
+    }
   }
   if (call.prescale != 1.0 && !reduces(world.collective)) {
     return std::string(name(world.collective)) + " does not scale";

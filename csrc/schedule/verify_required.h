@@ -16,7 +16,8 @@ struct Buffers {
 };
 Buffers buffers_of(const Call& call, int rank);
 
-// Elements [begin, end) of `out`: for each i, element i + shift of every rank's input reduced, or of `source`'s copied.
+// Elements [begin, end) of `out`: for each i, element i + shift of every rank's input reduced, or of
+// `source`'s copied.
 struct Required {
   static constexpr int kReduced = -1;
   int64_t begin, end;

@@ -47,10 +47,15 @@ std::optional<Counterexample> SymbolicRun::run() {
 
 bool SymbolicRun::advance(int rank) {
   switch (ranks_[rank].phase) {
-    case Phase::outside: enter(rank); return true;
-    case Phase::gate: return pass_gate(rank);
-    case Phase::inside: return execute(rank);
-    case Phase::done: return false;
+    case Phase::outside:
+      enter(rank);
+      return true;
+    case Phase::gate:
+      return pass_gate(rank);
+    case Phase::inside:
+      return execute(rank);
+    case Phase::done:
+      return false;
   }
   return false;
 }
@@ -63,7 +68,7 @@ void SymbolicRun::enter(int rank) {
   const auto item = static_cast<int32_t>(size_of(call.plan->call.dtype));
   const Term before =
       expressions_.garbage("what rank " + std::to_string(rank) + "'s caller had left in `out`");
-  const Access access{rank, state.clock[rank], state.call, Access::kEntry};
+  const Access access{rank, state.clock[rank], state.call, Access::kEntry, 0};
   call.memory[rank] = std::make_unique<Memory>(Value{before.expr, 1, 0});
   auto fill = [&](int64_t begin, int64_t bytes, const Value& value) {
     if (bytes > 0) call.memory[rank]->put(begin, begin + bytes, value, access);
@@ -125,8 +130,12 @@ bool SymbolicRun::execute(int rank) {
         case Step::Kind::wait:
           if (!wait(rank, *step, trip)) return false;
           break;
-        case Step::Kind::signal: signal(rank, *step, trip); break;
-        case Step::Kind::combine: combine(rank, *step, trips.plan_trip(trip)); break;
+        case Step::Kind::signal:
+          signal(rank, *step, trip);
+          break;
+        case Step::Kind::combine:
+          combine(rank, *step, trips.plan_trip(trip));
+          break;
       }
     }
     ++state.step;
@@ -159,7 +168,8 @@ void SymbolicRun::signal(int rank, const Step& step, int64_t trip) {
   std::vector<Signal>& seen = cell(step.peer, rank, step.cell);
   const int64_t last = !seen.empty() && seen.back().call == state.call ? seen.back().value : 0;
   if (value <= last) {
-    return fail(Kind::malformed, rank, static_cast<int>(&step - call_of(rank).plan->programs[rank].steps.data()),
+    return fail(Kind::malformed, rank,
+                static_cast<int>(&step - call_of(rank).plan->programs[rank].steps.data()),
                 at(rank, &step) + ": stores " + std::to_string(value) + " in a cell that holds " +
                     std::to_string(last) + "; a cell only grows");
   }
@@ -170,10 +180,11 @@ void SymbolicRun::signal(int rank, const Step& step, int64_t trip) {
 void SymbolicRun::combine(int rank, const Step& step, int64_t trip) {
   if (step.count == 0) return;
   std::vector<Span> spans;
-  if (!formats_allowed(rank, step) || !resolve(rank, step, trip, spans) || overlaps(rank, step, spans)) return;
+  if (!formats_allowed(rank, step) || !resolve(rank, step, trip, spans) || overlaps(rank, step, spans))
+    return;
   const RankState& state = ranks_[rank];
   const auto index = static_cast<int32_t>(&step - call_of(rank).plan->programs[rank].steps.data());
-  const Access access{rank, state.clock[rank], state.call, index};
+  const Access access{rank, state.clock[rank], state.call, index, trip};
 
   const Operand* operands = &call_of(rank).plan->programs[rank].operands[step.operand + step.num_dsts];
   std::vector<std::vector<Elements>> sources;
@@ -256,9 +267,9 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
     } else {
       memory = call.memory[operand.rank].get();
       if (memory == nullptr) {
-        return refuse(Kind::race, "touches " + place(rank, operand) + " while rank " +
-                                      std::to_string(operand.rank) +
-                                      "'s caller may still be writing it (no signal says that it has entered)");
+        return refuse(Kind::race,
+                      "touches " + place(rank, operand) + " while rank " + std::to_string(operand.rank) +
+                          "'s caller may still be writing it (no signal says that it has entered)");
       }
     }
     spans.push_back({memory, base + begin, base + end, size, &operand});
@@ -271,7 +282,8 @@ bool SymbolicRun::overlaps(int rank, const Step& step, const std::vector<Span>& 
     for (size_t other = d + 1; other < spans.size(); ++other) {
       const Span &a = spans[d], &b = spans[other];
       if (a.memory != b.memory || a.begin >= b.end || b.begin >= a.end) continue;
-      const bool in_place = static_cast<int32_t>(other) >= step.num_dsts && a.begin == b.begin && a.item == b.item;
+      const bool in_place =
+          static_cast<int32_t>(other) >= step.num_dsts && a.begin == b.begin && a.item == b.item;
       if (in_place) continue;
       fail(Kind::malformed, rank, static_cast<int>(&step - call_of(rank).plan->programs[rank].steps.data()),
            at(rank, &step) + ": its operands overlap in " + place(rank, *a.operand));

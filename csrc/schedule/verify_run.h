@@ -34,7 +34,7 @@ class SymbolicRun {
     std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
     std::vector<int32_t> entry_epoch;             // -1: not entered
     std::vector<Clock> entry_clock;
-    std::vector<std::vector<Elements>> results;   // reductions that all ranks must hold alike
+    std::vector<std::vector<Elements>> results;  // reductions that all ranks must hold alike
     int ended = 0;
   };
   struct Signal {
@@ -91,10 +91,12 @@ class SymbolicRun {
 
   // Words.
   void fail(Kind kind, int rank, int step, const std::string& what);
-  void data_fault(int rank, const std::string& what);
+  void data_fault(int rank, int call, const std::string& what);
   void race(int rank, const Step* step, const std::string& place, int64_t base, bool writes,
             const Conflict& conflict);
   std::string at(int rank, const Step* step) const;
+  std::string at_end(int rank, int call) const;
+  std::string call_words(int call) const;
   std::string place(int rank, const Operand& operand) const;
   std::string deadlock_words(int rank) const;
   std::string blocked_words(int rank, int& on) const;

@@ -14,7 +14,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 using Cell = std::tuple<int, int, int>;  // writer, reader, index
 
 Cell cell_of(int rank, const Step& step) {
-  return step.kind == Step::Kind::signal ? Cell{rank, step.peer, step.cell} : Cell{step.peer, rank, step.cell};
+  return step.kind == Step::Kind::signal ? Cell{rank, step.peer, step.cell}
+                                         : Cell{step.peer, rank, step.cell};
 }
 
 bool same_loops(const Plan& plan) {
@@ -31,7 +32,8 @@ bool same_loops(const Plan& plan) {
   return common != nullptr;
 }
 
-// The largest distance in trips of a value from its own trip's; nothing if cells do not count alike everywhere.
+// The largest distance in trips of a value from its own trip's; nothing if cells do not count alike
+// everywhere.
 std::optional<int64_t> signal_distance(const Plan& plan) {
   std::map<Cell, int64_t> per_trip;
   int64_t distance = 0;
@@ -99,22 +101,22 @@ std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vecto
           if (operand.space == Space::window) continue;
           const Buffers& owner = buffers[operand.rank];
           const int64_t base = operand.space == Space::in ? owner.in_begin : owner.out_begin;
-          spans[operand.rank].push_back(
-              {l.first, l.trips, base + operand.offset,
-               step.count * (operand.format == Format::partial ? partial : item), operand.stride, loop,
-               i < step.num_dsts});
+          spans[operand.rank].push_back({l.first, l.trips, base + operand.offset,
+                                         step.count * (operand.format == Format::partial ? partial : item),
+                                         operand.stride, loop, i < step.num_dsts});
         }
       }
     }
   }
   for (auto& owned : spans) {
-    std::sort(owned.begin(), owned.end(), [](const Span& a, const Span& b) { return a.lowest() < b.lowest(); });
+    std::sort(owned.begin(), owned.end(),
+              [](const Span& a, const Span& b) { return a.lowest() < b.lowest(); });
   }
   return spans;
 }
 
-// Groups a rank's spans that reach each other; each group of this loop must step through memory as one, by strides
-// that its trips do not exceed. Adds what the trips [from, to) write.
+// Groups a rank's spans that reach each other; each group of this loop must step through memory as one, by
+// strides that its trips do not exceed. Adds what the trips [from, to) write.
 bool trips_are_disjoint(const std::vector<Span>& spans, size_t loop, int64_t from, int64_t to,
                         std::vector<ByteRange>& written) {
   for (size_t begin = 0; begin < spans.size();) {

@@ -7,20 +7,25 @@ void SymbolicRun::fail(Kind kind, int rank, int step, const std::string& what) {
   if (!fault_) fault_ = {kind, rank, ranks_[rank].call, step, what};
 }
 
-void SymbolicRun::data_fault(int rank, const std::string& what) {
-  if (!data_fault_) data_fault_ = {Kind::data, rank, ranks_[rank].call, -1, at(rank, nullptr) + what};
+void SymbolicRun::data_fault(int rank, int call, const std::string& what) {
+  if (!data_fault_) data_fault_ = {Kind::data, rank, call, -1, at_end(rank, call) + what};
+}
+
+std::string SymbolicRun::call_words(int call) const {
+  if (calls_.size() == 1) return {};
+  const Plan& plan = *calls_[call].plan;
+  return "call " + std::to_string(call) + " (" + name(plan.call.world.collective) + ", " + plan.algorithm +
+         "), ";
+}
+
+std::string SymbolicRun::at_end(int rank, int call) const {
+  return call_words(call) + "rank " + std::to_string(rank) + " at its end: ";
 }
 
 std::string SymbolicRun::at(int rank, const Step* step) const {
   const RankState& state = ranks_[rank];
   const Plan& plan = *calls_[state.call].plan;
-  std::string text;
-  if (calls_.size() > 1) {
-    text = "call " + std::to_string(state.call) + " (" + name(plan.call.world.collective) + ", " +
-           plan.algorithm + "), ";
-  }
-  if (step == nullptr) return text + "rank " + std::to_string(rank) + " at its end: ";
-  text += describe(plan, rank, *step);
+  std::string text = call_words(state.call) + describe(plan, rank, *step);
   const Step* now = nullptr;
   int64_t trip = 0;
   if (current(rank, now, trip)) {
@@ -44,11 +49,12 @@ void SymbolicRun::race(int rank, const Step* step, const std::string& where, int
   const Access& earlier = conflict.earlier;
   const std::string bytes =
       " [" + std::to_string(conflict.begin - base) + ", " + std::to_string(conflict.end - base) + ")";
-  std::string text = at(rank, step);
+  std::string text = step == nullptr ? at_end(rank, ranks_[rank].call) : at(rank, step);
   if (step == nullptr) {
     text += "the caller may write bytes" + bytes + " of " + where;
   } else {
-    text += std::string(": ") + (writes ? "writes" : "reads") + " bytes" + bytes + " of its operand in " + where;
+    text +=
+        std::string(": ") + (writes ? "writes" : "reads") + " bytes" + bytes + " of its operand in " + where;
   }
   text += " while ";
   const std::string other = "rank " + std::to_string(earlier.rank);
@@ -59,12 +65,13 @@ void SymbolicRun::race(int rank, const Step* step, const std::string& where, int
   } else {
     const Plan& plan = *calls_[earlier.call].plan;
     if (earlier.call != ranks_[rank].call) text += "in call " + std::to_string(earlier.call) + " ";
-    text += describe(plan, earlier.rank, plan.programs[earlier.rank].steps[earlier.step]) + " may still be " +
+    text += describe(plan, earlier.rank, plan.programs[earlier.rank].steps[earlier.step]) +
+            (earlier.trip != 0 ? ", trip " + std::to_string(earlier.trip) + "," : "") + " may still be " +
             (conflict.earlier_writes ? "writing" : "reading") + " them";
   }
-  const int index = step == nullptr
-                        ? -1
-                        : static_cast<int>(step - calls_[ranks_[rank].call].plan->programs[rank].steps.data());
+  const int index =
+      step == nullptr ? -1
+                      : static_cast<int>(step - calls_[ranks_[rank].call].plan->programs[rank].steps.data());
   fail(Kind::race, rank, index, text + " (no signal orders the two)");
 }
 

@@ -83,11 +83,11 @@ struct Move {
   enum class Kind : uint8_t { caller_writes, enter, gate, combine, signal, wait, caller_takes_back };
   Kind kind;
   int call = 0;
-  std::vector<Span> spans;    // memory touched
+  std::vector<Span> spans;  // memory touched
   const Step* step = nullptr;
   const Operand* operands = nullptr;
   int cell = 0;
-  int64_t word = 0;           // signal, wait; a wait for nothing has -1
+  int64_t word = 0;                // signal, wait; a wait for nothing has -1
   std::vector<int> last_conflict;  // by rank: its last move whose order with this one matters, -1 if none
 };
 
@@ -131,7 +131,9 @@ class Search {
   };
 
   static int64_t item(const Plan& plan) { return static_cast<int64_t>(size_of(plan.call.dtype)); }
-  static int64_t partial(const Plan& plan) { return static_cast<int64_t>(size_of(accumulator(plan.call.dtype))); }
+  static int64_t partial(const Plan& plan) {
+    return static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
+  }
   static int64_t before(const Call& call, int block) {
     int64_t sum = 0;
     for (int b = 0; b < block; ++b) sum += call.counts[b];
@@ -145,7 +147,8 @@ class Search {
     for (const Plan* plan : calls_) {
       bank = std::max(bank, plan->bank_bytes);
       cells_per_pair_ = std::max(cells_per_pair_, plan->cells);
-      if (plan->slots < 1 || plan->slots * plan->slot_bytes > plan->bank_bytes) throw Impossible{"slots exceed the bank"};
+      if (plan->slots < 1 || plan->slots * plan->slot_bytes > plan->bank_bytes)
+        throw Impossible{"slots exceed the bank"};
     }
     for (int i = 0; i < n_ * 2; ++i, top += bank) windows_.push_back(top);
     for (const Plan* plan : calls_) {
@@ -197,7 +200,8 @@ class Search {
           }
         }
       }
-      moves.push_back({.kind = Move::Kind::caller_takes_back, .call = c, .spans = buffers, .last_conflict = {}});
+      moves.push_back(
+          {.kind = Move::Kind::caller_takes_back, .call = c, .spans = buffers, .last_conflict = {}});
     }
   }
 
@@ -239,8 +243,12 @@ class Search {
       const int64_t bytes = step.count * (operand.format == Format::partial ? partial(plan) : item(plan));
       int64_t base = 0, offset = operand.offset, room = 0;
       switch (operand.space) {
-        case Space::in: base = place.in, room = place.in_bytes, offset += trip * operand.stride; break;
-        case Space::out: base = place.out, room = place.out_bytes, offset += trip * operand.stride; break;
+        case Space::in:
+          base = place.in, room = place.in_bytes, offset += trip * operand.stride;
+          break;
+        case Space::out:
+          base = place.out, room = place.out_bytes, offset += trip * operand.stride;
+          break;
         case Space::window:
           base = windows_[operand.rank * 2 + c % 2] + trip % plan.slots * plan.slot_bytes;
           room = plan.slot_bytes;
@@ -263,10 +271,12 @@ class Search {
     return move;
   }
 
-  // Whether the order of the two matters. That a rank has entered is seen by those who must know at their end.
+  // Whether the order of the two matters. That a rank has entered is seen by those who must know at their
+  // end.
   bool depend(const Move& a, const Move& b) const {
     if (a.kind == Move::Kind::caller_takes_back && b.kind == Move::Kind::enter) return depend(b, a);
-    const bool seen = a.kind == Move::Kind::enter && b.kind == Move::Kind::caller_takes_back && a.call == b.call;
+    const bool seen =
+        a.kind == Move::Kind::enter && b.kind == Move::Kind::caller_takes_back && a.call == b.call;
     return (seen && exchange_asked(a.call)) || conflict(a, b);
   }
 
@@ -276,7 +286,8 @@ class Search {
         move.last_conflict.assign(n_, -1);
         for (int other = 0; other < n_; ++other) {
           if (other == rank) continue;
-          for (int i = static_cast<int>(moves_[other].size()) - 1; i >= 0 && move.last_conflict[other] < 0; --i) {
+          for (int i = static_cast<int>(moves_[other].size()) - 1; i >= 0 && move.last_conflict[other] < 0;
+               --i) {
             if (depend(move, moves_[other][i])) move.last_conflict[other] = i;
           }
         }
@@ -307,11 +318,12 @@ class Search {
     return true;
   }
 
-  // Whether this move commutes with all that others may still do, so that no other order need be tried: it touches
-  // no memory that they touch, and a cell that only grows lets a wait pass later as well as now.
+  // Whether this move commutes with all that others may still do, so that no other order need be tried: it
+  // touches no memory that they touch, and a cell that only grows lets a wait pass later as well as now.
   bool commutes(int rank) const {
     const Move& move = next(rank);
-    if ((move.kind == Move::Kind::signal || move.kind == Move::Kind::wait) && !grows_[move.cell]) return false;
+    if ((move.kind == Move::Kind::signal || move.kind == Move::Kind::wait) && !grows_[move.cell])
+      return false;
     for (int other = 0; other < n_; ++other) {
       if (move.last_conflict[other] >= static_cast<int>(at_[other])) return false;
     }
@@ -415,7 +427,8 @@ class Search {
   // A byte holds a symbol and which of its bytes.
   void store(int64_t address, int symbol, int64_t bytes) {
     for (int64_t b = 0; b < bytes; ++b) {
-      put(address + b, symbol == Symbols::kNothing ? 0 : static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b));
+      put(address + b,
+          symbol == Symbols::kNothing ? 0 : static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b));
     }
   }
   int load(int64_t address, int64_t bytes) const {
@@ -432,16 +445,25 @@ class Search {
   void move(int rank) {
     const Move& move = next(rank);
     switch (move.kind) {
-      case Move::Kind::caller_writes: caller_writes(rank, move.call); break;
-      case Move::Kind::enter: entered_[move.call][rank] = true; break;
+      case Move::Kind::caller_writes:
+        caller_writes(rank, move.call);
+        break;
+      case Move::Kind::enter:
+        entered_[move.call][rank] = true;
+        break;
       case Move::Kind::gate:
-      case Move::Kind::wait: break;
-      case Move::Kind::combine: combine(move); break;
+      case Move::Kind::wait:
+        break;
+      case Move::Kind::combine:
+        combine(move);
+        break;
       case Move::Kind::signal:
         stored_.push_back({move.cell, cells_[move.cell]});
         cells_[move.cell] = move.word;
         break;
-      case Move::Kind::caller_takes_back: take_back(rank, move.call); break;
+      case Move::Kind::caller_takes_back:
+        take_back(rank, move.call);
+        break;
     }
     ++at_[rank];
   }
@@ -471,7 +493,8 @@ class Search {
       }
       const int64_t bytes = step.dst_format == Format::partial ? partial(plan) : item(plan);
       int result = tree(terms, 0, step.num_srcs);
-      if (!copy && step.dst_format == Format::final && result) result = symbols_.finish(result, bytes, right_divisor);
+      if (!copy && step.dst_format == Format::final && result)
+        result = symbols_.finish(result, bytes, right_divisor);
       for (int d = 0; d < step.num_dsts; ++d) store(move.spans[d].begin + i * bytes, result, bytes);
     }
   }
@@ -500,10 +523,12 @@ class Search {
     }
     std::vector<int>& result = results_[c][rank];
     result.clear();
-    for (int64_t i = 0; i < place.out_bytes / bytes; ++i) result.push_back(load(place.out + i * bytes, bytes));
+    for (int64_t i = 0; i < place.out_bytes / bytes; ++i)
+      result.push_back(load(place.out + i * bytes, bytes));
     for (size_t i = 0; i < result.size(); ++i) {
       if (!is_right(plan.call, rank, static_cast<int64_t>(i), result[i])) {
-        fail("rank " + std::to_string(rank) + " element " + std::to_string(i) + " of call " + std::to_string(c));
+        fail("rank " + std::to_string(rank) + " element " + std::to_string(i) + " of call " +
+             std::to_string(c));
         break;
       }
     }
@@ -535,8 +560,10 @@ class Search {
     };
     switch (world.collective) {
       case Collective::all_reduce:
-      case Collective::reduce: return is_sum(symbol, i, bytes);
-      case Collective::reduce_scatter: return is_sum(symbol, before(call, rank) + i, bytes);
+      case Collective::reduce:
+        return is_sum(symbol, i, bytes);
+      case Collective::reduce_scatter:
+        return is_sum(symbol, before(call, rank) + i, bytes);
       case Collective::all_gather:
       case Collective::gather: {
         int64_t index = i;
@@ -544,8 +571,10 @@ class Search {
         return symbol == symbols_.raw(source, index, bytes);
       }
       case Collective::broadcast:
-      case Collective::send_recv: return symbol == symbols_.raw(world.root, i, bytes);
-      case Collective::scatter: return symbol == symbols_.raw(world.root, before(call, rank) + i, bytes);
+      case Collective::send_recv:
+        return symbol == symbols_.raw(world.root, i, bytes);
+      case Collective::scatter:
+        return symbol == symbols_.raw(world.root, before(call, rank) + i, bytes);
       case Collective::all_to_all: {
         int64_t index = i;
         int source = 0;
@@ -553,7 +582,8 @@ class Search {
         for (int to = 0; to < rank; ++to) index += call.counts[source * n_ + to];
         return symbol == symbols_.raw(source, index, bytes);
       }
-      case Collective::barrier: return true;
+      case Collective::barrier:
+        return true;
     }
     return false;
   }
@@ -568,7 +598,8 @@ class Search {
     if (!balanced_) return true;
     const int64_t partial_bytes = static_cast<int64_t>(size_of(accumulator(calls_[0]->call.dtype)));
     std::vector<int> terms;
-    for (int rank = 0; rank < n_; ++rank) terms.push_back(symbols_.lift(symbols_.raw(rank, element, bytes), partial_bytes));
+    for (int rank = 0; rank < n_; ++rank)
+      terms.push_back(symbols_.lift(symbols_.raw(rank, element, bytes), partial_bytes));
     return id == symbols_.finish(tree(terms, 0, n_), bytes, true);
   }
 
@@ -581,7 +612,7 @@ class Search {
   std::vector<int64_t> windows_;            // rank * 2 + bank
   std::vector<std::vector<Place>> places_;  // by call and rank
   std::vector<std::vector<Move>> moves_;
-  std::vector<bool> grows_;                 // by cell
+  std::vector<bool> grows_;  // by cell
 
   std::vector<size_t> at_;
   std::vector<uint32_t> memory_;

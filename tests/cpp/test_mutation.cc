@@ -44,7 +44,8 @@ void duplicate_step(Program& program, int at) {
 
 bool same_loop(const Program& program, int a, int b) {
   return std::any_of(program.loops.begin(), program.loops.end(), [&](const Loop& loop) {
-    return a >= loop.step && b >= loop.step && a < loop.step + loop.num_steps && b < loop.step + loop.num_steps;
+    return a >= loop.step && b >= loop.step && a < loop.step + loop.num_steps &&
+           b < loop.step + loop.num_steps;
   });
 }
 
@@ -92,14 +93,17 @@ class Mutator {
     auto here = [&](auto member) {
       return [this, i, member](Plan& plan) -> auto& { return plan.programs[rank_].steps[i].*member; };
     };
-    set<uint8_t>(who + "stage", here(&Step::stage), {static_cast<uint8_t>(step.stage + 1),
-                                                    static_cast<uint8_t>(step.stage > 0 ? step.stage - 1 : 2)});
+    set<uint8_t>(
+        who + "stage", here(&Step::stage),
+        {static_cast<uint8_t>(step.stage + 1), static_cast<uint8_t>(step.stage > 0 ? step.stage - 1 : 2)});
     if (step.kind != Step::Kind::combine) {
-      set<int64_t>(who + "value", here(&Step::value), {step.value - 1, step.value + 1, step.value + step.per_trip,
-                                                      step.value - step.per_trip, -1000});
+      set<int64_t>(
+          who + "value", here(&Step::value),
+          {step.value - 1, step.value + 1, step.value + step.per_trip, step.value - step.per_trip, -1000});
       set<int64_t>(who + "per_trip", here(&Step::per_trip), {step.per_trip - 1, step.per_trip + 1, 0});
-      set<uint8_t>(who + "cell", here(&Step::cell), {static_cast<uint8_t>(step.cell + 1),
-                                                    static_cast<uint8_t>(step.cell > 0 ? step.cell - 1 : 3)});
+      set<uint8_t>(
+          who + "cell", here(&Step::cell),
+          {static_cast<uint8_t>(step.cell + 1), static_cast<uint8_t>(step.cell > 0 ? step.cell - 1 : 3)});
       set<int32_t>(who + "peer", here(&Step::peer), {(step.peer + 1) % plan_.call.world.size, -1});
       set<Step::Kind>(who + "kind", here(&Step::kind),
                       {step.kind == Step::Kind::wait ? Step::Kind::signal : Step::Kind::wait});
@@ -130,7 +134,8 @@ class Mutator {
     const Operand& operand = plan_.programs[rank_].operands[index];
     const std::string who = describe(plan_, rank_, step) + ": operand " + std::to_string(o) + " ";
     auto here = [&](auto member) {
-      return [this, index, member](Plan& plan) -> auto& { return plan.programs[rank_].operands[index].*member; };
+      return
+          [this, index, member](Plan& plan) -> auto& { return plan.programs[rank_].operands[index].*member; };
     };
     const auto item = static_cast<int64_t>(size_of(plan_.call.dtype));
     set<int64_t>(who + "offset", here(&Operand::offset),
@@ -171,13 +176,13 @@ class Mutator {
                  {plan_.slot_bytes - 64, plan_.slot_bytes / 2, plan_.slot_bytes + 64});
     set<int64_t>("bank bytes", [](Plan& plan) -> auto& { return plan.bank_bytes; },
                  {plan_.bank_bytes - 64, plan_.bank_bytes / 2});
-    mutant("one slot more, of as much less", [](Plan& plan) {
-      plan.slot_bytes = plan.bank_bytes / ++plan.slots;
-    });
+    mutant("one slot more, of as much less",
+           [](Plan& plan) { plan.slot_bytes = plan.bank_bytes / ++plan.slots; });
     mutant("one slot for all trips", [](Plan& plan) { plan.slots = 1; });
     set<int32_t>("cells", [](Plan& plan) -> auto& { return plan.cells; }, {plan_.cells - 1});
     set<double>("divisor", [](Plan& plan) -> auto& { return plan.divisor; }, {plan_.divisor * 2});
-    set<bool>("full exchange", [](Plan& plan) -> auto& { return plan.full_exchange; }, {!plan_.full_exchange});
+    set<bool>("full exchange", [](Plan& plan) -> auto& { return plan.full_exchange; },
+              {!plan_.full_exchange});
     set<Op>("operator", [](Plan& plan) -> auto& { return plan.call.op; },
             {plan_.call.op == Op::avg ? Op::sum : Op::avg});
     for (int delta : {-1, 1}) {
@@ -205,22 +210,26 @@ struct Tally {
   long plans = 0, mutants = 0, wrong = 0, rejected = 0, overcautious = 0, unknown = 0;
   long by_kind[6] = {};  // how the wrong ones were rejected
   void print(const char* what) const {
-    std::printf("       %s: %ld plans, %ld mutants, %ld wrong, %ld of these rejected (data %ld, race %ld, bounds %ld, "
-                "deadlock %ld, exchange %ld, malformed %ld); %ld more rejected that no interleaving breaks; %ld too "
-                "large to judge\n",
-                what, plans, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3], by_kind[4],
-                by_kind[5], overcautious, unknown);
+    std::printf(
+        "       %s: %ld plans, %ld mutants, %ld wrong, %ld of these rejected (data %ld, race %ld, bounds "
+        "%ld, "
+        "deadlock %ld, exchange %ld, malformed %ld); %ld more rejected that no interleaving breaks; %ld too "
+        "large to judge\n",
+        what, plans, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3], by_kind[4],
+        by_kind[5], overcautious, unknown);
   }
 };
 
 // Breaks call `target` of a sequence in every way, or in every `every`-th.
-void try_mutants(const std::vector<const Plan*>& calls, size_t target, bool balanced, int every, Tally& tally) {
+void try_mutants(const std::vector<const Plan*>& calls, size_t target, bool balanced, int every,
+                 Tally& tally) {
   ++tally.plans;
   const VerifyOptions options{.balanced = balanced};
   const auto sound = verify_sequence(calls, options);
   if (sound) return check::fail(__FILE__, __LINE__, "rejects a correct plan: " + sound->what);
   const auto judged = explore::explore(calls, balanced);
-  if (judged.wrong) return check::fail(__FILE__, __LINE__, "the search finds a correct plan wrong: " + judged.why);
+  if (judged.wrong)
+    return check::fail(__FILE__, __LINE__, "the search finds a correct plan wrong: " + judged.why);
   CHECK(judged.complete);
   long index = tally.plans;  // another sample of each plan
   const Visit visit = [&](const std::string& what, const Plan& mutant) {
@@ -241,9 +250,9 @@ void try_mutants(const std::vector<const Plan*>& calls, size_t target, bool bala
       tally.rejected += counterexample.has_value();
       if (counterexample) ++tally.by_kind[static_cast<int>(counterexample->kind)];
       if (!counterexample) {
-        check::fail(__FILE__, __LINE__, std::string("proves a wrong mutant of ") +
-                                            name(mutant.call.world.collective) + " " + mutant.algorithm + ", " +
-                                            what + " (" + verdict.why + ")");
+        check::fail(__FILE__, __LINE__,
+                    std::string("proves a wrong mutant of ") + name(mutant.call.world.collective) + " " +
+                        mutant.algorithm + ", " + what + " (" + verdict.why + ")");
       }
     }
   };
@@ -261,15 +270,19 @@ Call make_call(const World& world, int64_t count, Placement in, Placement out, b
     case Collective::all_reduce:
     case Collective::broadcast:
     case Collective::reduce:
-    case Collective::send_recv: call.counts = {count}; break;
-    case Collective::barrier: call.counts = {0}; break;
+    case Collective::send_recv:
+      call.counts = {count};
+      break;
+    case Collective::barrier:
+      call.counts = {0};
+      break;
     case Collective::reduce_scatter:
     case Collective::all_gather:
     case Collective::gather:
     case Collective::scatter:
       for (int rank = 0; rank < world.size; ++rank) call.counts.push_back(count / world.size + 1 - rank);
       break;
-    case Collective::all_to_all: 
+    case Collective::all_to_all:
       call.counts.assign(static_cast<size_t>(world.size) * world.size, count / world.size);
       break;
   }
@@ -291,7 +304,8 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
   geometry.trip_bytes = 64 * n;
   for (const Algorithm& algorithm : algorithms()) {
     for (const auto& kind : kinds) {
-      const Call call = make_call({algorithm.collective, n, n - 1, 0}, count, kind.in, kind.out, kind.in_place, dtype);
+      const Call call =
+          make_call({algorithm.collective, n, n - 1, 0}, count, kind.in, kind.out, kind.in_place, dtype);
       const Plan plan = make_plan(algorithm.name, call, geometry);
       try_mutants({&plan}, 0, algorithm.balanced, every, tally);
     }
@@ -344,12 +358,19 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
     const char* algorithm;
   };
   const std::vector<Named> sequences[] = {
-      {{Collective::all_reduce, "two_shot"}, {Collective::broadcast, "binomial"}, {Collective::all_reduce, "two_shot"}},
-      {{Collective::broadcast, "direct"}, {Collective::reduce, "binomial"}, {Collective::broadcast, "direct"}},
+      {{Collective::all_reduce, "two_shot"},
+       {Collective::broadcast, "binomial"},
+       {Collective::all_reduce, "two_shot"}},
+      {{Collective::broadcast, "direct"},
+       {Collective::reduce, "binomial"},
+       {Collective::broadcast, "direct"}},
       {{Collective::send_recv, "direct"}, {Collective::all_gather, "ring"}, {Collective::reduce, "direct"}},
-      {{Collective::barrier, "dissemination"}, {Collective::scatter, "direct"}, {Collective::barrier, "dissemination"},
+      {{Collective::barrier, "dissemination"},
+       {Collective::scatter, "direct"},
+       {Collective::barrier, "dissemination"},
        {Collective::gather, "direct"}},
-      {{Collective::all_reduce, "one_shot"}, {Collective::all_reduce, "one_shot"},
+      {{Collective::all_reduce, "one_shot"},
+       {Collective::all_reduce, "one_shot"},
        {Collective::all_reduce, "one_shot"}},
   };
   Geometry geometry;

@@ -1,0 +1,420 @@
+#include <cstdio>
+#include <vector>
+
+#include "check.h"
+#include "common/error.h"
+#include "schedule/lower.h"
+#include "schedule/verify.h"
+
+namespace {
+
+using namespace pycomm;
+using namespace pycomm::schedule;
+using Kind = Counterexample::Kind;
+
+// ---- Small plans by hand ----
+
+Step combine(int operand, int num_dsts, int num_srcs, int64_t count, Format dst_format) {
+  Step step;
+  step.operand = operand;
+  step.num_dsts = num_dsts;
+  step.num_srcs = num_srcs;
+  step.count = count;
+  step.dst_format = dst_format;
+  return step;
+}
+
+Step signal(int peer, int64_t value) {
+  Step step;
+  step.kind = Step::Kind::signal;
+  step.peer = peer;
+  step.value = value;
+  return step;
+}
+
+Step wait(int peer, int64_t value) {
+  Step step = signal(peer, value);
+  step.kind = Step::Kind::wait;
+  return step;
+}
+
+// one_shot of 8 float32 for 2 ranks: 0 copy in to the window, 1 signal, 2 wait, 3 sum.
+Plan one_shot_by_hand() {
+  Plan plan;
+  plan.call.world.size = 2;
+  plan.call.counts = {8};
+  plan.slot_bytes = plan.bank_bytes = 64;
+  plan.full_exchange = true;
+  for (int rank = 0; rank < 2; ++rank) {
+    Program program;
+    program.operands = {{.space = Space::window, .rank = rank},
+                        {.space = Space::in, .rank = rank},
+                        {.space = Space::out, .format = Format::final, .rank = rank},
+                        {.space = rank == 0 ? Space::in : Space::window, .rank = 0},
+                        {.space = rank == 0 ? Space::window : Space::in, .rank = 1}};
+    program.steps = {combine(0, 1, 1, 8, Format::raw), signal(1 - rank, 1), wait(1 - rank, 1),
+                     combine(2, 1, 2, 8, Format::final)};
+    program.loops = {{.num_steps = 4}};
+    plan.programs.push_back(program);
+  }
+  return plan;
+}
+
+// broadcast of 4 float32 from rank 0 straight into rank 1's symmetric `out`: rank 1 says that it has entered.
+Plan broadcast_by_hand() {
+  Plan plan;
+  plan.call.world = {Collective::broadcast, 2, 0, 0};
+  plan.call.counts = {4};
+  plan.call.out = Placement::symmetric;
+  Program root, leaf;
+  root.operands = {
+      {.space = Space::out, .rank = 0}, {.space = Space::out, .rank = 1}, {.space = Space::in, .rank = 0}};
+  root.steps = {wait(1, 1), combine(0, 2, 1, 4, Format::raw), signal(1, 1)};
+  root.loops = {{.num_steps = 3}};
+  leaf.steps = {signal(0, 1), wait(0, 1)};
+  leaf.loops = {{.num_steps = 2}};
+  plan.programs = {root, leaf};
+  plan.full_exchange = true;
+  return plan;
+}
+
+void expect(const std::optional<Counterexample>& found, Kind kind, int rank, int step,
+            const std::vector<std::string>& words) {
+  CHECK(found.has_value());
+  if (!found) return;
+  CHECK_EQ(found->kind, kind);
+  CHECK_EQ(found->rank, rank);
+  CHECK_EQ(found->step, step);
+  for (const std::string& word : words) {
+    if (found->what.find(word) == std::string::npos) {
+      check::fail(__FILE__, __LINE__, "\"" + word + "\" is not in: " + found->what);
+    }
+  }
+}
+
+// ---- Calls ----
+
+struct Buffering {
+  Placement in, out;
+  bool in_place;
+};
+constexpr Buffering kBufferings[] = {
+    {Placement::plain, Placement::plain, false},         {Placement::plain, Placement::plain, true},
+    {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
+    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false}};
+
+// `total` elements over all ranks, as evenly or unevenly as `even` says.
+Call make_call(const World& world, int64_t total, bool even, const Buffering& buffering) {
+  Call call;
+  call.world = world;
+  call.in = buffering.in;
+  call.out = buffering.out;
+  call.in_place = buffering.in_place;
+  const int n = world.size;
+  switch (world.collective) {
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::send_recv:
+      call.counts = {total};
+      break;
+    case Collective::barrier:
+      call.counts = {0};
+      break;
+    case Collective::all_gather:
+    case Collective::reduce_scatter:
+    case Collective::gather:
+    case Collective::scatter:
+      for (int rank = 0; rank < n; ++rank) {
+        call.counts.push_back(even ? total / n
+                                   : total * (rank + 1) / n - total * rank / n + (rank % 3 == 1 ? 7 : 0));
+      }
+      break;
+    case Collective::all_to_all:  // in place, as much goes to a rank as comes from it
+      for (int from = 0; from < n; ++from) {
+        for (int to = 0; to < n; ++to) {
+          const int share = from + (buffering.in_place ? to : 2 * to);
+          call.counts.push_back(even ? total / n : total / n * (share % 5) / 2);
+        }
+      }
+      break;
+  }
+  return call;
+}
+
+Geometry small_windows(int n) {
+  Geometry geometry;
+  geometry.bank_bytes = (64 << 10) * int64_t{std::max(n, 4)};
+  geometry.trip_bytes = 8 << 10;
+  return geometry;
+}
+
+std::string words(const Plan& plan) {
+  std::string counts;
+  for (int64_t count : plan.call.counts) counts += " " + std::to_string(count);
+  return std::string(name(plan.call.world.collective)) + " " + plan.algorithm + " of " +
+         std::to_string(plan.call.world.size) + " ranks, root " + std::to_string(plan.call.world.root) +
+         ", counts" + counts.substr(0, 60) + (plan.call.in == Placement::symmetric ? ", symmetric in" : "") +
+         (plan.call.out == Placement::symmetric ? ", symmetric out" : "") +
+         (plan.call.in_place ? ", in place" : "");
+}
+
+}  // namespace
+
+// ---- What it finds, and how it says so ----
+
+TEST(proves_plans_written_by_hand) {
+  CHECK(!verify(one_shot_by_hand(), {.balanced = true}));
+  CHECK(!verify(broadcast_by_hand()));
+}
+
+TEST(a_read_before_the_wait_is_a_race) {
+  Plan plan = one_shot_by_hand();
+  std::swap(plan.programs[1].steps[2], plan.programs[1].steps[3]);
+  expect(verify(plan), Kind::race, 1, 2,
+         {"rank 1 step 2: combine", "[0, 32)", "rank 0's window", "rank 0 step 0: combine",
+          "may still be writing them", "no signal orders the two"});
+}
+
+TEST(a_write_that_the_callers_entry_does_not_precede_is_a_race) {
+  Plan plan = broadcast_by_hand();
+  plan.programs[0].steps[0].value = 0;  // no wait at all
+  expect(verify(plan), Kind::race, 0, 1, {"rank 1's `out`", "caller may still be writing it"});
+}
+
+TEST(a_write_that_the_callers_end_does_not_follow_is_a_race) {
+  Plan plan = broadcast_by_hand();
+  plan.programs[1].steps[1].value = 0;
+  plan.full_exchange = false;
+  expect(verify(plan), Kind::race, 0, 1, {"rank 1's `out`", "already use them after its end"});
+}
+
+TEST(a_wrong_result_is_told_with_what_is_there) {
+  Plan plan = one_shot_by_hand();
+  plan.programs[1].operands[3] = plan.programs[1].operands[4];  // in + in
+  expect(verify(plan), Kind::data, 1, -1,
+         {"out[0:8] holds round(((in@1[0]) op (in@1[0])))", "sums rank 1 twice"});
+
+  plan = one_shot_by_hand();
+  plan.programs[0].steps[3].count = 7;
+  expect(verify(plan), Kind::data, 0, -1, {"out[7:8]", "caller had left"});
+
+  plan = one_shot_by_hand();
+  plan.programs[1].operands[0].offset = 32;  // shown in another place than it is read
+  expect(verify(plan), Kind::data, 0, -1, {"nobody has written in rank 1's window"});
+}
+
+TEST(formats_are_part_of_the_result) {
+  Plan plan = one_shot_by_hand();
+  plan.programs[0].operands[4].format = Format::partial;  // the peer's elements would not be scaled
+  expect(verify(plan), Kind::data, 0, -1, {"not converted and scaled exactly once"});
+  plan = one_shot_by_hand();
+  plan.divisor = 2.0;
+  expect(verify(plan), Kind::malformed, 0, -1, {"divided by 2.0"});
+}
+
+TEST(a_changed_input_is_a_wrong_result) {
+  Plan plan = one_shot_by_hand();
+  Program& program = plan.programs[0];
+  program.operands.push_back({.space = Space::in, .format = Format::raw, .rank = 0});
+  program.operands.push_back({.space = Space::window, .format = Format::raw, .rank = 1});
+  program.steps.push_back(combine(5, 1, 1, 8, Format::raw));
+  program.loops[0].num_steps = 5;
+  expect(verify(plan), Kind::data, 0, -1, {"bytes [0, 32) of `in` have changed"});
+}
+
+TEST(ranks_must_associate_alike) {
+  Plan plan = one_shot_by_hand();
+  std::swap(plan.programs[1].operands[3], plan.programs[1].operands[4]);
+  expect(verify(plan), Kind::data, 1, -1, {"but rank 0's holds"});
+  std::swap(plan.programs[0].operands[3], plan.programs[0].operands[4]);
+  CHECK(!verify(plan));
+  expect(verify(plan, {.balanced = true}), Kind::data, 1, -1, {"balanced tree"});
+}
+
+TEST(a_deadlock_is_told_as_a_circle) {
+  Plan plan = one_shot_by_hand();
+  for (Program& program : plan.programs) std::swap(program.steps[1], program.steps[2]);
+  expect(verify(plan), Kind::deadlock, 0, 1,
+         {"rank 0 step 1: wait for rank 1", "holds 0", "rank 1 step 1: wait for rank 0", "and so round"});
+  plan = one_shot_by_hand();
+  plan.programs[0].steps[2].value = 2;
+  expect(verify(plan), Kind::deadlock, 0, 2,
+         {"waits for ever for 2 in a cell that holds 1", "rank 1 has ended"});
+}
+
+TEST(addresses_stay_in_their_buffers) {
+  Plan plan = one_shot_by_hand();
+  plan.programs[0].operands[0].offset = 36;
+  expect(verify(plan), Kind::bounds, 0, 0, {"bytes [36, 68)", "rank 0's window", "64"});
+  plan = broadcast_by_hand();
+  plan.call.out = Placement::plain;
+  expect(verify(plan), Kind::bounds, 0, 1, {"rank 1's `out`", "not symmetric"});
+  plan = one_shot_by_hand();
+  plan.slots = 2;
+  expect(verify(plan), Kind::bounds, 0, -1, {"2 slots of 64 bytes"});
+}
+
+TEST(a_cell_only_grows) {
+  Plan plan = one_shot_by_hand();
+  plan.programs[0].steps.insert(plan.programs[0].steps.begin() + 2, signal(1, 1));
+  plan.programs[0].loops[0].num_steps = 5;
+  expect(verify(plan), Kind::malformed, 0, 2, {"only grows"});
+}
+
+TEST(a_full_exchange_must_be_one) {
+  Plan plan = broadcast_by_hand();
+  plan.call.out = Placement::plain;
+  plan.slot_bytes = plan.bank_bytes = 64;
+  plan.programs[0].operands[1] = {.space = Space::window, .rank = 0};
+  plan.programs[0].steps[0].value = 0;
+  plan.programs[1].operands = {{.space = Space::out, .rank = 1}, {.space = Space::window, .rank = 0}};
+  plan.programs[1].steps.push_back(combine(0, 1, 1, 4, Format::raw));
+  plan.programs[1].loops[0].num_steps = 3;
+  expect(verify(plan), Kind::exchange, 0, -1, {"rank 1 has entered", "claims a full exchange"});
+  plan.full_exchange = false;
+  CHECK(!verify(plan));
+
+  // A plan that is right alone and after itself may still be wrong between others: rank 0 may be two calls
+  // ahead.
+  const Plan sum = one_shot_by_hand();
+  Plan boast = plan;
+  boast.full_exchange = true;
+  const Plan* honest[] = {&sum, &plan, &sum};
+  const Plan* boasting[] = {&sum, &boast, &sum};
+  CHECK(!verify_sequence(honest));
+  expect(verify_sequence(boasting), Kind::exchange, 0, -1, {"call 1 (broadcast"});
+}
+
+TEST(windows_of_earlier_calls_hold_nothing) {
+  // In call 2 rank 0 shows nothing: what call 0 left in the same bank must not pass for it.
+  const Plan sum = one_shot_by_hand();
+  Plan forgetful = one_shot_by_hand();
+  forgetful.programs[0].steps[0].count = 0;
+  const Plan* calls[] = {&sum, &sum, &forgetful};
+  expect(verify_sequence(calls), Kind::data, 1, -1, {"call 2", "what call 0 left in rank 0's window"});
+}
+
+TEST(nonsense_is_malformed) {
+  Plan plan = one_shot_by_hand();
+  plan.call.counts = {8, 8};
+  expect(verify(plan), Kind::malformed, 0, -1, {"2 counts"});
+  plan = one_shot_by_hand();
+  plan.call.world.collective = Collective::all_to_all;
+  plan.call.in_place = true;
+  plan.call.counts = {1, 2, 3, 4};
+  expect(verify(plan), Kind::malformed, 0, -1, {"rank 0 sends 2 elements to rank 1 and receives 3"});
+  plan = one_shot_by_hand();
+  plan.programs[0].steps[1].peer = 2;
+  expect(verify(plan), Kind::malformed, 0, 1, {"no such peer"});
+  plan = one_shot_by_hand();
+  plan.programs[0].steps[3].operand = 4;
+  expect(verify(plan), Kind::malformed, 0, 3, {"operands"});
+  const Plan two = one_shot_by_hand();
+  Plan alone = one_shot_by_hand();
+  alone.call.world.size = 1;
+  alone.programs.resize(1);
+  alone.programs[0].steps = {};
+  alone.programs[0].loops = {};
+  const Plan* calls[] = {&two, &alone};
+  CHECK_THROWS(ValueError, verify_sequence(calls));
+}
+
+// ---- What it proves ----
+
+TEST(every_algorithm_is_proved) {
+  long plans = 0;
+  for (const Algorithm& algorithm : algorithms()) {
+    for (int n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 24, 32, 64}) {
+      const Geometry geometry = small_windows(n);
+      // Nothing, one element, fewer than ranks, one trip that does not divide, several windows.
+      for (int64_t total :
+           {int64_t{0}, int64_t{1}, int64_t{n - 1}, int64_t{1009}, int64_t{4001} * (n > 17 ? 8 : n)}) {
+        for (const Buffering& buffering : kBufferings) {
+          Call call =
+              make_call({algorithm.collective, n, (n - 1) / 2, n - 1}, total, plans % 2 == 0, buffering);
+          call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
+          call.op = plans % 5 == 0 ? Op::avg : Op::sum;
+          const Plan plan = make_plan(algorithm.name, call, geometry);
+          ++plans;
+          const auto found = verify(plan, {.balanced = algorithm.balanced});
+          if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
+        }
+      }
+    }
+  }
+  std::printf("       %ld plans\n", plans);
+}
+
+TEST(every_root_is_proved) {
+  for (const Algorithm& algorithm : algorithms()) {
+    for (int n : {2, 3, 5, 8}) {
+      for (int root = 0; root < n; ++root) {
+        const Call call =
+            make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false, kBufferings[root % 6]);
+        const Plan plan = make_plan(algorithm.name, call, small_windows(n));
+        const auto found = verify(plan, {.balanced = algorithm.balanced});
+        if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
+      }
+    }
+  }
+}
+
+// Every ordered pair of algorithms with a third call after it, so that both banks are used again.
+TEST(sequences_of_calls_are_proved) {
+  long sequences = 0;
+  for (int n : {2, 3, 5}) {
+    std::vector<Plan> plans;
+    for (const Algorithm& algorithm : algorithms()) {
+      for (const Buffering& buffering : {kBufferings[0], kBufferings[3]}) {
+        const Call call = make_call({algorithm.collective, n, 0, n - 1}, 600 * n, false, buffering);
+        Geometry geometry = small_windows(n);
+        geometry.trip_bytes = 1 << 10;
+        plans.push_back(make_plan(algorithm.name, call, geometry));
+      }
+    }
+    for (const Plan& a : plans) {
+      for (const Plan& b : plans) {
+        const Plan* calls[] = {&a, &b, &a, &b};
+        ++sequences;
+        if (const auto found = verify_sequence(calls)) {
+          check::fail(__FILE__, __LINE__, words(a) + ", " + words(b) + ": " + found->what);
+        }
+      }
+    }
+  }
+  std::printf("       %ld sequences\n", sequences);
+}
+
+// Leaving trips out changes no verdict: neither of correct plans nor of those with a step less or a signal
+// too early.
+TEST(left_out_trips_hide_nothing) {
+  long compared = 0, rejected = 0;
+  for (const Algorithm& algorithm : algorithms()) {
+    for (int n : {2, 3, 4}) {
+      for (const Buffering& buffering : {kBufferings[0], kBufferings[2], kBufferings[3]}) {
+        const Call call = make_call({algorithm.collective, n, 0, n - 1}, 300 * n * n, false, buffering);
+        Geometry geometry = small_windows(n);
+        geometry.trip_bytes = 256;
+        const Plan plan = make_plan(algorithm.name, call, geometry);
+        for (int rank = 0; rank < n; ++rank) {
+          for (size_t step = 0; step <= plan.programs[rank].steps.size(); ++step) {
+            Plan changed = plan;
+            if (step < plan.programs[rank].steps.size()) {
+              Step& s = changed.programs[rank].steps[step];
+              (s.kind == Step::Kind::combine ? s.count : s.value) -= 1;
+            }
+            const auto some = verify(changed), all = verify(changed, {.all_trips = true});
+            ++compared;
+            rejected += all.has_value();
+            if (some.has_value() != all.has_value()) {
+              check::fail(__FILE__, __LINE__, words(plan) + ": " + (some ? some->what : all->what));
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("       %ld plans compared, %ld rejected\n", compared, rejected);
+  CHECK(rejected > compared / 2);
+}
