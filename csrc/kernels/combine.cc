@@ -42,7 +42,7 @@ const IsaList& available() {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
     found.add(
         "avx2", avx2::find,
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
     found.add("baseline", baseline::find, true);
 #elif defined(__aarch64__)
     found.add("neon", neon::find, true);

@@ -34,7 +34,7 @@ uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int r
   Hasher h;
   h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
   h.add(call.dtype).add(call.op).add(call.in).add(call.out).add(call.in_place).add(call.deterministic);
-  h.add(call.prescale).add(algorithm).add(rank);
+  h.add(call.prescale).add(call.ragged).add(algorithm).add(rank);
   for (int64_t count : call.counts) h.add(count);
   return h.digest();
 }
@@ -87,14 +87,14 @@ std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options&
   return comm;
 }
 
-std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size) {
+std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size, double timeout_s) {
   auto nodes = transport::Node::local(size);
   const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
   std::vector<int> ranks(size);
   for (int r = 0; r < size; ++r) ranks[r] = r;
   std::vector<std::shared_ptr<Communicator>> comms;
   for (int r = 0; r < size; ++r) {
-    comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), env().timeout_s));
+    comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), timeout_s));
     const unsigned cores = std::thread::hardware_concurrency();
     comms[r]->policy_ = wait_policy(size, static_cast<int>(cores));
   }
@@ -325,12 +325,13 @@ void Communicator::run_with_token(const Bound& bound, Patience& patience, const 
   while (!run->advance()) wait(*domain, *run, policy, started, bound.timeout_s, patience);
   domain->self().finished.store(*calls, std::memory_order_release);
   *last_exchanged = bound.prepared->plan.full_exchange;
+  if (bound.then) bound.then();
 }
 
 std::shared_ptr<Work> Communicator::submit(Bound bound) {
   check_usable();
   auto work = std::make_shared<Work>();
-  work->owner_ = shared_from_this();
+  work->owner_ = this;
   work->bound_ = std::move(bound);
   {
     const std::lock_guard lock(queue_mutex_);
@@ -359,6 +360,7 @@ bool Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
     work = queue_.front();
   }
   complete(*work, patience, policy);
+  work->bound_ = {};
   {
     const std::lock_guard lock(queue_mutex_);
     queue_.pop_front();
@@ -398,7 +400,8 @@ void Communicator::drive(const Work& work, Patience& patience) {
 }
 
 void Work::wait(double timeout_s, Patience& patience) {
-  if (std::isinf(timeout_s)) {
+  if (is_completed()) {
+  } else if (std::isinf(timeout_s)) {
     owner_->drive(*this, patience);
   } else {
     patience.on_block();

@@ -43,9 +43,11 @@ struct Bound {
   CallRecord record;
   double timeout_s = 0;
   int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
+  std::function<void()> then;           // after success, by whichever thread completes the call
+  std::shared_ptr<void> keeps_alive;    // asynchronous calls: the caller's buffers
 };
 
-// An asynchronous call.
+// An asynchronous call. It is waited for while its communicator lives; close() completes all.
 class Communicator;
 class Work {
  public:
@@ -57,7 +59,7 @@ class Work {
 
  private:
   friend class Communicator;
-  std::shared_ptr<Communicator> owner_;
+  Communicator* owner_ = nullptr;
   Bound bound_;
   std::atomic<bool> done_{false};
   std::exception_ptr error_;
@@ -67,7 +69,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   static std::shared_ptr<Communicator> join(const transport::Node::Options& options);
   // For rank threads of one process.
-  static std::vector<std::shared_ptr<Communicator>> threads(int size);
+  static std::vector<std::shared_ptr<Communicator>> threads(int size, double timeout_s);
   ~Communicator();
 
   int rank() const { return domain_->rank(); }

@@ -26,9 +26,16 @@ int num_blocks(const World& world) {
   return 1;
 }
 
+std::vector<int64_t> uniform_counts(const World& world, int64_t count) {
+  if (world.collective == Collective::barrier) return {0};
+  const auto blocks = static_cast<size_t>(num_blocks(world));
+  return std::vector<int64_t>(world.collective == Collective::all_to_all ? blocks * blocks : blocks, count);
+}
+
 bool is_ragged(const Call& call) {
   return call.world.collective == Collective::all_to_all &&
-         std::any_of(call.counts.begin(), call.counts.end(), [&](int64_t c) { return c != call.counts[0]; });
+         (call.ragged ||
+          std::any_of(call.counts.begin(), call.counts.end(), [&](int64_t c) { return c != call.counts[0]; }));
 }
 
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {

@@ -8,6 +8,8 @@
 namespace pycomm::schedule {
 
 int num_blocks(const World& world);
+// Call::counts where every block (all_to_all: every pair's) has `count` elements.
+std::vector<int64_t> uniform_counts(const World& world, int64_t count);
 // Elements of one block of a rank's buffer (image and scratch: of the data they are copies of).
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block);
 // First element of the block in the caller's buffer. Throws ValueError if that rank's buffer has no such block.

@@ -558,6 +558,7 @@ uint64_t fingerprint_of(const Plan& plan, const Layout& layout) {
   }
   h.add(static_cast<int>(call.in));
   h.add(static_cast<int>(call.out));
+  h.add(layout.ragged);
   h.add(call.prescale).add(plan.algorithm);
   for (int64_t v : {layout.width, int64_t{plan.slots}, plan.slot_bytes, int64_t{plan.cells}}) h.add(v);
   return h.digest() | 1;  // 0 means "nothing yet" in a cell

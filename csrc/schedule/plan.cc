@@ -28,7 +28,8 @@ bool Call::operator==(const Call& other) const {
   return world.collective == other.world.collective && world.size == other.world.size &&
          world.root == other.world.root && world.peer == other.world.peer && dtype == other.dtype &&
          op == other.op && counts == other.counts && in == other.in && out == other.out &&
-         in_place == other.in_place && prescale == other.prescale && deterministic == other.deterministic;
+         in_place == other.in_place && prescale == other.prescale && deterministic == other.deterministic &&
+         ragged == other.ragged;
 }
 
 std::string describe(const Plan& plan, int rank, const Step& step) {

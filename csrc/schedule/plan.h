@@ -86,6 +86,8 @@ struct Call {
                           // in's own block; all_to_all: out is in)
   double prescale = 1.0;  // premul_sum
   bool deterministic = false;
+  // all_to_all with a count for each pair: a rank knows its own row and column alone, the rest may hold anything.
+  bool ragged = false;
   bool operator==(const Call&) const;
 };
 

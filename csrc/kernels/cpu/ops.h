@@ -85,7 +85,7 @@ struct Min {
   PYCOMM_INLINE static T apply(T a, T b) {
     if constexpr (kIsFloat<T>) {
       using U = typename Bits<T>::type;
-      const T least = (a < b) | (a != a) ? a : b;
+      const T least = ((a < b) | (a != a)) ? a : b;
       const U both = __builtin_bit_cast(U, a) | __builtin_bit_cast(U, b);
       return a == b ? __builtin_bit_cast(T, both) : least;
     } else {
@@ -99,7 +99,7 @@ struct Max {
   PYCOMM_INLINE static T apply(T a, T b) {
     if constexpr (kIsFloat<T>) {
       using U = typename Bits<T>::type;
-      const T most = (a > b) | (a != a) ? a : b;
+      const T most = ((a > b) | (a != a)) ? a : b;
       const U both = __builtin_bit_cast(U, a) & __builtin_bit_cast(U, b);
       return a == b ? __builtin_bit_cast(T, both) : most;
     } else {

@@ -1,0 +1,60 @@
+#include "bindings/arguments.h"
+
+#include <cstring>
+#include <string>
+
+#include "common/error.h"
+
+namespace pycomm::bindings {
+
+namespace {
+constexpr std::array<const char*, kNumArgs> kNames = {"x", "peer", "op", "out", "algorithm", "deterministic", "timeout",
+                                                      "tag", "async_op", "stream", "root", "counts", "send_counts",
+                                                      "recv_counts"};
+
+// Keyword names in calls are interned, so that comparing pointers nearly always settles it.
+PyObject* interned(size_t arg) {
+  static const auto names = [] {
+    std::array<PyObject*, kNumArgs> made{};
+    for (size_t i = 0; i < kNumArgs; ++i) made[i] = PyUnicode_InternFromString(kNames[i]);
+    return made;
+  }();
+  return names[arg];
+}
+}  // namespace
+
+Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
+                          PyObject* const* args, Py_ssize_t nargs, PyObject* keywords) {
+  Arguments result;
+  if (nargs > positional) {
+    throw TypeError(std::string(method) + "() takes " + std::to_string(positional) + " positional argument" +
+                    (positional == 1 ? "" : "s") + " but " + std::to_string(nargs) + " were given");
+  }
+  for (Py_ssize_t i = 0; i < nargs; ++i) {
+    if (args[i] != Py_None) result.values[i] = args[i];
+  }
+  const Py_ssize_t num_keywords = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+  for (Py_ssize_t k = 0; k < num_keywords; ++k) {
+    PyObject* key = PyTuple_GET_ITEM(keywords, k);
+    size_t found = kNumArgs;
+    for (size_t i = 0; i < kNumArgs && found == kNumArgs; ++i) {
+      if (key == interned(i)) found = i;
+    }
+    const char* text = PyUnicode_AsUTF8(key);
+    if (!text) throw pybind11::error_already_set();
+    for (size_t i = 0; i < kNumArgs && found == kNumArgs; ++i) {
+      if (std::strcmp(text, kNames[i]) == 0) found = i;
+    }
+    if (peer_name && std::strcmp(text, peer_name) == 0) found = static_cast<size_t>(Arg::peer);
+    if (found == kNumArgs || !(allowed >> found & 1)) {
+      throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + text + "'");
+    }
+    if (static_cast<Py_ssize_t>(found) < nargs) {
+      throw TypeError(std::string(method) + "() got multiple values for argument '" + text + "'");
+    }
+    if (args[nargs + k] != Py_None) result.values[found] = args[nargs + k];
+  }
+  return result;
+}
+
+}  // namespace pycomm::bindings

@@ -1,0 +1,28 @@
+// The arguments of a collective, taken from a vectorcall without building a tuple or a dictionary.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+
+namespace pycomm::bindings {
+
+enum class Arg : uint8_t {
+  x, peer, op, out, algorithm, deterministic, timeout, tag, async_op, stream, root, counts, send_counts, recv_counts,
+};
+inline constexpr int kNumArgs = 14;
+
+// Borrowed references; null: not given, or None.
+struct Arguments {
+  std::array<PyObject*, kNumArgs> values{};
+  PyObject* operator[](Arg arg) const { return values[static_cast<size_t>(arg)]; }
+};
+
+// `allowed` is a bit set of Arg; `peer_name` is what this method calls the peer ("dst", "src"), positional after x.
+// Throws TypeError as Python does for a wrong call.
+Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
+                          PyObject* const* args, Py_ssize_t nargs, PyObject* keywords);
+
+constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
+
+}  // namespace pycomm::bindings

@@ -1,0 +1,41 @@
+// What Python objects hold: a contiguous run of elements, from NumPy's C API (with ml_dtypes' types by name), the DLPack
+// exchange table of the object's type (torch), `__dlpack__`, or the buffer protocol, in this order.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace pycomm::bindings {
+
+struct Buffer {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t count = 0;                // elements
+  std::vector<int64_t> shape;
+  bool writable = true;
+  std::shared_ptr<void> exported;   // keeps what a protocol handed out; the object itself is kept by who called
+
+  int64_t rows() const { return shape.empty() ? 1 : shape[0]; }
+  int64_t row_elements() const { return rows() ? count / rows() : 0; }
+  int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
+};
+
+// `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or ValueError
+// (strided, byte-swapped) that says what to do.
+Buffer get_buffer(PyObject* object, const char* name);
+void require_writable(const Buffer& buffer, const char* name);
+
+// An array like `like` (a NumPy array, or a tensor where `like` is one) of this shape, not initialised.
+pybind11::object new_array(PyObject* like, const Buffer& buffer, const std::vector<int64_t>& shape);
+// NumPy's dtype of this name, ml_dtypes' included. Throws TypeError if ml_dtypes is needed and missing.
+pybind11::object numpy_dtype(DType dtype);
+DType dtype_from_python(PyObject* object);  // a name, a NumPy dtype or a scalar type
+std::string shape_text(const std::vector<int64_t>& shape);
+
+void import_numpy();
+
+}  // namespace pycomm::bindings

@@ -1,0 +1,98 @@
+// What help() says of the collectives. The first line of each is its signature, which Python parses.
+#pragma once
+
+namespace pycomm::bindings::docs {
+
+inline constexpr const char* kAllReduce =
+    R"(all_reduce($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Combines `x` of all ranks element by element; every rank gets the result, with the same bits.
+
+In place, or into `out` (same count and dtype, not overlapping `x` in part); returns where the result is. `x` is an array, a
+tensor, or anything with DLPack or the buffer protocol, contiguous, of any shape; a list of them is one call for each
+dtype, packed side by side. `op`: "sum", "prod", "min", "max", "avg", "band", "bor", "bxor" or pycomm.premul_sum(factor).
+float16, bfloat16 and float8 are summed in float32 and rounded once. `deterministic`: sums associate as the balanced
+binary tree over ranks, whatever the size. `algorithm`: a name from docs/algorithms.md; the library chooses
+otherwise. `timeout`: seconds, for this call. `tag`: a name that all ranks must agree on. `async_op`: returns a Work.
+
+Raises TypeError or ValueError before any rank has moved; CommError (PeerLostError, MismatchError, CommTimeoutError,
+AbortedError) when the group has failed: the buffers are then undefined.)";
+
+inline constexpr const char* kAllReduceInit =
+    R"(all_reduce_init($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, stream=None)
+--
+
+Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.)";
+
+inline constexpr const char* kReduceScatter =
+    R"(reduce_scatter($self, x, *, out=None, counts=None, op='sum', algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
+
+`out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.)";
+
+inline constexpr const char* kAllGather =
+    R"(all_gather($self, x, *, out=None, counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
+
+`counts`: each rank's rows, where they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
+(ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.)";
+
+inline constexpr const char* kBroadcast =
+    R"(broadcast($self, x, *, root=0, out=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Gives every rank rank `root`'s `x`, in place or into `out`. Arguments and errors as all_reduce.)";
+
+inline constexpr const char* kReduce =
+    R"(reduce($self, x, *, root=0, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Combines `x` of all ranks at rank `root`, in place or into `out`; other ranks' buffers stay as they are.)";
+
+inline constexpr const char* kGather =
+    R"(gather($self, x, *, root=0, out=None, counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.)";
+
+inline constexpr const char* kScatter =
+    R"(scatter($self, x=None, *, root=0, out=None, counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass `out` alone. See reduce_scatter.)";
+
+inline constexpr const char* kAllToAll =
+    R"(all_to_all($self, x, *, out=None, send_counts=None, recv_counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Sends part r of `x`, along axis 0, to rank r; `out` holds what came from each rank, in rank order.
+
+Parts are equal, or `send_counts[r]` rows go to rank r and `recv_counts[r]` rows come from it: on all ranks or on none.
+`out` may be `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.)";
+
+inline constexpr const char* kBarrier =
+    R"(barrier($self, *, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Returns when all ranks have called it.)";
+
+inline constexpr const char* kSend =
+    R"(send($self, x, dst, *, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
+
+Returns when `x` may be used again, which may be before it has been received.)";
+
+inline constexpr const char* kRecv =
+    R"(recv($self, x, src, *, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+--
+
+Receives into `x` what rank `src` sends; returns `x`. See send.)";
+
+}  // namespace pycomm::bindings::docs

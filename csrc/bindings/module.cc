@@ -1,0 +1,161 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bindings/buffer.h"
+#include "bindings/python.h"
+#include "common/env.h"
+#include "common/error.h"
+#include "common/log.h"
+#include "kernels/combine.h"
+#include "schedule/algorithms.h"
+#include "schedule/layout.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+namespace {
+
+using runtime::Communicator;
+
+PyCommunicator wrap(std::shared_ptr<Communicator> comm) { return {std::make_shared<Handle>(std::move(comm))}; }
+
+double timeout_or_default(std::optional<double> timeout) {
+  if (!timeout) return env().timeout_s;
+  if (!(*timeout > 0)) throw ValueError("`timeout` is " + std::to_string(*timeout) + ": give a positive number of seconds");
+  return *timeout;
+}
+
+PyCommunicator join(int rank, int size, const std::string& address, std::optional<double> timeout) {
+  transport::Node::Options options{.rank = rank, .size = size, .address = address,
+                                   .timeout_s = timeout_or_default(timeout)};
+  options.on_wait = [] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+  std::shared_ptr<Communicator> comm;
+  {
+    const py::gil_scoped_release release;
+    set_log_rank(rank, size);
+    comm = Communicator::join(options);
+  }
+  return wrap(std::move(comm));
+}
+
+py::list join_threads(int size, std::optional<double> timeout) {
+  py::list comms;
+  for (auto& comm : Communicator::threads(size, timeout_or_default(timeout))) comms.append(wrap(std::move(comm)));
+  return comms;
+}
+
+// An array over symmetric memory; the memory lives as long as the array and its views.
+py::object empty(PyCommunicator& self, const py::object& shape, const py::object& dtype, const std::string& device) {
+  if (device != "cpu") {
+    throw ValueError("`device` is \"" + device + "\": this build has symmetric memory on the CPU only");
+  }
+  const DType type = dtype_from_python(dtype.ptr());
+  const py::object descr = numpy_dtype(type);
+  std::vector<int64_t> dims;
+  if (PyIndex_Check(shape.ptr())) {
+    dims = {py::cast<int64_t>(shape)};
+  } else {
+    dims = py::cast<std::vector<int64_t>>(shape);
+  }
+  int64_t bytes = static_cast<int64_t>(size_of(type));
+  for (const int64_t extent : dims) {
+    if (extent < 0) throw ValueError("`shape` is " + shape_text(dims) + ": extents cannot be negative");
+    if (__builtin_mul_overflow(bytes, extent, &bytes)) throw ValueError("`shape` is " + shape_text(dims) + ": too large");
+  }
+  std::shared_ptr<runtime::Allocation> allocation;
+  {
+    GilPatience patience(true);
+    allocation = self->allocate(bytes, patience);
+  }
+  const py::capsule owner(new std::shared_ptr<runtime::Allocation>(allocation),
+                          [](void* p) { delete static_cast<std::shared_ptr<runtime::Allocation>*>(p); });
+  const py::object raw = py::array(py::dtype("uint8"), {static_cast<py::ssize_t>(bytes)}, allocation->data(), owner);
+  return raw.attr("view")(descr).attr("reshape")(py::cast(dims));
+}
+
+std::string explain(PyCommunicator& self, const std::string& collective, int64_t count, const py::object& dtype,
+                    const std::string& op, std::optional<std::string> algorithm, int root, bool deterministic) {
+  runtime::Request request;
+  request.call.world.collective = schedule::parse_collective(collective);
+  if (request.call.world.collective == schedule::Collective::send_recv) {
+    throw ValueError("send and recv have one algorithm: there is nothing to choose");
+  }
+  request.call.world.root = root;
+  request.call.dtype = dtype_from_python(dtype.ptr());
+  request.call.op = parse_op(op);
+  request.call.deterministic = deterministic;
+  if (count < 0) throw ValueError("`count` is " + std::to_string(count));
+  if (algorithm) request.algorithm = *algorithm;
+  request.call.world.size = self->size();
+  request.call.counts = schedule::uniform_counts(request.call.world, count);
+  return self->explain(request);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The native part of pycomm: communicators, plans, kernels.";
+  import_numpy();
+  register_errors(module);
+  module.attr("version") = PYCOMM_VERSION;
+
+  py::class_<PyCommunicator> communicator(module, "Communicator", "A group of ranks, as one of them sees it.");
+  communicator.def(py::init([](const PyCommunicator& other) { return other; }), py::arg("other"))
+      .def_property_readonly("rank", [](const PyCommunicator& self) { return self->rank(); })
+      .def_property_readonly("size", [](const PyCommunicator& self) { return self->size(); })
+      .def_property_readonly("local_rank", [](const PyCommunicator& self) { return self->rank(); },
+                             "This rank among those of its node.")
+      .def_property_readonly("local_size", [](const PyCommunicator& self) { return self->size(); },
+                             "The number of ranks on this node.")
+      .def_property_readonly("num_nodes", [](const PyCommunicator&) { return 1; })
+      .def("empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(), py::arg("device") = "cpu",
+           "Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it in place, so "
+           "that collectives on it copy nothing. Its content is zero. Freed when every rank has dropped it. Raises "
+           "MemoryError if the space is not there, ValueError if ranks ask for different sizes.")
+      .def(
+          "split",
+          [](PyCommunicator& self, int64_t color, int64_t key) -> py::object {
+            std::shared_ptr<Communicator> comm;
+            {
+              GilPatience patience(true);
+              comm = self->split(color, key, patience);
+            }
+            return comm ? py::cast(wrap(std::move(comm))) : py::none();
+          },
+          py::arg("color"), py::arg("key") = 0,
+          "Collective. The group of the ranks that gave the same color, ordered by key and then by rank; None for a "
+          "negative color.")
+      .def(
+          "close",
+          [](PyCommunicator& self) {
+            const py::gil_scoped_release release;
+            self->close();
+          },
+          "Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError.")
+      .def(
+          "abandon", [](PyCommunicator& self) { self->abandon(); },
+          "For rank threads: this rank has failed and will make no more calls.")
+      .def(
+          "explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32", py::kw_only(),
+          py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0, py::arg("deterministic") = false,
+          "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
+  add_collectives(module, communicator);
+  add_schedules(module);
+
+  module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"), py::arg("timeout") = py::none(),
+             "Meets the other ranks of this machine at `address`.");
+  module.def("join_threads", &join_threads, py::arg("size"), py::arg("timeout") = py::none(),
+             "The communicators of `size` rank threads of this process.");
+  module.def("isa", [] { return std::string(kernels::isa()); }, "The instruction set of the kernels in use.");
+  module.def("available_isas", [] {
+    size_t count = 0;
+    const char* const* names = kernels::available_isas(&count);
+    return std::vector<std::string>(names, names + count);
+  });
+}
+
+}  // namespace pycomm::bindings

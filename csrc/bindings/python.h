@@ -1,0 +1,64 @@
+// How C++ meets the interpreter: the lock, Ctrl-C, exceptions, and the handle behind pycomm.Communicator.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "runtime/communicator.h"
+
+namespace pycomm::bindings {
+
+// Holds the interpreter's lock while a call is short; gives it up for good before the first sleep.
+class GilPatience : public runtime::Patience {
+ public:
+  // eager: at once. Rank threads share the lock, and long calls should not keep it.
+  explicit GilPatience(bool eager) {
+    if (eager) on_block();
+  }
+  ~GilPatience() override { hold(); }
+  void on_block() override {
+    if (!released_) released_ = PyEval_SaveThread();
+  }
+  void on_tick() override {
+    hold();
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+    on_block();
+  }
+  void hold() {
+    if (released_) PyEval_RestoreThread(released_);
+    released_ = nullptr;
+  }
+
+ private:
+  PyThreadState* released_ = nullptr;
+};
+
+// Closes the communicator with the last Python object that refers to it.
+struct Handle {
+  std::shared_ptr<runtime::Communicator> comm;
+  explicit Handle(std::shared_ptr<runtime::Communicator> c) : comm(std::move(c)) {}
+  ~Handle() {
+    if (!comm) return;
+    const pybind11::gil_scoped_release release;
+    comm->close();
+    comm.reset();
+  }
+};
+
+struct PyCommunicator {
+  std::shared_ptr<Handle> handle;
+  runtime::Communicator& operator*() const { return *handle->comm; }
+  runtime::Communicator* operator->() const { return handle->comm.get(); }
+};
+
+// Sets the Python exception for the C++ one in flight; call it in a catch block.
+void set_python_error();
+void register_errors(pybind11::module_& module);
+// Python objects that must live as long as the returned pointer; dropped under the lock.
+std::shared_ptr<void> keep_alive(pybind11::object object);
+
+void add_collectives(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);
+void add_schedules(pybind11::module_& module);
+
+}  // namespace pycomm::bindings
