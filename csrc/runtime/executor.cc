@@ -35,10 +35,11 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   step_ = 0;
   mismatched_ = -1;
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
-  domain.enter(call, record);
+  record_ = &record;
 }
 
-bool Run::entries_met() {
+bool Run::entered() {
+  if (next_entry_ > domain_->size()) return true;
   for (; next_entry_ < domain_->size(); ++next_entry_) {
     const std::atomic<uint64_t>& entered = domain_->member(next_entry_).entered;
     if (entered.load(std::memory_order_acquire) + 1 < call_) {
@@ -46,6 +47,8 @@ bool Run::entries_met() {
       return false;
     }
   }
+  domain_->enter(call_, *record_);
+  ++next_entry_;
   return true;
 }
 

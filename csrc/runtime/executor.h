@@ -46,7 +46,9 @@ struct Blocked {
 
 class Run {
  public:
-  // Enters call number `call` on `domain` and publishes `record`. `wait_for_entries`: the call before was no full exchange.
+  // Call number `call` on `domain`. `wait_for_entries`: the call before was no full exchange. `record` is published once all
+  // have entered the call before (earlier, it would replace the record of a call that a slow rank is still in), and
+  // must live as long as the run.
   void start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
              const CallRecord& record, bool wait_for_entries);
 
@@ -58,9 +60,10 @@ class Run {
   int mismatched() const { return mismatched_; }  // that peer, or -1
   uint64_t call() const { return call_; }
   uint64_t fingerprint() const { return fingerprint_; }
+  const CallRecord& record() const { return *record_; }
 
  private:
-  bool entries_met();
+  bool entered();
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
   char* address(const schedule::Operand& operand, int64_t trip) const;
@@ -72,7 +75,8 @@ class Run {
   uint64_t call_ = 0, fingerprint_ = 0;
   int64_t slot_bytes_ = 0;
   int32_t slots_ = 1;
-  int next_entry_ = 0;  // ranks before it have entered the call before
+  const CallRecord* record_ = nullptr;
+  int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
   int64_t iteration_ = 0;
   int32_t step_ = 0;
@@ -114,7 +118,7 @@ inline void Run::combine(const schedule::Step& step, int64_t trip) {
 template <class Observer>
 bool Run::advance(const Observer& observer) {
   using Kind = schedule::Step::Kind;
-  if (!entries_met()) return false;
+  if (!entered()) return false;
   const int me = domain_->rank();
   const schedule::Program& program = prepared_->program(me);
   for (; loop_ < program.loops.size(); ++loop_, iteration_ = -1, step_ = 0) {

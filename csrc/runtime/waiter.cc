@@ -48,17 +48,12 @@ void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
 
 std::string rank_name(const Domain& domain, int rank) { return "rank " + std::to_string(domain.display_rank(rank)); }
 
-std::string current_call(const Domain& domain, const Run& run) {
-  const auto record = domain.record_of(domain.rank(), run.call());
-  return record ? describe(*record) : "a call";
-}
-
 void look_for_mismatch(Domain& domain, const Run& run) {
   for (int rank = 0; rank < domain.size(); ++rank) {
     const auto theirs = domain.record_of(rank, run.call());
     if (!theirs || theirs->fingerprint == run.fingerprint()) continue;
     domain.fail(FailureKind::mismatch,
-                rank_name(domain, domain.rank()) + " called " + current_call(domain, run) + " where " +
+                rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
                     rank_name(domain, rank) + " called " + describe(*theirs) + " (call " +
                     std::to_string(run.call()) +
                     " of the group). All ranks must make the same calls in the same order with the same arguments.");
@@ -76,10 +71,10 @@ void look_for_losses(Domain& domain, const Run& run) {
     if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
     domain.fail(FailureKind::peer_lost,
-                closed ? rank_name(domain, rank) + " closed its communicator before " + current_call(domain, run) +
+                closed ? rank_name(domain, rank) + " closed its communicator before " + describe(run.record()) +
                              ", which " + rank_name(domain, domain.rank()) + " had called."
                        : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
-                             ") has ended in or before " + current_call(domain, run) + ", call " +
+                             ") has ended in or before " + describe(run.record()) + ", call " +
                              std::to_string(run.call()) +
                              " of the group. Look at that rank's own output for the cause; this group cannot go on.");
   }
@@ -144,7 +139,7 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double start
       if (blocked.met()) break;
       domain.fail(FailureKind::timeout,
                   rank_name(domain, domain.rank()) + " waited " + std::to_string(timeout_s) + " s in " +
-                      current_call(domain, run) + " for " + rank_name(domain, late) + ", which " +
+                      describe(run.record()) + " for " + rank_name(domain, late) + ", which " +
                       (domain.member(late).entered.load() < run.call() ? "has not called it"
                                                                        : "has called it but does not move") +
                       ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
@@ -159,7 +154,7 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double start
         patience.on_tick();
       } catch (...) {
         domain.fail(FailureKind::aborted, rank_name(domain, domain.rank()) + " was interrupted in " +
-                                              current_call(domain, run) + "; the group cannot go on.");
+                                              describe(run.record()) + "; the group cannot go on.");
         self.waiting_on.store(0, std::memory_order_relaxed);
         throw;
       }
