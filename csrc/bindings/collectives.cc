@@ -1,5 +1,7 @@
 // The collectives as methods. Hot ones enter here from the interpreter's vectorcall with no Python frame and no pybind11
 // dispatch between; everything is checked before a rank moves.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
