@@ -13,10 +13,12 @@ from pycomm._native import (
     Work,
 )
 from pycomm._native import version as __version__
+from pycomm.algorithm import Algorithm
 from pycomm.group import Communicator, init, premul_sum, run_local
 
 __all__ = [
     "AbortedError",
+    "Algorithm",
     "CommError",
     "CommTimeoutError",
     "Communicator",

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pycomm import _native, objects
+from pycomm.algorithm import introduce
 from pycomm.world import find_world
 
 T = TypeVar("T")
@@ -43,6 +44,10 @@ class Communicator(_native.Communicator):
 
     It is also a context manager that closes the group at the end.
     """
+
+    def __init__(self, other: _native.Communicator) -> None:
+        super().__init__(other)
+        introduce(self)
 
     def broadcast_object(self, obj: object, root: int = 0) -> objects.Object:
         """Rank `root`'s object, on every rank; the others' `obj` is ignored.

@@ -10,6 +10,7 @@
 #include "common/env.h"
 #include "common/error.h"
 #include "common/hash.h"
+#include "common/log.h"
 #include "runtime/select.h"
 #include "schedule/lower.h"
 #include "schedule/verify.h"
@@ -56,7 +57,9 @@ Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
       fork_generation_(transport::fork_generation()),
       policy_{.spin_us = env().spin_us, .yield = true},
       background_policy_{.spin_us = 0, .yield = true},
-      heap_(std::make_shared<Heap>(domain_->shared_node())) {}
+      heap_(std::make_shared<Heap>(domain_->shared_node())) {
+  register_for_fences();
+}
 
 std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options& options) {
   auto node = transport::Node::join(options);
@@ -118,6 +121,8 @@ void Communicator::learn_cores() {
   }
   policy_ = wait_policy(size(), cores);
   if (cores > size()) background_policy_ = policy_;
+  log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ", policy_.yield ? "yield" : "spin",
+      " before they sleep");
 }
 
 Communicator::~Communicator() {
@@ -204,6 +209,7 @@ std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call
   }
   const std::string chosen = algorithm.empty() ? select(call).algorithm : algorithm;
   auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
+  log(LogLevel::trace, "new plan: ", describe(prepared->record));
   if (cache_.size() >= kCachedPlans) cache_.clear();
   recent = {call, algorithm, rank, prepared};
   cache_.emplace(key, recent);

@@ -27,6 +27,9 @@ struct WaitPolicy {
 // The policy for this many ranks on the cores that they may use together.
 WaitPolicy wait_policy(int ranks, int cores);
 
+// Lets sleepers of other processes order their sleep with this process's signals (membarrier). Once a process.
+void register_for_fences();
+
 // Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it.
 // `deadline` is in seconds on the steady clock (now_s); infinity: none.
 void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double started, double timeout_s,
