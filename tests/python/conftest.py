@@ -1,0 +1,16 @@
+"""Every test that takes `ranks` runs twice: with rank threads and with real processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import processes
+import pycomm
+import pytest
+
+
+@pytest.fixture(params=["threads", "processes"])
+def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """`ranks(fn, n)` is `[fn(comm) for each rank]`."""
+    if request.param == "processes":
+        return processes.run
+    return lambda fn, n, timeout=60: pycomm.run_local(fn, n, timeout=timeout)
