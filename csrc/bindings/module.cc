@@ -130,6 +130,18 @@ PYBIND11_MODULE(_native, module) {
           "Collective. The group of the ranks that gave the same color, ordered by key and then by rank; None for a "
           "negative color.")
       .def(
+          "shrink",
+          [](PyCommunicator& self) {
+            std::shared_ptr<Communicator> comm;
+            {
+              GilPatience patience(true);
+              comm = self->shrink(patience);
+            }
+            return wrap(std::move(comm));
+          },
+          "Collective among the ranks that are left, also after a failure: the group of them, in the same order. The old "
+          "communicator is of no more use. Raises CommTimeoutError if a rank that lives does not come.")
+      .def(
           "close",
           [](PyCommunicator& self) {
             const py::gil_scoped_release release;

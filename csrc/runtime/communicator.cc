@@ -42,6 +42,15 @@ uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int r
 
 }  // namespace
 
+namespace {
+void rest(Patience& patience) {
+  patience.on_block();
+  const timespec nap{0, 500000};
+  nanosleep(&nap, nullptr);
+  patience.on_tick();
+}
+}  // namespace
+
 struct Communicator::Channel {
   std::unique_ptr<Domain> domain;
   uint64_t calls = 0;
@@ -421,6 +430,12 @@ void Work::wait(double timeout_s, Patience& patience) {
   if (error_) std::rethrow_exception(error_);
 }
 
+// Whether the rank's process has ended, or has closed its communicator.
+bool Communicator::gone(int rank) const {
+  return domain_->member(rank).closed.load(std::memory_order_acquire) != 0 ||
+         domain_->node().dead(domain_->node_ranks()[rank]);
+}
+
 // ---- send and recv ----
 
 Communicator::Channel& Communicator::channel(int src, int dst, Patience& patience, double timeout_s) {
@@ -433,19 +448,15 @@ Communicator::Channel& Communicator::channel(int src, int dst, Patience& patienc
   }
   const std::vector<int> pair = {domain_->node_ranks()[src], domain_->node_ranks()[dst]};
   for (const double started = now_s(); offset.load(std::memory_order_acquire) == 0;) {
-    patience.on_block();
     if (domain_->failed()) domain_->raise_failure();
-    const bool closed = domain_->member(src).closed.load(std::memory_order_acquire) != 0;
-    if ((closed || domain_->node().dead(pair[0])) && offset.load(std::memory_order_acquire) == 0) {
-      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) + (closed ? " closed its communicator" : " has ended") +
-                                                " before it sent what rank " + std::to_string(dst) + " waits for.");
+    if (gone(src) && offset.load(std::memory_order_acquire) == 0) {
+      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) + " has left before it sent what rank " +
+                                                std::to_string(dst) + " waits for.");
     } else if (now_s() - started > timeout_s) {
       domain_->fail(FailureKind::timeout, "rank " + std::to_string(dst) + " waited " + std::to_string(timeout_s) +
                                               " s for rank " + std::to_string(src) + " to send");
     }
-    timespec nap{0, 500000};
-    nanosleep(&nap, nullptr);
-    patience.on_tick();
+    rest(patience);
   }
   slot = std::make_unique<Channel>();
   slot->domain = std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
@@ -529,6 +540,47 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   }
   std::shared_ptr<Communicator> comm(new Communicator(
       std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]), timeout_s_));
+  comm->policy_ = policy_;
+  comm->background_policy_ = background_policy_;
+  return comm;
+}
+
+// Who is dead without having called shrink stays so, and everybody else is waited for: all see the same survivors.
+std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
+  if (transport::forked_since(fork_generation_) || closed()) check_usable();
+  const double started = now_s();
+  const auto in_time = [&](int rank) {
+    if (now_s() - started > timeout_s_) {
+      throw CommTimeoutError("rank " + std::to_string(this->rank()) + " waited " + std::to_string(timeout_s_) +
+                             " s in shrink() for rank " + std::to_string(rank));
+    }
+    rest(patience);
+  };
+  domain_->self().shrinking.store(1, std::memory_order_release);
+  domain_->fail(FailureKind::aborted, "rank " + std::to_string(rank()) + " has called shrink() on this group");
+  std::vector<int> node_ranks;
+  int leader = -1, mine = -1;
+  for (int r = 0; r < size(); ++r) {
+    const std::atomic<uint32_t>& here = domain_->member(r).shrinking;
+    while (here.load(std::memory_order_acquire) == 0 && !gone(r)) in_time(r);
+    if (here.load(std::memory_order_acquire) == 0) continue;
+    if (leader < 0) leader = r;
+    if (r == rank()) mine = static_cast<int>(node_ranks.size());
+    node_ranks.push_back(domain_->node_ranks()[r]);
+  }
+  std::atomic<int64_t>& offset = domain_->channel_offset(leader, leader);
+  if (leader == rank()) {
+    offset.store(domain_->node().reserve(Domain::bytes(static_cast<int>(node_ranks.size()))),
+                 std::memory_order_release);
+  }
+  while (offset.load(std::memory_order_acquire) == 0) {
+    if (gone(leader) && offset.load(std::memory_order_acquire) == 0) {
+      throw PeerLostError("rank " + std::to_string(leader) + " ended in shrink()");
+    }
+    in_time(leader);
+  }
+  std::shared_ptr<Communicator> comm(new Communicator(
+      std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load()), timeout_s_));
   comm->policy_ = policy_;
   comm->background_policy_ = background_policy_;
   return comm;

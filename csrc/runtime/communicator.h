@@ -94,6 +94,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Allocation> allocate(int64_t bytes, Patience& patience);
   // Collective: the ranks with this rank's color, ordered by (key, rank); null for a negative color.
   std::shared_ptr<Communicator> split(int64_t color, int64_t key, Patience& patience);
+  // Collective among the ranks that are left, also after a failure: their group, in the same order. This one is of no
+  // more use.
+  std::shared_ptr<Communicator> shrink(Patience& patience);
   void close();
   // For rank threads: this rank has failed and will make no more calls.
   void abandon();
@@ -114,6 +117,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
   void learn_cores();
+  bool gone(int rank) const;
 
   std::unique_ptr<Domain> domain_;
   double timeout_s_;

@@ -61,6 +61,7 @@ struct Member {
   alignas(64) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
+  std::atomic<uint32_t> shrinking;            // has called shrink
   std::atomic<uint32_t> waiting_on;           // in a long wait: 1 + the peer
   std::atomic<uint64_t> heartbeat;            // grows during a long wait
   alignas(64) std::atomic<uint32_t> sleeping;
@@ -97,7 +98,7 @@ class Domain {
   Cell& cell(int reader, int writer, int index) const {
     return cells_[(reader * size() + writer) * kCellsPerPair + index];
   }
-  // Where the pair's domain for send and recv lies; 0: not yet made.
+  // Where the pair's domain for send and recv lies; 0: not yet made. (rank, rank): the domain that rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
 
