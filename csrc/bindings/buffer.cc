@@ -120,7 +120,7 @@ Buffer from_array(PyArrayObject* array, const char* name) {
   buffer.data = PyArray_DATA(array);
   buffer.dtype = *dtype;
   buffer.count = PyArray_SIZE(array);
-  buffer.shape.assign(PyArray_DIMS(array), PyArray_DIMS(array) + PyArray_NDIM(array));
+  buffer.shape = {PyArray_DIMS(array), static_cast<size_t>(PyArray_NDIM(array))};
   buffer.writable = flags & NPY_ARRAY_WRITEABLE;
   return buffer;
 }
@@ -139,7 +139,7 @@ Buffer from_tensor(const DLTensor& tensor, const char* name) {
   buffer.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   buffer.dtype = *dtype;
   buffer.count = 1;
-  buffer.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  buffer.shape = {tensor.shape, static_cast<size_t>(tensor.ndim)};
   for (int64_t extent : buffer.shape) buffer.count *= extent;
   int64_t expected = 1;
   for (int d = tensor.ndim - 1; tensor.strides && buffer.count > 0 && d >= 0; --d) {
@@ -223,11 +223,7 @@ Buffer from_protocol(PyObject* object, const char* name) {
   buffer.data = view->buf;
   buffer.dtype = *dtype;
   buffer.count = view->len / view->itemsize;
-  if (view->shape) {
-    buffer.shape.assign(view->shape, view->shape + view->ndim);
-  } else {
-    buffer.shape = {buffer.count};
-  }
+  buffer.shape = {view->shape, static_cast<size_t>(view->ndim)};
   buffer.writable = writable;
   buffer.exported = view;
   return buffer;
@@ -301,7 +297,7 @@ py::object new_array(PyObject* like, const Buffer& buffer, const std::vector<int
   return py::module_::import("numpy").attr("empty")(dims, numpy_dtype(buffer.dtype));
 }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
+std::string shape_text(std::span<const int64_t> shape) {
   std::string text = "(";
   for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
   return text + (shape.size() == 1 ? ",)" : ")");

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "common/dtype.h"
@@ -15,7 +17,7 @@ struct Buffer {
   void* data = nullptr;
   DType dtype = DType::float32;
   int64_t count = 0;                // elements
-  std::vector<int64_t> shape;
+  std::span<const int64_t> shape;   // the object's own: valid while it lives and keeps its shape
   bool writable = true;
   std::shared_ptr<void> exported;   // keeps what a protocol handed out; the object itself is kept by who called
 
@@ -34,7 +36,7 @@ pybind11::object new_array(PyObject* like, const Buffer& buffer, const std::vect
 // NumPy's dtype of this name, ml_dtypes' included. Throws TypeError if ml_dtypes is needed and missing.
 pybind11::object numpy_dtype(DType dtype);
 DType dtype_from_python(PyObject* object);  // a name, a NumPy dtype or a scalar type
-std::string shape_text(const std::vector<int64_t>& shape);
+std::string shape_text(std::span<const int64_t> shape);
 
 void import_numpy();
 

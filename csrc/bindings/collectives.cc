@@ -165,17 +165,18 @@ void require_same_dtype(const Buffer& x, const Buffer& out) {
 }
 
 // Shapes that hold `rows` rows like x's: concatenated along axis 0, or stacked (ranks, ...).
-void require_shape(const Buffer& out, std::vector<int64_t> expected, const Buffer& x, int ranks, const char* name) {
-  if (out.shape == expected) return;
+void require_shape(const Buffer& out, std::span<const int64_t> expected, const Buffer& x, int ranks,
+                   const char* name) {
+  if (std::ranges::equal(out.shape, expected)) return;
   std::vector<int64_t> stacked = {ranks};
   stacked.insert(stacked.end(), x.shape.begin(), x.shape.end());
-  if (ranks > 0 && out.shape == stacked) return;
+  if (ranks > 0 && std::ranges::equal(out.shape, stacked)) return;
   throw ValueError(std::string("`") + name + "` has shape " + shape_text(out.shape) + " where " +
                    shape_text(expected) + " is needed for x of shape " + shape_text(x.shape));
 }
 
 std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
-  std::vector<int64_t> shape = x.shape;
+  std::vector<int64_t> shape(x.shape.begin(), x.shape.end());
   if (shape.empty()) shape = {rows};
   shape[0] = rows;
   return shape;
@@ -313,7 +314,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
   if (args[Arg::out] && rows[me] == 1) {  // a stacked input: (n, ...) -> (...)
     const Buffer out = get_buffer(args[Arg::out], "out");
     const std::vector<int64_t> row(call.in.shape.begin() + 1, call.in.shape.end());
-    if (out.shape == row) shape = row;
+    if (std::ranges::equal(out.shape, row)) shape = row;
   }
   take_out(call, x, args, shape, 0);
   int64_t before = 0;
