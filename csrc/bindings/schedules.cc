@@ -48,8 +48,8 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
     throw ValueError("`placement` is \"" + placement + "\": plain or symmetric");
   }
   Call call;
-  call.world = {.collective = parse_collective(collective), .size = size, .root = root, .peer = 1};
-  if (call.world.collective == Collective::send_recv) call.world.size = 2;
+  call.world = {.collective = parse_collective(collective), .size = size, .root = root};
+  if (call.world.collective == Collective::send_recv) call.world.size = 2, call.world.peer = 1 - root;
   if (root < 0 || root >= call.world.size) throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
   call.dtype = dtype_from_python(dtype.ptr());
   call.op = parse_op(op);
