@@ -1,6 +1,6 @@
 // How close the interpreted, proved plan comes to loops written by hand for two ranks: all_reduce(float32, sum).
 //
-//   build/bench/bound [--max BYTES]         one JSON line a size
+//   build/bench_bound [--max BYTES]         one JSON line a size
 //
 // Both sides run alternately in the same pair of pinned processes, on the same user pages and the same windows. The
 // hand-written loops know that there are two ranks, take the buffers as they are, check nothing, time out never and
