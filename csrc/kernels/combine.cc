@@ -1,10 +1,10 @@
 #include "kernels/combine.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <string_view>
 
+#include "common/env.h"
 #include "common/error.h"
 #include "kernels/cpu/isa.h"
 
@@ -40,9 +40,8 @@ const IsaList& available() {
     found.add("avx512", avx512::find,
               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
-    found.add(
-        "avx2", avx2::find,
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
+    found.add("avx2", avx2::find,
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
     found.add("baseline", baseline::find, true);
 #elif defined(__aarch64__)
     found.add("neon", neon::find, true);
@@ -64,13 +63,14 @@ const Isa* find_isa(std::string_view name) {
 
 const Isa& chosen() {
   static const Isa& isa = []() -> const Isa& {
-    const char* wanted = std::getenv("PYCOMM_ISA");
-    if (wanted == nullptr || *wanted == '\0') return available().isas[0];
+    const std::string& wanted = env().isa;
+    if (wanted.empty()) return available().isas[0];
+    if (wanted == "baseline") return available().isas[available().count - 1];
     if (const Isa* named = find_isa(wanted)) return *named;
     std::string names;
     for (size_t i = 0; i < available().count; ++i) names += std::string(i ? ", " : "") + available().names[i];
-    throw ValueError("PYCOMM_ISA=" + std::string(wanted) + " is not available on this machine; use one of " +
-                     names + ", or unset it");
+    throw ValueError("PYCOMM_ISA=" + wanted + " is not available on this machine; use one of " + names +
+                     ", or unset it");
   }();
   return isa;
 }
