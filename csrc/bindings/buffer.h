@@ -22,7 +22,11 @@ struct Buffer {
   std::shared_ptr<void> exported;   // keeps what a protocol handed out; the object itself is kept by who called
 
   int64_t rows() const { return shape.empty() ? 1 : shape[0]; }
-  int64_t row_elements() const { return rows() ? count / rows() : 0; }
+  int64_t row_elements() const {  // of a buffer without rows as well
+    int64_t product = 1;
+    for (size_t axis = 1; axis < shape.size(); ++axis) product *= shape[axis];
+    return product;
+  }
   int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
 };
 

@@ -260,12 +260,7 @@ void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, cons
                        " rows, and `x` has shape " + shape_text(call.in.shape));
     }
   }
-  const int64_t width = call.in.rows() ? call.in.row_elements() : [&] {
-    int64_t product = 1;  // a rank without rows still knows how wide they are
-    for (size_t d = 1; d < call.in.shape.size(); ++d) product *= call.in.shape[d];
-    return product;
-  }();
-  call.request.call.counts = scaled(rows, width);
+  call.request.call.counts = scaled(rows, call.in.row_elements());
   if (!receives) {
     call.result = py::none();
     return;
@@ -346,8 +341,7 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
     throw ValueError("rank " + std::to_string(me) + " sends itself " + std::to_string(send[me]) +
                      " rows and receives " + std::to_string(recv[me]));
   }
-  int64_t width = 1;
-  for (size_t d = 1; d < call.in.shape.size(); ++d) width *= call.in.shape[d];
+  const int64_t width = call.in.row_elements();
   // What others exchange among themselves is not known here, and changes nothing here; but it must not look like equal counts
   // where this rank's are not, nor the reverse.
   const bool given = args[Arg::send_counts] != nullptr;

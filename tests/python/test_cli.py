@@ -66,7 +66,8 @@ def test_ranges(numbers: set[int], text: str) -> None:
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["explain", "all_reduce", "1000", "float32", "--ranks", "3"]) == 0
-    assert any(name in capsys.readouterr().out for name in _native.algorithms("all_reduce"))
+    out = capsys.readouterr().out
+    assert any(name in out for name in _native.algorithms("all_reduce"))
     assert main.main(["explain", "all_reduce", "1000", "float31"]) == 2
     assert "float31" in capsys.readouterr().err
 
