@@ -73,9 +73,11 @@ class Communicator(_native.Communicator):
         self.all_gather(_buffer(payload), out=data, counts=lengths.tolist())
         return [objects.decode(part.tobytes()) for part in np.split(data, np.cumsum(lengths)[:-1])]
 
-    def split(self, color: int, key: int = 0) -> Communicator:
-        """The group of those ranks that gave the same color, ordered by key and then by rank here."""
-        return type(self)(super().split(color, key))
+    def split(self, color: int, key: int = 0) -> Communicator | None:
+        """Collective. The group of those ranks that gave the same color, ordered by key and then by rank here;
+        None for a negative color."""
+        group = super().split(color, key)
+        return None if group is None else type(self)(group)
 
     def shrink(self) -> Communicator:
         """The group of those ranks that are still there."""

@@ -8,9 +8,9 @@
 namespace pycomm::bindings {
 
 namespace {
-constexpr std::array<const char*, kNumArgs> kNames = {"x", "peer", "op", "out", "algorithm", "deterministic", "timeout",
-                                                      "tag", "async_op", "stream", "root", "counts", "send_counts",
-                                                      "recv_counts"};
+constexpr std::array<const char*, kNumArgs> kNames = {
+    "x",   "peer",     "op",     "out",  "algorithm", "deterministic", "timeout",
+    "tag", "async_op", "stream", "root", "counts",    "send_counts",   "recv_counts"};
 
 // Keyword names in calls are interned, so that comparing pointers nearly always settles it.
 PyObject* interned(size_t arg) {

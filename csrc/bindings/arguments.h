@@ -8,7 +8,20 @@
 namespace pycomm::bindings {
 
 enum class Arg : uint8_t {
-  x, peer, op, out, algorithm, deterministic, timeout, tag, async_op, stream, root, counts, send_counts, recv_counts,
+  x,
+  peer,
+  op,
+  out,
+  algorithm,
+  deterministic,
+  timeout,
+  tag,
+  async_op,
+  stream,
+  root,
+  counts,
+  send_counts,
+  recv_counts,
 };
 inline constexpr int kNumArgs = 14;
 
@@ -18,8 +31,8 @@ struct Arguments {
   PyObject* operator[](Arg arg) const { return values[static_cast<size_t>(arg)]; }
 };
 
-// `allowed` is a bit set of Arg; `peer_name` is what this method calls the peer ("dst", "src"), positional after x.
-// Throws TypeError as Python does for a wrong call.
+// `allowed` is a bit set of Arg; `peer_name` is what this method calls the peer ("dst", "src"), positional
+// after x. Throws TypeError as Python does for a wrong call.
 Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
                           PyObject* const* args, Py_ssize_t nargs, PyObject* keywords);
 

@@ -46,10 +46,7 @@ std::optional<DType> from_dlpack(uint8_t code, uint8_t bits) {
   enum { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6, kE4M3FN = 10, kE5M2 = 12 };
   switch (code) {
     case kInt:
-      return bits == 8    ? DType::int8
-             : bits == 16 ? DType::int16
-             : bits == 32 ? DType::int32
-                          : DType::int64;
+      return bits == 8 ? DType::int8 : bits == 16 ? DType::int16 : bits == 32 ? DType::int32 : DType::int64;
     case kUint:
       return bits == 8    ? DType::uint8
              : bits == 16 ? DType::uint16
@@ -57,35 +54,57 @@ std::optional<DType> from_dlpack(uint8_t code, uint8_t bits) {
                           : DType::uint64;
     case kFloat:
       return bits == 16 ? DType::float16 : bits == 32 ? DType::float32 : DType::float64;
-    case kBfloat: return DType::bfloat16;
+    case kBfloat:
+      return DType::bfloat16;
     case kComplex:
       return bits == 64 ? DType::complex64 : DType::complex128;
-    case kBool: return DType::bool_;
-    case kE4M3FN: return DType::float8_e4m3fn;
-    case kE5M2: return DType::float8_e5m2;
-    default: return std::nullopt;
+    case kBool:
+      return DType::bool_;
+    case kE4M3FN:
+      return DType::float8_e4m3fn;
+    case kE5M2:
+      return DType::float8_e5m2;
+    default:
+      return std::nullopt;
   }
 }
 
 std::optional<DType> from_numpy(PyArray_Descr* descr) {
   switch (descr->type_num) {
-    case NPY_FLOAT: return DType::float32;
-    case NPY_DOUBLE: return DType::float64;
-    case NPY_HALF: return DType::float16;
-    case NPY_BOOL: return DType::bool_;
-    case NPY_BYTE: return DType::int8;
-    case NPY_SHORT: return DType::int16;
-    case NPY_INT: return DType::int32;
-    case NPY_LONG: return sizeof(long) == 8 ? DType::int64 : DType::int32;
-    case NPY_LONGLONG: return DType::int64;
-    case NPY_UBYTE: return DType::uint8;
-    case NPY_USHORT: return DType::uint16;
-    case NPY_UINT: return DType::uint32;
-    case NPY_ULONG: return sizeof(long) == 8 ? DType::uint64 : DType::uint32;
-    case NPY_ULONGLONG: return DType::uint64;
-    case NPY_CFLOAT: return DType::complex64;
-    case NPY_CDOUBLE: return DType::complex128;
-    default: break;
+    case NPY_FLOAT:
+      return DType::float32;
+    case NPY_DOUBLE:
+      return DType::float64;
+    case NPY_HALF:
+      return DType::float16;
+    case NPY_BOOL:
+      return DType::bool_;
+    case NPY_BYTE:
+      return DType::int8;
+    case NPY_SHORT:
+      return DType::int16;
+    case NPY_INT:
+      return DType::int32;
+    case NPY_LONG:
+      return sizeof(long) == 8 ? DType::int64 : DType::int32;
+    case NPY_LONGLONG:
+      return DType::int64;
+    case NPY_UBYTE:
+      return DType::uint8;
+    case NPY_USHORT:
+      return DType::uint16;
+    case NPY_UINT:
+      return DType::uint32;
+    case NPY_ULONG:
+      return sizeof(long) == 8 ? DType::uint64 : DType::uint32;
+    case NPY_ULONGLONG:
+      return DType::uint64;
+    case NPY_CFLOAT:
+      return DType::complex64;
+    case NPY_CDOUBLE:
+      return DType::complex128;
+    default:
+      break;
   }
   if (descr->type_num < NPY_USERDEF) return std::nullopt;
   const char* full = descr->typeobj->tp_name;  // ml_dtypes' types
@@ -128,11 +147,13 @@ Buffer from_array(PyArrayObject* array, const char* name) {
 Buffer from_tensor(const DLTensor& tensor, const char* name) {
   if (tensor.device_type != 1) {  // kDLCPU
     throw TypeError(std::string("`") + name + "` is not in CPU memory (DLPack device type " +
-                    std::to_string(tensor.device_type) + "): this group communicates CPU buffers, pass x.cpu()");
+                    std::to_string(tensor.device_type) +
+                    "): this group communicates CPU buffers, pass x.cpu()");
   }
   const auto dtype = from_dlpack(tensor.code, tensor.bits);
   if (!dtype || tensor.lanes != 1) {
-    throw TypeError(std::string("`") + name + "` has an element type that cannot be communicated (DLPack code " +
+    throw TypeError(std::string("`") + name +
+                    "` has an element type that cannot be communicated (DLPack code " +
                     std::to_string(tensor.code) + ", " + std::to_string(tensor.bits) + " bits)");
   }
   Buffer buffer;
@@ -188,14 +209,29 @@ std::optional<DType> from_format(const char* format, Py_ssize_t item) {
   if (std::strcmp(format, "Zd") == 0) return DType::complex128;
   if (std::strlen(format) != 1) return std::nullopt;
   switch (*format) {
-    case 'f': return DType::float32;
-    case 'd': return DType::float64;
-    case 'e': return DType::float16;
-    case '?': return DType::bool_;
-    case 'b': case 'h': case 'i': case 'l': case 'q': return from_dlpack(0, static_cast<uint8_t>(8 * item));
-    case 'B': case 'H': case 'I': case 'L': case 'Q': case 'c':
+    case 'f':
+      return DType::float32;
+    case 'd':
+      return DType::float64;
+    case 'e':
+      return DType::float16;
+    case '?':
+      return DType::bool_;
+    case 'b':
+    case 'h':
+    case 'i':
+    case 'l':
+    case 'q':
+      return from_dlpack(0, static_cast<uint8_t>(8 * item));
+    case 'B':
+    case 'H':
+    case 'I':
+    case 'L':
+    case 'Q':
+    case 'c':
       return from_dlpack(1, static_cast<uint8_t>(8 * item));
-    default: return std::nullopt;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -211,7 +247,8 @@ Buffer from_protocol(PyObject* object, const char* name) {
   if (PyObject_GetBuffer(object, view.get(), PyBUF_WRITABLE | PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
     PyErr_Clear();
     writable = false;
-    if (PyObject_GetBuffer(object, view.get(), PyBUF_FORMAT | PyBUF_STRIDES) != 0) throw py::error_already_set();
+    if (PyObject_GetBuffer(object, view.get(), PyBUF_FORMAT | PyBUF_STRIDES) != 0)
+      throw py::error_already_set();
   }
   if (!PyBuffer_IsContiguous(view.get(), 'C')) strided(name, "bytearray(x)");
   const auto dtype = from_format(view->format, view->itemsize);
@@ -273,7 +310,8 @@ py::object numpy_dtype(DType dtype) {
       const py::object scalar = py::reinterpret_steal<py::object>(module).attr(name);
       return py::module_::import("numpy").attr("dtype")(scalar);
     }
-    default: return py::module_::import("numpy").attr("dtype")(name);
+    default:
+      return py::module_::import("numpy").attr("dtype")(name);
   }
 }
 

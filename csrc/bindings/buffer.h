@@ -1,5 +1,6 @@
-// What Python objects hold: a contiguous run of elements, from NumPy's C API (with ml_dtypes' types by name), the DLPack
-// exchange table of the object's type (torch), `__dlpack__`, or the buffer protocol, in this order.
+// What Python objects hold: a contiguous run of elements, from NumPy's C API (with ml_dtypes' types by name),
+// the DLPack exchange table of the object's type (torch), `__dlpack__`, or the buffer protocol, in this
+// order.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,10 +17,11 @@ namespace pycomm::bindings {
 struct Buffer {
   void* data = nullptr;
   DType dtype = DType::float32;
-  int64_t count = 0;                // elements
-  std::span<const int64_t> shape;   // the object's own: valid while it lives and keeps its shape
+  int64_t count = 0;               // elements
+  std::span<const int64_t> shape;  // the object's own: valid while it lives and keeps its shape
   bool writable = true;
-  std::shared_ptr<void> exported;   // keeps what a protocol handed out; the object itself is kept by who called
+  std::shared_ptr<void>
+      exported;  // keeps what a protocol handed out; the object itself is kept by who called
 
   int64_t rows() const { return shape.empty() ? 1 : shape[0]; }
   int64_t row_elements() const {  // of a buffer without rows as well
@@ -30,8 +32,8 @@ struct Buffer {
   int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
 };
 
-// `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or ValueError
-// (strided, byte-swapped) that says what to do.
+// `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or
+// ValueError (strided, byte-swapped) that says what to do.
 Buffer get_buffer(PyObject* object, const char* name);
 void require_writable(const Buffer& buffer, const char* name);
 

@@ -1,5 +1,5 @@
-// The collectives as methods. Hot ones enter here from the interpreter's vectorcall with no Python frame and no pybind11
-// dispatch between; everything is checked before a rank moves.
+// The collectives as methods. Hot ones enter here from the interpreter's vectorcall with no Python frame and
+// no pybind11 dispatch between; everything is checked before a rank moves.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -26,8 +26,8 @@ using schedule::Collective;
 
 constexpr int64_t kShortBytes = 32 << 10;  // shorter calls keep the interpreter's lock while they spin
 
-constexpr uint32_t kCommon = bit(Arg::x) | bit(Arg::out) | bit(Arg::algorithm) | bit(Arg::timeout) | bit(Arg::tag) |
-                             bit(Arg::async_op) | bit(Arg::stream);
+constexpr uint32_t kCommon = bit(Arg::x) | bit(Arg::out) | bit(Arg::algorithm) | bit(Arg::timeout) |
+                             bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream);
 constexpr uint32_t kReduces = kCommon | bit(Arg::op) | bit(Arg::deterministic);
 
 struct Method {
@@ -40,24 +40,32 @@ struct Method {
 };
 
 constexpr Method kAllReduce{"all_reduce", Collective::all_reduce, kReduces, 1, nullptr, false};
-constexpr Method kAllReduceInit{"all_reduce_init", Collective::all_reduce, kReduces & ~bit(Arg::async_op), 1, nullptr,
-                                true};
-constexpr Method kReduceScatter{"reduce_scatter", Collective::reduce_scatter, kReduces | bit(Arg::counts), 1, nullptr,
-                                false};
-constexpr Method kAllGather{"all_gather", Collective::all_gather, kCommon | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kAllReduceInit{
+    "all_reduce_init", Collective::all_reduce, kReduces & ~bit(Arg::async_op), 1, nullptr, true};
+constexpr Method kReduceScatter{
+    "reduce_scatter", Collective::reduce_scatter, kReduces | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kAllGather{"all_gather", Collective::all_gather, kCommon | bit(Arg::counts), 1, nullptr,
+                            false};
 constexpr Method kBroadcast{"broadcast", Collective::broadcast, kCommon | bit(Arg::root), 1, nullptr, false};
 constexpr Method kReduce{"reduce", Collective::reduce, kReduces | bit(Arg::root), 1, nullptr, false};
-constexpr Method kGather{"gather", Collective::gather, kCommon | bit(Arg::root) | bit(Arg::counts), 1, nullptr, false};
-constexpr Method kScatter{"scatter", Collective::scatter, kCommon | bit(Arg::root) | bit(Arg::counts), 1, nullptr,
-                          false};
-constexpr Method kAllToAll{"all_to_all", Collective::all_to_all,
-                           kCommon | bit(Arg::send_counts) | bit(Arg::recv_counts), 1, nullptr, false};
-constexpr Method kBarrier{"barrier", Collective::barrier,
-                          bit(Arg::timeout) | bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream) |
-                              bit(Arg::algorithm),
-                          0, nullptr, false};
-constexpr Method kSend{"send", Collective::send_recv, (kCommon & ~bit(Arg::out)) | bit(Arg::peer), 2, "dst", false};
-constexpr Method kRecv{"recv", Collective::send_recv, (kCommon & ~bit(Arg::out)) | bit(Arg::peer), 2, "src", false};
+constexpr Method kGather{
+    "gather", Collective::gather, kCommon | bit(Arg::root) | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kScatter{
+    "scatter", Collective::scatter, kCommon | bit(Arg::root) | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kAllToAll{
+    "all_to_all", Collective::all_to_all, kCommon | bit(Arg::send_counts) | bit(Arg::recv_counts), 1, nullptr,
+    false};
+constexpr Method kBarrier{
+    "barrier",
+    Collective::barrier,
+    bit(Arg::timeout) | bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream) | bit(Arg::algorithm),
+    0,
+    nullptr,
+    false};
+constexpr Method kSend{"send", Collective::send_recv, (kCommon & ~bit(Arg::out)) | bit(Arg::peer), 2, "dst",
+                       false};
+constexpr Method kRecv{"recv", Collective::send_recv, (kCommon & ~bit(Arg::out)) | bit(Arg::peer), 2, "src",
+                       false};
 
 PyCommunicator& self_of(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
@@ -88,8 +96,8 @@ std::string text(PyObject* object, const char* name) {
 int rank_argument(const PyCommunicator& comm, PyObject* object, const char* name) {
   const int64_t rank = object ? integer(object, name) : 0;
   if (rank < 0 || rank >= comm->size()) {
-    throw ValueError(std::string("`") + name + "` is " + std::to_string(rank) + ": ranks of this group are 0 to " +
-                     std::to_string(comm->size() - 1));
+    throw ValueError(std::string("`") + name + "` is " + std::to_string(rank) +
+                     ": ranks of this group are 0 to " + std::to_string(comm->size() - 1));
   }
   return static_cast<int>(rank);
 }
@@ -98,7 +106,8 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
   std::vector<int64_t> counts;
   for (const py::handle item : py::reinterpret_borrow<py::iterable>(object)) {
     counts.push_back(integer(item.ptr(), name));
-    if (counts.back() < 0) throw ValueError(std::string("`") + name + "` holds " + std::to_string(counts.back()));
+    if (counts.back() < 0)
+      throw ValueError(std::string("`") + name + "` holds " + std::to_string(counts.back()));
   }
   if (static_cast<int>(counts.size()) != comm->size()) {
     throw ValueError(std::string("`") + name + "` has " + std::to_string(counts.size()) + " entries for " +
@@ -110,8 +119,8 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
 // A call after its arguments have been checked.
 struct Invocation {
   Request request;
-  Buffer in, out;                 // as far as this rank has them
-  py::object x, result;           // kept alive; what the method returns
+  Buffer in, out;        // as far as this rank has them
+  py::object x, result;  // kept alive; what the method returns
   std::function<void()> then;
   std::shared_ptr<void> storage;  // coalesced calls: the packed buffer
 };
@@ -125,7 +134,8 @@ void take_op(Request& request, PyObject* op) {
   PyObject* factor = PyObject_GetAttrString(op, "factor");
   if (!factor) {
     PyErr_Clear();
-    throw TypeError(std::string("`op` is a ") + Py_TYPE(op)->tp_name + ": pass a name or pycomm.premul_sum(factor)");
+    throw TypeError(std::string("`op` is a ") + Py_TYPE(op)->tp_name +
+                    ": pass a name or pycomm.premul_sum(factor)");
   }
   request.call.op = Op::sum;
   request.call.prescale = PyFloat_AsDouble(factor);
@@ -153,9 +163,17 @@ void take_common(Request& request, const Arguments& args) {
 void check_premul(const Request& request) {
   if (request.call.prescale == 1.0) return;
   switch (request.call.dtype) {
-    case DType::float32: case DType::float64: case DType::float16: case DType::bfloat16:
-    case DType::float8_e4m3fn: case DType::float8_e5m2: case DType::complex64: case DType::complex128: return;
-    default: throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
+    case DType::float32:
+    case DType::float64:
+    case DType::float16:
+    case DType::bfloat16:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
+    case DType::complex64:
+    case DType::complex128:
+      return;
+    default:
+      throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
   }
 }
 
@@ -182,7 +200,8 @@ std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
   return shape;
 }
 
-// `out` may be exactly `in` (or, where `own` says so, that part of the other buffer); any other overlap is an error.
+// `out` may be exactly `in` (or, where `own` says so, that part of the other buffer); any other overlap is an
+// error.
 void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
   const Buffer &in = call.in, &out = call.out;
   if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return;
@@ -207,7 +226,8 @@ std::vector<int64_t> scaled(std::vector<int64_t> counts, int64_t by) {
 }
 
 // Takes `out`, or makes it in this shape.
-void take_out(Invocation& call, PyObject* x, const Arguments& args, const std::vector<int64_t>& shape, int ranks) {
+void take_out(Invocation& call, PyObject* x, const Arguments& args, const std::vector<int64_t>& shape,
+              int ranks) {
   if (args[Arg::out]) {
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
     call.out = get_buffer(args[Arg::out], "out");
@@ -248,16 +268,16 @@ void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const
 
 // One block in, all out: all_gather, gather (out at the root only).
 void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
-  const bool receives =
-      call.request.call.world.collective == Collective::all_gather || comm->rank() == call.request.call.world.root;
+  const bool receives = call.request.call.world.collective == Collective::all_gather ||
+                        comm->rank() == call.request.call.world.root;
   call.in = get_buffer(x, "x");
   const int n = comm->size(), me = comm->rank();
   std::vector<int64_t> rows(n, call.in.rows());
   if (args[Arg::counts]) {
     rows = counts_argument(comm, args[Arg::counts], "counts");
     if (rows[me] != call.in.rows()) {
-      throw ValueError("`counts` says that rank " + std::to_string(me) + " gives " + std::to_string(rows[me]) +
-                       " rows, and `x` has shape " + shape_text(call.in.shape));
+      throw ValueError("`counts` says that rank " + std::to_string(me) + " gives " +
+                       std::to_string(rows[me]) + " rows, and `x` has shape " + shape_text(call.in.shape));
     }
   }
   call.request.call.counts = scaled(rows, call.in.row_elements());
@@ -280,7 +300,8 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
   if (args[Arg::counts]) rows = counts_argument(comm, args[Arg::counts], "counts");
   if (!gives) {
     if (!args[Arg::out]) {
-      throw TypeError("scatter() needs out= on the ranks that receive: it says what comes (x is the root's alone)");
+      throw TypeError(
+          "scatter() needs out= on the ranks that receive: it says what comes (x is the root's alone)");
     }
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
     call.out = get_buffer(args[Arg::out], "out");
@@ -342,8 +363,8 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
                      " rows and receives " + std::to_string(recv[me]));
   }
   const int64_t width = call.in.row_elements();
-  // What others exchange among themselves is not known here, and changes nothing here; but it must not look like equal counts
-  // where this rank's are not, nor the reverse.
+  // What others exchange among themselves is not known here, and changes nothing here; but it must not look
+  // like equal counts where this rank's are not, nor the reverse.
   const bool given = args[Arg::send_counts] != nullptr;
   auto& counts = call.request.call.counts;
   counts.assign(static_cast<size_t>(n) * n, given ? 0 : send[0] * width);
@@ -355,15 +376,18 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
   take_out(call, x, args, with_rows(call.in, sum(recv)), 0);
   check_overlap(call, static_cast<const char*>(call.out.data), static_cast<const char*>(call.in.data));
   if (call.request.call.in_place && send != recv) {
-    throw ValueError("in place, each rank must receive from a peer as much as it sends to it: pass another `out`");
+    throw ValueError(
+        "in place, each rank must receive from a peer as much as it sends to it: pass another `out`");
   }
 }
 
 // Several buffers of one type in one call: packed side by side, reduced, unpacked.
-void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs, std::shared_ptr<void> keep) {
+void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
+               std::shared_ptr<void> keep) {
   int64_t total = 0;
   for (const Buffer& b : ins) total += b.bytes();
-  auto storage = std::shared_ptr<char>(static_cast<char*>(std::aligned_alloc(64, (total + 64) / 64 * 64)), std::free);
+  auto storage =
+      std::shared_ptr<char>(static_cast<char*>(std::aligned_alloc(64, (total + 64) / 64 * 64)), std::free);
   if (!storage) throw std::bad_alloc();
   char* to = storage.get();
   for (const Buffer& b : ins) {
@@ -426,8 +450,7 @@ class PyWork {
 
 // A call bound once; calling it runs it.
 struct PersistentOp {
-  PyObject_HEAD
-  Bound* bound;
+  PyObject_HEAD Bound* bound;
   std::shared_ptr<Handle>* handle;
   PyObject *x, *result;
   bool eager;
@@ -436,7 +459,8 @@ struct PersistentOp {
 PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
   auto* op = reinterpret_cast<PersistentOp*>(self);
   if (PyTuple_GET_SIZE(args) != 0 || (keywords && PyDict_GET_SIZE(keywords) != 0)) {
-    PyErr_SetString(PyExc_TypeError, "a persistent call takes no arguments: they were bound when it was made");
+    PyErr_SetString(PyExc_TypeError,
+                    "a persistent call takes no arguments: they were bound when it was made");
     return nullptr;
   }
   try {
@@ -465,7 +489,8 @@ PyTypeObject* persistent_type() {
   static PyType_Slot slots[] = {
       {Py_tp_call, reinterpret_cast<void*>(call_persistent)},
       {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
-      {Py_tp_doc, const_cast<char*>("A call that was bound once: call it to run it again on the same buffers.")},
+      {Py_tp_doc,
+       const_cast<char*>("A call that was bound once: call it to run it again on the same buffers.")},
       {0, nullptr}};
   static PyType_Spec spec = {"pycomm._native.PersistentOp", sizeof(PersistentOp), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
@@ -486,7 +511,8 @@ py::object make_persistent(PyCommunicator& comm, Invocation& call) {
 }
 
 py::object keep_of(const Invocation& call, const Arguments& args) {
-  return py::make_tuple(call.x, call.result, args[Arg::out] ? py::handle(args[Arg::out]) : py::handle(Py_None));
+  return py::make_tuple(call.x, call.result,
+                        args[Arg::out] ? py::handle(args[Arg::out]) : py::handle(Py_None));
 }
 
 py::object start(PyCommunicator& comm, Invocation& call, const Arguments& args) {
@@ -519,7 +545,8 @@ py::object all_reduce_list(PyCommunicator& comm, PyObject* list, const Arguments
   const py::object out_list = py::reinterpret_borrow<py::object>(args[Arg::out] ? args[Arg::out] : list);
   const py::list out_items{out_list};
   if (items.size() != out_items.size()) {
-    throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " + std::to_string(items.size()));
+    throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " +
+                     std::to_string(items.size()));
   }
   std::vector<std::pair<std::vector<Buffer>, std::vector<Buffer>>> groups;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -527,7 +554,8 @@ py::object all_reduce_list(PyCommunicator& comm, PyObject* list, const Arguments
     require_writable(out, args[Arg::out] ? "out" : "x");
     require_same_dtype(in, out);
     if (in.count != out.count) require_shape(out, in.shape, in, 0, "out");
-    auto group = std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first[0].dtype == in.dtype; });
+    auto group =
+        std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first[0].dtype == in.dtype; });
     if (group == groups.end()) group = groups.emplace(groups.end());
     group->first.push_back(std::move(in));
     group->second.push_back(std::move(out));
@@ -572,10 +600,11 @@ void take_peer(Invocation& call, const PyCommunicator& comm, const Method& metho
   call.result = sends ? py::none() : call.x;
 }
 
-py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, Py_ssize_t nargs, PyObject* keywords) {
+py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, Py_ssize_t nargs,
+                  PyObject* keywords) {
   PyCommunicator& comm = self_of(self);
-  const Arguments args =
-      parse_arguments(method.name, method.allowed, method.positional, method.peer_name, argv, nargs, keywords);
+  const Arguments args = parse_arguments(method.name, method.allowed, method.positional, method.peer_name,
+                                         argv, nargs, keywords);
   PyObject* x = args[Arg::x];
   const bool needs_x = method.collective != Collective::barrier && method.collective != Collective::scatter;
   if (needs_x && !x) throw TypeError(std::string(method.name) + "() needs `x`");
@@ -587,13 +616,18 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
   call.request.call.world.collective = method.collective;
   call.x = py::reinterpret_borrow<py::object>(x ? x : Py_None);
   take_common(call.request, args);
-  if (method.allowed & bit(Arg::root)) call.request.call.world.root = rank_argument(comm, args[Arg::root], "root");
+  if (method.allowed & bit(Arg::root))
+    call.request.call.world.root = rank_argument(comm, args[Arg::root], "root");
   switch (method.collective) {
     case Collective::all_reduce:
     case Collective::broadcast:
-    case Collective::reduce: take_whole(call, comm, x, args); break;
+    case Collective::reduce:
+      take_whole(call, comm, x, args);
+      break;
     case Collective::all_gather:
-    case Collective::gather: take_gather(call, comm, x, args); break;
+    case Collective::gather:
+      take_gather(call, comm, x, args);
+      break;
     case Collective::reduce_scatter:
     case Collective::scatter:
       if (!x && method.collective == Collective::scatter && comm->rank() == call.request.call.world.root) {
@@ -601,12 +635,16 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
       }
       take_scatter(call, comm, x, args);
       break;
-    case Collective::all_to_all: take_all_to_all(call, comm, x, args); break;
+    case Collective::all_to_all:
+      take_all_to_all(call, comm, x, args);
+      break;
     case Collective::barrier:
       call.request.call.counts.assign(1, 0);
       call.result = py::none();
       break;
-    case Collective::send_recv: take_peer(call, comm, method, args); break;
+    case Collective::send_recv:
+      take_peer(call, comm, method, args);
+      break;
   }
   finish_request(call);
   if (method.persistent) return make_persistent(comm, call);
@@ -635,20 +673,29 @@ constexpr PyMethodDef define(const char* doc) {
 
 void add_collectives(py::module_& module, py::class_<PyCommunicator>& communicator) {
   static PyMethodDef methods[] = {
-      define<kAllReduce>(docs::kAllReduce), define<kAllReduceInit>(docs::kAllReduceInit),
-      define<kReduceScatter>(docs::kReduceScatter), define<kAllGather>(docs::kAllGather),
-      define<kBroadcast>(docs::kBroadcast), define<kReduce>(docs::kReduce), define<kGather>(docs::kGather),
-      define<kScatter>(docs::kScatter), define<kAllToAll>(docs::kAllToAll), define<kBarrier>(docs::kBarrier),
-      define<kSend>(docs::kSend), define<kRecv>(docs::kRecv),
+      define<kAllReduce>(docs::kAllReduce),
+      define<kAllReduceInit>(docs::kAllReduceInit),
+      define<kReduceScatter>(docs::kReduceScatter),
+      define<kAllGather>(docs::kAllGather),
+      define<kBroadcast>(docs::kBroadcast),
+      define<kReduce>(docs::kReduce),
+      define<kGather>(docs::kGather),
+      define<kScatter>(docs::kScatter),
+      define<kAllToAll>(docs::kAllToAll),
+      define<kBarrier>(docs::kBarrier),
+      define<kSend>(docs::kSend),
+      define<kRecv>(docs::kRecv),
   };
   for (PyMethodDef& def : methods) {
     PyObject* method = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(communicator.ptr()), &def);
     if (!method) throw py::error_already_set();
     communicator.attr(def.ml_name) = py::reinterpret_steal<py::object>(method);
   }
-  py::class_<PyWork>(module, "Work", "An asynchronous call. It keeps its buffers alive until it has completed.")
+  py::class_<PyWork>(module, "Work",
+                     "An asynchronous call. It keeps its buffers alive until it has completed.")
       .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
-           "Blocks until the call has completed and returns what the blocking call returns; raises its error. With a "
+           "Blocks until the call has completed and returns what the blocking call returns; raises its "
+           "error. With a "
            "timeout in seconds, CommTimeoutError when it passes first; the call goes on.")
       .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
       .def("exception", &PyWork::exception, "The call's error, or None while it has none.")

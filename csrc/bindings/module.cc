@@ -18,17 +18,23 @@ namespace {
 
 using runtime::Communicator;
 
-PyCommunicator wrap(std::shared_ptr<Communicator> comm) { return {std::make_shared<Handle>(std::move(comm))}; }
+PyCommunicator wrap(std::shared_ptr<Communicator> comm) {
+  return {std::make_shared<Handle>(std::move(comm))};
+}
 
 double timeout_or_default(std::optional<double> timeout) {
   if (!timeout) return env().timeout_s;
-  if (!(*timeout > 0)) throw ValueError("`timeout` is " + std::to_string(*timeout) + ": give a positive number of seconds");
+  if (!(*timeout > 0))
+    throw ValueError("`timeout` is " + std::to_string(*timeout) + ": give a positive number of seconds");
   return *timeout;
 }
 
 PyCommunicator join(int rank, int size, const std::string& address, std::optional<double> timeout) {
-  transport::Node::Options options{.rank = rank, .size = size, .address = address,
-                                   .timeout_s = timeout_or_default(timeout)};
+  transport::Node::Options options;
+  options.rank = rank;
+  options.size = size;
+  options.address = address;
+  options.timeout_s = timeout_or_default(timeout);
   options.on_wait = [] {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -42,14 +48,16 @@ PyCommunicator join(int rank, int size, const std::string& address, std::optiona
   return wrap(std::move(comm));
 }
 
-py::list join_threads(int size, std::optional<double> timeout) {
-  py::list comms;
-  for (auto& comm : Communicator::threads(size, timeout_or_default(timeout))) comms.append(wrap(std::move(comm)));
+std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout) {
+  std::vector<PyCommunicator> comms;
+  for (auto& comm : Communicator::threads(size, timeout_or_default(timeout)))
+    comms.push_back(wrap(std::move(comm)));
   return comms;
 }
 
 // An array over symmetric memory; the memory lives as long as the array and its views.
-py::object empty(PyCommunicator& self, const py::object& shape, const py::object& dtype, const std::string& device) {
+py::object empty(PyCommunicator& self, const py::object& shape, const py::object& dtype,
+                 const std::string& device) {
   if (device != "cpu") {
     throw ValueError("`device` is \"" + device + "\": this build has symmetric memory on the CPU only");
   }
@@ -64,7 +72,8 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
   int64_t bytes = static_cast<int64_t>(size_of(type));
   for (const int64_t extent : dims) {
     if (extent < 0) throw ValueError("`shape` is " + shape_text(dims) + ": extents cannot be negative");
-    if (__builtin_mul_overflow(bytes, extent, &bytes)) throw ValueError("`shape` is " + shape_text(dims) + ": too large");
+    if (__builtin_mul_overflow(bytes, extent, &bytes))
+      throw ValueError("`shape` is " + shape_text(dims) + ": too large");
   }
   std::shared_ptr<runtime::Allocation> allocation;
   {
@@ -73,12 +82,14 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
   }
   const py::capsule owner(new std::shared_ptr<runtime::Allocation>(allocation),
                           [](void* p) { delete static_cast<std::shared_ptr<runtime::Allocation>*>(p); });
-  const py::object raw = py::array(py::dtype("uint8"), {static_cast<py::ssize_t>(bytes)}, allocation->data(), owner);
+  const py::object raw =
+      py::array(py::dtype("uint8"), {static_cast<py::ssize_t>(bytes)}, allocation->data(), owner);
   return raw.attr("view")(descr).attr("reshape")(py::cast(dims));
 }
 
-std::string explain(PyCommunicator& self, const std::string& collective, int64_t count, const py::object& dtype,
-                    const std::string& op, std::optional<std::string> algorithm, int root, bool deterministic) {
+std::string explain(PyCommunicator& self, const std::string& collective, int64_t count,
+                    const py::object& dtype, const std::string& op, std::optional<std::string> algorithm,
+                    int root, bool deterministic) {
   runtime::Request request;
   request.call.world.collective = schedule::parse_collective(collective);
   if (request.call.world.collective == schedule::Collective::send_recv) {
@@ -103,31 +114,38 @@ PYBIND11_MODULE(_native, module) {
   register_errors(module);
   module.attr("version") = PYCOMM_VERSION;
 
-  py::class_<PyCommunicator> communicator(module, "Communicator", "A group of ranks, as one of them sees it.");
+  py::class_<PyCommunicator> communicator(module, "Communicator",
+                                          "A group of ranks, as one of them sees it.");
   communicator.def(py::init([](const PyCommunicator& other) { return other; }), py::arg("other"))
       .def_property_readonly("rank", [](const PyCommunicator& self) { return self->rank(); })
       .def_property_readonly("size", [](const PyCommunicator& self) { return self->size(); })
-      .def_property_readonly("local_rank", [](const PyCommunicator& self) { return self->rank(); },
-                             "This rank among those of its node.")
-      .def_property_readonly("local_size", [](const PyCommunicator& self) { return self->size(); },
-                             "The number of ranks on this node.")
+      .def_property_readonly(
+          "local_rank", [](const PyCommunicator& self) { return self->rank(); },
+          "This rank among those of its node.")
+      .def_property_readonly(
+          "local_size", [](const PyCommunicator& self) { return self->size(); },
+          "The number of ranks on this node.")
       .def_property_readonly("num_nodes", [](const PyCommunicator&) { return 1; })
-      .def("empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(), py::arg("device") = "cpu",
-           "Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it in place, so "
-           "that collectives on it copy nothing. Its content is zero. Freed when every rank has dropped it. Raises "
+      .def("empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(),
+           py::arg("device") = "cpu",
+           "Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it "
+           "in place, so "
+           "that collectives on it copy nothing. Its content is zero. Freed when every rank has dropped it. "
+           "Raises "
            "MemoryError if the space is not there, ValueError if ranks ask for different sizes.")
       .def(
           "split",
-          [](PyCommunicator& self, int64_t color, int64_t key) -> py::object {
+          [](PyCommunicator& self, int64_t color, int64_t key) {
             std::shared_ptr<Communicator> comm;
             {
               GilPatience patience(true);
               comm = self->split(color, key, patience);
             }
-            return comm ? py::cast(wrap(std::move(comm))) : py::none();
+            return comm ? std::optional(wrap(std::move(comm))) : std::nullopt;
           },
           py::arg("color"), py::arg("key") = 0,
-          "Collective. The group of the ranks that gave the same color, ordered by key and then by rank; None for a "
+          "Collective. The group of the ranks that gave the same color, ordered by key and then by rank; "
+          "None for a "
           "negative color.")
       .def(
           "shrink",
@@ -139,7 +157,8 @@ PYBIND11_MODULE(_native, module) {
             }
             return wrap(std::move(comm));
           },
-          "Collective among the ranks that are left, also after a failure: the group of them, in the same order. The old "
+          "Collective among the ranks that are left, also after a failure: the group of them, in the same "
+          "order. The old "
           "communicator is of no more use. Raises CommTimeoutError if a rank that lives does not come.")
       .def(
           "close",
@@ -147,19 +166,20 @@ PYBIND11_MODULE(_native, module) {
             const py::gil_scoped_release release;
             self->close();
           },
-          "Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError.")
+          "Completes what is queued and leaves the group. Peers that still wait for this rank get "
+          "PeerLostError.")
       .def(
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")
-      .def(
-          "explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32", py::kw_only(),
-          py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0, py::arg("deterministic") = false,
-          "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
+      .def("explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32",
+           py::kw_only(), py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0,
+           py::arg("deterministic") = false,
+           "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
   add_collectives(module, communicator);
   add_schedules(module);
 
-  module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"), py::arg("timeout") = py::none(),
-             "Meets the other ranks of this machine at `address`.");
+  module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
+             py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");
   module.def("join_threads", &join_threads, py::arg("size"), py::arg("timeout") = py::none(),
              "The communicators of `size` rank threads of this process.");
   module.def("isa", [] { return std::string(kernels::isa()); }, "The instruction set of the kernels in use.");

@@ -40,8 +40,9 @@ Schedule call_python(const py::function& write, const World& world) {
 }
 
 std::optional<std::string> verify_call(const std::string& algorithm, const std::string& collective, int size,
-                                       int64_t count, const py::object& dtype, const std::string& op, int root,
-                                       const std::string& placement, bool in_place, const py::object& write) {
+                                       int64_t count, const py::object& dtype, const std::string& op,
+                                       int root, const std::string& placement, bool in_place,
+                                       const py::object& write) {
   if (size < 1) throw ValueError("`size` is " + std::to_string(size) + ": a group has at least one rank");
   if (count < 0) throw ValueError("`count` is " + std::to_string(count));
   if (placement != "plain" && placement != "symmetric") {
@@ -50,7 +51,8 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   Call call;
   call.world = {.collective = parse_collective(collective), .size = size, .root = root};
   if (call.world.collective == Collective::send_recv) call.world.size = 2, call.world.peer = 1 - root;
-  if (root < 0 || root >= call.world.size) throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
+  if (root < 0 || root >= call.world.size)
+    throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
   call.dtype = dtype_from_python(dtype.ptr());
   call.op = parse_op(op);
   require(call.dtype, call.op);
@@ -58,8 +60,9 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   call.in = call.out = placement == "plain" ? Placement::plain : Placement::symmetric;
   call.in_place = in_place;
   const runtime::Geometry geometry = runtime::host_geometry();
-  const Schedule written = write.is_none() ? find_algorithm(call.world.collective, algorithm).write(call.world)
-                                           : call_python(write, call.world);
+  const Schedule written = write.is_none()
+                               ? find_algorithm(call.world.collective, algorithm).write(call.world)
+                               : call_python(write, call.world);
   const py::gil_scoped_release release;
   const Plan plan = lower(written, algorithm, call, geometry);
   const auto wrong = verify(plan);
@@ -80,52 +83,76 @@ void add_schedules(py::module_& module) {
                std::to_string(ref.chunk.last) + ")/" + std::to_string(ref.chunk.of);
       });
   py::class_<World>(module, "World", "What an algorithm is asked for.")
-      .def_property_readonly("collective", [](const World& world) { return std::string(name(world.collective)); })
+      .def_property_readonly("collective",
+                             [](const World& world) { return std::string(name(world.collective)); })
       .def_readonly("size", &World::size)
       .def_readonly("root", &World::root);
   py::class_<PyBuilder> builder(module, "Builder", "Writes one rank's program: see docs/algorithms.md.");
   builder.def_property_readonly("rank", [](const PyBuilder& b) { return b.builder->rank(); })
-      .def("stage", [](PyBuilder& b, int stage) {
-        if (stage < 0 || stage > 3) throw ValueError("`stage` is " + std::to_string(stage) + ": there are 0 to 3");
-        b.builder->stage(stage);
-      }, py::arg("stage"), "Of the steps that follow: in iteration i they work on trip i - stage.")
-      .def("combine", [](PyBuilder& b, std::vector<Ref> dsts, std::vector<Ref> srcs, bool final) {
-        b.builder->combine(std::move(dsts), std::move(srcs), final);
-      }, py::arg("dsts"), py::arg("srcs"), py::arg("final") = false,
-           "dst = srcs[0] op srcs[1] ... for every dst; with one source, a copy.")
-      .def("copy", [](PyBuilder& b, Ref dst, Ref src) { b.builder->copy(dst, src); }, py::arg("dst"), py::arg("src"))
-      .def("offer", [](PyBuilder& b, int peer, Ref ref) { b.builder->offer(peer, ref); }, py::arg("peer"), py::arg("ref"),
-           "From now until the accept, the peer may read or write this chunk.")
-      .def("accept", [](PyBuilder& b, int peer, Ref ref) { b.builder->accept(peer, ref); }, py::arg("peer"),
-           py::arg("ref"), "Waits until the peer has finished with this chunk.");
+      .def(
+          "stage",
+          [](PyBuilder& b, int stage) {
+            if (stage < 0 || stage > 3)
+              throw ValueError("`stage` is " + std::to_string(stage) + ": there are 0 to 3");
+            b.builder->stage(stage);
+          },
+          py::arg("stage"), "Of the steps that follow: in iteration i they work on trip i - stage.")
+      .def(
+          "combine",
+          [](PyBuilder& b, std::vector<Ref> dsts, std::vector<Ref> srcs, bool final) {
+            b.builder->combine(std::move(dsts), std::move(srcs), final);
+          },
+          py::arg("dsts"), py::arg("srcs"), py::arg("final") = false,
+          "dst = srcs[0] op srcs[1] ... for every dst; with one source, a copy.")
+      .def(
+          "copy", [](PyBuilder& b, Ref dst, Ref src) { b.builder->copy(dst, src); }, py::arg("dst"),
+          py::arg("src"))
+      .def(
+          "offer", [](PyBuilder& b, int peer, Ref ref) { b.builder->offer(peer, ref); }, py::arg("peer"),
+          py::arg("ref"), "From now until the accept, the peer may read or write this chunk.")
+      .def(
+          "accept", [](PyBuilder& b, int peer, Ref ref) { b.builder->accept(peer, ref); }, py::arg("peer"),
+          py::arg("ref"), "Waits until the peer has finished with this chunk.");
   const auto buffer_method = [&](const char* method, schedule::Buffer buffer) {
-    builder.def(method, [buffer](const PyBuilder& b, const Chunk& chunk, std::optional<int> rank) {
-      return Ref{rank ? *rank : b.builder->rank(), buffer, chunk};
-    }, py::arg("chunk") = Chunk{}, py::arg("rank") = py::none(), "This rank's buffer of that name, or another rank's.");
+    builder.def(
+        method,
+        [buffer](const PyBuilder& b, const Chunk& chunk, std::optional<int> rank) {
+          return Ref{rank ? *rank : b.builder->rank(), buffer, chunk};
+        },
+        py::arg_v("chunk", Chunk{}, "Chunk()"), py::arg("rank") = py::none(),
+        "This rank's buffer of that name, or another rank's.");
   };
   buffer_method("in_", schedule::Buffer::in);
   buffer_method("out", schedule::Buffer::out);
   buffer_method("image", schedule::Buffer::image);
   buffer_method("scratch", schedule::Buffer::scratch);
 
-  module.def("algorithms", [](const std::string& collective) { return algorithm_names(parse_collective(collective)); },
-             py::arg("collective"), "The names of this collective's algorithms.");
-  module.def("verify", &verify_call, py::arg("algorithm"), py::arg("collective"), py::arg("size"), py::arg("count"),
-             py::kw_only(), py::arg("dtype") = "float32", py::arg("op") = "sum", py::arg("root") = 0,
-             py::arg("placement") = "plain", py::arg("in_place") = false, py::arg("write") = py::none(),
-             "Proves the plan of this call on all ranks; returns the first counterexample in words, or None. `write`: a "
+  module.def(
+      "algorithms",
+      [](const std::string& collective) { return algorithm_names(parse_collective(collective)); },
+      py::arg("collective"), "The names of this collective's algorithms.");
+  module.def("verify", &verify_call, py::arg("algorithm"), py::arg("collective"), py::arg("size"),
+             py::arg("count"), py::kw_only(), py::arg("dtype") = "float32", py::arg("op") = "sum",
+             py::arg("root") = 0, py::arg("placement") = "plain", py::arg("in_place") = false,
+             py::arg("write") = py::none(),
+             "Proves the plan of this call on all ranks; returns the first counterexample in words, or None. "
+             "`write`: a "
              "function (builder, world) that writes the program, instead of a known algorithm's.");
-  module.def("add_algorithm", [](PyCommunicator& comm, const std::string& collective, const std::string& name,
-                                 const py::function& write) {
-    // The function is dropped under the interpreter's lock, whoever drops the communicator.
-    auto held = std::shared_ptr<py::function>(new py::function(write), [](py::function* f) {
-      if (!Py_IsInitialized()) return;
-      const py::gil_scoped_acquire gil;
-      delete f;
-    });
-    comm->add_algorithm(parse_collective(collective), name, [held](const World& world) { return call_python(*held, world); });
-  }, py::arg("comm"), py::arg("collective"), py::arg("name"), py::arg("write"),
-             "Makes `algorithm=name` known to this communicator.");
+  module.def(
+      "add_algorithm",
+      [](PyCommunicator& comm, const std::string& collective, const std::string& name,
+         const py::function& write) {
+        // The function is dropped under the interpreter's lock, whoever drops the communicator.
+        auto held = std::shared_ptr<py::function>(new py::function(write), [](py::function* f) {
+          if (!Py_IsInitialized()) return;
+          const py::gil_scoped_acquire gil;
+          delete f;
+        });
+        comm->add_algorithm(parse_collective(collective), name,
+                            [held](const World& world) { return call_python(*held, world); });
+      },
+      py::arg("comm"), py::arg("collective"), py::arg("name"), py::arg("write"),
+      "Makes `algorithm=name` known to this communicator.");
 }
 
 }  // namespace pycomm::bindings

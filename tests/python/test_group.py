@@ -107,6 +107,14 @@ def test_split_gives_a_full_communicator() -> None:
     assert pycomm.run_local(fn, 4) == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
+def test_a_negative_color_gives_no_group() -> None:
+    def fn(comm: pycomm.Communicator) -> object:
+        group = comm.split(-1 if comm.rank == 1 else 0)
+        return group and group.all_gather_object(comm.rank)
+
+    assert pycomm.run_local(fn, 3) == [[0, 2], None, [0, 2]]
+
+
 @pytest.mark.parametrize("given", [{"rank": 0}, {"size": 2}, {"rank": 0, "size": 2}, {"store": Store()}])
 def test_init_takes_all_or_nothing(given: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="all three"):
