@@ -1,10 +1,11 @@
-// How close the interpreted, proved plan comes to loops written by hand for two ranks: all_reduce(float32, sum).
+// How close the interpreted, proved plan comes to loops written by hand for two ranks: all_reduce(float32,
+// sum).
 //
 //   build/bench_bound [--max BYTES]         one JSON line a size
 //
-// Both sides run alternately in the same pair of pinned processes, on the same user pages and the same windows. The
-// hand-written loops know that there are two ranks, take the buffers as they are, check nothing, time out never and
-// dispatch nothing; they are the physical limit of this scheme, not a library.
+// Both sides run alternately in the same pair of pinned processes, on the same user pages and the same
+// windows. The hand-written loops know that there are two ranks, take the buffers as they are, check nothing,
+// time out never and dispatch nothing; they are the physical limit of this scheme, not a library.
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -30,13 +31,16 @@ using schedule::Placement;
 namespace {
 
 double now_us() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 // The hand-written side.
 struct Hand {
   static constexpr size_t kChunk = 1 << 18;
-  struct alignas(64) Flag { std::atomic<unsigned> value; };
+  struct alignas(64) Flag {
+    std::atomic<unsigned> value;
+  };
   Flag* flags;
   int rank;
   char* windows[2];  // 2 * kChunk bytes each
@@ -44,7 +48,8 @@ struct Hand {
 
   void meet() {
     flags[rank].value.store(++epoch, std::memory_order_release);
-    while (static_cast<int>(flags[1 - rank].value.load(std::memory_order_acquire) - epoch) < 0) __builtin_ia32_pause();
+    while (static_cast<int>(flags[1 - rank].value.load(std::memory_order_acquire) - epoch) < 0)
+      __builtin_ia32_pause();
   }
   static void add_both(float* __restrict a, float* __restrict b, size_t n) {
     for (size_t i = 0; i < n; ++i) {
@@ -128,20 +133,25 @@ int main(int argc, char** argv) {
   }
   Domain domain(node, {0, 1}, rank, offsets[0]);
   auto heap = node->map(offsets[1], 2 * slice);
-  float* symmetric[2] = {reinterpret_cast<float*>(heap->data()), reinterpret_cast<float*>(heap->data() + slice)};
+  float* symmetric[2] = {reinterpret_cast<float*>(heap->data()),
+                         reinterpret_cast<float*>(heap->data() + slice)};
   float* plain = static_cast<float*>(std::aligned_alloc(4096, max_bytes));
   std::fill(plain, plain + max_bytes / 4, 0.f);
   std::fill(symmetric[rank], symmetric[rank] + max_bytes / 4, 0.f);
 
   // The flags lie where no plan's cells do: the last of the pair (0, 0).
-  Hand hand{reinterpret_cast<Hand::Flag*>(&domain.cell(0, 0, 0)), rank, {domain.bank(0, 0), domain.bank(1, 0)}};
+  Hand hand{
+      reinterpret_cast<Hand::Flag*>(&domain.cell(0, 0, 0)), rank, {domain.bank(0, 0), domain.bank(1, 0)}};
   Ours ours{domain};
   const Geometry geometry = host_geometry();
 
   for (size_t bytes = 4; bytes <= max_bytes; bytes *= 4) {
     auto prepare = [&](Placement placement) {
-      schedule::Call call{.world = {.size = 2}, .counts = {static_cast<int64_t>(bytes / 4)}, .in = placement,
-                          .out = placement, .in_place = true};
+      schedule::Call call{.world = {.size = 2},
+                          .counts = {static_cast<int64_t>(bytes / 4)},
+                          .in = placement,
+                          .out = placement,
+                          .in_place = true};
       return Prepared(schedule::make_plan(select(call).algorithm, call, geometry, rank), rank);
     };
     const Prepared plain_plan = prepare(Placement::plain), symmetric_plan = prepare(Placement::symmetric);
@@ -165,10 +175,13 @@ int main(int argc, char** argv) {
     }
     if (rank == 0) {
       const double hp = median(times[0]), op = median(times[1]), hs = median(times[2]), os = median(times[3]);
-      std::printf("{\"bytes\": %zu, \"plain\": {\"hand_us\": %.3f, \"pycomm_us\": %.3f, \"share\": %.3f, \"algorithm\": \"%s\"}, "
-                  "\"symmetric\": {\"hand_us\": %.3f, \"pycomm_us\": %.3f, \"share\": %.3f, \"over_ns\": %.0f, \"algorithm\": \"%s\"}}\n",
-                  bytes, hp, op, hp / op, plain_plan.plan.algorithm.c_str(), hs, os, hs / os, (os - hs) * 1e3,
-                  symmetric_plan.plan.algorithm.c_str());
+      std::printf(
+          "{\"bytes\": %zu, \"plain\": {\"hand_us\": %.3f, \"pycomm_us\": %.3f, \"share\": %.3f, "
+          "\"algorithm\": \"%s\"}, "
+          "\"symmetric\": {\"hand_us\": %.3f, \"pycomm_us\": %.3f, \"share\": %.3f, \"over_ns\": %.0f, "
+          "\"algorithm\": \"%s\"}}\n",
+          bytes, hp, op, hp / op, plain_plan.plan.algorithm.c_str(), hs, os, hs / os, (os - hs) * 1e3,
+          symmetric_plan.plan.algorithm.c_str());
       std::fflush(stdout);
     }
   }
