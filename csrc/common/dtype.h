@@ -1,13 +1,15 @@
 // Element types and reduction operators, the words for them, and which pairs make sense.
 //
 //   sum, prod        every number (bool: a TypeError that names bor and band)
-//   min, max         every real number and bool; IEEE 754-2019 minimum and maximum: a NaN on any rank is a NaN
+//   min, max         every real number and bool; IEEE 754-2019 minimum and maximum: a NaN on any rank is a
+//   NaN
 //                    everywhere, and -0 < +0
 //   avg              floats and complex: the sum divided by the number of ranks
 //   band, bor, bxor  integers and bool
 //
-// float16, bfloat16 and both float8 are accumulated in float32 and rounded once, to nearest even, at the final store.
-// Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2 and the others give Inf.
+// float16, bfloat16 and both float8 are accumulated in float32 and rounded once, to nearest even, at the
+// final store. Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2 and the
+// others give Inf.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +20,23 @@
 namespace pycomm {
 
 enum class DType : uint8_t {
-  float32, float64, float16, bfloat16, float8_e4m3fn, float8_e5m2,
-  int8, int16, int32, int64, uint8, uint16, uint32, uint64, bool_, complex64, complex128,
+  float32,
+  float64,
+  float16,
+  bfloat16,
+  float8_e4m3fn,
+  float8_e5m2,
+  int8,
+  int16,
+  int32,
+  int64,
+  uint8,
+  uint16,
+  uint32,
+  uint64,
+  bool_,
+  complex64,
+  complex128,
 };
 inline constexpr int kNumDTypes = 17;
 
