@@ -1,8 +1,8 @@
 // What can go wrong, as C++ exceptions. The bindings turn each into the Python class of the same name.
 //
-// Usage errors (TypeError, ValueError) are thrown before any rank has moved: nothing is lost and the group stays
-// usable. A CommError ends the group: the buffers of the failed call are undefined and every later call raises
-// AbortedError. A message names the rank, the values and the remedy.
+// Usage errors (TypeError, ValueError) are thrown before any rank has moved: nothing is lost and the group
+// stays usable. A CommError ends the group: the buffers of the failed call are undefined and every later call
+// raises AbortedError. A message names the rank, the values and the remedy.
 #pragma once
 
 #include <stdexcept>
