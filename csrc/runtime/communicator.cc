@@ -130,8 +130,8 @@ void Communicator::learn_cores() {
   }
   policy_ = wait_policy(size(), cores);
   if (cores > size()) background_policy_ = policy_;
-  log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ", policy_.yield ? "yield" : "spin",
-      " before they sleep");
+  log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ",
+      policy_.yield ? "yield" : "spin", " before they sleep");
 }
 
 Communicator::~Communicator() {
@@ -165,8 +165,9 @@ void Communicator::abandon() {
 
 void Communicator::check_usable() const {
   if (transport::forked_since(fork_generation_)) {
-    throw CommError("this communicator belongs to the parent process: a child of fork() cannot use it. Call "
-                    "pycomm.init() in the processes that communicate.");
+    throw CommError(
+        "this communicator belongs to the parent process: a child of fork() cannot use it. Call "
+        "pycomm.init() in the processes that communicate.");
   }
   if (closed()) throw AbortedError("rank " + std::to_string(rank()) + " has closed this communicator");
   if (domain_->failed()) domain_->raise_failure();
@@ -174,20 +175,23 @@ void Communicator::check_usable() const {
 
 // ---- plans ----
 
-schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const {
+schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm,
+                                       int rank) const {
   const Geometry geometry = geometry_for(call.world.collective);
-  const auto user = std::find_if(user_algorithms_.begin(), user_algorithms_.end(), [&](const UserAlgorithm& a) {
-    return a.collective == call.world.collective && a.name == algorithm;
-  });
+  const auto user = std::find_if(
+      user_algorithms_.begin(), user_algorithms_.end(),
+      [&](const UserAlgorithm& a) { return a.collective == call.world.collective && a.name == algorithm; });
   const bool is_user = user != user_algorithms_.end();
-  if (call.deterministic && (is_user || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
-    throw ValueError("algorithm \"" + algorithm + "\" does not sum in the balanced order that deterministic=True "
+  if (call.deterministic &&
+      (is_user || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
+    throw ValueError("algorithm \"" + algorithm +
+                     "\" does not sum in the balanced order that deterministic=True "
                      "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
   }
   const bool prove = is_user || env().verify;
-  schedule::Plan plan = is_user
-                            ? schedule::lower(user->write(call.world), algorithm, call, geometry, prove ? -1 : rank)
-                            : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
+  schedule::Plan plan =
+      is_user ? schedule::lower(user->write(call.world), algorithm, call, geometry, prove ? -1 : rank)
+              : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
   if (prove) {
     if (const auto wrong = schedule::verify(plan, {.balanced = call.deterministic})) {
       throw ValueError("algorithm \"" + algorithm + "\" is wrong: " + wrong->what);
@@ -199,8 +203,8 @@ schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::st
   return plan;
 }
 
-std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call, const std::string& algorithm,
-                                                      int rank) {
+std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call,
+                                                      const std::string& algorithm, int rank) {
   const std::lock_guard lock(cache_mutex_);
   CacheEntry& recent = recent_[(static_cast<uint64_t>(call.counts[0]) * 0x9e3779b97f4a7c15ULL >> 59 ^
                                 static_cast<uint64_t>(call.world.collective)) %
@@ -233,7 +237,8 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
                      " has an algorithm of this name; choose another");
   }
   const std::lock_guard lock(cache_mutex_);
-  std::erase_if(user_algorithms_, [&](const auto& a) { return a.collective == collective && a.name == name; });
+  std::erase_if(user_algorithms_,
+                [&](const auto& a) { return a.collective == collective && a.name == name; });
   user_algorithms_.push_back({collective, name, std::move(write)});
   std::erase_if(cache_, [&](const auto& entry) { return entry.second.algorithm == name; });
   for (CacheEntry& entry : recent_) {
@@ -282,7 +287,8 @@ std::string Communicator::explain(const Request& request) {
   schedule::Call call = request.call;
   call.world.size = size();
   require(call.dtype, call.op);
-  const Choice choice = request.algorithm.empty() ? select(call) : Choice{request.algorithm, "named by the caller"};
+  const Choice choice =
+      request.algorithm.empty() ? select(call) : Choice{request.algorithm, "named by the caller"};
   const auto prepared = prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
@@ -293,18 +299,20 @@ std::string Communicator::explain(const Request& request) {
       const schedule::Step& step = program.steps[s];
       if (step.kind == schedule::Step::Kind::wait) waits += loop.trips;
       if (step.kind == schedule::Step::Kind::combine) {
-        moved += loop.trips * step.count * (step.num_dsts + step.num_srcs) * static_cast<int64_t>(size_of(call.dtype));
+        moved += loop.trips * step.count * (step.num_dsts + step.num_srcs) *
+                 static_cast<int64_t>(size_of(call.dtype));
       }
     }
   }
   std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
   text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
-  text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) + " trip" +
-          (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " + std::to_string(moved) +
-          " bytes read and written by rank " + std::to_string(rank()) + "\n";
+  text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
+          " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +
+          std::to_string(moved) + " bytes read and written by rank " + std::to_string(rank()) + "\n";
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
           std::to_string(plan.slot_bytes) + " bytes\n";
-  for (const schedule::Step& step : program.steps) text += "  " + schedule::describe(plan, rank(), step) + "\n";
+  for (const schedule::Step& step : program.steps)
+    text += "  " + schedule::describe(plan, rank(), step) + "\n";
   return text;
 }
 
@@ -450,17 +458,20 @@ Communicator::Channel& Communicator::channel(int src, int dst, Patience& patienc
   for (const double started = now_s(); offset.load(std::memory_order_acquire) == 0;) {
     if (domain_->failed()) domain_->raise_failure();
     if (gone(src) && offset.load(std::memory_order_acquire) == 0) {
-      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) + " has left before it sent what rank " +
-                                                std::to_string(dst) + " waits for.");
+      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) +
+                                                " has left before it sent what rank " + std::to_string(dst) +
+                                                " waits for.");
     } else if (now_s() - started > timeout_s) {
-      domain_->fail(FailureKind::timeout, "rank " + std::to_string(dst) + " waited " + std::to_string(timeout_s) +
-                                              " s for rank " + std::to_string(src) + " to send");
+      domain_->fail(FailureKind::timeout, "rank " + std::to_string(dst) + " waited " +
+                                              std::to_string(timeout_s) + " s for rank " +
+                                              std::to_string(src) + " to send");
     }
     rest(patience);
   }
   slot = std::make_unique<Channel>();
-  slot->domain = std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
-                                          offset.load(std::memory_order_acquire), kChannelBankBytes, domain_.get());
+  slot->domain =
+      std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
+                               offset.load(std::memory_order_acquire), kChannelBankBytes, domain_.get());
   return *slot;
 }
 
@@ -496,8 +507,8 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
   for (int r = 0; r < size(); ++r) {
     if (all[2 * r] == bytes) continue;
     if (rank() == 0 && offset > 0) node.release(offset, extent);
-    throw ValueError("symmetric memory has one size on all ranks: rank " + std::to_string(rank()) + " asked for " +
-                     std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
+    throw ValueError("symmetric memory has one size on all ranks: rank " + std::to_string(rank()) +
+                     " asked for " + std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
                      std::to_string(all[2 * r]));
   }
   if (failed) std::rethrow_exception(failed);
@@ -514,7 +525,8 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   for (int r = 0; r < size(); ++r) {
     if (color >= 0 && all[2 * r] == color) members.push_back(r);
   }
-  std::stable_sort(members.begin(), members.end(), [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
+  std::stable_sort(members.begin(), members.end(),
+                   [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
   int64_t offset = 0;
   std::exception_ptr failed;
   if (!members.empty() && members[0] == rank()) {
@@ -530,7 +542,8 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   if (members.empty()) return nullptr;
   const int leader = members[0];
   if (offsets[leader] < 0) {
-    throw OutOfMemoryError("rank " + std::to_string(leader) + " could not reserve the new group's shared memory");
+    throw OutOfMemoryError("rank " + std::to_string(leader) +
+                           " could not reserve the new group's shared memory");
   }
   std::vector<int> node_ranks;
   int mine = 0;
@@ -545,19 +558,21 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   return comm;
 }
 
-// Who is dead without having called shrink stays so, and everybody else is waited for: all see the same survivors.
+// Who is dead without having called shrink stays so, and everybody else is waited for: all see the same
+// survivors.
 std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
   if (transport::forked_since(fork_generation_) || closed()) check_usable();
   const double started = now_s();
   const auto in_time = [&](int rank) {
     if (now_s() - started > timeout_s_) {
-      throw CommTimeoutError("rank " + std::to_string(this->rank()) + " waited " + std::to_string(timeout_s_) +
-                             " s in shrink() for rank " + std::to_string(rank));
+      throw CommTimeoutError("rank " + std::to_string(this->rank()) + " waited " +
+                             std::to_string(timeout_s_) + " s in shrink() for rank " + std::to_string(rank));
     }
     rest(patience);
   };
   domain_->self().shrinking.store(1, std::memory_order_release);
-  domain_->fail(FailureKind::aborted, "rank " + std::to_string(rank()) + " has called shrink() on this group");
+  domain_->fail(FailureKind::aborted,
+                "rank " + std::to_string(rank()) + " has called shrink() on this group");
   std::vector<int> node_ranks;
   int leader = -1, mine = -1;
   for (int r = 0; r < size(); ++r) {
