@@ -1,8 +1,8 @@
 // A group of ranks and what it can do: the object behind pycomm.Communicator.
 //
-// Thread-safe. A group runs one call at a time, in the order in which the calls were made: a call that finds the queue
-// empty takes the group's token and runs at once; asynchronous calls queue up, and whoever waits for one drives the
-// queue (else the progress thread does).
+// Thread-safe. A group runs one call at a time, in the order in which the calls were made: a call that finds
+// the queue empty takes the group's token and runs at once; asynchronous calls queue up, and whoever waits
+// for one drives the queue (else the progress thread does).
 #pragma once
 
 #include <array>
@@ -28,12 +28,12 @@ namespace pycomm::runtime {
 
 // One call as the caller made it. Buffers have been checked for size, contiguity and overlap.
 struct Request {
-  schedule::Call call;             // placement is found by the communicator
+  schedule::Call call;  // placement is found by the communicator
   const void* in = nullptr;
   void* out = nullptr;
-  std::string algorithm;           // empty: the library chooses
+  std::string algorithm;  // empty: the library chooses
   std::string tag;
-  double timeout_s = -1;           // negative: the communicator's
+  double timeout_s = -1;  // negative: the communicator's
 };
 
 // A request with its plan, ready to run again and again.
@@ -42,9 +42,9 @@ struct Bound {
   Buffers buffers;
   CallRecord record;
   double timeout_s = 0;
-  int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
-  std::function<void()> then;           // after success, by whichever thread completes the call
-  std::shared_ptr<void> keeps_alive;    // asynchronous calls: the caller's buffers
+  int src = -1, dst = -1;             // send and recv: the pair, in ranks of the group
+  std::function<void()> then;         // after success, by whichever thread completes the call
+  std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
 };
 
 // An asynchronous call. It is waited for while its communicator lives; close() completes all.
@@ -52,8 +52,8 @@ class Communicator;
 class Work {
  public:
   bool is_completed() const { return done_.load(std::memory_order_acquire); }
-  // Blocks until completed; throws the call's error. With a timeout throws CommTimeoutError when it passes; the call
-  // goes on.
+  // Blocks until completed; throws the call's error. With a timeout throws CommTimeoutError when it passes;
+  // the call goes on.
   void wait(double timeout_s, Patience& patience);
   std::exception_ptr exception() const { return is_completed() ? error_ : nullptr; }
 
@@ -85,8 +85,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void execute(const Request& request, Patience& patience) { run(bind(request), patience); }
 
   std::string explain(const Request& request);
-  // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans it gives are
-  // proved before they run.
+  // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans
+  // it gives are proved before they run.
   void add_algorithm(schedule::Collective collective, const std::string& name,
                      std::function<schedule::Schedule(const schedule::World&)> write);
 
@@ -94,8 +94,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Allocation> allocate(int64_t bytes, Patience& patience);
   // Collective: the ranks with this rank's color, ordered by (key, rank); null for a negative color.
   std::shared_ptr<Communicator> split(int64_t color, int64_t key, Patience& patience);
-  // Collective among the ranks that are left, also after a failure: their group, in the same order. This one is of no
-  // more use.
+  // Collective among the ranks that are left, also after a failure: their group, in the same order. This one
+  // is of no more use.
   std::shared_ptr<Communicator> shrink(Patience& patience);
   void close();
   // For rank threads: this rank has failed and will make no more calls.
