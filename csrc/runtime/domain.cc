@@ -18,7 +18,8 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 
 int64_t header_bytes(int size) {
   const int64_t n = size;
-  return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) + n * n * (kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
+  return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) +
+                                       n * n * (kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
                   kPage);
 }
 }  // namespace
@@ -30,21 +31,27 @@ std::string describe(const CallRecord& record) {
     switch (record.collective) {
       case Collective::all_reduce:
       case Collective::reduce_scatter:
-      case Collective::reduce: text += std::string(", op=") + name(record.op); break;
-      default: break;
+      case Collective::reduce:
+        text += std::string(", op=") + name(record.op);
+        break;
+      default:
+        break;
     }
     switch (record.collective) {
       case Collective::broadcast:
       case Collective::reduce:
       case Collective::gather:
-      case Collective::scatter: text += ", root=" + std::to_string(record.root); break;
-      default: break;
+      case Collective::scatter:
+        text += ", root=" + std::to_string(record.root);
+        break;
+      default:
+        break;
     }
     text += std::string(", algorithm=") + record.algorithm;
     if (record.in == schedule::Placement::symmetric || record.out == schedule::Placement::symmetric) {
-      text += std::string(", symmetric ") + (record.in == record.out            ? "buffers"
+      text += std::string(", symmetric ") + (record.in == record.out                       ? "buffers"
                                              : record.in == schedule::Placement::symmetric ? "input"
-                                                                                            : "output");
+                                                                                           : "output");
       text += " at offset " + std::to_string(record.symmetric_offset);
     }
     text += ")";
@@ -74,7 +81,8 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     display_ranks_[r] = r;
     if (!parent) continue;
     const auto& ranks = parent->node_ranks_;
-    display_ranks_[r] = static_cast<int>(std::find(ranks.begin(), ranks.end(), node_ranks_[r]) - ranks.begin());
+    display_ranks_[r] =
+        static_cast<int>(std::find(ranks.begin(), ranks.end(), node_ranks_[r]) - ranks.begin());
   }
 }
 
@@ -120,7 +128,8 @@ void Domain::fail(FailureKind kind, const std::string& text) {
   uint32_t none = 0;
   if (!failure_->state.compare_exchange_strong(none, 1)) return;
   const size_t length = std::min(text.size(), std::size(failure_->text) - 1);
-  for (size_t i = 0; i <= length; ++i) failure_->text[i].store(i < length ? text[i] : '\0', std::memory_order_relaxed);
+  for (size_t i = 0; i <= length; ++i)
+    failure_->text[i].store(i < length ? text[i] : '\0', std::memory_order_relaxed);
   failure_->kind.store(static_cast<uint32_t>(kind), std::memory_order_relaxed);
   failure_->state.store(2, std::memory_order_release);
   ring_all();
@@ -138,11 +147,15 @@ void Domain::raise_failure() {
   if (text.empty()) text = "the group failed on another rank, which ended before it could say why";
   if (raised_->exchange(true)) throw AbortedError("the group has failed before: " + text);
   switch (static_cast<FailureKind>(failure_->kind.load(std::memory_order_relaxed))) {
-    case FailureKind::peer_lost: throw PeerLostError(text);
-    case FailureKind::mismatch: throw MismatchError(text);
-    case FailureKind::timeout: throw CommTimeoutError(text);
+    case FailureKind::peer_lost:
+      throw PeerLostError(text);
+    case FailureKind::mismatch:
+      throw MismatchError(text);
+    case FailureKind::timeout:
+      throw CommTimeoutError(text);
     case FailureKind::aborted:
-    case FailureKind::none: break;
+    case FailureKind::none:
+      break;
   }
   throw AbortedError(text);
 }
