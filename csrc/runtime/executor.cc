@@ -10,7 +10,8 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
   combine = kernels::find_combine(plan.call.dtype, plan.call.op);
   const schedule::Call& call = plan.call;
   record.fingerprint = plan.fingerprint;
-  record.count = call.world.collective == Collective::all_to_all ? schedule::in_elements(call, rank) : call.counts[0];
+  record.count =
+      call.world.collective == Collective::all_to_all ? schedule::in_elements(call, rank) : call.counts[0];
   record.root = call.world.root;
   record.collective = call.world.collective;
   record.dtype = call.dtype;
