@@ -1,9 +1,9 @@
 // Runs a plan on the host: one rank's program over bound buffers, in a domain.
 //
-// advance() never blocks: it runs steps until the program ends or a wait is not met yet; then blocked_on() says what
-// for. Waiting is somebody else's policy (waiter.h), so blocking calls, asynchronous ones and tests share this one
-// interpreter. An Observer is told of each step before it runs (the kill suite ends the process there); the default
-// one is empty and costs nothing.
+// advance() never blocks: it runs steps until the program ends or a wait is not met yet; then blocked_on()
+// says what for. Waiting is somebody else's policy (waiter.h), so blocking calls, asynchronous ones and tests
+// share this one interpreter. An Observer is told of each step before it runs (the kill suite ends the
+// process there); the default one is empty and costs nothing.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ namespace pycomm::runtime {
 
 // A plan with what only this rank needs to run it again and again.
 struct Prepared {
-  schedule::Plan plan;  // only this rank's program is filled
+  schedule::Plan plan;                    // only this rank's program is filled
   std::vector<schedule::Format> formats;  // of the operands, in one row for the kernels
   kernels::CombineFn combine = nullptr;
   CallRecord record;
@@ -25,7 +25,8 @@ struct Prepared {
   const schedule::Program& program(int rank) const { return plan.programs[rank]; }
 };
 
-// The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones are used.
+// The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones
+// are used.
 struct Buffers {
   const char* in = nullptr;
   char* out = nullptr;
@@ -46,13 +47,14 @@ struct Blocked {
 
 class Run {
  public:
-  // Call number `call` on `domain`. `wait_for_entries`: the call before was no full exchange. `record` is published once all
-  // have entered the call before (earlier, it would replace the record of a call that a slow rank is still in), and
-  // must live as long as the run.
+  // Call number `call` on `domain`. `wait_for_entries`: the call before was no full exchange. `record` is
+  // published once all have entered the call before (earlier, it would replace the record of a call that a
+  // slow rank is still in), and must live as long as the run.
   void start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
              const CallRecord& record, bool wait_for_entries);
 
-  // True when the program has ended. Throws nothing; a peer that called something else stops it: see mismatched().
+  // True when the program has ended. Throws nothing; a peer that called something else stops it: see
+  // mismatched().
   template <class Observer = NoObserver>
   bool advance(const Observer& observer = {});
 
@@ -93,9 +95,11 @@ inline char* Run::address(const schedule::Operand& operand, int64_t trip) const 
     case schedule::Space::out:
       return buffers_.out + (operand.rank - domain_->rank()) * buffers_.out_distance + operand.offset +
              trip * operand.stride;
-    case schedule::Space::window: break;
+    case schedule::Space::window:
+      break;
   }
-  return domain_->bank(operand.rank, call_) + (slots_ == 1 ? 0 : trip % slots_ * slot_bytes_) + operand.offset;
+  return domain_->bank(operand.rank, call_) + (slots_ == 1 ? 0 : trip % slots_ * slot_bytes_) +
+         operand.offset;
 }
 
 inline void Run::combine(const schedule::Step& step, int64_t trip) {
@@ -153,7 +157,8 @@ bool Run::advance(const Observer& observer) {
               blocked_ = {&cell.word, target, step.peer};
               return false;
             }
-            if (cell.fingerprint.load(std::memory_order_relaxed) != fingerprint_ && !agrees(step.peer)) [[unlikely]] {
+            if (cell.fingerprint.load(std::memory_order_relaxed) != fingerprint_ && !agrees(step.peer))
+                [[unlikely]] {
               mismatched_ = step.peer;
               return false;
             }
