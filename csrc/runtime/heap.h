@@ -1,4 +1,5 @@
-// Symmetric memory: allocations that every rank of a group has at the same offset, and who can find them by address.
+// Symmetric memory: allocations that every rank of a group has at the same offset, and who can find them by
+// address.
 //
 // Freed lazily: each rank drops its own handle when it likes; the last one gives the pages back.
 #pragma once
@@ -41,8 +42,8 @@ class Heap : public std::enable_shared_from_this<Heap> {
   static int64_t extent_bytes(int64_t bytes, int ranks);
   std::shared_ptr<Allocation> open(int64_t offset, int64_t bytes, int rank, int ranks);
 
-  // Where a buffer lies: `distance` bytes from one rank's to the next one's; 0 if it is not wholly in one allocation of
-  // `ranks` ranks. `offset` names the place, the same on every rank.
+  // Where a buffer lies: `distance` bytes from one rank's to the next one's; 0 if it is not wholly in one
+  // allocation of `ranks` ranks. `offset` names the place, the same on every rank.
   struct Place {
     int64_t distance = 0, offset = -1;
   };
