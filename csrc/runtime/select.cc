@@ -20,9 +20,11 @@ Choice select(const schedule::Call& call) {
     case Collective::all_reduce:
       if (n == 1) return {"one_shot", "one rank has nobody to exchange with"};
       if (bytes * (n - 1) <= kOneShotBytes) {
-        return {"one_shot", "at " + std::to_string(bytes) + " bytes a second synchronisation costs more than reading everything"};
+        return {"one_shot", "at " + std::to_string(bytes) +
+                                " bytes a second synchronisation costs more than reading everything"};
       }
-      return {"two_shot", "on a node every rank can read all others at once: two synchronisations and the least bytes"};
+      return {"two_shot",
+              "on a node every rank can read all others at once: two synchronisations and the least bytes"};
     case Collective::reduce_scatter:
     case Collective::all_gather:
     case Collective::broadcast:
@@ -30,14 +32,19 @@ Choice select(const schedule::Call& call) {
     case Collective::gather:
     case Collective::scatter:
     case Collective::all_to_all:
-    case Collective::send_recv: return {"direct", "on a node every rank can read all others at once"};
-    case Collective::barrier: return {"dissemination", "the fewest rounds: log2 of the ranks"};
+    case Collective::send_recv:
+      return {"direct", "on a node every rank can read all others at once"};
+    case Collective::barrier:
+      return {"dissemination", "the fewest rounds: log2 of the ranks"};
   }
   return {};
 }
 
 Geometry host_geometry() {
-  return {.bank_bytes = kBankBytes, .trip_bytes = 256 << 10, .stream_bytes = 32 << 20, .max_cells = kCellsPerPair};
+  return {.bank_bytes = kBankBytes,
+          .trip_bytes = 256 << 10,
+          .stream_bytes = 32 << 20,
+          .max_cells = kCellsPerPair};
 }
 
 }  // namespace pycomm::runtime
