@@ -1,4 +1,5 @@
-// The algorithms, by name. Adding one is adding a file under algorithms/ and a line to the table in algorithms.cc.
+// The algorithms, by name. Adding one is adding a file under algorithms/ and a line to the table in
+// algorithms.cc.
 #pragma once
 
 #include <span>
