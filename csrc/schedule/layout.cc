@@ -16,12 +16,14 @@ int num_blocks(const World& world) {
     case Collective::broadcast:
     case Collective::reduce:
     case Collective::barrier:
-    case Collective::send_recv: return 1;
+    case Collective::send_recv:
+      return 1;
     case Collective::reduce_scatter:
     case Collective::all_gather:
     case Collective::gather:
     case Collective::scatter:
-    case Collective::all_to_all: return world.size;
+    case Collective::all_to_all:
+      return world.size;
   }
   return 1;
 }
@@ -34,8 +36,8 @@ std::vector<int64_t> uniform_counts(const World& world, int64_t count) {
 
 bool is_ragged(const Call& call) {
   return call.world.collective == Collective::all_to_all &&
-         (call.ragged ||
-          std::any_of(call.counts.begin(), call.counts.end(), [&](int64_t c) { return c != call.counts[0]; }));
+         (call.ragged || std::any_of(call.counts.begin(), call.counts.end(),
+                                     [&](int64_t c) { return c != call.counts[0]; }));
 }
 
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {
