@@ -12,10 +12,12 @@ int num_blocks(const World& world);
 std::vector<int64_t> uniform_counts(const World& world, int64_t count);
 // Elements of one block of a rank's buffer (image and scratch: of the data they are copies of).
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block);
-// First element of the block in the caller's buffer. Throws ValueError if that rank's buffer has no such block.
+// First element of the block in the caller's buffer. Throws ValueError if that rank's buffer has no such
+// block.
 int64_t block_offset(const Call& call, int rank, Buffer buffer, int block);
 
-// all_to_all with unequal counts: a rank knows its own row and column alone, so nothing may depend on the rest.
+// all_to_all with unequal counts: a rank knows its own row and column alone, so nothing may depend on the
+// rest.
 bool is_ragged(const Call& call);
 
 struct Range {
