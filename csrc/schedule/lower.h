@@ -6,11 +6,13 @@
 
 namespace pycomm::schedule {
 
-// Lowers `schedule`, as algorithm `algorithm` wrote it for call.world, for ranks that map each other's memory.
+// Lowers `schedule`, as algorithm `algorithm` wrote it for call.world, for ranks that map each other's
+// memory.
 //
-// Refs to `in` and `out` of a symmetric buffer are used in place. Those of a plain buffer go through the rank's
-// window: an offered chunk that the peer reads is first copied there (or written there at once by the combine that
-// produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into trips that fit a slot.
+// Refs to `in` and `out` of a symmetric buffer are used in place. Those of a plain buffer go through the
+// rank's window: an offered chunk that the peer reads is first copied there (or written there at once by the
+// combine that produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into
+// trips that fit a slot.
 //
 // `only_rank` leaves the other ranks' programs empty: what a rank runs does not depend on it.
 //
