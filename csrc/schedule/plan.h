@@ -3,23 +3,26 @@
 // Each rank has a program of three kinds of step over operands with byte addresses:
 //
 //   combine  kernels/combine.h over operands
-//   signal   store (call, value of this trip) into my cell at `peer`, release; everything before is visible to whoever
+//   signal   store (call, value of this trip) into my cell at `peer`, release; everything before is visible
+//   to whoever
 //            waits for it
 //   wait     until `peer`'s cell here has reached (call, value of this trip), acquire
 //
-// A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of ranks, and
-// index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a wait whose value is not
-// positive passes at once (the first trips have nothing to wait for). Within a call, values of a cell start at 1.
+// A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
+// ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
+// wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a call,
+// values of a cell start at 1.
 //
-// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric. `window` is the
-// rank's slice of shared memory: of its current bank, slot (w mod slots). The address of an operand at trip w is
+// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric.
+// `window` is the rank's slice of shared memory: of its current bank, slot (w mod slots). The address of an
+// operand at trip w is
 //
 //   in, out:  base[space][rank] + offset + w * stride          (in place: the two bases are equal)
 //   window:   base[window][rank] + bank + (w mod slots) * slot_bytes + offset
 //
-// Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c - 1. That
-// is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other one); else the
-// executor waits on the entry records.
+// Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c
+// - 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
+// one); else the executor waits on the entry records.
 #pragma once
 
 #include <cstdint>
@@ -49,18 +52,18 @@ struct Step {
   enum class Kind : uint8_t { combine, signal, wait };
   Kind kind = Kind::combine;
   uint8_t stage = 0;
-  uint8_t cell = 0;          // signal, wait: the index in the pair
-  bool stream = false;       // combine: non-temporal stores
+  uint8_t cell = 0;     // signal, wait: the index in the pair
+  bool stream = false;  // combine: non-temporal stores
   Format dst_format = Format::raw;
   int32_t num_dsts = 0, num_srcs = 0;
-  int32_t operand = 0;       // combine: first of num_dsts then num_srcs entries of Program::operands
-  int32_t peer = -1;         // signal, wait
+  int32_t operand = 0;              // combine: first of num_dsts then num_srcs entries of Program::operands
+  int32_t peer = -1;                // signal, wait
   int64_t value = 0, per_trip = 0;  // signal, wait
-  int64_t count = 0;         // combine: elements
+  int64_t count = 0;                // combine: elements
 };
 
-// Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that lies in
-// [first, first + trips). The last loops of a program hold what is left over (the tail).
+// Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that lies
+// in [first, first + trips). The last loops of a program hold what is left over (the tail).
 struct Loop {
   int64_t first = 0, trips = 1;
   int32_t step = 0, num_steps = 0;  // range of Program::steps
@@ -78,25 +81,26 @@ struct Call {
   World world;  // collective, size, root, peer
   DType dtype = DType::float32;
   Op op = Op::sum;
-  // Elements. all_reduce, broadcast, reduce, send_recv: {count}. all_gather, reduce_scatter, gather, scatter: one entry a
-  // block. all_to_all: n * n, row-major, from row to column. barrier: {0}.
+  // Elements. all_reduce, broadcast, reduce, send_recv: {count}. all_gather, reduce_scatter, gather, scatter:
+  // one entry a block. all_to_all: n * n, row-major, from row to column. barrier: {0}.
   std::vector<int64_t> counts;
   Placement in = Placement::plain, out = Placement::plain;
-  bool in_place = false;  // out is in (for all_gather, gather: in is out's own block; reduce_scatter, scatter: out is
-                          // in's own block; all_to_all: out is in)
+  bool in_place = false;  // out is in (for all_gather, gather: in is out's own block; reduce_scatter,
+                          // scatter: out is in's own block; all_to_all: out is in)
   double prescale = 1.0;  // premul_sum
   bool deterministic = false;
-  // all_to_all with a count for each pair: a rank knows its own row and column alone, the rest may hold anything.
+  // all_to_all with a count for each pair: a rank knows its own row and column alone, the rest may hold
+  // anything.
   bool ragged = false;
   bool operator==(const Call&) const;
 };
 
 // Where a plan may run.
 struct Geometry {
-  int64_t bank_bytes = 0;        // window bytes of one rank in one bank
-  int64_t trip_bytes = 256 << 10;  // of one block, the most that goes through a window slot in a trip
+  int64_t bank_bytes = 0;            // window bytes of one rank in one bank
+  int64_t trip_bytes = 256 << 10;    // of one block, the most that goes through a window slot in a trip
   int64_t stream_bytes = INT64_MAX;  // outputs of at least this many bytes are stored past the cache
-  int max_cells = 4;             // cells a pair has
+  int max_cells = 4;                 // cells a pair has
 };
 
 struct Plan {
@@ -106,13 +110,14 @@ struct Plan {
   int32_t cells = 1;              // indices used per pair
   int32_t slots = 1;
   int64_t slot_bytes = 0, bank_bytes = 0;
-  double divisor = 1.0;           // avg
+  double divisor = 1.0;  // avg
   bool full_exchange = false;
   // Hash of all that ranks must agree on (not of in_place, nor of the counts when they differ by rank).
   uint64_t fingerprint = 0;
 };
 
-// In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512] window@1[0:512]".
+// In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512]
+// window@1[0:512]".
 std::string describe(const Plan& plan, int rank, const Step& step);
 
 // Bytes of the caller's buffers for this call on one rank.
