@@ -65,6 +65,7 @@ struct Member {
   std::atomic<uint32_t> waiting_on;           // in a long wait: 1 + the peer
   std::atomic<uint64_t> heartbeat;            // grows during a long wait
   alignas(64) std::atomic<uint32_t> sleeping;
+  std::atomic<int32_t> cpu;                   // 1 + where it last waited
   std::atomic<uint32_t> doorbell;             // futex
   Entry entries[2];
 };

@@ -19,6 +19,7 @@ namespace pycomm::runtime {
 namespace {
 
 constexpr double kTick = 0.02;
+constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
 void pause_core() {
 #if defined(__x86_64__)
@@ -113,18 +114,27 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double start
           Patience& patience) {
   const Blocked& blocked = run.blocked_on();
   if (run.mismatched() < 0 && policy.spin_us > 0) {
-    if (policy.yield) {
-      patience.on_block();
-    } else {
-      for (int i = 0; i < 64; ++i) {  // the common case, before any clock is read
-        if (blocked.met()) return;
+    const auto spin = [&](int rounds) {
+      for (int i = 0; i < rounds; ++i) {
+        if (blocked.met()) return true;
         pause_core();
       }
-    }
-    for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
-      for (int i = 0; i < (policy.yield ? 1 : 64); ++i) {
+      return false;
+    };
+    if (!policy.yield) {
+      if (spin(64)) return;  // the common case, before any clock is read
+      for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
+        if (spin(64)) return;
+      }
+    } else {
+      const int cpu = 1 + sched_getcpu();
+      domain.self().cpu.store(cpu, std::memory_order_relaxed);
+      const std::atomic<int32_t>& peer_cpu = domain.member(blocked.peer).cpu;
+      for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
+        if (peer_cpu.load(std::memory_order_relaxed) != cpu && spin(kSpinBeforeYield)) return;
+        patience.on_block();
+        sched_yield();
         if (blocked.met()) return;
-        policy.yield ? (void)sched_yield() : pause_core();
       }
     }
   }

@@ -1,7 +1,8 @@
 // How a blocked call waits, and how it learns that waiting is in vain.
 //
-// Where every rank has a core of its own a wait first spins; where ranks outnumber cores it yields at once (a spinning
-// rank would keep the core from the one it waits for). Then it sleeps on the rank's doorbell, and wakes every few
+// Where every rank has a core of its own a wait first spins. Where ranks outnumber cores it yields: at once if the peer
+// last waited on this very core (spinning would keep the core from it), else after a spin shorter than a switch of
+// processes. Then it sleeps on the rank's doorbell, and wakes every few
 // milliseconds at the latest to look at the group's failure, the peers' records (MismatchError), their processes
 // (PeerLostError), the deadline (CommTimeoutError) and the caller's own interrupts.
 #pragma once

@@ -67,8 +67,10 @@ class Lowering {
         items_(n_),
         waits_at_top_(n_),
         window_copies_(n_),
+        blocks_read_(n_),
         layout_(match(geometry)) {
     find_copies();
+    find_reads();
     number_events();
   }
 
@@ -80,6 +82,7 @@ class Lowering {
  private:
   Layout match(const Geometry& geometry);
   void find_copies();
+  void find_reads();
   void number_events();
 
   bool staged(const Ref& ref) const {
@@ -114,6 +117,7 @@ class Lowering {
   std::vector<std::vector<Item>> items_;
   std::vector<std::vector<int>> waits_at_top_;              // rank -> offers whose last readers free the slot
   std::vector<std::set<std::pair<int, int>>> window_copies_;  // rank -> (combine step, dst) also written to the window
+  std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
   std::map<std::tuple<int, int, int>, int> num_events_;     // (from, to, cell)
   Layout layout_;
 };
@@ -241,6 +245,23 @@ void Lowering::find_copies() {
         offer.copy = !(other.ref == offer.ref);
         break;
       }
+    }
+  }
+}
+
+// What each rank's call reads of its own caller's memory, by itself or through peers.
+void Lowering::find_reads() {
+  for (int rank = 0; rank < n_; ++rank) {
+    for (const ScheduleStep& step : schedule_.ranks[rank]) {
+      if (step.kind != Kind::combine) continue;
+      for (const Ref& src : step.srcs) {
+        if (src.rank == rank) blocks_read_[rank].insert({src.buffer, src.chunk.block});
+      }
+    }
+  }
+  for (const Offer& offer : offers_) {
+    if (offer.read && (offer.copy || !staged(offer.ref))) {
+      blocks_read_[offer.owner].insert({offer.ref.buffer, offer.ref.chunk.block});
     }
   }
 }
@@ -380,10 +401,12 @@ class Emitter {
     program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
   }
 
-  // Stores to the caller's `out` go past the cache where it is large and not what was just read.
-  bool stream_out() const {
-    return !l_.call_.in_place &&
-           out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_;
+  // Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this call.
+  bool streams(const Ref& out) const {
+    const auto& read = l_.blocks_read_[rank_];
+    return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&
+           !read.count({Buffer::out, out.chunk.block}) &&
+           !(l_.call_.in_place && read.count({Buffer::in, out.chunk.block}));
   }
 
   void show(const Item& item, int stage) {
@@ -406,7 +429,7 @@ class Emitter {
     wait(offer.peer, offer.done, stage);
     if (offer.written && l_.staged(offer.ref)) {
       move(operand(offer.ref, false, Format::raw), operand(offer.ref, true, Format::raw),
-           l_.length_of(offer.ref, trip_), stage, stream_out());
+           l_.length_of(offer.ref, trip_), stage, streams(offer.ref));
     }
   }
 
@@ -457,7 +480,7 @@ class Emitter {
       srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_,
                              ref.buffer == Buffer::scratch ? Format::partial : Format::raw));
     }
-    if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && stream_out());
+    if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));
     for (const auto& [peer, event] : done) signal(peer, event, step.stage);
   }
 
