@@ -175,23 +175,28 @@ void Communicator::check_usable() const {
 
 // ---- plans ----
 
+std::function<schedule::Schedule(const schedule::World&)> Communicator::user_algorithm(
+    Collective collective, const std::string& name) const {
+  const std::lock_guard lock(cache_mutex_);
+  for (const UserAlgorithm& user : user_algorithms_) {
+    if (user.collective == collective && user.name == name) return user.write;
+  }
+  return nullptr;
+}
+
 schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm,
                                        int rank) const {
   const Geometry geometry = geometry_for(call.world.collective);
-  const auto user = std::find_if(
-      user_algorithms_.begin(), user_algorithms_.end(),
-      [&](const UserAlgorithm& a) { return a.collective == call.world.collective && a.name == algorithm; });
-  const bool is_user = user != user_algorithms_.end();
-  if (call.deterministic &&
-      (is_user || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
+  const auto write = user_algorithm(call.world.collective, algorithm);
+  if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
     throw ValueError("algorithm \"" + algorithm +
                      "\" does not sum in the balanced order that deterministic=True "
                      "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
   }
-  const bool prove = is_user || env().verify;
-  schedule::Plan plan =
-      is_user ? schedule::lower(user->write(call.world), algorithm, call, geometry, prove ? -1 : rank)
-              : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
+  const bool prove = write || env().verify;
+  schedule::Plan plan = write
+                            ? schedule::lower(write(call.world), algorithm, call, geometry, prove ? -1 : rank)
+                            : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
   if (prove) {
     if (const auto wrong = schedule::verify(plan, {.balanced = call.deterministic})) {
       throw ValueError("algorithm \"" + algorithm + "\" is wrong: " + wrong->what);
@@ -205,24 +210,30 @@ schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::st
 
 std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call,
                                                       const std::string& algorithm, int rank) {
-  const std::lock_guard lock(cache_mutex_);
   CacheEntry& recent = recent_[(static_cast<uint64_t>(call.counts[0]) * 0x9e3779b97f4a7c15ULL >> 59 ^
                                 static_cast<uint64_t>(call.world.collective)) %
                                recent_.size()];
-  if (recent.prepared && recent.rank == rank && recent.call == call && recent.algorithm == algorithm) {
-    return recent.prepared;
-  }
-  const uint64_t key = hash_of(call, algorithm, rank);
-  for (auto [at, end] = cache_.equal_range(key); at != end; ++at) {
-    const CacheEntry& entry = at->second;
-    if (entry.rank == rank && entry.call == call && entry.algorithm == algorithm) {
-      recent = entry;
-      return entry.prepared;
+  uint64_t key = 0;
+  {
+    const std::lock_guard lock(cache_mutex_);
+    if (recent.prepared && recent.rank == rank && recent.call == call && recent.algorithm == algorithm) {
+      return recent.prepared;
+    }
+    key = hash_of(call, algorithm, rank);
+    for (auto [at, end] = cache_.equal_range(key); at != end; ++at) {
+      const CacheEntry& entry = at->second;
+      if (entry.rank == rank && entry.call == call && entry.algorithm == algorithm) {
+        recent = entry;
+        return entry.prepared;
+      }
     }
   }
+  // Without the lock: a user's algorithm may be Python, which lets other threads run meanwhile, and they may
+  // call.
   const std::string chosen = algorithm.empty() ? select(call).algorithm : algorithm;
   auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
   log(LogLevel::trace, "new plan: ", describe(prepared->record));
+  const std::lock_guard lock(cache_mutex_);
   if (cache_.size() >= kCachedPlans) cache_.clear();
   recent = {call, algorithm, rank, prepared};
   cache_.emplace(key, recent);
@@ -236,10 +247,13 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
     throw ValueError("the name \"" + name + "\" is taken: " + schedule::name(collective) +
                      " has an algorithm of this name; choose another");
   }
+  std::vector<UserAlgorithm> kept;  // the old ones are dropped after the lock, since that may run Python
   const std::lock_guard lock(cache_mutex_);
-  std::erase_if(user_algorithms_,
-                [&](const auto& a) { return a.collective == collective && a.name == name; });
-  user_algorithms_.push_back({collective, name, std::move(write)});
+  for (const UserAlgorithm& user : user_algorithms_) {
+    if (user.collective != collective || user.name != name) kept.push_back(user);
+  }
+  kept.push_back({collective, name, std::move(write)});
+  kept.swap(user_algorithms_);
   std::erase_if(cache_, [&](const auto& entry) { return entry.second.algorithm == name; });
   for (CacheEntry& entry : recent_) {
     if (entry.algorithm == name) entry = {};
@@ -345,7 +359,7 @@ void Communicator::run_with_token(const Bound& bound, Patience& patience, const 
   }
   run->start(*domain, *bound.prepared, bound.buffers, ++*calls, bound.record, !*last_exchanged);
   double started = 0;
-  while (!run->advance()) wait(*domain, *run, policy, started, bound.timeout_s, patience);
+  while (!run->advance(policy.polls())) wait(*domain, *run, policy, started, bound.timeout_s, patience);
   domain->self().finished.store(*calls, std::memory_order_release);
   *last_exchanged = bound.prepared->plan.full_exchange;
   if (bound.then) bound.then();

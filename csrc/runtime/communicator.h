@@ -106,6 +106,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Communicator(std::unique_ptr<Domain> domain, double timeout_s);
   void check_usable() const;
   std::shared_ptr<const Prepared> prepare(const schedule::Call& call, const std::string& algorithm, int rank);
+  std::function<schedule::Schedule(const schedule::World&)> user_algorithm(schedule::Collective collective,
+                                                                           const std::string& name) const;
   schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
   void run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy);
   void complete(Work& work, Patience& patience, const WaitPolicy& policy);
@@ -133,7 +135,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   bool last_exchanged_ = true;
   std::unordered_map<int64_t, std::unique_ptr<Channel>> channels_;
 
-  std::mutex cache_mutex_;
+  mutable std::mutex cache_mutex_;
   struct CacheEntry {
     schedule::Call call;
     std::string algorithm;

@@ -41,11 +41,11 @@ struct Event {
 struct Offer {
   int owner, peer;
   Ref ref;
-  int step;            // owner's
-  int use = -1;        // peer's combine
-  int accept = -1;     // owner's
+  int step;         // owner's
+  int use = -1;     // peer's combine
+  int accept = -1;  // owner's
   bool read = false, written = false;
-  bool copy = false;   // the offer copies the chunk into the window
+  bool copy = false;      // the offer copies the chunk into the window
   Event shown{}, done{};  // owner -> peer; peer -> owner
 };
 
@@ -115,10 +115,11 @@ class Lowering {
   std::vector<Offer> offers_;
   std::vector<std::map<int, std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
   std::vector<std::vector<Item>> items_;
-  std::vector<std::vector<int>> waits_at_top_;              // rank -> offers whose last readers free the slot
-  std::vector<std::set<std::pair<int, int>>> window_copies_;  // rank -> (combine step, dst) also written to the window
+  std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
+  std::vector<std::set<std::pair<int, int>>>
+      window_copies_;  // rank -> (combine step, dst) also written to the window
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
-  std::map<std::tuple<int, int, int>, int> num_events_;     // (from, to, cell)
+  std::map<std::tuple<int, int, int>, int> num_events_;        // (from, to, cell)
   Layout layout_;
 };
 
@@ -199,7 +200,8 @@ Layout Lowering::match(const Geometry& geometry) {
           const size_t at = used[k]++;
           auto found = made.find(k);
           if (found == made.end() || at >= found->second.size()) {
-            malformed(rank, i, "uses what rank " + std::to_string(ref.rank) + " has not offered: " + words(ref));
+            malformed(rank, i,
+                      "uses what rank " + std::to_string(ref.rank) + " has not offered: " + words(ref));
           }
           known = here.emplace(k, found->second[at]).first;
           offers_[known->second].use = i;
@@ -218,8 +220,8 @@ Layout Lowering::match(const Geometry& geometry) {
   return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_);
 }
 
-// How each staged chunk that is read comes into the window: at once with the combine that made it, by the peer that
-// wrote it, by an earlier offer, or by a copy at the offer.
+// How each staged chunk that is read comes into the window: at once with the combine that made it, by the
+// peer that wrote it, by an earlier offer, or by a copy at the offer.
 void Lowering::find_copies() {
   for (Offer& offer : offers_) {
     if (!offer.read || !staged(offer.ref)) continue;
@@ -308,8 +310,8 @@ void Lowering::number_events() {
       }
     }
   }
-  // A slot is free again when its readers of `slots` trips ago are done. Where an accept has waited for the same or a
-  // later signal, that is known already.
+  // A slot is free again when its readers of `slots` trips ago are done. Where an accept has waited for the
+  // same or a later signal, that is known already.
   if (!reuses_slots()) return;
   std::map<std::tuple<int, int, int>, int> known;
   for (const Offer& offer : offers_) {
@@ -341,9 +343,15 @@ class Emitter {
     for (const Item& item : l_.items_[rank_]) {
       const ScheduleStep& step = l_.schedule_.ranks[rank_][item.step];
       switch (item.kind) {
-        case Kind::offer: show(item, step.stage); break;
-        case Kind::combine: combine(item, step); break;
-        case Kind::accept: accept(l_.offers_[item.offers[0]], step.stage); break;
+        case Kind::offer:
+          show(item, step.stage);
+          break;
+        case Kind::combine:
+          combine(item, step);
+          break;
+        case Kind::accept:
+          accept(l_.offers_[item.offers[0]], step.stage);
+          break;
       }
     }
   }
@@ -355,8 +363,11 @@ class Emitter {
   }
 
   void signal(int peer, Event event, int stage) {
-    push({.kind = Step::Kind::signal, .stage = static_cast<uint8_t>(stage),
-          .cell = static_cast<uint8_t>(event.cell), .peer = peer, .value = event.index,
+    push({.kind = Step::Kind::signal,
+          .stage = static_cast<uint8_t>(stage),
+          .cell = static_cast<uint8_t>(event.cell),
+          .peer = peer,
+          .value = event.index,
           .per_trip = l_.per_trip(rank_, peer, event.cell)});
   }
 
@@ -364,8 +375,11 @@ class Emitter {
     int64_t& reached = reached_.try_emplace({peer, event.cell, stage}, INT64_MIN).first->second;
     if (reached >= event.index + shift) return;
     reached = event.index + shift;
-    push({.kind = Step::Kind::wait, .stage = static_cast<uint8_t>(stage),
-          .cell = static_cast<uint8_t>(event.cell), .peer = peer, .value = reached,
+    push({.kind = Step::Kind::wait,
+          .stage = static_cast<uint8_t>(stage),
+          .cell = static_cast<uint8_t>(event.cell),
+          .peer = peer,
+          .value = reached,
           .per_trip = l_.per_trip(peer, rank_, event.cell)});
   }
 
@@ -393,15 +407,20 @@ class Emitter {
   void emit(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count, int stage,
             bool stream) {
     if (count == 0) return;
-    push({.kind = Step::Kind::combine, .stage = static_cast<uint8_t>(stage), .stream = stream,
-          .dst_format = dsts[0].format, .num_dsts = static_cast<int32_t>(dsts.size()),
+    push({.kind = Step::Kind::combine,
+          .stage = static_cast<uint8_t>(stage),
+          .stream = stream,
+          .dst_format = dsts[0].format,
+          .num_dsts = static_cast<int32_t>(dsts.size()),
           .num_srcs = static_cast<int32_t>(srcs.size()),
-          .operand = static_cast<int32_t>(program_.operands.size()), .count = count});
+          .operand = static_cast<int32_t>(program_.operands.size()),
+          .count = count});
     program_.operands.insert(program_.operands.end(), dsts.begin(), dsts.end());
     program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
   }
 
-  // Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this call.
+  // Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this
+  // call.
   bool streams(const Ref& out) const {
     const auto& read = l_.blocks_read_[rank_];
     return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&
@@ -459,8 +478,9 @@ class Emitter {
       const bool partial = ref.buffer == Buffer::scratch;
       if (ref.buffer == Buffer::in) malformed(rank_, item.step, "writes " + words(ref));
       if (!is_copy && partial == step.final) {
-        malformed(rank_, item.step, step.final ? "a final result cannot go to scratch"
-                                               : "a partial result can go to scratch only: " + words(ref));
+        malformed(rank_, item.step,
+                  step.final ? "a final result cannot go to scratch"
+                             : "a partial result can go to scratch only: " + words(ref));
       }
       const Format format = step.final ? Format::final : partial ? Format::partial : Format::raw;
       const bool window = l_.in_window(ref) && ref.rank != rank_;
@@ -510,7 +530,9 @@ Program Lowering::emit(int rank) const {
   if (layout_.ragged || layout_.trips == 1) cuts.insert(1);
   Program program;
   for (auto at = cuts.begin(); std::next(at) != cuts.end(); ++at) {
-    Loop loop{.first = *at, .trips = *std::next(at) - *at, .step = static_cast<int32_t>(program.steps.size()),
+    Loop loop{.first = *at,
+              .trips = *std::next(at) - *at,
+              .step = static_cast<int32_t>(program.steps.size()),
               .stages = schedule_.stages};
     Emitter(*this, rank, *at, program).run();
     loop.num_steps = static_cast<int32_t>(program.steps.size()) - loop.step;
@@ -523,7 +545,10 @@ Program Lowering::emit(int rank) const {
 bool Lowering::full_exchange() const {
   std::vector<std::vector<bool>> heard(n_, std::vector<bool>(n_, false));
   std::map<std::tuple<int, int, int, int>, std::vector<bool>> sent;  // (from, to, cell, index)
-  struct Cursor { int stage = 0; size_t item = 0; };
+  struct Cursor {
+    int stage = 0;
+    size_t item = 0;
+  };
   std::vector<Cursor> cursors(n_);
   for (int rank = 0; rank < n_; ++rank) heard[rank][rank] = true;
 
@@ -541,7 +566,8 @@ bool Lowering::full_exchange() const {
     }
     for (int id : item.offers) {
       const Offer& offer = offers_[id];
-      if (item.kind == Kind::offer) sent[{rank, offer.peer, offer.shown.cell, offer.shown.index}] = heard[rank];
+      if (item.kind == Kind::offer)
+        sent[{rank, offer.peer, offer.shown.cell, offer.shown.index}] = heard[rank];
       if (item.kind == Kind::combine && offer.done.index) {
         sent[{rank, offer.owner, offer.done.cell, offer.done.index}] = heard[rank];
       }
@@ -569,7 +595,7 @@ bool Lowering::full_exchange() const {
   });
 }
 
-uint64_t fingerprint_of(const Plan& plan, const Layout& layout) {
+uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout& layout) {
   Hasher h;
   const Call& call = plan.call;
   h.add(static_cast<int>(call.world.collective));
@@ -584,6 +610,19 @@ uint64_t fingerprint_of(const Plan& plan, const Layout& layout) {
   h.add(layout.ragged);
   h.add(call.prescale).add(plan.algorithm);
   for (int64_t v : {layout.width, int64_t{plan.slots}, plan.slot_bytes, int64_t{plan.cells}}) h.add(v);
+  // Of the steps too: users may have written two algorithms of one name.
+  for (const std::vector<ScheduleStep>& program : schedule.ranks) {
+    h.add(program.size());
+    for (const ScheduleStep& step : program) {
+      h.add(step.kind).add(step.stage).add(step.final).add(step.peer).add(step.dsts.size());
+      for (const std::vector<Ref>& refs : {step.dsts, step.srcs}) {
+        for (const Ref& ref : refs) {
+          h.add(ref.rank).add(ref.buffer);
+          h.add(ref.chunk.block).add(ref.chunk.first).add(ref.chunk.last).add(ref.chunk.of);
+        }
+      }
+    }
+  }
   return h.digest() | 1;  // 0 means "nothing yet" in a cell
 }
 
@@ -592,8 +631,8 @@ uint64_t fingerprint_of(const Plan& plan, const Layout& layout) {
 Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry,
            int only_rank) {
   if (schedule.stages > geometry.max_cells) {
-    throw ValueError("the schedule uses " + std::to_string(schedule.stages) + " stages; there are cells for " +
-                     std::to_string(geometry.max_cells));
+    throw ValueError("the schedule uses " + std::to_string(schedule.stages) +
+                     " stages; there are cells for " + std::to_string(geometry.max_cells));
   }
   const Lowering lowering(schedule, call, geometry);
   const Layout& layout = lowering.layout();
@@ -610,7 +649,7 @@ Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& c
   for (int rank = 0; rank < call.world.size; ++rank) {
     if (only_rank < 0 || rank == only_rank) plan.programs[rank] = lowering.emit(rank);
   }
-  plan.fingerprint = fingerprint_of(plan, layout);
+  plan.fingerprint = fingerprint_of(plan, schedule, layout);
   return plan;
 }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pycomm
+from pycomm import _native
 from pycomm.algorithm import Algorithm, Builder, Chunk, Ref, World
 
 DOCS = Path(__file__).parents[2] / "docs" / "algorithms.md"
@@ -161,3 +164,45 @@ def test_steps_that_are_no_schedule() -> None:
 
     with pytest.raises(ValueError, match=r"on 2 ranks.*rank 1, step 0"):
         Algorithm("one_sided", "all_reduce", one_sided).verify(sizes=[2])
+
+
+def test_two_algorithms_of_one_name_do_not_meet() -> None:
+    def write_other_star(b: Builder, world: World) -> None:  # as right as the other, in another order
+        if b.rank == 0:
+            write_star(b, world)
+            return
+        for ref in (b.out(), b.in_()):
+            b.offer(0, ref)
+        for ref in (b.out(), b.in_()):
+            b.accept(0, ref)
+
+    Algorithm("my_star", "all_reduce", write_other_star).verify(sizes=[2])
+
+    def use(comm: pycomm.Communicator) -> None:
+        comm.barrier()
+        _native.add_algorithm(comm, "all_reduce", "my_star", [write_star, write_other_star][comm.rank])
+        with pytest.raises(pycomm.MismatchError, match="my_star"):
+            comm.all_reduce(np.ones(3), algorithm="my_star")
+
+    pycomm.run_local(use, 2)
+
+
+def test_other_threads_call_while_an_algorithm_writes() -> None:
+    writing, called = threading.Event(), threading.Event()
+
+    def slow(b: Builder, world: World) -> None:
+        writing.set()
+        assert called.wait(20)
+        b.copy(b.out(), b.in_())
+
+    algorithm = Algorithm("slow", "broadcast", slow)
+
+    def use(comm: pycomm.Communicator) -> None:
+        with ThreadPoolExecutor(1) as other:
+            broadcast = other.submit(lambda: comm.broadcast(np.ones(3), algorithm=algorithm))
+            assert writing.wait(20)
+            comm.all_reduce(np.ones(3))
+            called.set()
+            broadcast.result()
+
+    pycomm.run_local(use, 1)
