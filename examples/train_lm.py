@@ -131,7 +131,8 @@ def summary(one: Run, many: Run) -> Group:
         "Communicating is the time in all_reduce, the wait for the slower rank counted in.",
         f"The loss curves differ by at most {gap[:10].max():.1e} in the first 10 steps and {gap.max():.1e} "
         "in all. This is float rounding only: the sum of the gradients associates differently over "
-        f"{many.ranks} ranks, and training amplifies a float32's last bit step by step.",
+        f"{many.ranks} ranks, and training amplifies a float32's last bit, as it does when one bit of one "
+        "parameter is changed on 1 rank. In float64 the same two runs agree to 1e-15 for 200 steps.",
     )
     sample = Panel(Text(many.end["sample"]), title="what the model writes", border_style="dim")
     return Group(table, *(Text(note, style="dim") for note in notes), sample)

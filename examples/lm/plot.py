@@ -32,13 +32,20 @@ def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> No
     steps = np.arange(1, len(one_losses) + 1)
     loss.plot(steps, one_losses, color="#fdba74", linewidth=5, label=one)
     loss.plot(steps, many_losses, color="#1e293b", linewidth=1, label=many)
-    loss.set(title="Training loss: the two runs lie on each other", ylabel="nats a byte")
-    loss.legend()
     gap = np.abs(np.subtract(one_losses, many_losses))
+    loss.set(
+        title=f"Training loss, same global batch: at most {gap.max():.1g} apart", ylabel="loss, nats a byte"
+    )
+    loss.legend()
     difference.plot(steps, np.where(gap > 0, gap, np.nan), ".", color="#1e293b", markersize=3)
     difference.set(yscale="log", xlabel="step", ylabel="|difference|")
     difference.text(
-        0.01, 0.85, "not drawn where it is 0", transform=difference.transAxes, fontsize=7, color="#64748b"
+        0.01,
+        0.85,
+        "not drawn where 0",
+        transform=difference.transAxes,
+        fontsize=7,
+        color="#64748b",
     )
 
     for contender in bandwidth.microseconds:
@@ -50,6 +57,6 @@ def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> No
     right_axes.set(
         title=f"all_reduce, float32 sum, {bandwidth.ranks} ranks", xlabel="size", ylabel="bus bandwidth, GB/s"
     )
-    right_axes.legend()
+    right_axes.legend(loc="lower right")
     figure.supxlabel(bandwidth.machine, fontsize=7, color="#64748b")
     figure.savefig(path, dpi=150)

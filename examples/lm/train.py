@@ -32,13 +32,15 @@ LEARNING_RATE = 4e-3
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(comm: pycomm.Communicator, shape: Shape, text: Tokens, steps: int, report: Report) -> Model:
+def train(
+    comm: pycomm.Communicator, shape: Shape, text: Tokens, steps: int, report: Report, dtype: str = "float32"
+) -> Model:
     """Train a model on all ranks of `comm` together; rank 0's `report` hears of every step."""
     # The gradients live in symmetric memory: backward writes them where the other ranks can read them, and
     # all_reduce copies nothing. One element more than there are parameters: the loss travels along.
     n = shape.count()
-    bucket = comm.empty((n + 1,), "float32")
-    model = Model(shape, np.empty(n, np.float32), bucket[:n], seed=SEED)
+    bucket = comm.empty((n + 1,), dtype)
+    model = Model(shape, np.empty(n, dtype), bucket[:n], seed=SEED)
     optimizer = Adam(model.params, model.grads)
     comm.broadcast(model.params, root=0)  # the replicas start equal, whatever each of them drew
     comm.barrier()  # and start together, so that the first step's wait is a step's wait

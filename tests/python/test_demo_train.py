@@ -22,12 +22,12 @@ SMALL = Shape(VOCABULARY, hidden=32)
 STEPS = 30
 
 
-def losses(size: int) -> tuple[list[float], list[float]]:
+def losses(size: int, dtype: str = "float32") -> tuple[list[float], list[float]]:
     """(the losses that rank 0 reports, each rank's checksum of what it learnt)."""
     text, reported = read_text(), []
 
     def run(comm: pycomm.Communicator) -> float:
-        model = train(comm, SMALL, text, STEPS, lambda event: reported.append(event["loss"]))
+        model = train(comm, SMALL, text, STEPS, lambda event: reported.append(event["loss"]), dtype)
         assert replicas_equal(comm, model)
         return float(model.params.sum(dtype=np.float64))
 
@@ -44,6 +44,11 @@ def test_ranks_together_learn_what_one_learns_alone(size: int) -> None:
     np.testing.assert_allclose(together[:10], alone[:10], rtol=1e-5)
     np.testing.assert_allclose(together, alone, rtol=1e-3)
     assert len(set(checksums)) == 1
+
+
+def test_in_float64_the_curves_are_the_same() -> None:
+    """So what lies between them in float32 is rounding, and nothing else."""
+    np.testing.assert_allclose(losses(2, "float64")[0], losses(1, "float64")[0], rtol=1e-13)
 
 
 def test_replicas_that_differ_are_noticed() -> None:
