@@ -359,7 +359,7 @@ void Communicator::run_with_token(const Bound& bound, Patience& patience, const 
   }
   run->start(*domain, *bound.prepared, bound.buffers, ++*calls, bound.record, !*last_exchanged);
   double started = 0;
-  while (!run->advance()) wait(*domain, *run, policy, started, bound.timeout_s, patience);
+  while (!run->advance(policy.polls())) wait(*domain, *run, policy, started, bound.timeout_s, patience);
   domain->self().finished.store(*calls, std::memory_order_release);
   *last_exchanged = bound.prepared->plan.full_exchange;
   if (bound.then) bound.then();

@@ -74,6 +74,9 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   failure_ = parent ? parent->failure_ : reinterpret_cast<Failure*>(base);
   members_ = reinterpret_cast<Member*>(base + sizeof(Failure));
   cells_ = reinterpret_cast<Cell*>(members_ + size());
+  incoming_ = &cell(rank, 0, 0);
+  outgoing_ = &cell(0, rank, 0);
+  outgoing_stride_ = int64_t{size()} * kCellsPerPair;
   channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + size() * size() * kCellsPerPair);
   windows_ = base + header_bytes(size());
   raised_ = parent ? parent->raised_ : std::make_shared<std::atomic<bool>>(false);
@@ -111,9 +114,8 @@ std::optional<CallRecord> Domain::record_of(int rank, uint64_t call) const {
   return record;
 }
 
-void Domain::ring(int rank) const {
+void Domain::wake(int rank) const {
   Member& peer = members_[rank];
-  if (peer.sleeping.load(std::memory_order_relaxed) == 0) return;
   peer.doorbell.fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &peer.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }

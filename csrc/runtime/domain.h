@@ -52,22 +52,25 @@ struct CallRecord {
 static_assert(sizeof(CallRecord) % 8 == 0);
 std::string describe(const CallRecord& record);
 
+// Lines with different readers are two apart: prefetchers fetch lines in pairs.
+inline constexpr size_t kApart = 128;
+
 struct alignas(64) Entry {
   std::atomic<uint64_t> call;
   std::atomic<uint64_t> words[sizeof(CallRecord) / 8];
 };
 
 struct Member {
-  alignas(64) std::atomic<uint64_t> entered;  // the last call entered, the last finished
+  alignas(kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
   std::atomic<uint32_t> shrinking;            // has called shrink
   std::atomic<uint32_t> waiting_on;           // in a long wait: 1 + the peer
   std::atomic<uint64_t> heartbeat;            // grows during a long wait
-  alignas(64) std::atomic<uint32_t> sleeping;
+  alignas(kApart) std::atomic<uint32_t> sleeping;
   std::atomic<int32_t> cpu;                   // 1 + where it last waited
   std::atomic<uint32_t> doorbell;             // futex
-  Entry entries[2];
+  alignas(kApart) Entry entries[2];
 };
 
 enum class FailureKind : uint32_t { none, peer_lost, mismatch, timeout, aborted };
@@ -99,6 +102,9 @@ class Domain {
   Cell& cell(int reader, int writer, int index) const {
     return cells_[(reader * size() + writer) * kCellsPerPair + index];
   }
+  // The cells of this rank's signals to a peer, and of a peer's to it.
+  Cell& outgoing(int peer, int index) const { return outgoing_[peer * outgoing_stride_ + index]; }
+  Cell& incoming(int peer, int index) const { return incoming_[peer * kCellsPerPair + index]; }
   // Where the pair's domain for send and recv lies; 0: not yet made. (rank, rank): the domain that rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
@@ -107,7 +113,10 @@ class Domain {
   void enter(uint64_t call, const CallRecord& record);
   std::optional<CallRecord> record_of(int rank, uint64_t call) const;
 
-  void ring(int rank) const;  // wakes the rank if it sleeps
+  // Wakes the rank if it sleeps.
+  void ring(int rank) const {
+    if (members_[rank].sleeping.load(std::memory_order_relaxed) != 0) wake(rank);
+  }
   void ring_all() const;
 
   bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
@@ -120,6 +129,8 @@ class Domain {
   int display_rank(int rank) const { return display_ranks_[rank]; }
 
  private:
+  void wake(int rank) const;
+
   std::shared_ptr<transport::Node> node_;
   std::vector<int> node_ranks_, display_ranks_;
   int rank_;
@@ -127,7 +138,8 @@ class Domain {
   std::shared_ptr<transport::Mapping> mapping_;
   Failure* failure_;
   Member* members_;
-  Cell* cells_;
+  Cell *cells_, *incoming_, *outgoing_;
+  int64_t outgoing_stride_;
   std::atomic<int64_t>* channels_;
   char* windows_;
   std::shared_ptr<std::atomic<bool>> raised_;

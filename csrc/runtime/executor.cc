@@ -25,11 +25,13 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
                 const CallRecord& record, bool wait_for_entries) {
   domain_ = &domain;
   prepared_ = &prepared;
-  buffers_ = buffers;
+  program_ = &prepared.program(domain.rank());
   call_ = call;
   fingerprint_ = record.fingerprint;
-  slots_ = prepared.plan.slots;
-  slot_bytes_ = prepared.plan.slot_bytes;
+  const int me = domain.rank();
+  bases_ = {const_cast<char*>(buffers.in) - me * buffers.in_distance, buffers.out - me * buffers.out_distance,
+            domain.bank(0, call)};
+  distances_ = {buffers.in_distance, buffers.out_distance, domain.bank(1, call) - domain.bank(0, call)};
   next_entry_ = wait_for_entries ? 0 : domain.size();
   loop_ = 0;
   iteration_ = -1;

@@ -6,6 +6,7 @@
 // process there); the default one is empty and costs nothing.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "kernels/combine.h"
@@ -45,6 +46,22 @@ struct Blocked {
   bool met() const { return word->load(std::memory_order_acquire) >= target; }
 };
 
+inline void pause_core() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+inline bool reaches(const std::atomic<uint64_t>& word, uint64_t target, int polls) {
+  for (int i = 0; i < polls; ++i) {
+    if (word.load(std::memory_order_acquire) >= target) return true;
+    pause_core();
+  }
+  return false;
+}
+
 class Run {
  public:
   // Call number `call` on `domain`. `wait_for_entries`: the call before was no full exchange. `record` is
@@ -56,7 +73,7 @@ class Run {
   // True when the program has ended. Throws nothing; a peer that called something else stops it: see
   // mismatched().
   template <class Observer = NoObserver>
-  bool advance(const Observer& observer = {});
+  bool advance(int polls = 1, const Observer& observer = {});
 
   const Blocked& blocked_on() const { return blocked_; }
   int mismatched() const { return mismatched_; }  // that peer, or -1
@@ -68,15 +85,15 @@ class Run {
   bool entered();
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
-  char* address(const schedule::Operand& operand, int64_t trip) const;
   void combine(const schedule::Step& step, int64_t trip);
 
   Domain* domain_ = nullptr;
   const Prepared* prepared_ = nullptr;
-  Buffers buffers_;
+  const schedule::Program* program_ = nullptr;
   uint64_t call_ = 0, fingerprint_ = 0;
-  int64_t slot_bytes_ = 0;
-  int32_t slots_ = 1;
+  // By Space: rank 0's memory, and how far it is to the next rank's.
+  std::array<char*, 3> bases_;
+  std::array<int64_t, 3> distances_;
   const CallRecord* record_ = nullptr;
   int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
@@ -87,44 +104,35 @@ class Run {
   std::vector<void*> pointers_;
 };
 
-inline char* Run::address(const schedule::Operand& operand, int64_t trip) const {
-  switch (operand.space) {
-    case schedule::Space::in:
-      return const_cast<char*>(buffers_.in) + (operand.rank - domain_->rank()) * buffers_.in_distance +
-             operand.offset + trip * operand.stride;
-    case schedule::Space::out:
-      return buffers_.out + (operand.rank - domain_->rank()) * buffers_.out_distance + operand.offset +
-             trip * operand.stride;
-    case schedule::Space::window:
-      break;
-  }
-  return domain_->bank(operand.rank, call_) + (slots_ == 1 ? 0 : trip % slots_ * slot_bytes_) +
-         operand.offset;
-}
-
 inline void Run::combine(const schedule::Step& step, int64_t trip) {
-  const schedule::Operand* operands = &prepared_->program(domain_->rank()).operands[step.operand];
-  const int total = step.num_dsts + step.num_srcs;
-  for (int i = 0; i < total; ++i) pointers_[i] = address(operands[i], trip);
-  const schedule::Call& call = prepared_->plan.call;
-  prepared_->combine({.dsts = pointers_.data(),
-                      .srcs = pointers_.data() + step.num_dsts,
+  const schedule::Plan& plan = prepared_->plan;
+  const schedule::Operand* operands = &program_->operands[step.operand];
+  const int64_t slot = plan.slots == 1 ? 0 : trip % plan.slots * plan.slot_bytes;
+  void** pointers = pointers_.data();
+  for (int i = 0; i < step.num_dsts + step.num_srcs; ++i) {
+    const schedule::Operand& operand = operands[i];
+    const auto space = static_cast<size_t>(operand.space);
+    pointers[i] = bases_[space] + operand.rank * distances_[space] + operand.offset +
+                  (operand.space == schedule::Space::window ? slot : trip * operand.stride);
+  }
+  prepared_->combine({.dsts = pointers,
+                      .srcs = pointers + step.num_dsts,
                       .src_formats = &prepared_->formats[step.operand + step.num_dsts],
                       .num_dsts = step.num_dsts,
                       .num_srcs = step.num_srcs,
                       .dst_format = step.dst_format,
                       .stream = step.stream,
                       .count = static_cast<size_t>(step.count),
-                      .prescale = call.prescale,
-                      .divisor = prepared_->plan.divisor});
+                      .prescale = plan.call.prescale,
+                      .divisor = plan.divisor});
 }
 
 template <class Observer>
-bool Run::advance(const Observer& observer) {
+bool Run::advance(int polls, const Observer& observer) {
   using Kind = schedule::Step::Kind;
   if (!entered()) return false;
-  const int me = domain_->rank();
-  const schedule::Program& program = prepared_->program(me);
+  const Domain& domain = *domain_;
+  const schedule::Program& program = *program_;
   for (; loop_ < program.loops.size(); ++loop_, iteration_ = -1, step_ = 0) {
     const schedule::Loop& loop = program.loops[loop_];
     if (iteration_ < 0) iteration_ = loop.first;
@@ -141,19 +149,19 @@ bool Run::advance(const Observer& observer) {
             break;
           case Kind::signal: {
             observer(loop.step + step_);
-            Cell& cell = domain_->cell(step.peer, me, step.cell);
+            Cell& cell = domain.outgoing(step.peer, step.cell);
             cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
             cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
-            domain_->ring(step.peer);
+            domain.ring(step.peer);
             break;
           }
           case Kind::wait: {
             const int64_t value = step.value + trip * step.per_trip;
             if (value <= 0) break;
             observer(loop.step + step_);
-            const Cell& cell = domain_->cell(me, step.peer, step.cell);
+            const Cell& cell = domain.incoming(step.peer, step.cell);
             const uint64_t target = cell_word(call_, value);
-            if (cell.word.load(std::memory_order_acquire) < target) {
+            if (!reaches(cell.word, target, polls)) {
               blocked_ = {&cell.word, target, step.peer};
               return false;
             }

@@ -21,14 +21,6 @@ namespace {
 constexpr double kTick = 0.02;
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
-void pause_core() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
 bool fence_all_processes() {
   return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0;
@@ -114,15 +106,8 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double start
           Patience& patience) {
   const Blocked& blocked = run.blocked_on();
   if (run.mismatched() < 0 && policy.spin_us > 0) {
-    const auto spin = [&](int rounds) {
-      for (int i = 0; i < rounds; ++i) {
-        if (blocked.met()) return true;
-        pause_core();
-      }
-      return false;
-    };
+    const auto spin = [&](int polls) { return reaches(*blocked.word, blocked.target, polls); };
     if (!policy.yield) {
-      if (spin(64)) return;  // the common case, before any clock is read
       for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
         if (spin(64)) return;
       }

@@ -23,6 +23,8 @@ class Patience {
 struct WaitPolicy {
   double spin_us = 50;
   bool yield = false;  // instead of spinning
+  // What advance() may poll before it gives up.
+  int polls() const { return yield || spin_us <= 0 ? 1 : 256; }
 };
 
 // The policy for this many ranks on the cores that they may use together.

@@ -186,7 +186,7 @@ class Rank {
     const Prepared& prepared = *case_.plans[rank_];
     run.start(*domain_, prepared, buffers_, static_cast<uint64_t>(number), prepared.record, !last_exchanged_);
     Patience patience;
-    while (!run.advance(killer)) {
+    while (!run.advance(1, killer)) {
       again = domain_->self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
       wait(*domain_, run, policy_, 0, 30, patience);
     }

@@ -24,7 +24,8 @@ Schedule two_shot(const World& world) {
     }
     std::vector<Ref> dsts, srcs;
     for (int peer = 0; peer < n; ++peer) {
-      if (has_out(peer)) dsts.push_back(b.out_of(peer, chunk(rank)));
+      const int to = (rank + peer) % n;  // its own first: it is the nearest to store to
+      if (has_out(to)) dsts.push_back(b.out_of(to, chunk(rank)));
       srcs.push_back(b.in_of(peer, chunk(rank)));
     }
     b.combine(dsts, srcs, /*final=*/true);
