@@ -71,20 +71,25 @@ void look_for_losses(Domain& domain, const Run& run) {
   }
 }
 
-// The rank that the others wait for in the end: one that has not come, or does not move.
+// The rank that the others wait for in the end: of those that do not move, the one furthest behind.
 int find_late(const Domain& domain, const Run& run) {
-  for (int rank = 0; rank < domain.size(); ++rank) {
-    if (domain.member(rank).entered.load(std::memory_order_acquire) < run.call()) return rank;
-  }
   std::vector<uint64_t> beats;
   for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.member(rank).heartbeat.load());
-  std::this_thread::sleep_for(std::chrono::milliseconds(60));
+  for (int i = 0; i < 12; ++i) {  // others that are late at the same moment must see this rank wait
+    domain.self().heartbeat.fetch_add(1, std::memory_order_relaxed);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  int late = run.blocked_on().peer;
+  uint64_t least = UINT64_MAX;
   for (int rank = 0; rank < domain.size(); ++rank) {
     const Member& peer = domain.member(rank);
+    const uint64_t entered = peer.entered.load(std::memory_order_acquire);
     if (rank == domain.rank() || peer.finished.load() >= run.call()) continue;
-    if (peer.heartbeat.load() == beats[rank]) return rank;
+    if (peer.heartbeat.load() != beats[rank] || entered >= least) continue;
+    late = rank;
+    least = entered;
   }
-  return run.blocked_on().peer;
+  return late;
 }
 
 }  // namespace
