@@ -137,6 +137,7 @@ void Communicator::learn_cores() {
 Communicator::~Communicator() {
   if (transport::forked_since(fork_generation_)) {  // the parent's: nothing of it is here
     if (progress_.joinable()) progress_.detach();
+    new (&queue_changed_) std::condition_variable;  // the parent's would wait for its waiters, who are not here
     return;
   }
   close();
