@@ -153,10 +153,7 @@ void Communicator::close() {
   if (progress_.joinable()) progress_.join();  // it finishes what is queued
   domain_->self().closed.store(1, std::memory_order_release);
   domain_->ring_all();
-  for (auto& [key, channel] : channels_) {
-    channel->domain->self().closed.store(1, std::memory_order_release);
-    channel->domain->ring_all();
-  }
+  for (auto& [key, channel] : channels_) channel->domain->ring_all();
 }
 
 void Communicator::abandon() {
@@ -455,8 +452,7 @@ void Work::wait(double timeout_s, Patience& patience) {
 
 // Whether the rank's process has ended, or has closed its communicator.
 bool Communicator::gone(int rank) const {
-  return domain_->member(rank).closed.load(std::memory_order_acquire) != 0 ||
-         domain_->node().dead(domain_->node_ranks()[rank]);
+  return domain_->closed(rank) || domain_->node().dead(domain_->node_ranks()[rank]);
 }
 
 // ---- send and recv ----

@@ -73,6 +73,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   char* base = mapping_->data();
   failure_ = parent ? parent->failure_ : reinterpret_cast<Failure*>(base);
   members_ = reinterpret_cast<Member*>(base + sizeof(Failure));
+  group_ = parent ? parent->group_ : members_;
   cells_ = reinterpret_cast<Cell*>(members_ + size());
   incoming_ = &cell(rank, 0, 0);
   outgoing_ = &cell(0, rank, 0);

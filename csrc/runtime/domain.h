@@ -125,6 +125,9 @@ class Domain {
   // Throws the group's error: to who first sees it as it is, to later calls as AbortedError.
   [[noreturn]] void raise_failure();
 
+  bool closed(int rank) const {  // a pair's ranks close with their group
+    return group_[display_ranks_[rank]].closed.load(std::memory_order_acquire) != 0;
+  }
   // The rank's name in messages: a pair's domain counts as its group does.
   int display_rank(int rank) const { return display_ranks_[rank]; }
 
@@ -137,7 +140,7 @@ class Domain {
   int64_t bank_bytes_;
   std::shared_ptr<transport::Mapping> mapping_;
   Failure* failure_;
-  Member* members_;
+  Member *members_, *group_;
   Cell *cells_, *incoming_, *outgoing_;
   int64_t outgoing_stride_;
   std::atomic<int64_t>* channels_;

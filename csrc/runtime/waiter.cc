@@ -57,7 +57,7 @@ void look_for_losses(Domain& domain, const Run& run) {
   for (int rank = 0; rank < domain.size(); ++rank) {
     if (rank == domain.rank()) continue;
     Member& peer = domain.member(rank);
-    const bool closed = peer.closed.load(std::memory_order_acquire) != 0;
+    const bool closed = domain.closed(rank);
     const int node_rank = domain.node_ranks()[rank];
     if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
