@@ -37,6 +37,7 @@ std::string describe(const CallRecord& record) {
       default:
         break;
     }
+    if (record.prescale != 1.0) text += ", scaled by " + std::to_string(record.prescale);
     switch (record.collective) {
       case Collective::broadcast:
       case Collective::reduce:

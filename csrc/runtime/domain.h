@@ -41,6 +41,7 @@ struct CallRecord {
   uint64_t fingerprint = 0;
   int64_t count = 0;
   int64_t symmetric_offset = -1;
+  double prescale = 1.0;
   int32_t root = 0;
   Collective collective = Collective::all_reduce;
   DType dtype = DType::float32;
@@ -112,6 +113,10 @@ class Domain {
   // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
   void enter(uint64_t call, const CallRecord& record);
   std::optional<CallRecord> record_of(int rank, uint64_t call) const;
+  // The same record's fingerprint alone, for a call that the rank has entered and cannot have left by two.
+  uint64_t fingerprint_of(int rank, uint64_t call) const {
+    return members_[rank].entries[call & 1].words[0].load(std::memory_order_acquire);
+  }
 
   // Wakes the rank if it sleeps.
   void ring(int rank) const {

@@ -16,6 +16,7 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
   record.collective = call.world.collective;
   record.dtype = call.dtype;
   record.op = call.op;
+  record.prescale = call.prescale;
   record.in = call.in;
   record.out = call.out;
   std::strncpy(record.algorithm, plan.algorithm.c_str(), sizeof record.algorithm - 1);
@@ -47,6 +48,11 @@ bool Run::entered() {
     const std::atomic<uint64_t>& entered = domain_->member(next_entry_).entered;
     if (entered.load(std::memory_order_acquire) + 1 < call_) {
       blocked_ = {&entered, call_ - 1, next_entry_};
+      return false;
+    }
+    if (domain_->fingerprint_of(next_entry_, call_ - 1) != domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
+      blocked_ = {&entered, call_ - 1, next_entry_};
+      mismatched_ = next_entry_;
       return false;
     }
   }

@@ -39,14 +39,14 @@ void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
 
 std::string rank_name(const Domain& domain, int rank) { return "rank " + std::to_string(domain.display_rank(rank)); }
 
-void look_for_mismatch(Domain& domain, const Run& run) {
+void look_for_mismatch(Domain& domain, uint64_t call, const CallRecord& ours) {
   for (int rank = 0; rank < domain.size(); ++rank) {
-    const auto theirs = domain.record_of(rank, run.call());
-    if (!theirs || theirs->fingerprint == run.fingerprint()) continue;
+    const auto theirs = domain.record_of(rank, call);
+    if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
     domain.fail(FailureKind::mismatch,
-                rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
+                rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " +
                     rank_name(domain, rank) + " called " + describe(*theirs) + " (call " +
-                    std::to_string(run.call()) +
+                    std::to_string(call) +
                     " of the group). All ranks must make the same calls in the same order with the same arguments.");
   }
 }
@@ -135,7 +135,9 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double start
   double nap = 0.0005, ticked = now_s();
   while (run.mismatched() >= 0 || !blocked.met()) {
     self.heartbeat.fetch_add(1, std::memory_order_relaxed);
-    look_for_mismatch(domain, run);
+    const auto before = run.call() > 1 ? domain.record_of(domain.rank(), run.call() - 1) : std::nullopt;
+    if (before) look_for_mismatch(domain, run.call() - 1, *before);
+    look_for_mismatch(domain, run.call(), run.record());
     if (!domain.failed()) look_for_losses(domain, run);
     if (!domain.failed() && now_s() - started > timeout_s) {
       const int late = find_late(domain, run);
