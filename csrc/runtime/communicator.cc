@@ -275,8 +275,15 @@ Bound Communicator::bind(const Request& request) {
   } else {
     call.world.size = size();
     const auto item = static_cast<int64_t>(size_of(call.dtype));
-    in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
-    out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
+    // A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone.
+    const Collective kind = call.world.collective;
+    const bool rooted = kind == Collective::gather || kind == Collective::scatter;
+    if (!rooted && !(call.in_place && kind == Collective::all_gather)) {
+      in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
+    }
+    if (!rooted && !(call.in_place && kind == Collective::reduce_scatter)) {
+      out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
+    }
     if (in.distance && size() > 1) call.in = schedule::Placement::symmetric;
     if (out.distance && size() > 1) call.out = schedule::Placement::symmetric;
     bound.buffers.in_distance = in.distance;
