@@ -152,7 +152,7 @@ int main(int argc, char** argv) {
                           .in = placement,
                           .out = placement,
                           .in_place = true};
-      return Prepared(schedule::make_plan(select(call).algorithm, call, geometry, rank), rank);
+      return Prepared(schedule::make_plan(select(call, false).algorithm, call, geometry, rank), rank);
     };
     const Prepared plain_plan = prepare(Placement::plain), symmetric_plan = prepare(Placement::symmetric);
     const Buffers plain_buffers{reinterpret_cast<char*>(plain), reinterpret_cast<char*>(plain)};

@@ -228,7 +228,7 @@ std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call
   }
   // Without the lock: a user's algorithm may be Python, which lets other threads run meanwhile, and they may
   // call.
-  const std::string chosen = algorithm.empty() ? select(call).algorithm : algorithm;
+  const std::string chosen = algorithm.empty() ? select(call, policy_.yield).algorithm : algorithm;
   auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
   log(LogLevel::trace, "new plan: ", describe(prepared->record));
   const std::lock_guard lock(cache_mutex_);
@@ -307,7 +307,7 @@ std::string Communicator::explain(const Request& request) {
   call.world.size = size();
   require(call.dtype, call.op);
   const Choice choice =
-      request.algorithm.empty() ? select(call) : Choice{request.algorithm, "named by the caller"};
+      request.algorithm.empty() ? select(call, policy_.yield) : Choice{request.algorithm, "named by the caller"};
   const auto prepared = prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());

@@ -8,23 +8,32 @@
 namespace pycomm::runtime {
 
 namespace {
-// Up to here one synchronisation over the whole data beats two over an n-th of it.
-constexpr int64_t kOneShotBytes = 2048;
+// Bytes that a rank reads (all others' data) up to which few synchronisations beat little data. A symmetric buffer needs
+// no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation costs switches of
+// processes, so there it comes later.
+constexpr int64_t kFewSyncs = 16 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
+
+Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
+  const int64_t n = call.world.size;
+  if (n == 1) return {"one_shot", "one rank has nobody to exchange with"};
+  const bool symmetric = call.in == schedule::Placement::symmetric && call.out == schedule::Placement::symmetric;
+  const int64_t limit = crowded ? kFewSyncsCrowded : symmetric ? kFewSyncsSymmetric : kFewSyncs;
+  if (bytes * (n - 1) > limit) {
+    return {"two_shot", "on a node every rank can read all others at once: two synchronisations and the least bytes"};
+  }
+  if (crowded && n > 2) {
+    return {"recursive_doubling", "ranks share cores: a rank waits for one peer at a time, and for few"};
+  }
+  return {"one_shot", "at " + std::to_string(bytes) + " bytes a second synchronisation costs more than reading everything"};
+}
 }  // namespace
 
-Choice select(const schedule::Call& call) {
+Choice select(const schedule::Call& call, bool crowded) {
   const int64_t bytes = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0}) *
                         static_cast<int64_t>(size_of(call.dtype));
-  const int64_t n = call.world.size;
   switch (call.world.collective) {
     case Collective::all_reduce:
-      if (n == 1) return {"one_shot", "one rank has nobody to exchange with"};
-      if (bytes * (n - 1) <= kOneShotBytes) {
-        return {"one_shot", "at " + std::to_string(bytes) +
-                                " bytes a second synchronisation costs more than reading everything"};
-      }
-      return {"two_shot",
-              "on a node every rank can read all others at once: two synchronisations and the least bytes"};
+      return select_all_reduce(call, bytes, crowded);
     case Collective::reduce_scatter:
     case Collective::all_gather:
     case Collective::broadcast:
@@ -43,7 +52,7 @@ Choice select(const schedule::Call& call) {
 Geometry host_geometry() {
   return {.bank_bytes = kBankBytes,
           .trip_bytes = 256 << 10,
-          .stream_bytes = 32 << 20,
+          .stream_bytes = 12 << 20,
           .max_cells = kCellsPerPair};
 }
 

@@ -15,7 +15,8 @@ struct Choice {
 };
 
 // Pure in the call. The thresholds were measured on a node's shared memory (docs/algorithms.md).
-Choice select(const schedule::Call& call);
+// `crowded`: the ranks have fewer cores than they are. All ranks of a group must say the same.
+Choice select(const schedule::Call& call, bool crowded);
 
 Geometry host_geometry();
 
