@@ -11,7 +11,7 @@ namespace {
 // Bytes that a rank reads (all others' data) up to which few synchronisations beat little data. A symmetric buffer needs
 // no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation costs switches of
 // processes, so there it comes later.
-constexpr int64_t kFewSyncs = 16 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
+constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;
