@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "common/env.h"
 #include "common/error.h"
@@ -144,13 +145,14 @@ Communicator::~Communicator() {
 }
 
 void Communicator::close() {
-  if (transport::forked_since(fork_generation_) || closed_.exchange(true)) return;
+  if (transport::forked_since(fork_generation_)) return;
   {
     const std::lock_guard lock(queue_mutex_);
-    stopping_ = true;
+    if (std::exchange(stopping_, true)) return;
   }
   queue_changed_.notify_all();
   if (progress_.joinable()) progress_.join();  // it finishes what is queued
+  closed_.store(true);
   domain_->self().closed.store(1, std::memory_order_release);
   domain_->ring_all();
   for (auto& [key, channel] : channels_) channel->domain->ring_all();
@@ -377,6 +379,7 @@ std::shared_ptr<Work> Communicator::submit(Bound bound) {
   work->bound_ = std::move(bound);
   {
     const std::lock_guard lock(queue_mutex_);
+    if (stopping_) throw AbortedError("rank " + std::to_string(rank()) + " is closing this communicator");
     if (!progress_.joinable()) progress_ = std::thread([this] { progress(); });
     queue_.push_back(work);
     queued_.fetch_add(1, std::memory_order_release);
