@@ -1,0 +1,90 @@
+"""pycomm, in its forms: in place, with `out=`, on symmetric memory, persistent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import pycomm
+
+if TYPE_CHECKING:
+    from pycomm.bench.workers.data import Array, Case
+
+OUT_OF_PLACE = {
+    "all_reduce": "comm.all_reduce(x, out=out{more})",
+    "reduce_scatter": "comm.reduce_scatter(x, out=out{more})",
+    "all_gather": "comm.all_gather(x, out=out{more})",
+    "broadcast": "comm.broadcast(x, out=out{more})",
+    "reduce": "comm.reduce(x, out=out{more})",
+    "gather": "comm.gather(x, out={out_at_root}{more})",
+    "scatter": "comm.scatter({x_at_root}, out=out{more})",
+    "all_to_all": "comm.all_to_all(x, out=out{more})",
+    "barrier": "comm.barrier({more})",
+}
+IN_PLACE = {
+    **OUT_OF_PLACE,
+    "all_reduce": "comm.all_reduce(x{more})",
+    "broadcast": "comm.broadcast(x{more})",
+    "reduce": "comm.reduce(x{more})",
+    "all_to_all": "comm.all_to_all(x, out=x{more})",
+}
+# Every rank sends to the next. Some receive first, or all would wait for each other.
+SEND_RECV = ("comm.send(x, right)", "comm.recv(out, left)")
+
+
+class Engine:
+    def __init__(self, rank: int, size: int, directory: str) -> None:
+        self.comm = pycomm.init()
+        self.rank = self.comm.rank
+        self.version = f"pycomm {pycomm.__version__}"
+
+    def barrier(self) -> None:
+        self.comm.barrier()
+
+    def empty(self, count: int, dtype: np.dtype[Any], buffers: str) -> Array:
+        symmetric = buffers == "symmetric"
+        made: Array = self.comm.empty((count,), dtype) if symmetric else np.empty(count, dtype)
+        return made
+
+    def bind(
+        self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
+    ) -> tuple[str, dict[str, Any]] | None:
+        comm, size = self.comm, self.comm.size
+        names = {"comm": comm, "x": x, "out": out}
+        if case.collective == "send_recv":
+            first, second = SEND_RECV if self.rank % 2 == 0 else SEND_RECV[::-1]
+            neighbours = {"right": (self.rank + 1) % size, "left": (self.rank - 1) % size}
+            return None if form == "in_place" or size == 1 else (f"{first}; {second}", names | neighbours)
+        if case.collective == "barrier" and form == "in_place":
+            return None
+        root = self.rank == case.root
+        call = (IN_PLACE if form == "in_place" else OUT_OF_PLACE)[case.collective].format(
+            x_at_root="x" if root else None, out_at_root="out" if root else None, more=_more(case, variant)
+        )
+        call = call.replace("(, ", "(")
+        if variant["persistent"]:
+            return "op()", {"op": eval(call.replace("all_reduce", "all_reduce_init"), names)}
+        return call, names
+
+    def algorithm(self, case: Case, variant: dict[str, Any]) -> str:
+        if case.collective == "send_recv":
+            return "direct"
+        text = self.comm.explain(
+            case.collective, case.count, case.dtype, op=case.op, root=case.root, algorithm=variant["algorithm"]
+        )
+        lines = [line.split() for line in text.splitlines()]
+        return next(words[1].rstrip(":") for words in lines if words[:1] == ["algorithm"])
+
+    def close(self) -> None:
+        self.comm.close()
+
+
+def _more(case: Case, variant: dict[str, Any]) -> str:
+    """What is not as it is by default."""
+    more = "" if case.op == "sum" else f", op={case.op!r}"
+    if case.root:
+        more += f", root={case.root}"
+    if variant["algorithm"]:
+        more += f", algorithm={variant['algorithm']!r}"
+    return more

@@ -1,0 +1,151 @@
+"""One rank of a set that is measured: `python worker.py ENGINE SOCKET RANK SIZE CPUS`.
+
+ENGINE is the file of a class `Engine` (see its protocol below). The rank connects to the coordinator's socket
+and then does what it is told, a line of JSON at a time. Between orders it sleeps in a read, so that a set that
+is not measured takes no time from the one that is. Runs in any interpreter that has NumPy and what the engine
+needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import timeit
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from data import Array, Case, fill, numpy_dtype, spoil, wrong
+
+FORMS = ("out_of_place", "in_place")
+
+
+class Engine(Protocol):
+    rank: int
+    version: str
+
+    def __init__(self, rank: int, size: int, directory: str) -> None:
+        """Joins the other ranks. MPI says the rank itself; `directory` is for files to meet by."""
+
+    def barrier(self) -> None: ...
+
+    def empty(self, count: int, dtype: np.dtype[Any], buffers: str) -> Array:
+        """The same call on every rank."""
+
+    def bind(
+        self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
+    ) -> tuple[str, dict[str, Any]] | None:
+        """The call as its user would write it, and the names in it; None if it has no such form."""
+
+    def algorithm(self, case: Case, variant: dict[str, Any]) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Worker:
+    def __init__(self, engine: Engine, size: int) -> None:
+        self.engine = engine
+        self.size = size
+        self.buffers: dict[str, tuple[Array, Array]] = {}
+        self.calls: dict[tuple[int, str], tuple[timeit.Timer, timeit.Timer]] = {}
+        self.moments: list[float] = []
+
+    def open(self, case: dict[str, Any], variants: list[dict[str, Any]], check: bool) -> list[dict[str, Any]]:
+        """Binds a case in its variants. Says of each which forms it has, what ran and how much was wrong, or
+        what forbids it."""
+        self.close()
+        return [self._open(Case(**case), number, variant, check) for number, variant in enumerate(variants)]
+
+    def _open(self, case: Case, number: int, variant: dict[str, Any], check: bool) -> dict[str, Any]:
+        forms: dict[str, int] = {}
+        try:
+            for form in FORMS:
+                x, out = self._buffers(case, form, str(variant["buffers"]))
+                bound = self.engine.bind(case, form, variant, x, out)
+                if bound is None:
+                    continue
+                text, names = bound
+                names["moment"] = self._moment
+                call = timeit.Timer(text, globals=names)
+                spoil(out)  # in place, what is not the input's part
+                fill(x, case, self.engine.rank, self.size)
+                self.engine.barrier()
+                call.timeit(1)
+                forms[form] = wrong(x, out, case, self.engine.rank, self.size) if check else 0
+                self.calls[number, form] = (call, timeit.Timer(f"moment()\n{text}\nmoment()", globals=names))
+            if not forms:
+                return {"error": f"has no {case.collective}"}
+            return {"forms": forms, "algorithm": self.engine.algorithm(case, variant)}
+        except Exception as error:  # of any engine: it is the answer
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+    def _buffers(self, case: Case, form: str, kind: str) -> tuple[Array, Array]:
+        """x and out. In place the smaller is a part of the larger, as each collective has it."""
+        rank, dtype = self.engine.rank, numpy_dtype(case.dtype)
+        if kind not in self.buffers:
+            sent, received = (self.engine.empty(n, dtype, kind) for n in case.elements(self.size))
+            self.buffers[kind] = sent, received
+        x, out = self.buffers[kind]
+        if form == "out_of_place":
+            return x, out
+        mine = slice(rank * case.count, (rank + 1) * case.count)
+        if case.collective in ("gather", "scatter") and rank != case.root:
+            return x, out
+        if out.size > x.size:
+            return out[mine], out
+        return x, x[mine] if x.size > out.size else x
+
+    def _moment(self, clock: Any = time.perf_counter) -> None:
+        self.moments.append(clock())
+
+    def time(self, number: int, form: str, calls: int, warmup: int) -> float:
+        """Seconds for `calls` calls in a row, entered by all ranks together."""
+        timer = self.calls[number, form][0]
+        timer.timeit(warmup)
+        self.engine.barrier()
+        return timer.timeit(calls)
+
+    def trace(self, number: int, form: str, calls: int) -> list[list[float]]:
+        """When this rank entered and left each of `calls` calls, by the clock that all ranks share."""
+        self.moments.clear()
+        self.engine.barrier()
+        self.calls[number, form][1].timeit(calls)
+        return [self.moments[0::2], self.moments[1::2]]
+
+    def close(self) -> None:
+        self.calls.clear()
+        self.buffers.clear()
+        gc.collect()
+
+
+def main() -> None:
+    path, address, rank, size, cpus = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends the ranks
+    engine: Engine = runpy.run_path(path)["Engine"](int(rank), int(size), str(Path(address).parent))
+    places = json.loads(cpus)
+    os.sched_setaffinity(0, places[engine.rank])
+    worker = Worker(engine, int(size))
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(address)
+        stream = link.makefile("rw")
+
+        def say(answer: object) -> None:
+            stream.write(json.dumps(answer) + "\n")
+            stream.flush()
+
+        say({"rank": engine.rank, "version": engine.version})
+        for line in stream:
+            order = json.loads(line)
+            say(getattr(worker, order.pop("do"))(**order))
+        worker.close()
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

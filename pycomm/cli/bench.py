@@ -1,0 +1,157 @@
+"""`pycomm bench`: measures the collectives, beside Open MPI, MPICH and Gloo where asked."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+from pycomm import _native
+from pycomm.cli.main import fail
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("collective", nargs="*", default=["all_reduce"], help="names, or all (all_reduce)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (2)")
+    parser.add_argument("-b", "--minbytes", default="4", metavar="SIZE", help="smallest size: 4, 1K, 64M, 1G (4)")
+    parser.add_argument("-e", "--maxbytes", default="64M", metavar="SIZE", help="largest size (64M)")
+    parser.add_argument("-f", "--stepfactor", type=int, default=4, metavar="N", help="from size to size (4)")
+    parser.add_argument(
+        "-n", "--iters", type=int, metavar="N", help="calls in a repetition (as many as take a few ms)"
+    )
+    parser.add_argument("-w", "--warmup_iters", type=int, metavar="N", help="calls before each (a tenth)")
+    parser.add_argument("-d", "--datatype", default="float32", help="element type (float32)")
+    parser.add_argument("-o", "--op", default="sum", help="operator of the reductions (sum)")
+    parser.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="check every element (1)")
+    parser.add_argument("--algorithms", default="", metavar="NAMES", help="all, or names; else the library's choice")
+    parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric (plain)")
+    parser.add_argument("--persistent", action="store_true", help="all_reduce_init as well")
+    parser.add_argument(
+        "--vs",
+        default="",
+        metavar="PEERS",
+        help="mpi,gloo, or with the interpreters that have them: openmpi=/path/to/python,gloo=/path/to/python",
+    )
+    parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
+    parser.add_argument("--csv", metavar="PATH")
+    parser.add_argument("--plot", metavar="PATH", help="a PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        return fail("pycomm bench needs rich: pip install 'pycomm-collectives[bench]'")
+    from pycomm.bench import measure as m
+    from pycomm.bench import report
+    from pycomm.bench.sets import Peer, RankSet, SetError, parse_peers
+
+    try:
+        collectives = list(m.COLLECTIVES) if args.collective == ["all"] else args.collective
+        for name in collectives:
+            if name not in m.COLLECTIVES:
+                raise ValueError(f"there is no collective {name!r}: {', '.join(m.COLLECTIVES)}, or all")
+        if args.ranks < 1:
+            raise ValueError(f"--ranks {args.ranks}: at least one")
+        if "all_reduce" not in collectives and args.persistent:
+            raise ValueError("--persistent: all_reduce alone has a persistent form")
+        sizes = size_range(args.minbytes, args.maxbytes, args.stepfactor)
+        buffers = args.buffers.split(",")
+        if not set(buffers) <= {"plain", "symmetric"}:
+            raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
+        peers = parse_peers(args.vs)
+    except ValueError as error:
+        return fail(str(error))
+
+    errors = Console(stderr=True)
+    # The table is wide; where nobody looks at it on a terminal it may be as wide as it likes.
+    to_terminal = errors.is_terminal if args.json == "-" else sys.stdout.isatty()
+    console = Console(stderr=args.json == "-", width=None if to_terminal else 240)
+    warned: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in warned:
+            warned.add(text)
+            errors.print(f"[yellow]{text}[/yellow]", highlight=False)
+
+    rows: list[m.Row] = []
+    versions: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            ours = stack.enter_context(RankSet.of_pycomm(args.ranks))
+        except SetError as error:
+            return fail(f"pycomm's own ranks: {error}")
+        versions["pycomm"] = ours.version
+        theirs: dict[Peer, RankSet] = {}
+        for peer in peers:
+            try:
+                theirs[peer] = stack.enter_context(RankSet.of_peer(peer, args.ranks))
+                versions[peer.name] = theirs[peer].version
+            except SetError as error:
+                warn(f"{peer.name} is left out: {error}")
+        console.print(f"{report.machine()}\n{args.ranks} ranks beside {versions}", highlight=False)
+        progress = stack.enter_context(Progress(console=errors, transient=True))
+        for name in collectives:
+            chosen: list[str | None] = [None]
+            if args.algorithms == "all":
+                chosen = list(_native.algorithms(name))
+            elif args.algorithms:
+                chosen = [*args.algorithms.split(",")]
+            options = m.Options(
+                args.ranks, sizes, args.datatype, args.op, args.iters, args.warmup_iters, bool(args.check), chosen,
+                buffers if name != "send_recv" else ["plain"], args.persistent,
+            )  # fmt: skip
+            shown = report.table(name)
+            task = progress.add_task(name, total=sum(1 for _ in m.cases(name, options)))
+            try:
+                for found in m.measure(name, options, ours, theirs, warn):
+                    rows += found
+                    report.add_rows(shown, found)
+                    progress.advance(task)
+            except SetError as error:
+                return fail(f"{name}: pycomm's own ranks: {error}")
+            progress.remove_task(task)
+            console.print(shown)
+    report.print_summary(console, rows)
+    if args.json == "-":
+        print(report.as_json(rows, versions))
+    elif args.json:
+        Path(args.json).write_text(report.as_json(rows, versions) + "\n")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            report.write_csv(rows, file)
+    if args.plot and rows:
+        from pycomm.bench.plot import plot
+
+        plot(rows, args.plot, report.machine())
+    wrong = sum(times.wrong for row in rows for times in row.forms.values())
+    if wrong:
+        return fail(f"{wrong} elements are wrong")
+    return 0 if rows else 1
+
+
+def size_range(low: str, high: str, factor: int) -> list[int]:
+    first, last = parse_size(low), parse_size(high)
+    if not 0 < first <= last:
+        raise ValueError(f"-b {low} -e {high}: sizes go from a positive one up")
+    if factor < 2:
+        raise ValueError(f"-f {factor}: sizes grow by a factor of 2 or more")
+    sizes = []
+    while first <= last:
+        sizes.append(first)
+        first *= factor
+    return sizes
+
+
+def parse_size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{text!r} is not a size: 4, 1K, 64M, 1G")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
