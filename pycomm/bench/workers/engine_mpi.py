@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util import dtypes
+from mpi4py.util import dtlib
 
 if TYPE_CHECKING:
     from pycomm.bench.workers.data import Array, Case
@@ -68,7 +68,7 @@ class Engine:
             return None
         if case.op not in OPS:
             raise TypeError(f"MPI has no operation {case.op}")
-        kind = dtypes.from_numpy_dtype(x.dtype)
+        kind = dtlib.from_numpy_dtype(x.dtype)
         source, target, size = [x, kind], [out, kind], self.comm.size
         return call, {
             "comm": self.comm,
