@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mpi4py import MPI
-from mpi4py.util import dtlib
 
 if TYPE_CHECKING:
     from pycomm.bench.workers.data import Array, Case
@@ -42,6 +41,14 @@ OPS = {
     "bor": MPI.BOR,
     "bxor": MPI.BXOR,
 }
+TYPES = {
+    "float32": MPI.FLOAT,
+    "float64": MPI.DOUBLE,
+    "complex64": MPI.C_FLOAT_COMPLEX,
+    "complex128": MPI.C_DOUBLE_COMPLEX,
+    "bool": MPI.C_BOOL,
+    **{f"{sign}int{bits}": getattr(MPI, f"{sign.upper()}INT{bits}_T") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
 
 
 class Engine:
@@ -68,7 +75,9 @@ class Engine:
             return None
         if case.op not in OPS:
             raise TypeError(f"MPI has no operation {case.op}")
-        kind = dtlib.from_numpy_dtype(x.dtype)
+        kind = TYPES.get(x.dtype.name)
+        if kind is None:
+            raise TypeError(f"MPI has no type {x.dtype.name}")
         source, target, size = [x, kind], [out, kind], self.comm.size
         return call, {
             "comm": self.comm,
