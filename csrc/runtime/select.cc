@@ -51,7 +51,7 @@ Choice select(const schedule::Call& call, bool crowded) {
 
 Geometry host_geometry() {
   return {.bank_bytes = kBankBytes,
-          .trip_bytes = 256 << 10,
+          .trip_bytes = 448 << 10,
           .stream_bytes = 12 << 20,
           .max_cells = kCellsPerPair};
 }
