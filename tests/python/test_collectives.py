@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pycomm
 import pytest
+
 from pycomm import Communicator, _native
 
 SIZES = [1, 2, 3, 4, 5]
 # Less than a row for each rank, counts that do not divide, several trips of a window, several windows.
-COUNTS = [0, 1, 2, 3, 7, 64, 1003, 70_001, 600_011]
+COUNTS = [0, 1, 2, 3, 7, 64, 1003, 70_001, 300_007]
 UNEVEN = [[3, 0, 5, 1, 2], [0, 0, 1, 0, 0], [1000, 1, 999, 0, 77], [0] * 5]
 
 Ranks = Callable[..., list[Any]]
@@ -240,17 +240,20 @@ def test_a_list_is_one_call_for_each_type(ranks: Ranks) -> None:
     shapes = [(3,), (2, 5), (), (0, 4), (1001,)]
 
     def fn(comm: Communicator) -> None:
-        xs = [np.array(values(comm.rank, *shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes)]
+        xs = [
+            np.array(values(comm.rank, *shape, dtype=dtype))
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
         expected = [
             np.sum([values(r, *shape, dtype=dtype) for r in range(comm.size)], axis=0).astype(dtype)
-            for shape, dtype in zip(shapes, dtypes)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         outs = [np.empty_like(x) for x in xs]
         assert comm.all_reduce(xs, out=outs) is outs
-        for out, x, want, shape in zip(outs, xs, expected, shapes):
+        for out, x, want, shape in zip(outs, xs, expected, shapes, strict=True):
             same(out, want)
             assert np.array_equal(x, values(comm.rank, *shape, dtype=x.dtype))
-        for x, want in zip(comm.all_reduce(xs, async_op=True).wait(), expected):
+        for x, want in zip(comm.all_reduce(xs, async_op=True).wait(), expected, strict=True):
             same(x, want)
         assert comm.all_reduce([]) == []
         with pytest.raises(ValueError, match="1 buffers for 5"):
@@ -277,7 +280,7 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (TypeError, "not a string", lambda: comm.all_reduce(x, algorithm=1)),
             (ValueError, "timeout", lambda: comm.all_reduce(x, timeout=0)),
             (ValueError, "timeout", lambda: comm.all_reduce(x, timeout=float("nan"))),
-            (TypeError, "", lambda: comm.all_reduce(x, timeout="1")),
+            (TypeError, "real number", lambda: comm.all_reduce(x, timeout="1")),
             (ValueError, "stream", lambda: comm.all_reduce(x, stream=1)),
             (ValueError, "`root` is 3.*0 to 2", lambda: comm.broadcast(x, root=3)),
             (ValueError, "`root` is -1", lambda: comm.reduce(x, root=-1)),

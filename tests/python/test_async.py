@@ -1,0 +1,194 @@
+"""Asynchronous calls: order, waiting, errors, and what they keep alive."""
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pycomm
+from pycomm import Communicator
+
+Ranks = Callable[..., list[Any]]
+
+
+def test_work(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x = np.full(1000, comm.rank + 1.0)
+        work = comm.all_reduce(x, async_op=True)
+        assert isinstance(work, pycomm.Work)
+        assert work.wait() is x
+        assert work.is_completed() and work.exception() is None
+        assert work.result() is x and work.wait(1) is x
+        assert (x == 6).all()
+        assert comm.barrier(async_op=True).wait() is None
+        gathered = comm.all_gather(np.array([comm.rank]), async_op=True).wait()
+        assert gathered.tolist() == [0, 1, 2]
+        for call in (comm.broadcast, comm.reduce, comm.gather):
+            call(np.zeros(3), root=2, async_op=True).wait()
+        assert comm.scatter(np.arange(3), async_op=True, out=np.empty(1, int)).wait() == [comm.rank]
+        assert comm.reduce_scatter(np.arange(3), async_op=True).wait() == [3 * comm.rank]
+        assert comm.all_to_all(np.arange(3), async_op=True).wait().tolist() == [comm.rank] * 3
+
+    ranks(fn, 3)
+
+
+def test_many_in_flight_complete_in_order(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        xs = [np.full(1 + 37 * i, comm.rank + i, np.float32) for i in range(200)]
+        works = [comm.all_reduce(x, async_op=True) for x in xs]
+        y = comm.all_reduce(np.ones(5))  # synchronous: behind them all
+        assert (y == comm.size).all()
+        assert all(work.is_completed() for work in works)
+        for i, x in enumerate(xs):
+            assert (x == i * comm.size + 1).all(), i
+        works = [comm.all_reduce(np.full(10, float(i)), async_op=True) for i in range(100)]
+        assert [work.wait()[0] for work in reversed(works)] == [2.0 * i for i in reversed(range(100))]
+
+    ranks(fn, 2)
+
+
+def test_the_progress_thread_needs_nobody_to_wait(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        work = comm.all_reduce(np.ones(100_000), async_op=True)
+        deadline = time.monotonic() + 20
+        while not work.is_completed():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert (work.result() == comm.size).all()
+
+    ranks(fn, 2)
+
+
+def test_wait_with_a_timeout(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        if comm.rank == 0:
+            work = comm.all_reduce(np.ones(3), async_op=True)
+            assert not work.is_completed() and work.exception() is None
+            started = time.monotonic()
+            with pytest.raises(pycomm.CommTimeoutError, match="it goes on"):
+                work.wait(0.1)
+            assert 0.1 <= time.monotonic() - started < 5
+            assert not work.is_completed()
+            comm.send(np.zeros(1), 1)
+            assert (work.wait(30) == 2).all()
+        else:
+            time.sleep(0.5)
+            # send and recv are in the queue's order too: rank 0 sends behind its all_reduce.
+            assert (comm.all_reduce(np.ones(3)) == 2).all()
+            comm.recv(np.zeros(1), 0)
+
+    ranks(fn, 2)
+
+
+def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        if comm.rank == 0:
+            x = np.full(50_000, 2.0)
+            out = np.empty_like(x)
+            dropped = weakref.ref(x), weakref.ref(out)
+            comm.all_reduce(x, out=out, async_op=True)  # even the Work is dropped
+            comm.all_reduce([np.ones(4), np.ones(5, np.float32)], async_op=True)
+            del x, out
+            gc.collect()
+            assert all(reference() is not None for reference in dropped)
+            comm.barrier()
+            gc.collect()
+            assert all(reference() is None for reference in dropped)
+        else:
+            time.sleep(0.1)
+            assert (comm.all_reduce(np.full(50_000, 1.0)) == 3).all()
+            comm.all_reduce([np.ones(4), np.ones(5, np.float32)])
+            comm.barrier()
+
+    ranks(fn, 2)
+
+
+def test_errors_come_out_of_wait(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        count = 5 if comm.rank == 0 else 6
+        work = comm.all_reduce(np.ones(count), async_op=True)
+        behind = comm.all_reduce(np.ones(3), async_op=True)
+        with pytest.raises(pycomm.MismatchError, match="5.*6|6.*5"):
+            work.wait()
+        assert work.is_completed()
+        assert isinstance(work.exception(), pycomm.MismatchError)
+        with pytest.raises(pycomm.MismatchError):
+            work.result()
+        with pytest.raises(pycomm.CommError):
+            behind.wait()
+        with pytest.raises(pycomm.AbortedError, match="count="):
+            comm.all_reduce(np.ones(3), async_op=True)
+
+    ranks(fn, 2)
+
+
+def test_closing_completes_what_is_queued(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        works = [comm.all_reduce(np.full(10_000, comm.rank + 1.0), async_op=True) for _ in range(20)]
+        comm.close()
+        assert all(work.is_completed() for work in works)
+        assert all((work.result() == 3).all() for work in works)
+        with pytest.raises(pycomm.AbortedError, match="closed"):
+            comm.barrier(async_op=True)
+
+    ranks(fn, 2)
+
+
+def test_a_communicator_dropped_with_work_in_flight(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        half = comm.split(0)
+        work = half.all_reduce(np.ones(1000), async_op=True)
+        del half
+        gc.collect()
+        assert (work.wait() == 2).all()
+
+    ranks(fn, 2)
+
+
+def test_several_threads_of_a_rank_wait(ranks: Ranks) -> None:
+    """Whoever comes first drives the queue; all get their results."""
+
+    def fn(comm: Communicator) -> None:
+        works = [comm.all_reduce(np.full(3000, i, np.float32), async_op=True) for i in range(40)]
+        wrong: list[int] = []
+
+        def wait(i: int) -> None:
+            if not (works[i].wait() == i * comm.size).all():
+                wrong.append(i)
+
+        threads = [threading.Thread(target=wait, args=(i,)) for i in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not wrong
+
+    ranks(fn, 2)
+
+
+def test_groups_side_by_side_from_several_threads(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        groups = [comm.split(0) for _ in range(3)]
+        wrong: list[object] = []
+
+        def work(i: int) -> None:
+            for k in range(30):
+                x = np.full(100 + 1000 * i, i + k + comm.rank, np.float64)
+                if not (groups[i].all_reduce(x) == 2 * (i + k) + 1).all():
+                    wrong.append((i, k))
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not wrong
+
+    ranks(fn, 2)
