@@ -61,10 +61,10 @@ format: $(VENV)/.dev
 
 # ---- pycomm/_native.pyi is generated from the module ----
 stubs: build
-	@scripts/stubs write
+	@$(BIN)/python scripts/stubs.py write
 
 check-stubs: build
-	@scripts/stubs check
+	@$(BIN)/python scripts/stubs.py check
 
 # ---- what has threads under ThreadSanitizer, what has pointers under AddressSanitizer with UndefinedBehaviorSanitizer;
 # the proofs of schedules have neither, and would take minutes

@@ -74,8 +74,8 @@ class Communicator(_native.Communicator):
         return [objects.decode(part.tobytes()) for part in np.split(data, np.cumsum(lengths)[:-1])]
 
     def split(self, color: int, key: int = 0) -> Communicator | None:
-        """Collective. The group of those ranks that gave the same color, ordered by key and then by rank here;
-        None for a negative color."""
+        """The group of those ranks that gave the same color, ordered by key and then by rank here; None for a
+        negative color. Collective."""
         group = super().split(color, key)
         return None if group is None else type(self)(group)
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import processes
-import pycomm
 import pytest
+
+import pycomm
 
 
 @pytest.fixture(params=["threads", "processes"])
