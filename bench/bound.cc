@@ -95,7 +95,8 @@ struct Ours {
 
   void operator()(const Prepared& prepared, const Buffers& buffers) {
     run.start(domain, prepared, buffers, ++calls, prepared.record, !last_exchanged);
-    while (!run.advance(policy.polls())) wait(domain, run, policy, 0, 600, patience);
+    double started = 0;
+    while (!run.advance(policy.polls())) wait(domain, run, policy, started, 600, patience);
     domain.self().finished.store(calls, std::memory_order_release);
     last_exchanged = prepared.plan.full_exchange;
   }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -414,7 +415,6 @@ void finish_request(Invocation& call) {
   request.call.dtype = call.in.data || call.in.count ? call.in.dtype : call.out.dtype;
   request.in = call.in.data;
   request.out = call.out.data;
-  require(request.call.dtype, request.call.op);
   check_premul(request);
 }
 
@@ -498,8 +498,15 @@ PyTypeObject* persistent_type() {
   return type;
 }
 
+// All that must live as long as the call may run.
+std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> objects) {
+  return std::make_shared<std::array<std::shared_ptr<void>, 4>>(
+      std::array{call.in.exported, call.out.exported, call.storage, std::move(objects)});
+}
+
 py::object make_persistent(PyCommunicator& comm, Invocation& call) {
-  auto bound = std::make_unique<Bound>(comm->bind(call.request));
+  auto bound = std::make_unique<Bound>(comm->bind(std::move(call.request)));
+  bound->keeps_alive = exports_of(call, nullptr);
   auto* op = reinterpret_cast<PersistentOp*>(persistent_type()->tp_alloc(persistent_type(), 0));
   if (!op) throw py::error_already_set();
   op->bound = bound.release();
@@ -516,18 +523,15 @@ py::object keep_of(const Invocation& call, const Arguments& args) {
 }
 
 py::object start(PyCommunicator& comm, Invocation& call, const Arguments& args) {
-  Bound bound = comm->bind(call.request);
+  Bound bound = comm->bind(std::move(call.request));
   bound.then = call.then;
-  bound.keeps_alive = keep_alive(keep_of(call, args));
-  auto exported = std::make_shared<std::vector<std::shared_ptr<void>>>();
-  exported->insert(exported->end(), {call.in.exported, call.out.exported, call.storage, bound.keeps_alive});
-  bound.keeps_alive = exported;
+  bound.keeps_alive = exports_of(call, keep_alive(keep_of(call, args)));
   return py::cast(PyWork(comm->submit(std::move(bound)), comm.handle, call.result));
 }
 
 void run_now(PyCommunicator& comm, Invocation& call) {
   GilPatience patience(comm->threads() || std::max(call.in.bytes(), call.out.bytes()) > kShortBytes);
-  Bound bound = comm->bind(call.request);
+  Bound bound = comm->bind(std::move(call.request));
   comm->run(bound, patience);
   if (call.then) call.then();
 }
@@ -570,6 +574,7 @@ py::object all_reduce_list(PyCommunicator& comm, PyObject* list, const Arguments
     take_common(call.request, args);
     take_list(call, std::move(ins), std::move(outs), keep);
     finish_request(call);
+    require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
     call.x = py::reinterpret_borrow<py::object>(list);
     call.result = out_list;
   }

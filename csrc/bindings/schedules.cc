@@ -55,7 +55,11 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
     throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
   call.dtype = dtype_from_python(dtype.ptr());
   call.op = parse_op(op);
-  require(call.dtype, call.op);
+  if (reduces(call.world.collective)) {
+    require(call.dtype, call.op);
+  } else {
+    call.op = any_op(call.dtype);
+  }
   call.counts = uniform_counts(call.world, count);
   call.in = call.out = placement == "plain" ? Placement::plain : Placement::symmetric;
   call.in_place = in_place;

@@ -84,6 +84,8 @@ bool supports(DType dtype, Op op) {
   return false;
 }
 
+Op any_op(DType dtype) { return supports(dtype, Op::sum) ? Op::sum : Op::bor; }
+
 void require(DType dtype, Op op) {
   if (supports(dtype, op)) return;
   throw TypeError("op '" + std::string(name(op)) + "' makes no sense on " + name(dtype) + "; " + name(dtype) +

@@ -260,13 +260,31 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
   }
 }
 
-Bound Communicator::bind(const Request& request) {
+// A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone: it is plain.
+void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
+  const schedule::Call& call = request.call;
+  const Collective kind = call.world.collective;
+  if (kind == Collective::gather || kind == Collective::scatter) return;
+  const auto item = static_cast<int64_t>(size_of(call.dtype));
+  if (!(call.in_place && kind == Collective::all_gather)) {
+    in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
+  }
+  if (!(call.in_place && kind == Collective::reduce_scatter)) {
+    out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
+  }
+}
+
+Bound Communicator::bind(Request request) {
   check_usable();
-  require(request.call.dtype, request.call.op);
+  if (schedule::reduces(request.call.world.collective)) {
+    require(request.call.dtype, request.call.op);
+  } else {
+    request.call.op = any_op(request.call.dtype);
+  }
   Bound bound;
   bound.timeout_s = request.timeout_s < 0 ? timeout_s_ : request.timeout_s;
   bound.buffers = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
-  schedule::Call call = request.call;
+  schedule::Call& call = request.call;
   int plan_rank = rank();
   Heap::Place in, out;
   if (call.world.collective == Collective::send_recv) {
@@ -276,20 +294,13 @@ Bound Communicator::bind(const Request& request) {
     call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1};
   } else {
     call.world.size = size();
-    const auto item = static_cast<int64_t>(size_of(call.dtype));
-    // A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone.
-    const Collective kind = call.world.collective;
-    const bool rooted = kind == Collective::gather || kind == Collective::scatter;
-    if (!rooted && !(call.in_place && kind == Collective::all_gather)) {
-      in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
+    if (!heap_->empty() && size() > 1) {
+      find_symmetric(request, in, out);
+      if (in.distance) call.in = schedule::Placement::symmetric;
+      if (out.distance) call.out = schedule::Placement::symmetric;
+      bound.buffers.in_distance = in.distance;
+      bound.buffers.out_distance = out.distance;
     }
-    if (!rooted && !(call.in_place && kind == Collective::reduce_scatter)) {
-      out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
-    }
-    if (in.distance && size() > 1) call.in = schedule::Placement::symmetric;
-    if (out.distance && size() > 1) call.out = schedule::Placement::symmetric;
-    bound.buffers.in_distance = in.distance;
-    bound.buffers.out_distance = out.distance;
   }
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
@@ -307,7 +318,11 @@ Bound Communicator::bind(const Request& request) {
 std::string Communicator::explain(const Request& request) {
   schedule::Call call = request.call;
   call.world.size = size();
-  require(call.dtype, call.op);
+  if (schedule::reduces(call.world.collective)) {
+    require(call.dtype, call.op);
+  } else {
+    call.op = any_op(call.dtype);
+  }
   const Choice choice =
       request.algorithm.empty() ? select(call, policy_.yield) : Choice{request.algorithm, "named by the caller"};
   const auto prepared = prepare(call, request.algorithm, rank());

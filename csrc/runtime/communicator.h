@@ -79,10 +79,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   double default_timeout_s() const { return timeout_s_; }
 
   // Checks, chooses and lowers; moves nothing. Throws ValueError, TypeError.
-  Bound bind(const Request& request);
+  Bound bind(Request request);
   void run(const Bound& bound, Patience& patience);
   std::shared_ptr<Work> submit(Bound bound);
-  void execute(const Request& request, Patience& patience) { run(bind(request), patience); }
+  void execute(Request request, Patience& patience) { run(bind(std::move(request)), patience); }
 
   std::string explain(const Request& request);
   // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans
@@ -118,6 +118,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Channel& channel(int src, int dst, Patience& patience, double timeout_s);
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
+  void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();
   bool gone(int rank) const;
 

@@ -47,7 +47,7 @@ Allocation::~Allocation() {
 }
 
 Heap::Place Heap::find(const void* data, int64_t bytes, int ranks) const {
-  if (count_.load(std::memory_order_acquire) == 0) return {};
+  if (empty()) return {};
   const char* at = static_cast<const char*>(data);
   const std::lock_guard lock(mutex_);
   auto next = allocations_.upper_bound(at);

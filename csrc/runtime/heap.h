@@ -47,6 +47,7 @@ class Heap : public std::enable_shared_from_this<Heap> {
   struct Place {
     int64_t distance = 0, offset = -1;
   };
+  bool empty() const { return count_.load(std::memory_order_acquire) == 0; }
   Place find(const void* data, int64_t bytes, int ranks) const;
 
  private:

@@ -107,7 +107,7 @@ WaitPolicy wait_policy(int ranks, int cores) {
   return {.spin_us = env().spin_us, .yield = ranks > cores};
 }
 
-void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double started, double timeout_s,
+void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
           Patience& patience) {
   const Blocked& blocked = run.blocked_on();
   if (run.mismatched() < 0 && policy.spin_us > 0) {

@@ -33,9 +33,9 @@ WaitPolicy wait_policy(int ranks, int cores);
 // Lets sleepers of other processes order their sleep with this process's signals (membarrier). Once a process.
 void register_for_fences();
 
-// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it.
-// `deadline` is in seconds on the steady clock (now_s); infinity: none.
-void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double started, double timeout_s,
+// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it. `started`: the
+// call's first long wait, by now_s(); 0 until then. The call has `timeout_s` from there, in all its waits together.
+void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
           Patience& patience);
 
 double now_s();

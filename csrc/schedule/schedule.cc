@@ -16,6 +16,11 @@ constexpr std::array<const char*, 4> kBufferNames = {"in", "out", "image", "scra
 const char* name(Collective collective) { return kCollectiveNames[static_cast<size_t>(collective)]; }
 const char* name(Buffer buffer) { return kBufferNames[static_cast<size_t>(buffer)]; }
 
+bool reduces(Collective collective) {
+  return collective == Collective::all_reduce || collective == Collective::reduce_scatter ||
+         collective == Collective::reduce;
+}
+
 Collective parse_collective(const std::string& text) {
   std::string known;
   for (int i = 0; i < kNumCollectives; ++i) {

@@ -7,11 +7,6 @@ namespace pycomm::schedule {
 
 namespace {
 
-bool reduces(Collective collective) {
-  return collective == Collective::all_reduce || collective == Collective::reduce ||
-         collective == Collective::reduce_scatter;
-}
-
 // Elements of the blocks before `block`.
 int64_t displacement(const Call& call, int block) {
   return std::accumulate(call.counts.begin(), call.counts.begin() + block, int64_t{0});

@@ -186,9 +186,10 @@ class Rank {
     const Prepared& prepared = *case_.plans[rank_];
     run.start(*domain_, prepared, buffers_, static_cast<uint64_t>(number), prepared.record, !last_exchanged_);
     Patience patience;
+    double started = 0;
     while (!run.advance(1, killer)) {
       again = domain_->self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
-      wait(*domain_, run, policy_, 0, 30, patience);
+      wait(*domain_, run, policy_, started, 30, patience);
     }
     if (kill_at == kAfterLastStep) die(board_);
     domain_->self().finished.store(static_cast<uint64_t>(number), std::memory_order_release);

@@ -199,7 +199,8 @@ class Rank {
 
     const Prepared& prepared = *s.plans[rank_];
     run_.start(*domain_, prepared, buffers, ++calls_, prepared.record, !last_exchanged_);
-    while (!run_.advance()) wait(*domain_, run_, policy_, 0, 60, patience_);
+    double started = 0;
+    while (!run_.advance()) wait(*domain_, run_, policy_, started, 60, patience_);
     domain_->self().finished.store(calls_, std::memory_order_release);
     last_exchanged_ = prepared.plan.full_exchange;
 
