@@ -1,8 +1,8 @@
 """Cases, repetitions in turn, and the rows that come out.
 
-Every set of ranks stands ready at once; one runs while the others sleep. Within a repetition each form of each
-engine has its turn, so that a machine that grows slower is slower for all. A repetition times many calls in a
-row; the slowest rank's time counts.
+Every set of ranks stands ready at once; one runs while the others sleep. Within a repetition each form of
+each engine has its turn, so that a machine that grows slower is slower for all. A repetition times many calls
+in a row; the slowest rank's time counts.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ def _measure_case(
         {"buffers": buffers, "algorithm": algorithm, "persistent": persistent}
         for algorithm in options.algorithms
         for buffers in options.buffers
-        for persistent in ([False, True] if options.persistent and case.collective == "all_reduce" else [False])
+        for persistent in (
+            [False, True] if options.persistent and case.collective == "all_reduce" else [False]
+        )
     ]
     opened = _open(ours, case, variants, options.check)
     for variant, answer in zip(variants, opened, strict=True):
@@ -219,7 +221,9 @@ def _repeat(
 
     for key, form in forms.items():
         attempt(key, lambda form=form: form.calibrate(options))  # type: ignore[misc]
-    slowest = max(((form.run(1, 0) * form.calls) for key, form in forms.items() if key[0] == "pycomm"), default=0.1)
+    slowest = max(
+        ((form.run(1, 0) * form.calls) for key, form in forms.items() if key[0] == "pycomm"), default=0.1
+    )
     low, high = REPETITIONS
     for _ in range(max(low, min(high, int(CASE_S / max(slowest, 1e-6))))):
         for key, form in forms.items():
@@ -249,7 +253,7 @@ def _times(samples: list[float], wrong: int) -> Times:
 def _wait(form: _Form) -> float:
     traces = form.ranks.order("trace", number=form.number, form=form.name, calls=min(form.calls, 200))
     entries = zip(*(trace[0] for trace in traces), strict=True)
-    return statistics.median(max(moments) - min(moments) for moments in entries) * 1e6
+    return float(statistics.median(max(moments) - min(moments) for moments in entries)) * 1e6
 
 
 def _give_up(peer: Peer, peers: dict[Peer, RankSet], error: SetError, warn: Callable[[str], None]) -> None:
@@ -263,8 +267,8 @@ def _words(variant: dict[str, Any]) -> str:
 
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Geometric mean and minimum of the ratios, by collective, buffers and peer; where several MPIs were measured
-    also against the better of them at each size."""
+    """Geometric mean and minimum of the ratios, by collective, buffers and peer; where several MPIs were
+    measured also against the better of them at each size."""
     groups: dict[tuple[str, str, str, bool], list[tuple[int, float]]] = {}
     for row in rows:
         ratios = dict(row.ratios)

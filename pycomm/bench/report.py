@@ -45,7 +45,18 @@ def as_json(rows: Sequence[Row], versions: dict[str, str]) -> str:
 
 def write_csv(rows: Sequence[Row], file: TextIO) -> None:
     peers = sorted({name for row in rows for name in row.peers})
-    columns = ["collective", "bytes", "count", "dtype", "op", "ranks", "algorithm", "buffers", "persistent", "wait_us"]
+    columns = [
+        "collective",
+        "bytes",
+        "count",
+        "dtype",
+        "op",
+        "ranks",
+        "algorithm",
+        "buffers",
+        "persistent",
+        "wait_us",
+    ]
     columns += [f"{form}_{what}" for form in FORMS for what in ("median_us", "min_us", "p99_us", "wrong")]
     writer = csv.writer(file)
     writer.writerow([*columns, *(f"{peer}_us" for peer in peers)])
@@ -57,7 +68,9 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
 
 
 def table(title: str) -> Table:
-    shown = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in ("size(B)", "count", "type", "redop", "root", "algorithm", "buffers"):
         shown.add_column(name, justify="left" if name in ("algorithm", "buffers") else "right")
     for form in ("out-of-place", "in-place"):

@@ -57,7 +57,7 @@ class Peer:
 
 def parse_peers(text: str) -> list[Peer]:
     """`mpi,gloo`, or with the interpreters to run them in: `openmpi=/path/python,gloo=/path/python`."""
-    peers = []
+    peers: list[Peer] = []
     for item in filter(None, text.split(",")):
         name, _, python = item.partition("=")
         if not any(name.startswith(kind) for kind in KINDS):
@@ -65,7 +65,9 @@ def parse_peers(text: str) -> list[Peer]:
         if name in (peer.name for peer in peers):
             raise ValueError(f"--vs {text}: {name} is there twice; name one {name}2")
         is_mpi = not name.startswith("gloo")
-        peers.append(Peer(name, python or (is_mpi and os.environ.get("PYCOMM_BENCH_MPI_PYTHON")) or sys.executable))
+        peers.append(
+            Peer(name, python or (is_mpi and os.environ.get("PYCOMM_BENCH_MPI_PYTHON")) or sys.executable)
+        )
     return peers
 
 
@@ -194,7 +196,9 @@ class RankSet:
                 self.close()
                 if isinstance(error, OSError):
                     raise SetError(f"it did not start: {error}") from error
-                raise SetError(f"it did not start: {words}") if isinstance(error, SetError) else error from None
+                raise (
+                    SetError(f"it did not start: {words}") if isinstance(error, SetError) else error
+                ) from None
 
     def _meet(self, listener: socket.socket) -> None:
         deadline = time.monotonic() + START_S
@@ -236,7 +240,7 @@ def _has(python: str, module: str) -> bool:
 
 
 def _mpiexec(python: str, size: int) -> tuple[list[str], dict[str, str]]:
-    """The launcher that came with this interpreter's MPI, with its binding off: the workers pin themselves."""
+    """The launcher that came with this interpreter's MPI, its binding off: the workers pin themselves."""
     beside = Path(python).absolute().parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not mpiexec:

@@ -17,7 +17,9 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collective", nargs="*", default=["all_reduce"], help="names, or all (all_reduce)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (2)")
-    parser.add_argument("-b", "--minbytes", default="4", metavar="SIZE", help="smallest size: 4, 1K, 64M, 1G (4)")
+    parser.add_argument(
+        "-b", "--minbytes", default="4", metavar="SIZE", help="smallest size: 4, 1K, 64M, 1G (4)"
+    )
     parser.add_argument("-e", "--maxbytes", default="64M", metavar="SIZE", help="largest size (64M)")
     parser.add_argument("-f", "--stepfactor", type=int, default=4, metavar="N", help="from size to size (4)")
     parser.add_argument(
@@ -27,14 +29,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--datatype", default="float32", help="element type (float32)")
     parser.add_argument("-o", "--op", default="sum", help="operator of the reductions (sum)")
     parser.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="check every element (1)")
-    parser.add_argument("--algorithms", default="", metavar="NAMES", help="all, or names; else the library's choice")
+    parser.add_argument(
+        "--algorithms", default="", metavar="NAMES", help="all, or names; else the library's choice"
+    )
     parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric (plain)")
     parser.add_argument("--persistent", action="store_true", help="all_reduce_init as well")
     parser.add_argument(
         "--vs",
         default="",
         metavar="PEERS",
-        help="mpi,gloo, or with the interpreters that have them: openmpi=/path/to/python,gloo=/path/to/python",
+        help="mpi,gloo, or with the interpreters that have them: openmpi=/path/python,gloo=/path/python",
     )
     parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
     parser.add_argument("--csv", metavar="PATH")
@@ -103,9 +107,17 @@ def run(args: argparse.Namespace) -> int:
             elif args.algorithms:
                 chosen = [*args.algorithms.split(",")]
             options = m.Options(
-                args.ranks, sizes, args.datatype, args.op, args.iters, args.warmup_iters, bool(args.check), chosen,
-                buffers if name != "send_recv" else ["plain"], args.persistent,
-            )  # fmt: skip
+                args.ranks,
+                sizes,
+                args.datatype,
+                args.op,
+                args.iters,
+                args.warmup_iters,
+                bool(args.check),
+                chosen,
+                buffers if name != "send_recv" else ["plain"],
+                args.persistent,
+            )
             shown = report.table(name)
             task = progress.add_task(name, total=sum(1 for _ in m.cases(name, options)))
             try:
@@ -153,5 +165,3 @@ def parse_size(text: str) -> int:
     if not found:
         raise ValueError(f"{text!r} is not a size: 4, 1K, 64M, 1G")
     return int(found[1]) * UNITS[found[2].upper()]
-
-

@@ -105,10 +105,15 @@ def test_buffers_that_are_refused(ranks: Ranks) -> None:
             comm.all_reduce(np.ones(4), out=read_only)
         with pytest.raises(ValueError, match="read-only"):
             comm.recv(read_only, 1 - comm.rank)
-        for bad, word in ((np.array(["a"]), "dtype <U1"), (np.array([object()]), "object"),
-                          (np.ones(2, "f4,i4"), "dtype"), (np.ones(2, "M8[s]"), "datetime"),
-                          (np.ones(2, np.longdouble), "longdouble|float128"),
-                          (np.ones(2, ml_dtypes.int4), "int4"), (array.array("u", "ab"), "format")):  # fmt: skip
+        for bad, word in (
+            (np.array(["a"]), "dtype <U1"),
+            (np.array([object()]), "object"),
+            (np.ones(2, "f4,i4"), "dtype"),
+            (np.ones(2, "M8[s]"), "datetime"),
+            (np.ones(2, np.longdouble), "longdouble|float128"),
+            (np.ones(2, ml_dtypes.int4), "int4"),
+            (array.array("u", "ab"), "format"),
+        ):
             with pytest.raises(TypeError, match=word):
                 comm.all_reduce(bad)
         for bad in (3, 2.5, "text", {1: 2}, object()):

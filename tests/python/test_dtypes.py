@@ -1,7 +1,7 @@
 """Every operator on every type, bit by bit, against NumPy.
 
-The expectation of a deterministic call is exact: the balanced binary tree over ranks, in the type's accumulator (float32 for
-the 16- and 8-bit floats), rounded once to nearest even by ml_dtypes.
+The expectation of a deterministic call is exact: the balanced binary tree over ranks, in the type's
+accumulator (float32 for the 16- and 8-bit floats), rounded once to nearest even by ml_dtypes.
 """
 
 from collections.abc import Callable
@@ -174,7 +174,9 @@ def test_the_bits_do_not_depend_on_algorithm_size_or_place(ranks: Ranks) -> None
                 with pytest.raises(ValueError, match=rf'"{algorithm}".*balanced'):
                     comm.all_reduce(x.copy(), algorithm=algorithm, deterministic=True)
             with pytest.raises(ValueError, match='"ring"'):
-                comm.reduce_scatter(x, counts=[300_000, *[0] * (comm.size - 1)], algorithm="ring", deterministic=True)
+                comm.reduce_scatter(
+                    x, counts=[300_000, *[0] * (comm.size - 1)], algorithm="ring", deterministic=True
+                )
             got = comm.all_reduce(x.copy(), algorithm="ring")
             again = comm.all_reduce(x.copy(), algorithm="ring")
             same_bits(got, again, "a call repeated")

@@ -6,6 +6,7 @@ values are integers so small that the result is exact in the type, in any order 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -18,7 +19,7 @@ PERIOD = 10_007
 TILES = 8  # periods that are compared at a time: what is made for the check stays in the cache
 
 # (elements of a rank's input, of its output) as multiples of the count, for n ranks
-SHAPES = {
+SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
     "all_reduce": lambda n: (1, 1),
     "reduce_scatter": lambda n: (n, 1),
     "all_gather": lambda n: (1, n),
@@ -65,7 +66,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     except TypeError:
         import ml_dtypes  # bfloat16, float8_e4m3fn, ...
 
-        return np.dtype(getattr(ml_dtypes, name))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
 
 
 def fill(x: Array, case: Case, rank: int, size: int) -> None:
@@ -79,7 +81,7 @@ def spoil(x: Array) -> None:
 
 
 def wrong(x: Array, out: Array, case: Case, rank: int, size: int) -> int:
-    """How many elements of `out`, and of `x` if that is other memory, are not what they must be at this rank."""
+    """How many elements of `out`, and of `x` if that is other memory, are not what they must be here."""
     count = 0
     if not np.may_share_memory(x, out):
         count += _differ(x, _pattern(case, rank, size), 0, case)

@@ -47,7 +47,11 @@ TYPES = {
     "complex64": MPI.C_FLOAT_COMPLEX,
     "complex128": MPI.C_DOUBLE_COMPLEX,
     "bool": MPI.C_BOOL,
-    **{f"{sign}int{bits}": getattr(MPI, f"{sign.upper()}INT{bits}_T") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{
+        f"{sign}int{bits}": getattr(MPI, f"{sign.upper()}INT{bits}_T")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
 }
 
 

@@ -71,7 +71,12 @@ class Engine:
         if case.collective == "send_recv":
             return "direct"
         text = self.comm.explain(
-            case.collective, case.count, case.dtype, op=case.op, root=case.root, algorithm=variant["algorithm"]
+            case.collective,
+            case.count,
+            case.dtype,
+            op=case.op,
+            root=case.root,
+            algorithm=variant["algorithm"],
         )
         lines = [line.split() for line in text.splitlines()]
         return next(words[1].rstrip(":") for words in lines if words[:1] == ["algorithm"])

@@ -1,9 +1,9 @@
 """One rank of a set that is measured: `python worker.py ENGINE SOCKET RANK SIZE CPUS`.
 
 ENGINE is the file of a class `Engine` (see its protocol below). The rank connects to the coordinator's socket
-and then does what it is told, a line of JSON at a time. Between orders it sleeps in a read, so that a set that
-is not measured takes no time from the one that is. Runs in any interpreter that has NumPy and what the engine
-needs.
+and then does what it is told, a line of JSON at a time. Between orders it sleeps in a read, so that a set
+that is not measured takes no time from the one that is. Runs in any interpreter that has NumPy and what the
+engine needs.
 """
 
 from __future__ import annotations
