@@ -51,7 +51,7 @@ const char* name(Op op);
 DType parse_dtype(std::string_view name);  // throws TypeError that lists the names
 Op parse_op(std::string_view name);        // throws ValueError that lists the names
 bool supports(DType dtype, Op op);
-Op any_op(DType dtype);  // some operator that makes sense on it: for calls that only move data
+Op any_op(DType dtype);            // some operator that makes sense on it: for calls that only move data
 void require(DType dtype, Op op);  // throws TypeError that says which operators or types would do
 
 }  // namespace pycomm
