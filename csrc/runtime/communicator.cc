@@ -138,7 +138,8 @@ void Communicator::learn_cores() {
 Communicator::~Communicator() {
   if (transport::forked_since(fork_generation_)) {  // the parent's: nothing of it is here
     if (progress_.joinable()) progress_.detach();
-    new (&queue_changed_) std::condition_variable;  // the parent's would wait for its waiters, who are not here
+    new (&queue_changed_)
+        std::condition_variable;  // the parent's would wait for its waiters, who are not here
     return;
   }
   close();
@@ -260,7 +261,8 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
   }
 }
 
-// A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone: it is plain.
+// A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone: it
+// is plain.
 void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
   const schedule::Call& call = request.call;
   const Collective kind = call.world.collective;
@@ -323,8 +325,8 @@ std::string Communicator::explain(const Request& request) {
   } else {
     call.op = any_op(call.dtype);
   }
-  const Choice choice =
-      request.algorithm.empty() ? select(call, policy_.yield) : Choice{request.algorithm, "named by the caller"};
+  const Choice choice = request.algorithm.empty() ? select(call, policy_.yield)
+                                                  : Choice{request.algorithm, "named by the caller"};
   const auto prepared = prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
