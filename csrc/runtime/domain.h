@@ -5,8 +5,8 @@
 //   Cell        one per (reader, writer, index): the signals of a plan
 //   windows     two banks per rank
 //
-// Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all have entered c - 1,
-// so a record of call c - 1 and one of call c are all that anybody can ask for.
+// Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all have
+// entered c - 1, so a record of call c - 1 and one of call c are all that anybody can ask for.
 #pragma once
 
 #include <atomic>
@@ -33,10 +33,13 @@ struct alignas(64) Cell {
   std::atomic<uint64_t> word;
   std::atomic<uint64_t> fingerprint;  // of the writer's call; written before word
 };
-inline uint64_t cell_word(uint64_t call, int64_t value) { return call << kValueBits | static_cast<uint64_t>(value); }
+inline uint64_t cell_word(uint64_t call, int64_t value) {
+  return call << kValueBits | static_cast<uint64_t>(value);
+}
 inline uint64_t call_of(uint64_t word) { return word >> kValueBits; }
 
-// What a rank calls, in words enough for an error message. Plain bytes, copied word by word into shared memory.
+// What a rank calls, in words enough for an error message. Plain bytes, copied word by word into shared
+// memory.
 struct CallRecord {
   uint64_t fingerprint = 0;
   int64_t count = 0;
@@ -65,12 +68,12 @@ struct Member {
   alignas(kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
-  std::atomic<uint32_t> shrinking;            // has called shrink
-  std::atomic<uint32_t> waiting_on;           // in a long wait: 1 + the peer
-  std::atomic<uint64_t> heartbeat;            // grows during a long wait
+  std::atomic<uint32_t> shrinking;   // has called shrink
+  std::atomic<uint32_t> waiting_on;  // in a long wait: 1 + the peer
+  std::atomic<uint64_t> heartbeat;   // grows during a long wait
   alignas(kApart) std::atomic<uint32_t> sleeping;
-  std::atomic<int32_t> cpu;                   // 1 + where it last waited
-  std::atomic<uint32_t> doorbell;             // futex
+  std::atomic<int32_t> cpu;        // 1 + where it last waited
+  std::atomic<uint32_t> doorbell;  // futex
   alignas(kApart) Entry entries[2];
 };
 
@@ -81,13 +84,15 @@ struct Failure {
   std::atomic<char> text[1000];
 };
 
-// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets, windows.
+// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets,
+// windows.
 class Domain {
  public:
   static int64_t bytes(int size, int64_t bank_bytes = kBankBytes);
 
-  // `node_ranks[i]` is the node's rank of group rank i. The extent at `offset` is zeroed or holds the domain already.
-  // A domain that `parent` is given for shares its Failure (send and recv between a pair of a group's ranks).
+  // `node_ranks[i]` is the node's rank of group rank i. The extent at `offset` is zeroed or holds the domain
+  // already. A domain that `parent` is given for shares its Failure (send and recv between a pair of a
+  // group's ranks).
   Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_ranks, int rank, int64_t offset,
          int64_t bank_bytes = kBankBytes, Domain* parent = nullptr);
 
@@ -106,7 +111,8 @@ class Domain {
   // The cells of this rank's signals to a peer, and of a peer's to it.
   Cell& outgoing(int peer, int index) const { return outgoing_[peer * outgoing_stride_ + index]; }
   Cell& incoming(int peer, int index) const { return incoming_[peer * kCellsPerPair + index]; }
-  // Where the pair's domain for send and recv lies; 0: not yet made. (rank, rank): the domain that rank made in shrink.
+  // Where the pair's domain for send and recv lies; 0: not yet made. (rank, rank): the domain that rank made
+  // in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
 
