@@ -50,7 +50,8 @@ bool Run::entered() {
       blocked_ = {&entered, call_ - 1, next_entry_};
       return false;
     }
-    if (domain_->fingerprint_of(next_entry_, call_ - 1) != domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
+    if (domain_->fingerprint_of(next_entry_, call_ - 1) !=
+        domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
       blocked_ = {&entered, call_ - 1, next_entry_};
       mismatched_ = next_entry_;
       return false;
