@@ -8,23 +8,26 @@
 namespace pycomm::runtime {
 
 namespace {
-// Bytes that a rank reads (all others' data) up to which few synchronisations beat little data. A symmetric buffer needs
-// no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation costs switches of
-// processes, so there it comes later.
+// Bytes that a rank reads (all others' data) up to which few synchronisations beat little data. A symmetric
+// buffer needs no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation
+// costs switches of processes, so there it comes later.
 constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;
   if (n == 1) return {"one_shot", "one rank has nobody to exchange with"};
-  const bool symmetric = call.in == schedule::Placement::symmetric && call.out == schedule::Placement::symmetric;
+  const bool symmetric =
+      call.in == schedule::Placement::symmetric && call.out == schedule::Placement::symmetric;
   const int64_t limit = crowded ? kFewSyncsCrowded : symmetric ? kFewSyncsSymmetric : kFewSyncs;
   if (bytes * (n - 1) > limit) {
-    return {"two_shot", "on a node every rank can read all others at once: two synchronisations and the least bytes"};
+    return {"two_shot",
+            "on a node every rank can read all others at once: two synchronisations and the least bytes"};
   }
   if (crowded && n > 2) {
     return {"recursive_doubling", "ranks share cores: a rank waits for one peer at a time, and for few"};
   }
-  return {"one_shot", "at " + std::to_string(bytes) + " bytes a second synchronisation costs more than reading everything"};
+  return {"one_shot", "at " + std::to_string(bytes) +
+                          " bytes a second synchronisation costs more than reading everything"};
 }
 }  // namespace
 
