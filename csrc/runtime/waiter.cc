@@ -22,9 +22,7 @@ constexpr double kTick = 0.02;
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
 // Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
-bool fence_all_processes() {
-  return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0;
-}
+bool fence_all_processes() { return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0; }
 
 void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
   const uint32_t rung = self.doorbell.load(std::memory_order_acquire);
@@ -37,17 +35,19 @@ void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
   self.sleeping.store(0, std::memory_order_relaxed);
 }
 
-std::string rank_name(const Domain& domain, int rank) { return "rank " + std::to_string(domain.display_rank(rank)); }
+std::string rank_name(const Domain& domain, int rank) {
+  return "rank " + std::to_string(domain.display_rank(rank));
+}
 
 void look_for_mismatch(Domain& domain, uint64_t call, const CallRecord& ours) {
   for (int rank = 0; rank < domain.size(); ++rank) {
     const auto theirs = domain.record_of(rank, call);
     if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
-    domain.fail(FailureKind::mismatch,
-                rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " +
-                    rank_name(domain, rank) + " called " + describe(*theirs) + " (call " +
-                    std::to_string(call) +
-                    " of the group). All ranks must make the same calls in the same order with the same arguments.");
+    domain.fail(
+        FailureKind::mismatch,
+        rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " + rank_name(domain, rank) +
+            " called " + describe(*theirs) + " (call " + std::to_string(call) +
+            " of the group). All ranks must make the same calls in the same order with the same arguments.");
   }
 }
 
@@ -61,13 +61,14 @@ void look_for_losses(Domain& domain, const Run& run) {
     const int node_rank = domain.node_ranks()[rank];
     if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
-    domain.fail(FailureKind::peer_lost,
-                closed ? rank_name(domain, rank) + " closed its communicator before " + describe(run.record()) +
-                             ", which " + rank_name(domain, domain.rank()) + " had called."
-                       : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
-                             ") has ended in or before " + describe(run.record()) + ", call " +
-                             std::to_string(run.call()) +
-                             " of the group. Look at that rank's own output for the cause; this group cannot go on.");
+    domain.fail(
+        FailureKind::peer_lost,
+        closed ? rank_name(domain, rank) + " closed its communicator before " + describe(run.record()) +
+                     ", which " + rank_name(domain, domain.rank()) + " had called."
+               : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
+                     ") has ended in or before " + describe(run.record()) + ", call " +
+                     std::to_string(run.call()) +
+                     " of the group. Look at that rank's own output for the cause; this group cannot go on.");
   }
 }
 
@@ -103,9 +104,7 @@ double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-WaitPolicy wait_policy(int ranks, int cores) {
-  return {.spin_us = env().spin_us, .yield = ranks > cores};
-}
+WaitPolicy wait_policy(int ranks, int cores) { return {.spin_us = env().spin_us, .yield = ranks > cores}; }
 
 void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
           Patience& patience) {
