@@ -1,10 +1,10 @@
 // How a blocked call waits, and how it learns that waiting is in vain.
 //
-// Where every rank has a core of its own a wait first spins. Where ranks outnumber cores it yields: at once if the peer
-// last waited on this very core (spinning would keep the core from it), else after a spin shorter than a switch of
-// processes. Then it sleeps on the rank's doorbell, and wakes every few
-// milliseconds at the latest to look at the group's failure, the peers' records (MismatchError), their processes
-// (PeerLostError), the deadline (CommTimeoutError) and the caller's own interrupts.
+// Where every rank has a core of its own a wait first spins. Where ranks outnumber cores it yields: at once
+// if the peer last waited on this very core (spinning would keep the core from it), else after a spin shorter
+// than a switch of processes. Then it sleeps on the rank's doorbell, and wakes every few milliseconds at the
+// latest to look at the group's failure, the peers' records (MismatchError), their processes (PeerLostError),
+// the deadline (CommTimeoutError) and the caller's own interrupts.
 #pragma once
 
 #include "runtime/domain.h"
@@ -30,11 +30,13 @@ struct WaitPolicy {
 // The policy for this many ranks on the cores that they may use together.
 WaitPolicy wait_policy(int ranks, int cores);
 
-// Lets sleepers of other processes order their sleep with this process's signals (membarrier). Once a process.
+// Lets sleepers of other processes order their sleep with this process's signals (membarrier). Once a
+// process.
 void register_for_fences();
 
-// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it. `started`: the
-// call's first long wait, by now_s(); 0 until then. The call has `timeout_s` from there, in all its waits together.
+// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it.
+// `started`: the call's first long wait, by now_s(); 0 until then. The call has `timeout_s` from there, in
+// all its waits together.
 void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
           Patience& patience);
 
