@@ -60,7 +60,7 @@ enum class Collective : uint8_t {
 };
 inline constexpr int kNumCollectives = 10;
 const char* name(Collective collective);
-bool reduces(Collective collective);  // combines elements; the others only move them
+bool reduces(Collective collective);                   // combines elements; the others only move them
 Collective parse_collective(const std::string& name);  // throws ValueError that lists the names
 
 enum class Buffer : uint8_t { in, out, image, scratch };
