@@ -347,9 +347,6 @@ bool rooted(Collective c) {
   return c == Collective::broadcast || c == Collective::reduce || c == Collective::gather ||
          c == Collective::scatter || c == Collective::send_recv;
 }
-bool reduces(Collective c) {
-  return c == Collective::all_reduce || c == Collective::reduce || c == Collective::reduce_scatter;
-}
 
 // Counts that do not divide; of unequal blocks where `uneven`.
 std::vector<int64_t> counts_of(const schedule::World& world, int64_t count, bool uneven) {
@@ -382,7 +379,7 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
                       .in = placement,
                       .out = placement,
                       .in_place = in_place};
-            if (reduces(kind)) {
+            if (schedule::reduces(kind)) {
               const bool real = call.dtype == DType::float32 || call.dtype == DType::float64;
               call.op = all.size() % 3 == 0 ? Op::max : all.size() % 3 == 1 && real ? Op::avg : Op::sum;
             }
