@@ -485,8 +485,8 @@ bool Communicator::gone(int rank) const {
 // ---- send and recv ----
 
 Communicator::Channel& Communicator::channel(int src, int dst, Patience& patience, double timeout_s) {
-  auto& slot = channels_[int64_t{src} * size() + dst];
-  if (slot) return *slot;
+  const int64_t key = int64_t{src} * size() + dst;
+  if (const auto found = channels_.find(key); found != channels_.end()) return *found->second;
   std::atomic<int64_t>& offset = domain_->channel_offset(src, dst);
   if (rank() == src) {
     const int64_t made = domain_->node().reserve(Domain::bytes(2, kChannelBankBytes));
@@ -506,11 +506,11 @@ Communicator::Channel& Communicator::channel(int src, int dst, Patience& patienc
     }
     rest(patience);
   }
-  slot = std::make_unique<Channel>();
-  slot->domain =
+  auto channel = std::make_unique<Channel>();
+  channel->domain =
       std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
                                offset.load(std::memory_order_acquire), kChannelBankBytes, domain_.get());
-  return *slot;
+  return *(channels_[key] = std::move(channel));
 }
 
 // ---- collective services ----
