@@ -117,8 +117,12 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
   return counts;
 }
 
+// Memory of a call's counts that waits for this thread's next call: nearly all calls have one count.
+thread_local std::vector<int64_t> spare_counts;
+
 // A call after its arguments have been checked.
 struct Invocation {
+  Invocation() { request.call.counts.swap(spare_counts); }
   Request request;
   Buffer in, out;        // as far as this rank has them
   py::object x, result;  // kept alive; what the method returns
@@ -531,8 +535,9 @@ py::object start(PyCommunicator& comm, Invocation& call, const Arguments& args) 
 
 void run_now(PyCommunicator& comm, Invocation& call) {
   GilPatience patience(comm->threads() || std::max(call.in.bytes(), call.out.bytes()) > kShortBytes);
-  Bound bound = comm->bind(std::move(call.request));
+  const Bound bound = comm->bind(call.request);
   comm->run(bound, patience);
+  spare_counts.swap(call.request.call.counts);
   if (call.then) call.then();
 }
 

@@ -276,7 +276,7 @@ void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap:
   }
 }
 
-Bound Communicator::bind(Request request) {
+Bound Communicator::bind(Request& request) {
   check_usable();
   if (schedule::reduces(request.call.world.collective)) {
     require(request.call.dtype, request.call.op);

@@ -21,6 +21,7 @@
 #include "runtime/domain.h"
 #include "runtime/executor.h"
 #include "runtime/heap.h"
+#include "runtime/token.h"
 #include "runtime/waiter.h"
 #include "schedule/plan.h"
 
@@ -79,10 +80,15 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   double default_timeout_s() const { return timeout_s_; }
 
   // Checks, chooses and lowers; moves nothing. Throws ValueError, TypeError.
-  Bound bind(Request request);
+  // The call's placement, world and operator are filled in.
+  Bound bind(Request& request);
+  Bound bind(const Request& request) {
+    Request mine = request;
+    return bind(mine);
+  }
   void run(const Bound& bound, Patience& patience);
   std::shared_ptr<Work> submit(Bound bound);
-  void execute(Request request, Patience& patience) { run(bind(std::move(request)), patience); }
+  void execute(Request request, Patience& patience) { run(bind(request), patience); }
 
   std::string explain(const Request& request);
   // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans
@@ -130,13 +136,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::atomic<bool> closed_{false};
 
   // The executor's state, under the token.
-  std::mutex token_;
+  Token token_;
   Run run_;
   uint64_t calls_ = 0;
   bool last_exchanged_ = true;
   std::unordered_map<int64_t, std::unique_ptr<Channel>> channels_;
 
-  mutable std::mutex cache_mutex_;
+  mutable Token cache_mutex_;
   struct CacheEntry {
     schedule::Call call;
     std::string algorithm;
