@@ -1,25 +1,29 @@
 """Cases, repetitions in turn, and the rows that come out.
 
 Every set of ranks stands ready at once; one runs while the others sleep. Within a repetition each form of
-each engine has its turn, so that a machine that grows slower is slower for all. A repetition times many calls
-in a row; the slowest rank's time counts.
+each engine has its turn, in an order that is shuffled anew, so that a machine that grows slower is slower for
+all and none always follows the same other. A repetition times many calls in a row; the slowest rank's time
+counts.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pycomm.bench.sets import Peer, RankSet, SetError
-from pycomm.bench.workers.data import SHAPES, Case, numpy_dtype
+from pycomm.bench.workers.data import REDUCING, ROOTED, SHAPES, Case, numpy_dtype
 
 COLLECTIVES = tuple(SHAPES)
 REPETITION_S = 0.006  # what a repetition of one form aims to take
-CASE_S = 1.2  # what a case may take for each form, all repetitions together
+CASE_S = 3.0  # after this long a case's fewest repetitions are enough
 REPETITIONS = (5, 15)
+TRACED = (5, 1000)  # calls that are timed one by one
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Options:
 
 @dataclass
 class Times:
-    """Of one form, in microseconds for a call: over repetitions, each of many calls."""
+    """Of one form, in microseconds for a call. The median and the minimum are over repetitions, each of many
+    calls in a row; p99 and wait are of calls timed one by one after that."""
 
     median_us: float
     min_us: float
-    p99_us: float
+    p99_us: float  # of the slowest rank's time
+    wait_us: float  # median of the last rank's entry - the first rank's entry
     wrong: int
 
 
@@ -57,13 +63,20 @@ class Row:
     algorithm: str
     buffers: str
     persistent: bool
-    wait_us: float  # median over calls of (last rank's entry - first rank's entry)
     forms: dict[str, Times]
     peers: dict[str, float] = field(default_factory=dict)  # median us of the peer's better form
 
     @property
     def pycomm_us(self) -> float:
         return min(times.median_us for times in self.forms.values())
+
+    @property
+    def wait_us(self) -> float:
+        return min(self.forms.values(), key=lambda times: times.median_us).wait_us
+
+    @property
+    def root(self) -> int:
+        return 0 if self.collective in ROOTED else -1
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -85,6 +98,10 @@ class Row:
             **asdict(self),
             "pycomm_us": self.pycomm_us,
             "in_place": best == "in_place",
+            "min_us": self.forms[best].min_us,
+            "p99_us": self.forms[best].p99_us,
+            "wait_us": self.wait_us,
+            "algbw": self.algbw(self.pycomm_us),
             "busbw": self.busbw(self.pycomm_us),
             "wrong": sum(times.wrong for times in self.forms.values()),
             "ratios": self.ratios,
@@ -107,9 +124,28 @@ class _Form:
         return float(max(times)) / calls
 
     def calibrate(self, options: Options) -> None:
-        once = self.run(3, 1) if options.iterations is None else 0.0
-        self.calls = options.iterations or max(1, min(20_000, int(REPETITION_S / max(once, 1e-7))))
+        self.calls = options.iterations or 3
+        while options.iterations is None:  # the first calls are slow: what they took says too little
+            took = self.run(self.calls, 1) * self.calls
+            fitting = int(self.calls * REPETITION_S / max(took, 1e-7))
+            if took > REPETITION_S / 4:
+                self.calls = max(1, fitting)
+                break
+            self.calls = min(fitting, self.calls * 16) + 1
         self.warmup = options.warmup if options.warmup is not None else max(1, self.calls // 10)
+
+    def times(self, wrong: int) -> Times:
+        us = [sample * 1e6 for sample in self.samples]
+        calls = max(TRACED[0], min(self.calls, TRACED[1]))
+        traces = self.ranks.order("trace", number=self.number, form=self.name, calls=calls)
+        entries, exits = (list(zip(*moments, strict=True)) for moments in zip(*traces, strict=True))
+        single = sorted(
+            max(left - entered for entered, left in zip(*moments, strict=True)) * 1e6
+            for moments in zip(entries, exits, strict=True)
+        )
+        p99 = single[math.ceil(0.99 * len(single)) - 1]
+        wait = statistics.median(max(moments) - min(moments) for moments in entries) * 1e6
+        return Times(statistics.median(us), min(us), p99, wait, wrong)
 
 
 def cases(collective: str, options: Options) -> Iterator[tuple[int, Case]]:
@@ -117,12 +153,11 @@ def cases(collective: str, options: Options) -> Iterator[tuple[int, Case]]:
     if collective == "barrier":
         yield 0, Case(collective, 0, options.dtype)
         return
-    op = options.op if collective in ("all_reduce", "reduce_scatter", "reduce") else "sum"
-    for size in options.sizes:
-        parts = max(SHAPES[collective](options.ranks))
-        count = size // item // parts
-        if count:
-            yield count * item * parts, Case(collective, count, options.dtype, op)
+    op = options.op if collective in REDUCING else "sum"
+    parts = max(SHAPES[collective](options.ranks))
+    # At least one element for each part; what comes out twice is measured once.
+    for count in dict.fromkeys(max(size // item // parts, 1) for size in options.sizes):
+        yield count * item * parts, Case(collective, count, options.dtype, op)
 
 
 def measure(
@@ -178,16 +213,23 @@ def _measure_case(
     rows = []
     for number, (variant, answer) in enumerate(zip(variants, opened, strict=True)):
         mine = {
-            name: _times(forms["pycomm", number, name].samples, wrong)
+            name: forms["pycomm", number, name].times(wrong)
             for name, wrong in answer.get("forms", {}).items()
         }
         if not mine:
             continue
-        best = min(mine, key=lambda name: mine[name].median_us)
         row = Row(
-            case.collective, size, case.count, case.dtype, case.op, options.ranks, answer["algorithm"],
-            str(variant["buffers"]), bool(variant["persistent"]), _wait(forms["pycomm", number, best]), mine,
-        )  # fmt: skip
+            case.collective,
+            size,
+            case.count,
+            case.dtype,
+            case.op if case.collective in REDUCING else "none",
+            options.ranks,
+            answer["algorithm"],
+            str(variant["buffers"]),
+            bool(variant["persistent"]),
+            mine,
+        )
         for peer in peers:
             medians = [
                 statistics.median(form.samples) * 1e6
@@ -221,12 +263,15 @@ def _repeat(
 
     for key, form in forms.items():
         attempt(key, lambda form=form: form.calibrate(options))  # type: ignore[misc]
-    slowest = max(
-        ((form.run(1, 0) * form.calls) for key, form in forms.items() if key[0] == "pycomm"), default=0.1
-    )
-    low, high = REPETITIONS
-    for _ in range(max(low, min(high, int(CASE_S / max(slowest, 1e-6))))):
-        for key, form in forms.items():
+    fewest, most = REPETITIONS
+    order = random.Random(0)
+    turns = list(forms.items())
+    begin = time.monotonic()
+    for repetition in range(most):
+        if repetition >= fewest and time.monotonic() - begin > CASE_S:
+            break
+        order.shuffle(turns)
+        for key, form in turns:
             attempt(key, lambda form=form: form.samples.append(form.run(form.calls, form.warmup)))  # type: ignore[misc]
 
 
@@ -242,18 +287,6 @@ def _open(ranks: RankSet, case: Case, variants: list[dict[str, Any]], check: boo
         forms = {name: sum(a["forms"][name] for a in of_ranks) for name in of_ranks[0]["forms"]}
         together.append({"forms": forms, "algorithm": of_ranks[0]["algorithm"]})
     return together
-
-
-def _times(samples: list[float], wrong: int) -> Times:
-    ordered = sorted(sample * 1e6 for sample in samples)
-    p99 = ordered[max(0, math.ceil(0.99 * len(ordered)) - 1)]
-    return Times(statistics.median(ordered), ordered[0], p99, wrong)
-
-
-def _wait(form: _Form) -> float:
-    traces = form.ranks.order("trace", number=form.number, form=form.name, calls=min(form.calls, 200))
-    entries = zip(*(trace[0] for trace in traces), strict=True)
-    return float(statistics.median(max(moments) - min(moments) for moments in entries)) * 1e6
 
 
 def _give_up(peer: Peer, peers: dict[Peer, RankSet], error: SetError, warn: Callable[[str], None]) -> None:

@@ -30,16 +30,30 @@ def plot(rows: Sequence[Row], path: str, machine: str) -> None:
                 if (row.bytes, us) not in lines.setdefault(peer, []):
                     lines[peer].append((row.bytes, us))
                 ratios.setdefault(f"{peer} / {ours}", []).append((row.bytes, row.ratios[peer]))
+        # A colour for each way to call pycomm, a kind of line for each peer.
+        colours = {
+            label: f"C{n}" for n, label in enumerate(label for label in lines if label.startswith("pycomm"))
+        }
+        strokes = dict(
+            zip(dict.fromkeys(p for row in found for p in row.peers), ("--", ":", "-.", "-"), strict=False)
+        )
+        for label, points in lines.items():
+            look = (
+                {"color": colours[label]}
+                if label in colours
+                else {"color": "black", "linestyle": strokes[label]}
+            )
+            left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, **look)
+        for label, points in ratios.items():
+            peer, _, ours = label.partition(" / ")
+            right.plot(*zip(*points, strict=True), linestyle=strokes[peer], color=colours[ours], label=label)
         for axis, curves in ((left, lines), (right, ratios)):
-            for label, points in curves.items():
-                style = "-o" if label.startswith("pycomm") or axis is right else "--s"
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=3)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xlabel("bytes")
             axis.grid(alpha=0.3)
             if curves:
-                axis.legend(fontsize=7)
+                axis.legend(fontsize=6, ncol=1 if axis is left else 2)
         left.set_ylabel("us a call, median")
         left.set_title(f"{name}, {found[0].ranks} ranks")
         right.set_ylabel("peer's time / pycomm's")

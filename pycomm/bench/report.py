@@ -55,9 +55,10 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
         "algorithm",
         "buffers",
         "persistent",
-        "wait_us",
     ]
-    columns += [f"{form}_{what}" for form in FORMS for what in ("median_us", "min_us", "p99_us", "wrong")]
+    columns += [
+        f"{form}_{what}" for form in FORMS for what in ("median_us", "min_us", "p99_us", "wait_us", "wrong")
+    ]
     writer = csv.writer(file)
     writer.writerow([*columns, *(f"{peer}_us" for peer in peers)])
     for row in rows:
@@ -83,7 +84,7 @@ def table(title: str) -> Table:
 
 def add_rows(shown: Table, rows: Sequence[Row]) -> None:
     for row in rows:
-        cells = [str(row.bytes), str(row.count), row.dtype, row.op, "0", row.algorithm]
+        cells = [str(row.bytes), str(row.count), row.dtype, row.op, str(row.root), row.algorithm]
         cells.append(row.buffers + (" persistent" if row.persistent else ""))
         for form in FORMS:
             if form not in row.forms:
