@@ -413,12 +413,12 @@ void Communicator::complete(Work& work, Patience& patience, const WaitPolicy& po
   }
 }
 
-// Runs the queue's first call, if there is one; under the token.
-bool Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
+// Runs the queue's first call, if there is one, and returns it; under the token.
+std::shared_ptr<Work> Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
   std::shared_ptr<Work> work;
   {
     const std::lock_guard lock(queue_mutex_);
-    if (queue_.empty()) return false;
+    if (queue_.empty()) return nullptr;
     work = queue_.front();
   }
   complete(*work, patience, policy);
@@ -430,7 +430,7 @@ bool Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
     work->done_.store(true, std::memory_order_release);
   }
   queue_changed_.notify_all();
-  return true;
+  return work;
 }
 
 void Communicator::progress() {
@@ -446,10 +446,23 @@ void Communicator::progress() {
   }
 }
 
+namespace {
+// Ctrl-C during another's call is for who waits, not for the error of that call alone.
+void raise_interrupt(const std::exception_ptr& error) {
+  if (!error) return;
+  try {
+    std::rethrow_exception(error);
+  } catch (const CommError&) {
+  } catch (const OutOfMemoryError&) {
+  }
+}
+}  // namespace
+
 void Communicator::drive(const Work& work, Patience& patience) {
   while (!work.is_completed()) {
     if (std::unique_lock token(token_, std::try_to_lock); token) {
-      complete_next(patience, policy_);
+      const auto completed = complete_next(patience, policy_);
+      if (completed && completed.get() != &work) raise_interrupt(completed->error_);
       continue;
     }
     patience.on_block();
@@ -466,12 +479,21 @@ void Work::wait(double timeout_s, Patience& patience) {
   } else if (std::isinf(timeout_s)) {
     owner_->drive(*this, patience);
   } else {
-    patience.on_block();
-    std::unique_lock lock(owner_->queue_mutex_);
-    if (!owner_->queue_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                                         [&] { return is_completed(); })) {
-      throw CommTimeoutError("the call has not completed within " + std::to_string(timeout_s) +
-                             " s; it goes on: wait again, or close the communicator");
+    for (const double end = now_s() + timeout_s;;) {
+      patience.on_block();
+      {
+        std::unique_lock lock(owner_->queue_mutex_);
+        const double slice = std::min(end - now_s(), 0.02);
+        if (owner_->queue_changed_.wait_for(lock, std::chrono::duration<double>(slice),
+                                            [&] { return is_completed(); })) {
+          break;
+        }
+      }
+      if (now_s() >= end) {
+        throw CommTimeoutError("the call has not completed within " + std::to_string(timeout_s) +
+                               " s; it goes on: wait again, or close the communicator");
+      }
+      patience.on_tick();
     }
   }
   if (error_) std::rethrow_exception(error_);

@@ -117,7 +117,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
   void run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy);
   void complete(Work& work, Patience& patience, const WaitPolicy& policy);
-  bool complete_next(Patience& patience, const WaitPolicy& policy);
+  std::shared_ptr<Work> complete_next(Patience& patience, const WaitPolicy& policy);
   void drive(const Work& work, Patience& patience);
   void progress();
   struct Channel;
