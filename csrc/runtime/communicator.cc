@@ -314,7 +314,44 @@ Bound Communicator::bind(Request& request) {
     std::strncpy(bound.record.tag, request.tag.c_str(), sizeof bound.record.tag - 1);
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
   }
+  if (call.world.collective == Collective::all_to_all && call.ragged && size() > 1) {
+    bound.agreement = agreement_on(bound, call);
+  }
   return bound;
+}
+
+// What two ranks say of their part of an all_to_all is in no signature, since others do not know it.
+std::shared_ptr<Bound::Agreement> Communicator::agreement_on(const Bound& bound, const schedule::Call& call) {
+  auto agreement = std::make_shared<Bound::Agreement>();
+  for (int r = 0; r < size(); ++r) {
+    agreement->sent.push_back(call.counts[rank() * size() + r]);
+    agreement->expected.push_back(call.counts[r * size() + rank()]);
+  }
+  agreement->coming.resize(size());
+  Request request;
+  request.call.world.collective = Collective::all_to_all;
+  request.call.dtype = DType::int64;
+  request.call.counts.assign(static_cast<size_t>(size()) * size(), 1);
+  request.in = agreement->sent.data();
+  request.out = agreement->coming.data();
+  request.timeout_s = bound.timeout_s;
+  agreement->exchange = bind(request);
+  agreement->exchange.record = bound.record;  // a part of that call, also to the others
+  agreement->exchange.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
+  return agreement;
+}
+
+void Communicator::compare_counts(Bound::Agreement& agreement, Patience& patience, const WaitPolicy& policy) {
+  run_with_token(agreement.exchange, patience, policy);
+  for (int r = 0; r < size(); ++r) {
+    if (agreement.coming[r] == agreement.expected[r]) continue;
+    domain_->fail(FailureKind::mismatch,
+                  "rank " + std::to_string(r) + " sends " + std::to_string(agreement.coming[r]) +
+                      " elements to rank " + std::to_string(rank()) + ", which expects " +
+                      std::to_string(agreement.expected[r]) + ", in " + describe(agreement.exchange.record) +
+                      ". What is in send_counts of one rank must be in recv_counts of the other.");
+    domain_->raise_failure();
+  }
 }
 
 std::string Communicator::explain(const Request& request) {
@@ -370,6 +407,7 @@ void Communicator::run(const Bound& bound, Patience& patience) {
 
 void Communicator::run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy) {
   check_usable();
+  if (bound.agreement) compare_counts(*bound.agreement, patience, policy);
   Domain* domain = domain_.get();
   Run* run = &run_;
   uint64_t* calls = &calls_;

@@ -46,6 +46,12 @@ struct Bound {
   int src = -1, dst = -1;             // send and recv: the pair, in ranks of the group
   std::function<void()> then;         // after success, by whichever thread completes the call
   std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
+  struct Agreement;
+  std::shared_ptr<Agreement> agreement;  // all_to_all with counts of its own: they are compared first
+};
+struct Bound::Agreement {
+  std::vector<int64_t> sent, expected, coming;  // elements, by peer
+  Bound exchange;                               // of what each sends to each
 };
 
 // An asynchronous call. It is waited for while its communicator lives; close() completes all.
@@ -115,6 +121,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::function<schedule::Schedule(const schedule::World&)> user_algorithm(schedule::Collective collective,
                                                                            const std::string& name) const;
   schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
+  std::shared_ptr<Bound::Agreement> agreement_on(const Bound& bound, const schedule::Call& call);
+  void compare_counts(Bound::Agreement& agreement, Patience& patience, const WaitPolicy& policy);
   void run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy);
   void complete(Work& work, Patience& patience, const WaitPolicy& policy);
   std::shared_ptr<Work> complete_next(Patience& patience, const WaitPolicy& policy);
