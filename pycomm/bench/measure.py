@@ -24,6 +24,7 @@ REPETITION_S = 0.006  # what a repetition of one form aims to take
 CASE_S = 3.0  # after this long a case's fewest repetitions are enough
 REPETITIONS = (5, 15)
 TRACED = (5, 1000)  # calls that are timed one by one
+PEER = {"buffers": "plain", "algorithm": None, "persistent": False}  # a peer has one way
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _measure_case(
             forms["pycomm", number, name] = _Form(ours, number, name)
     for peer, ranks in list(peers.items()):
         try:
-            answer = _open(ranks, case, [{"buffers": "plain"}], options.check)[0]
+            answer = _open(ranks, case, [PEER], options.check)[0]
         except SetError as error:
             _give_up(peer, peers, error, warn)
             continue

@@ -54,12 +54,16 @@ def run(args: argparse.Namespace) -> int:
     from pycomm.bench import measure as m
     from pycomm.bench import report
     from pycomm.bench.sets import Peer, RankSet, SetError, parse_peers
+    from pycomm.bench.workers.data import OPS, numpy_dtype
 
     try:
         collectives = list(m.COLLECTIVES) if args.collective == ["all"] else args.collective
         for name in collectives:
             if name not in m.COLLECTIVES:
                 raise ValueError(f"there is no collective {name!r}: {', '.join(m.COLLECTIVES)}, or all")
+        if args.op not in OPS:
+            raise ValueError(f"-o {args.op}: the operators are {', '.join(OPS)}")
+        numpy_dtype(args.datatype)
         if args.ranks < 1:
             raise ValueError(f"--ranks {args.ranks}: at least one")
         if "all_reduce" not in collectives and args.persistent:
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     def warn(text: str) -> None:
         if text not in warned:
             warned.add(text)
-            errors.print(f"[yellow]{text}[/yellow]", highlight=False)
+            errors.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     rows: list[m.Row] = []
     versions: dict[str, str] = {}
@@ -99,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
             except SetError as error:
                 warn(f"{peer.name} is left out: {error}")
         console.print(f"{report.machine()}\n{args.ranks} ranks beside {versions}", highlight=False)
-        progress = stack.enter_context(Progress(console=errors, transient=True))
+        # Drawn between cases alone: a thread that draws would take time from the ranks.
+        progress = stack.enter_context(Progress(console=errors, transient=True, auto_refresh=False))
         for name in collectives:
             chosen: list[str | None] = [None]
             if args.algorithms == "all":
@@ -124,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
                 for found in m.measure(name, options, ours, theirs, warn):
                     rows += found
                     report.add_rows(shown, found)
-                    progress.advance(task)
+                    progress.update(task, advance=1, refresh=True)
             except SetError as error:
                 return fail(f"{name}: pycomm's own ranks: {error}")
             progress.remove_task(task)

@@ -64,10 +64,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        import ml_dtypes  # bfloat16, float8_e4m3fn, ...
+        try:
+            import ml_dtypes  # bfloat16, float8_e4m3fn, ...
 
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return found
+            found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+            return found
+        except ImportError:
+            raise ValueError(
+                f"{name!r} is no type of NumPy's; for bfloat16 and float8: pip install ml_dtypes"
+            ) from None
+        except AttributeError:
+            raise ValueError(f"{name!r} is a type of neither NumPy nor ml_dtypes") from None
 
 
 def fill(x: Array, case: Case, rank: int, size: int) -> None:
@@ -128,7 +135,7 @@ def _largest_exact(dtype: np.dtype[Any]) -> int:
         return int(np.iinfo(dtype).max)
     if dtype.kind == "b":
         return 1
-    if dtype.isbuiltin:
+    if dtype.isbuiltin == 1:  # not ml_dtypes', which have registered themselves
         return int(2 ** (np.finfo(dtype).nmant + 1))
     import ml_dtypes
 

@@ -1,0 +1,268 @@
+"""`pycomm bench`: every collective with its check, and the check itself."""
+
+import csv
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pycomm.bench import measure
+from pycomm.bench.measure import Options, Row, Times, summarize
+from pycomm.bench.sets import PYCOMM, RankSet, parse_peers
+from pycomm.bench.workers import data
+from pycomm.bench.workers.data import SHAPES, Case
+from pycomm.cli import main
+from pycomm.cli.bench import size_range
+
+# What a rank's input and output become, said once more and in another way, with NumPy on whole arrays.
+Arrays = list[np.ndarray[Any, Any]]
+
+
+def run_collective(case: Case, xs: Arrays, outs: Arrays) -> None:
+    n, count, root = len(xs), case.count, case.root
+    slots = [slice(r * count, (r + 1) * count) for r in range(n)]
+    if case.collective in ("all_reduce", "reduce_scatter", "reduce"):
+        ufunc = {"sum": np.add, "max": np.maximum, "prod": np.multiply}[case.op]
+        total = ufunc.reduce(np.stack(xs))
+    for rank, out in enumerate(outs):
+        if case.collective == "all_reduce" or (case.collective == "reduce" and rank == root):
+            out[:] = total
+        elif case.collective == "reduce_scatter":
+            out[:] = total[slots[rank]]
+        elif case.collective == "all_gather" or (case.collective == "gather" and rank == root):
+            out[:] = np.concatenate(xs)
+        elif case.collective == "broadcast":
+            out[:] = xs[root]
+        elif case.collective == "scatter":
+            out[:] = xs[root][slots[rank]]
+        elif case.collective == "all_to_all":
+            out[:] = np.concatenate([x[slots[rank]] for x in xs])
+        elif case.collective == "send_recv":
+            out[:] = xs[(rank - 1) % n]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint64", "complex64"])
+@pytest.mark.parametrize("collective", SHAPES)
+def test_the_check_counts_what_is_wrong(collective: str, dtype: str) -> None:
+    size, root = 3, 1
+    for op in ("sum", "prod") if collective in data.REDUCING else ("sum",):
+        case = Case(collective, 0 if collective == "barrier" else 30_011, dtype, op, root)
+        sent, received = case.elements(size)
+        xs = [np.empty(sent, dtype) for _ in range(size)]
+        outs = [np.empty(received, dtype) for _ in range(size)]
+        for rank, (x, out) in enumerate(zip(xs, outs, strict=True)):
+            data.fill(x, case, rank, size)
+            data.spoil(out)
+        run_collective(case, xs, outs)
+        for rank, (x, out) in enumerate(zip(xs, outs, strict=True)):
+            assert data.wrong(x, out, case, rank, size) == 0
+            if collective == "barrier" or (collective in ("gather", "reduce") and rank != root):
+                continue
+            for place in (0, 17, received - 1):
+                out[place] += 1
+            assert data.wrong(x, out, case, rank, size) == 3
+            out[[0, 17, received - 1]] -= 1
+            x[5] += 1  # the input must stay as it was
+            assert data.wrong(x, out, case, rank, size) == 1
+
+
+def test_a_result_that_was_not_written_is_wrong() -> None:
+    case = Case("all_reduce", 1000, "float32")
+    x, out = np.empty(1000, "f"), np.empty(1000, "f")
+    data.fill(x, case, 0, 2)
+    data.spoil(out)
+    assert data.wrong(x, out, case, 0, 2) == 1000
+
+
+def test_a_chunk_at_the_wrong_place_is_wrong() -> None:
+    case = Case("broadcast", 1 << 16, "float32")
+    x = np.empty(1 << 16, "f")
+    data.fill(x, case, 0, 2)
+    assert data.wrong(x, np.roll(x, 4096), case, 0, 2) > 60_000
+
+
+LIAR = """
+import runpy
+Engine = runpy.run_path({path!r})["Engine"]
+
+class Engine(Engine):
+    def bind(self, case, form, variant, x, out):
+        text, names = super().bind(case, form, variant, x, out)
+        return (text + "; out[2:4] += 1" if self.rank == 1 else text), names
+"""
+
+
+def test_wrong_elements_of_any_rank_are_counted(tmp_path: Path) -> None:
+    engine = tmp_path / "liar.py"
+    engine.write_text(LIAR.format(path=str(PYCOMM)))
+    warnings: list[str] = []
+    with RankSet.of_pycomm(2, engine) as ranks:
+        options = Options(2, [64], iterations=2)
+        [[row]] = measure.measure("all_reduce", options, ranks, {}, warnings.append)
+    assert {name: times.wrong for name, times in row.forms.items()} == {"in_place": 2, "out_of_place": 2}
+    assert warnings == []
+
+
+def bench(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> tuple[str, str]:
+    assert main.main(["bench", *args]) == code
+    return capsys.readouterr()
+
+
+def test_every_collective(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = ["-b", "8", "-e", "64K", "-f", "8192", "-n", "2", "-w", "1", "--buffers", "plain,symmetric"]
+    found = json.loads(bench(capsys, "all", *options, "--json", "-")[0])
+    rows = found["rows"]
+    assert list(dict.fromkeys(row["collective"] for row in rows)) == list(SHAPES)
+    for row in rows:
+        assert row["wrong"] == 0, row
+        assert 0 < row["min_us"] <= row["pycomm_us"], row
+        assert row["p99_us"] > 0 <= row["wait_us"], row
+        assert row["algorithm"], row
+        if row["collective"] != "barrier":
+            assert row["buffers"] in ("plain", "symmetric")
+            assert row["bytes"] in (8, 64 << 10), row
+    assert found["summary"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "op"), [("float16", "avg"), ("bfloat16", "sum"), ("float8_e5m2", "max"), ("uint8", "bxor")]
+)
+def test_types_and_operators(capsys: pytest.CaptureFixture[str], dtype: str, op: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    options = ["--ranks", "3", "-b", "4K", "-e", "4K", "-n", "1", "-d", dtype, "-o", op]
+    found = json.loads(bench(capsys, "all_reduce", *options, "--json", "-")[0])
+    assert [(row["wrong"], row["dtype"], row["op"]) for row in found["rows"]] == [(0, dtype, op)]
+
+
+def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / name for name in ("out.json", "out.csv", "out.png")]
+    options = ["-b", "1K", "-e", "1K", "-n", "2", "--algorithms", "ring,two_shot", "--persistent"]
+    paths = [f"--{path.suffix[1:].replace('png', 'plot')}={path}" for path in files]
+    out, _ = bench(capsys, "all_reduce", *options, *paths)
+    for word in ("size(B)", "redop", "#wrong", "busbw", "ring", "two_shot", "plain persistent"):
+        assert word in out
+    rows = json.loads(files[0].read_text())["rows"]
+    ways = [(row["algorithm"], row["persistent"]) for row in rows]
+    assert sorted(ways) == [("ring", False), ("ring", True), ("two_shot", False), ("two_shot", True)]
+    with files[1].open() as file:
+        assert [(line["algorithm"], line["persistent"] == "True") for line in csv.DictReader(file)] == ways
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = "gloo=/bin/false,openmpi=/nowhere/python"
+    out, err = bench(capsys, "barrier", "-n", "1", "--vs", peers, "--json", "-")
+    assert len(json.loads(out)["rows"]) == 1
+    text = " ".join(err.split())
+    assert "gloo is left out: /bin/false has no torch: pip install torch" in text
+    assert "openmpi is left out: cannot run /nowhere/python" in text
+
+
+def test_peers_are_measured_beside_us() -> None:
+    """With pycomm as its own peer: what is compared is the same, so nothing but the bookkeeping is tested."""
+    [peer] = parse_peers("gloo")
+    warnings: list[str] = []
+    with RankSet.of_pycomm(2) as ours, RankSet.of_pycomm(2) as theirs:
+        [row], [larger] = measure.measure(
+            "all_gather", Options(2, [64, 4096], iterations=2), ours, {peer: theirs}, warnings.append
+        )
+    assert list(row.peers) == list(larger.peers) == ["gloo"]
+    assert row.ratios["gloo"] == row.peers["gloo"] / row.pycomm_us
+    assert (row.bytes, row.count, larger.bytes, larger.count) == (64, 8, 4096, 512)
+    assert warnings == []
+
+
+def test_a_peer_that_dies_is_left_out() -> None:
+    [peer] = parse_peers("gloo")
+    warnings: list[str] = []
+    with RankSet.of_pycomm(2) as ours, RankSet.of_pycomm(2) as theirs:
+        peers = {peer: theirs}
+        theirs._processes[1].kill()
+        rows = list(measure.measure("barrier", Options(2, [8], iterations=2), ours, peers, warnings.append))
+    assert [list(row.peers) for [row] in rows] == [[]]
+    assert peers == {}
+    assert len(warnings) == 1 and warnings[0].startswith("gloo is left out from here on")
+
+
+def row(size: int, us: float, peers: dict[str, float], **changes: Any) -> Row:
+    times = Times(us, us, us, 0.0, 0)
+    fields = {"collective": "all_reduce", "count": size // 4, "dtype": "float32", "op": "sum", "ranks": 4}
+    fields |= {"algorithm": "ring", "buffers": "plain", "persistent": False, "forms": {"in_place": times}}
+    return Row(**{**fields, "bytes": size, "peers": peers, **changes})
+
+
+def test_summary() -> None:
+    rows = [
+        row(1024, 2.0, {"openmpi": 4.0, "mpich": 16.0, "gloo": 200.0}),
+        row(4096, 1.0, {"openmpi": 8.0, "mpich": 4.0, "gloo": 100.0}),
+    ]
+    found = {part["peer"]: part for part in summarize(rows)}
+    assert list(found) == ["openmpi", "mpich", "gloo", "better MPI"]
+    assert math.isclose(found["openmpi"]["geometric_mean"], 4)  # of 2 and 8
+    assert math.isclose(found["better MPI"]["geometric_mean"], math.sqrt(2 * 4))
+    assert found["better MPI"]["min"] == 2
+    assert (found["gloo"]["from_bytes"], found["gloo"]["to_bytes"]) == (1024, 4096)
+
+
+@pytest.mark.parametrize(
+    ("collective", "factor"),
+    [
+        ("all_reduce", 1.5),
+        ("reduce_scatter", 0.75),
+        ("all_gather", 0.75),
+        ("all_to_all", 0.75),
+        ("broadcast", 1),
+        ("reduce", 1),
+    ],
+)
+def test_bandwidths(collective: str, factor: float) -> None:
+    found = row(4_000_000, 1000.0, {}, collective=collective)  # 4 MB in a millisecond, 4 ranks
+    assert math.isclose(found.algbw(1000), 4)
+    assert math.isclose(found.busbw(1000), 4 * factor)
+
+
+def test_sizes() -> None:
+    assert size_range("4", "1K", 4) == [4, 16, 64, 256, 1024]
+    assert size_range("1M", "5MiB", 2) == [1 << 20, 2 << 20, 4 << 20]
+    small = [(size, case.count) for size, case in measure.cases("all_gather", Options(4, [4, 8, 64]))]
+    assert small == [(16, 1), (64, 4)]  # at least one element from each rank
+
+
+def test_peers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYCOMM_BENCH_MPI_PYTHON", "/m/python")
+    peers = parse_peers("mpi,gloo,openmpi-5=/a/python")
+    expected = [
+        ("mpi", "/m/python", True),
+        ("gloo", sys.executable, False),
+        ("openmpi-5", "/a/python", True),
+    ]
+    assert [(peer.name, peer.python, peer.is_mpi) for peer in peers] == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["all_reduces"], "no collective 'all_reduces'"),
+        (["-b", "4x"], "'4x' is not a size"),
+        (["-b", "8", "-e", "4"], "-b 8 -e 4"),
+        (["-f", "1"], "-f 1"),
+        (["-o", "xor"], "the operators are sum"),
+        (["-d", "float33"], "float33"),
+        (["--ranks", "0"], "--ranks 0"),
+        (["--buffers", "pinned"], "--buffers pinned"),
+        (["--vs", "nccl"], "--vs nccl"),
+        (["--vs", "gloo,gloo"], "twice"),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
+    assert words in bench(capsys, *args, code=2)[1]
