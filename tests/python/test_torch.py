@@ -102,9 +102,9 @@ def test_tensors_that_are_refused(ranks: Ranks) -> None:
         for bad in (x.t(), x[:, ::2], x[:, :3], torch.ones(1).expand(5)):
             with pytest.raises(ValueError, match=r"not contiguous.*x.contiguous\(\)"):
                 comm.all_reduce(bad)
-        with pytest.raises(TypeError, match="not in CPU memory|meta"):
+        with pytest.raises(TypeError, match="`x` is not a dense tensor in CPU memory: .*meta"):
             comm.all_reduce(torch.ones(3, device="meta"))
-        with pytest.raises((TypeError, ValueError, BufferError, RuntimeError)):
+        with pytest.raises(TypeError, match="`x` is not a dense tensor"):
             comm.all_reduce(torch.ones(3).to_sparse())
         with pytest.raises(TypeError, match="avg"):
             comm.all_reduce(torch.ones(3, dtype=torch.int32), op="avg")
@@ -112,11 +112,9 @@ def test_tensors_that_are_refused(ranks: Ranks) -> None:
         assert comm.all_reduce(torch.tensor(2.0)).item() == 4
         assert comm.all_reduce(torch.empty(0)).numel() == 0
         conjugate = torch.ones(3, dtype=torch.complex64).mul_(1j).conj()
-        with pytest.raises((ValueError, TypeError, BufferError, RuntimeError)):
+        with pytest.raises(ValueError, match=r"x.resolve_conj\(\)"):
             comm.all_reduce(conjugate)
-        negative = torch.ones(3, dtype=torch.complex64).mul_(1j).conj().imag
-        with pytest.raises((ValueError, TypeError, BufferError, RuntimeError)):
-            comm.all_reduce(negative)
+        assert comm.all_reduce(conjugate.resolve_conj())[0].item() == -2j
 
     ranks(fn, 2)
 
