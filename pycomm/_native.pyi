@@ -304,7 +304,9 @@ class Communicator:
         """
         Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
 
-        Returns when `x` may be used again, which may be before it has been received.
+        Returns when `x` may be used again: a message of up to 128 KiB may not have been received by then, a longer one is
+        received while it is sent. A group's calls run in the order in which they were made, asynchronous ones too: where two
+        ranks exchange long messages, one of them receives first.
         """
 
     def shrink(self) -> Communicator:
