@@ -66,6 +66,25 @@ class Rank:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+class Gate:
+    """Where processes say that they have come so far."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+
+    def arrive(self) -> None:
+        os.write(self._write, b"x")
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert select.select([self._read], [], [], 30)[0], "who should have come has not within 30 s"
+            os.read(self._read, 1)
+
+    def __del__(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
 @contextmanager
 def started(fn: Fn, size: int, timeout: float = 60) -> Iterator[list[Rank]]:
     """`size` processes in which `fn(comm)` runs; none is left at the end."""

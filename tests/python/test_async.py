@@ -66,6 +66,7 @@ def test_the_progress_thread_needs_nobody_to_wait(ranks: Ranks) -> None:
 
 def test_wait_with_a_timeout(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
+        other = comm.split(0)
         if comm.rank == 0:
             work = comm.all_reduce(np.ones(3), async_op=True)
             assert not work.is_completed() and work.exception() is None
@@ -74,19 +75,18 @@ def test_wait_with_a_timeout(ranks: Ranks) -> None:
                 work.wait(0.1)
             assert 0.1 <= time.monotonic() - started < 5
             assert not work.is_completed()
-            comm.send(np.zeros(1), 1)
+            other.barrier()
             assert (work.wait(30) == 2).all()
         else:
-            time.sleep(0.5)
-            # send and recv are in the queue's order too: rank 0 sends behind its all_reduce.
+            other.barrier()
             assert (comm.all_reduce(np.ones(3)) == 2).all()
-            comm.recv(np.zeros(1), 0)
 
     ranks(fn, 2)
 
 
 def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
+        other = comm.split(0)
         if comm.rank == 0:
             x = np.full(50_000, 2.0)
             out = np.empty_like(x)
@@ -96,11 +96,12 @@ def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
             del x, out
             gc.collect()
             assert all(reference() is not None for reference in dropped)
+            other.barrier()
             comm.barrier()
             gc.collect()
             assert all(reference() is None for reference in dropped)
         else:
-            time.sleep(0.1)
+            other.barrier()
             assert (comm.all_reduce(np.full(50_000, 1.0)) == 3).all()
             comm.all_reduce([np.ones(4), np.ones(5, np.float32)])
             comm.barrier()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
-from processes import Rank, outcomes_of, started
+from processes import Gate, Rank, outcomes_of, started
 
 import pycomm
 from pycomm import Communicator, _native
@@ -29,7 +29,7 @@ def sockets() -> set[str]:
     """The sockets by which ranks meet that this process holds."""
     held = set()
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             held.add(os.readlink(f"/proc/self/fd/{fd}"))
     lines = Path("/proc/net/unix").read_text().splitlines()[1:]
     return {line for line in lines if "@pycomm" in line and f"socket:[{line.split()[6]}]" in held}
@@ -87,8 +87,15 @@ def test_a_killed_rank_is_named_within_a_second(seed: int) -> None:
     choice = random.Random(seed)
     size = choice.choice([2, 3, 4])
     victim = choice.randrange(size)
-    with started(busy, size) as ranks:
-        time.sleep(0.15 + choice.random() * 0.15)
+    gate = Gate()
+
+    def fn(comm: Communicator) -> object:
+        gate.arrive()
+        return busy(comm)
+
+    with started(fn, size) as ranks:
+        gate.wait_for(size)
+        time.sleep(choice.random() * 0.15)
         killed = time.monotonic()
         ranks[victim].kill()
         for rank in ranks:
@@ -188,13 +195,17 @@ def test_a_rank_that_never_comes() -> None:
 
 
 def test_a_stopped_rank_is_named_at_the_deadline() -> None:
+    gate = Gate()
+
     def fn(comm: Communicator) -> object:
         comm.barrier()
+        gate.arrive()
         x = np.ones(200_000)
         return work_until_told(comm, [lambda step: comm.all_reduce(x, op="max", timeout=0.5)])
 
     with started(fn, 3) as ranks:
-        time.sleep(0.4)
+        gate.wait_for(3)
+        time.sleep(0.2)
         ranks[2].kill(signal.SIGSTOP)
         stopped = time.monotonic()
         for rank in ranks[:2]:
@@ -208,18 +219,22 @@ def test_a_stopped_rank_is_named_at_the_deadline() -> None:
 
 
 def test_interrupt_while_waiting() -> None:
+    gate = Gate()
+
     def fn(comm: Communicator) -> object:
         comm.barrier()
         if comm.rank == 2:
             time.sleep(1)
         try:
+            gate.arrive()
             comm.barrier()
         except BaseException as error:
             return type(error).__name__, str(error)
         return None
 
     with started(fn, 3) as ranks:
-        time.sleep(0.5)
+        gate.wait_for(2)
+        time.sleep(0.2)
         ranks[0].kill(signal.SIGINT)
         outcomes = outcomes_of(ranks, 10)
     assert outcomes[0][0] == "KeyboardInterrupt"
@@ -230,11 +245,14 @@ def test_interrupt_while_waiting() -> None:
 
 @pytest.mark.parametrize("wait", ["wait", "timed wait", "recv", "init", "lock"])
 def test_interrupt_of_other_waits(wait: str) -> None:
+    gate = Gate()
+
     def fn(comm: Communicator) -> object:
         try:
             if comm.rank == 1:
                 time.sleep(30)
-            elif wait == "wait":
+            gate.arrive()
+            if wait == "wait":
                 comm.all_reduce(np.ones(1), async_op=True).wait()
             elif wait == "timed wait":
                 comm.all_reduce(np.ones(1), async_op=True).wait(30)
@@ -251,7 +269,8 @@ def test_interrupt_of_other_waits(wait: str) -> None:
         return None
 
     with started(fn, 2) as ranks:
-        time.sleep(0.4)
+        gate.wait_for(1)
+        time.sleep(0.2)
         began = time.monotonic()
         ranks[0].kill(signal.SIGINT)
         with pytest.raises(processes.Died) as died:
@@ -261,7 +280,11 @@ def test_interrupt_of_other_waits(wait: str) -> None:
 
 
 MISMATCHES: dict[str, tuple[Callable[[Communicator], object], Callable[[Communicator], object], str]] = {
-    "collective": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.broadcast(np.ones(4)), "all_reduce.*broadcast"),
+    "collective": (
+        lambda c: c.all_reduce(np.ones(4)),
+        lambda c: c.broadcast(np.ones(4)),
+        "all_reduce.*broadcast",
+    ),
     "barrier": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.barrier(), "all_reduce.*barrier"),
     "count": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.all_reduce(np.ones(5)), "count=4.*count=5"),
     "zero": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.all_reduce(np.ones(0)), "count=4.*count=0"),
@@ -271,7 +294,11 @@ MISMATCHES: dict[str, tuple[Callable[[Communicator], object], Callable[[Communic
         "count=400000.*count=400001",
     ),
     "dtype": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.all_reduce(np.ones(4, int)), "float64.*int64"),
-    "size alike": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.all_reduce(np.ones(8, "f")), "float64.*float32"),
+    "size alike": (
+        lambda c: c.all_reduce(np.ones(4)),
+        lambda c: c.all_reduce(np.ones(8, "f")),
+        "float64.*float32",
+    ),
     "op": (lambda c: c.all_reduce(np.ones(4)), lambda c: c.all_reduce(np.ones(4), op="max"), "sum.*max"),
     "root": (lambda c: c.broadcast(np.ones(4)), lambda c: c.broadcast(np.ones(4), root=1), "root=0.*root=1"),
     "algorithm": (

@@ -19,7 +19,13 @@ def test_colors_and_keys(ranks: Ranks) -> None:
         assert isinstance(group, Communicator)
         return group.rank, group.size, members
 
-    assert ranks(fn, 5) == [(2, 3, [4, 2, 0]), (1, 2, [3, 1]), (1, 3, [4, 2, 0]), (0, 2, [3, 1]), (0, 3, [4, 2, 0])]
+    assert ranks(fn, 5) == [
+        (2, 3, [4, 2, 0]),
+        (1, 2, [3, 1]),
+        (1, 3, [4, 2, 0]),
+        (0, 2, [3, 1]),
+        (0, 3, [4, 2, 0]),
+    ]
 
 
 def test_equal_keys_keep_the_order(ranks: Ranks) -> None:

@@ -18,8 +18,22 @@ Ranks = Callable[..., list[Any]]
 
 def test_shapes_and_types(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
-        for shape, expected in ((5, (5,)), ((2, 3), (2, 3)), ([4], (4,)), ((), ()), ((0, 7), (0, 7)), (np.int64(3), (3,))):
-            for dtype in ("float32", np.int8, np.dtype("complex128"), ml_dtypes.bfloat16, "float8_e5m2", bool):
+        for shape, expected in (
+            (5, (5,)),
+            ((2, 3), (2, 3)),
+            ([4], (4,)),
+            ((), ()),
+            ((0, 7), (0, 7)),
+            (np.int64(3), (3,)),
+        ):
+            for dtype in (
+                "float32",
+                np.int8,
+                np.dtype("complex128"),
+                ml_dtypes.bfloat16,
+                "float8_e5m2",
+                bool,
+            ):
                 x = comm.empty(shape, dtype)
                 assert x.shape == expected and x.dtype == np.dtype(dtype)
                 assert x.flags.c_contiguous and x.flags.writeable
@@ -63,13 +77,17 @@ def test_every_algorithm(ranks: Ranks, size: int) -> None:
                     context = collective, algorithm, rows
                     if collective == "all_gather":
                         part[:] = numbers[me * rows : (me + 1) * rows]
-                        assert np.array_equal(comm.all_gather(part, out=whole, algorithm=algorithm), numbers), context
+                        assert np.array_equal(
+                            comm.all_gather(part, out=whole, algorithm=algorithm), numbers
+                        ), context
                         got = comm.all_gather(part, algorithm=algorithm)
                         assert np.array_equal(got, numbers), context
                         whole[:] = -1
                         slot = whole[me * rows : (me + 1) * rows]
                         slot[:] = part
-                        assert np.array_equal(comm.all_gather(slot, out=whole, algorithm=algorithm), numbers), context
+                        assert np.array_equal(
+                            comm.all_gather(slot, out=whole, algorithm=algorithm), numbers
+                        ), context
                     elif collective == "reduce_scatter":
                         want = n * numbers[me * rows : (me + 1) * rows]
                         for out in (part, np.empty(rows, np.float32), whole[me * rows : (me + 1) * rows]):
@@ -80,7 +98,9 @@ def test_every_algorithm(ranks: Ranks, size: int) -> None:
                         whole[:] = np.repeat(np.arange(n) * 10 + me, rows)
                         got = comm.all_to_all(whole, algorithm=algorithm)
                         assert np.array_equal(got, np.repeat(np.arange(n) + 10 * me, rows)), context
-                        assert np.array_equal(comm.all_to_all(whole, out=whole, algorithm=algorithm), got), context
+                        assert np.array_equal(comm.all_to_all(whole, out=whole, algorithm=algorithm), got), (
+                            context
+                        )
                     else:
                         for root in (0, n - 1):
                             part[:] = me + 1

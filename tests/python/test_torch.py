@@ -18,8 +18,8 @@ torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
 Ranks = Callable[..., list[Any]]
 
 DTYPES = [
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
-    torch.uint8, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.uint8, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
 
 
@@ -136,7 +136,10 @@ def test_a_store_of_torch_distributed(tmp_path: Path) -> None:
     def rank(r: int) -> Callable[[], Any]:
         def body() -> Any:
             store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
-            with pycomm.init(store=store, rank=r, size=2) as first, pycomm.init(store=store, rank=r, size=2) as second:
+            with (
+                pycomm.init(store=store, rank=r, size=2) as first,
+                pycomm.init(store=store, rank=r, size=2) as second,
+            ):
                 return second.all_reduce(first.all_reduce(torch.ones(2))).tolist()
 
         return body
