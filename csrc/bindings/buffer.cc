@@ -283,15 +283,16 @@ Buffer get_buffer(PyObject* object, const char* name) {
     DLTensor tensor{};
     if (api->tensor_from_object(object, &tensor) != 0) {
       const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
-      throw TypeError(std::string("`") + name + "` is not a dense tensor in CPU memory: " +
-                      why.substr(0, why.find('\n')));
+      throw TypeError(std::string("`") + name +
+                      "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
     }
     Buffer buffer = from_tensor(tensor, name);
     const bool complex = buffer.dtype == DType::complex64 || buffer.dtype == DType::complex128;
     if (complex && PyObject_HasAttrString(object, "is_conj") &&
         py::handle(object).attr("is_conj")().cast<bool>()) {
-      throw ValueError(std::string("`") + name + "` is a conjugate that has not been computed yet: pass "
-                                                 "x.resolve_conj()");
+      throw ValueError(std::string("`") + name +
+                       "` is a conjugate that has not been computed yet: pass "
+                       "x.resolve_conj()");
     }
     return buffer;
   }

@@ -1,4 +1,5 @@
-// A mutex that costs one exchange to take and one to give back while nobody waits: hot calls take two of them.
+// A mutex that costs one exchange to take and one to give back while nobody waits: hot calls take two of
+// them.
 #pragma once
 
 #include <atomic>
