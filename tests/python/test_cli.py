@@ -40,10 +40,24 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_import_needs_numpy_alone() -> None:
-    code = "import sys, pycomm; print(sorted({m.partition('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys, numpy; before = set(sys.modules); import pycomm;"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(*new - set(sys.stdlib_module_names), 'argparse' in new)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for name in ("rich", "matplotlib", "torch", "mpi4py", "argparse", "ml_dtypes"):
-        assert f"'{name}'" not in out
+    assert out.split() == ["pycomm", "False"]
+
+
+def test_instruction_set_off_is_the_baseline() -> None:
+    code = "from pycomm import _native; print(_native.isa(), _native.available_isas()[-1])"
+    for value in ("0", "baseline"):
+        environment = {**os.environ, "PYCOMM_ISA": value}
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+        chosen, baseline = out.split()
+        assert chosen == baseline
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
