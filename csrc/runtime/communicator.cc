@@ -171,7 +171,7 @@ void Communicator::check_usable() const {
         "pycomm.init() in the processes that communicate.");
   }
   if (closed()) throw AbortedError("rank " + std::to_string(rank()) + " has closed this communicator");
-  if (domain_->failed()) domain_->raise_failure();
+  if (domain_->failed()) domain_->raise_failure(Domain::Caller::starting);
 }
 
 // ---- plans ----
@@ -350,7 +350,7 @@ void Communicator::compare_counts(Bound::Agreement& agreement, Patience& patienc
                       " elements to rank " + std::to_string(rank()) + ", which expects " +
                       std::to_string(agreement.expected[r]) + ", in " + describe(agreement.exchange.record) +
                       ". What is in send_counts of one rank must be in recv_counts of the other.");
-    domain_->raise_failure();
+    domain_->raise_failure(Domain::Caller::under_way);
   }
 }
 
@@ -554,7 +554,7 @@ Communicator::Channel& Communicator::channel(int src, int dst, Patience& patienc
   }
   const std::vector<int> pair = {domain_->node_ranks()[src], domain_->node_ranks()[dst]};
   for (const double started = now_s(); offset.load(std::memory_order_acquire) == 0;) {
-    if (domain_->failed()) domain_->raise_failure();
+    if (domain_->failed()) domain_->raise_failure(Domain::Caller::under_way);
     if (gone(src) && offset.load(std::memory_order_acquire) == 0) {
       domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) +
                                                 " has left before it sent what rank " + std::to_string(dst) +

@@ -139,7 +139,7 @@ void Domain::fail(FailureKind kind, const std::string& text) {
   ring_all();
 }
 
-void Domain::raise_failure() {
+void Domain::raise_failure(Caller caller) {
   // The writer needs microseconds, unless it was killed between the two stores.
   for (int i = 0; failure_->state.load(std::memory_order_acquire) == 1 && i < 100; ++i) usleep(1000);
   std::string text;
@@ -149,7 +149,8 @@ void Domain::raise_failure() {
     text += byte;
   }
   if (text.empty()) text = "the group failed on another rank, which ended before it could say why";
-  if (raised_->exchange(true)) throw AbortedError("the group has failed before: " + text);
+  if (raised_->exchange(true) && caller == Caller::starting)
+    throw AbortedError("the group has failed before: " + text);
   switch (static_cast<FailureKind>(failure_->kind.load(std::memory_order_relaxed))) {
     case FailureKind::peer_lost:
       throw PeerLostError(text);

@@ -133,8 +133,10 @@ class Domain {
   bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
   // Makes this the group's error unless there is one already, and wakes all.
   void fail(FailureKind kind, const std::string& text);
-  // Throws the group's error: to who first sees it as it is, to later calls as AbortedError.
-  [[noreturn]] void raise_failure();
+  // Throws the group's error: as it is to a call that was under way and to the first call that finds it, to
+  // later ones as AbortedError.
+  enum class Caller : uint8_t { under_way, starting };
+  [[noreturn]] void raise_failure(Caller caller);
 
   bool closed(int rank) const {  // a pair's ranks close with their group
     return group_[display_ranks_[rank]].closed.load(std::memory_order_acquire) != 0;

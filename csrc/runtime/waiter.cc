@@ -150,7 +150,7 @@ void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& star
     }
     if (domain.failed()) {
       self.waiting_on.store(0, std::memory_order_relaxed);
-      domain.raise_failure();
+      domain.raise_failure(Domain::Caller::under_way);
     }
     if (const double now = now_s(); now - ticked > kTick) {
       ticked = now;
