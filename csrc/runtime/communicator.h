@@ -27,6 +27,8 @@
 
 namespace pycomm::runtime {
 
+inline constexpr int64_t kChannelBankBytes = 256 << 10;  // of a pair's domain, for send and recv
+
 // One call as the caller made it. Buffers have been checked for size, contiguity and overlap.
 struct Request {
   schedule::Call call;  // placement is found by the communicator

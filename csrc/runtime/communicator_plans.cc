@@ -1,0 +1,243 @@
+// From a request to a bound plan: what the communicator does before anything moves.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "common/env.h"
+#include "common/error.h"
+#include "common/hash.h"
+#include "common/log.h"
+#include "runtime/communicator.h"
+#include "runtime/select.h"
+#include "schedule/lower.h"
+#include "schedule/verify.h"
+
+namespace pycomm::runtime {
+
+namespace {
+
+constexpr size_t kCachedPlans = 1024;
+
+Geometry geometry_for(Collective collective) {
+  Geometry geometry = host_geometry();
+  if (collective == Collective::send_recv) {
+    geometry.bank_bytes = kChannelBankBytes;
+    geometry.trip_bytes = kChannelBankBytes / 2 - 4096;
+  }
+  return geometry;
+}
+
+uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int rank) {
+  Hasher h;
+  h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
+  h.add(call.dtype).add(call.op).add(call.in).add(call.out).add(call.in_place).add(call.deterministic);
+  h.add(call.prescale).add(call.ragged).add(algorithm).add(rank);
+  for (int64_t count : call.counts) h.add(count);
+  return h.digest();
+}
+
+}  // namespace
+
+std::function<schedule::Schedule(const schedule::World&)> Communicator::user_algorithm(
+    Collective collective, const std::string& name) const {
+  const std::lock_guard lock(cache_mutex_);
+  for (const UserAlgorithm& user : user_algorithms_) {
+    if (user.collective == collective && user.name == name) return user.write;
+  }
+  return nullptr;
+}
+
+schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm,
+                                       int rank) const {
+  const Geometry geometry = geometry_for(call.world.collective);
+  const auto write = user_algorithm(call.world.collective, algorithm);
+  if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
+    throw ValueError("algorithm \"" + algorithm +
+                     "\" does not sum in the balanced order that deterministic=True "
+                     "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
+  }
+  const bool prove = write || env().verify;
+  schedule::Plan plan = write
+                            ? schedule::lower(write(call.world), algorithm, call, geometry, prove ? -1 : rank)
+                            : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
+  if (prove) {
+    if (const auto wrong = schedule::verify(plan, {.balanced = call.deterministic})) {
+      throw ValueError("algorithm \"" + algorithm + "\" is wrong: " + wrong->what);
+    }
+    for (int r = 0; r < call.world.size; ++r) {
+      if (r != rank) plan.programs[r] = {};
+    }
+  }
+  return plan;
+}
+
+std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call,
+                                                      const std::string& algorithm, int rank) {
+  CacheEntry& recent = recent_[(static_cast<uint64_t>(call.counts[0]) * 0x9e3779b97f4a7c15ULL >> 59 ^
+                                static_cast<uint64_t>(call.world.collective)) %
+                               recent_.size()];
+  uint64_t key = 0;
+  {
+    const std::lock_guard lock(cache_mutex_);
+    if (recent.prepared && recent.rank == rank && recent.call == call && recent.algorithm == algorithm) {
+      return recent.prepared;
+    }
+    key = hash_of(call, algorithm, rank);
+    for (auto [at, end] = cache_.equal_range(key); at != end; ++at) {
+      const CacheEntry& entry = at->second;
+      if (entry.rank == rank && entry.call == call && entry.algorithm == algorithm) {
+        recent = entry;
+        return entry.prepared;
+      }
+    }
+  }
+  // Without the lock: a user's algorithm may be Python, which lets other threads run meanwhile, and they may
+  // call.
+  const std::string chosen = algorithm.empty() ? select(call, policy_.yield).algorithm : algorithm;
+  auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
+  log(LogLevel::trace, "new plan: ", describe(prepared->record));
+  const std::lock_guard lock(cache_mutex_);
+  if (cache_.size() >= kCachedPlans) cache_.clear();
+  recent = {call, algorithm, rank, prepared};
+  cache_.emplace(key, recent);
+  return prepared;
+}
+
+void Communicator::add_algorithm(Collective collective, const std::string& name,
+                                 std::function<schedule::Schedule(const schedule::World&)> write) {
+  const auto known = schedule::algorithm_names(collective);
+  if (name.empty() || std::find(known.begin(), known.end(), name) != known.end()) {
+    throw ValueError("the name \"" + name + "\" is taken: " + schedule::name(collective) +
+                     " has an algorithm of this name; choose another");
+  }
+  std::vector<UserAlgorithm> kept;  // the old ones are dropped after the lock, since that may run Python
+  const std::lock_guard lock(cache_mutex_);
+  for (const UserAlgorithm& user : user_algorithms_) {
+    if (user.collective != collective || user.name != name) kept.push_back(user);
+  }
+  kept.push_back({collective, name, std::move(write)});
+  kept.swap(user_algorithms_);
+  std::erase_if(cache_, [&](const auto& entry) { return entry.second.algorithm == name; });
+  for (CacheEntry& entry : recent_) {
+    if (entry.algorithm == name) entry = {};
+  }
+}
+
+// A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone: it
+// is plain.
+void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
+  const schedule::Call& call = request.call;
+  const Collective kind = call.world.collective;
+  if (kind == Collective::gather || kind == Collective::scatter) return;
+  const auto item = static_cast<int64_t>(size_of(call.dtype));
+  if (!(call.in_place && kind == Collective::all_gather)) {
+    in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
+  }
+  if (!(call.in_place && kind == Collective::reduce_scatter)) {
+    out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
+  }
+}
+
+Bound Communicator::bind(Request& request) {
+  check_usable();
+  if (schedule::reduces(request.call.world.collective)) {
+    require(request.call.dtype, request.call.op);
+  } else {
+    request.call.op = any_op(request.call.dtype);
+  }
+  Bound bound;
+  bound.timeout_s = request.timeout_s < 0 ? timeout_s_ : request.timeout_s;
+  bound.buffers = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
+  schedule::Call& call = request.call;
+  int plan_rank = rank();
+  Heap::Place in, out;
+  if (call.world.collective == Collective::send_recv) {
+    bound.src = call.world.root;
+    bound.dst = call.world.peer;
+    plan_rank = rank() == bound.src ? 0 : 1;
+    call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1};
+  } else {
+    call.world.size = size();
+    if (!heap_->empty() && size() > 1) {
+      find_symmetric(request, in, out);
+      if (in.distance) call.in = schedule::Placement::symmetric;
+      if (out.distance) call.out = schedule::Placement::symmetric;
+      bound.buffers.in_distance = in.distance;
+      bound.buffers.out_distance = out.distance;
+    }
+  }
+  bound.prepared = prepare(call, request.algorithm, plan_rank);
+  bound.record = bound.prepared->record;
+  if (in.distance || out.distance) {
+    bound.record.symmetric_offset = in.distance ? in.offset : out.offset;
+    bound.record.fingerprint = Hasher(bound.record.fingerprint).add(in.offset).add(out.offset).digest() | 1;
+  }
+  if (!request.tag.empty()) {
+    std::strncpy(bound.record.tag, request.tag.c_str(), sizeof bound.record.tag - 1);
+    bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
+  }
+  if (call.world.collective == Collective::all_to_all && call.ragged && size() > 1) {
+    bound.agreement = agreement_on(bound, call);
+  }
+  return bound;
+}
+
+// What two ranks say of their part of an all_to_all is in no signature, since others do not know it.
+std::shared_ptr<Bound::Agreement> Communicator::agreement_on(const Bound& bound, const schedule::Call& call) {
+  auto agreement = std::make_shared<Bound::Agreement>();
+  for (int r = 0; r < size(); ++r) {
+    agreement->sent.push_back(call.counts[rank() * size() + r]);
+    agreement->expected.push_back(call.counts[r * size() + rank()]);
+  }
+  agreement->coming.resize(size());
+  Request request;
+  request.call.world.collective = Collective::all_to_all;
+  request.call.dtype = DType::int64;
+  request.call.counts.assign(static_cast<size_t>(size()) * size(), 1);
+  request.in = agreement->sent.data();
+  request.out = agreement->coming.data();
+  request.timeout_s = bound.timeout_s;
+  agreement->exchange = bind(request);
+  agreement->exchange.record = bound.record;  // a part of that call, also to the others
+  agreement->exchange.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
+  return agreement;
+}
+
+std::string Communicator::explain(const Request& request) {
+  schedule::Call call = request.call;
+  call.world.size = size();
+  if (schedule::reduces(call.world.collective)) {
+    require(call.dtype, call.op);
+  } else {
+    call.op = any_op(call.dtype);
+  }
+  const Choice choice = request.algorithm.empty() ? select(call, policy_.yield)
+                                                  : Choice{request.algorithm, "named by the caller"};
+  const auto prepared = prepare(call, request.algorithm, rank());
+  const schedule::Plan& plan = prepared->plan;
+  const schedule::Program& program = prepared->program(rank());
+  int64_t waits = 0, moved = 0, trips = 0;
+  for (const schedule::Loop& loop : program.loops) {
+    trips += loop.trips;
+    for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
+      const schedule::Step& step = program.steps[s];
+      if (step.kind == schedule::Step::Kind::wait) waits += loop.trips;
+      if (step.kind == schedule::Step::Kind::combine) {
+        moved += loop.trips * step.count * (step.num_dsts + step.num_srcs) *
+                 static_cast<int64_t>(size_of(call.dtype));
+      }
+    }
+  }
+  std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
+  text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
+  text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
+          " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +
+          std::to_string(moved) + " bytes read and written by rank " + std::to_string(rank()) + "\n";
+  text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
+          std::to_string(plan.slot_bytes) + " bytes\n";
+  for (const schedule::Step& step : program.steps)
+    text += "  " + schedule::describe(plan, rank(), step) + "\n";
+  return text;
+}
+
+}  // namespace pycomm::runtime
