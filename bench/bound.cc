@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "runtime/select.h"
-#include "runtime/waiter.h"
+#include "runtime/sequence.h"
 #include "schedule/lower.h"
 
 using namespace pycomm;
@@ -88,17 +88,11 @@ struct Hand {
 struct Ours {
   Domain& domain;
   WaitPolicy policy = wait_policy(2, 2);
-  uint64_t calls = 0;
-  bool last_exchanged = true;
-  Run run;
+  Sequence calls{domain};
   Patience patience;
 
   void operator()(const Prepared& prepared, const Buffers& buffers) {
-    run.start(domain, prepared, buffers, ++calls, prepared.record, !last_exchanged);
-    double started = 0;
-    while (!run.advance(policy.polls())) wait(domain, run, policy, started, 600, patience);
-    domain.self().finished.store(calls, std::memory_order_release);
-    last_exchanged = prepared.plan.full_exchange;
+    calls.complete(prepared, buffers, policy, 600, patience);
   }
 };
 

@@ -88,8 +88,8 @@ inline constexpr const char* kSend =
 Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
 
 Returns when `x` may be used again: a message of up to 128 KiB may not have been received by then, a longer one is
-received while it is sent. A group's calls run in the order in which they were made, asynchronous ones too: where two
-ranks exchange long messages, one of them receives first.)";
+received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
+no other call. Two ranks that exchange long messages start one with async_op=True, or one of them receives first.)";
 
 inline constexpr const char* kRecv =
     R"(recv($self, x, src, *, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)

@@ -6,6 +6,8 @@
 
 #include <memory>
 
+#include "common/error.h"
+#include "common/log.h"
 #include "runtime/communicator.h"
 
 namespace pycomm::bindings {
@@ -42,7 +44,11 @@ struct Handle {
   ~Handle() {
     if (!comm) return;
     const pybind11::gil_scoped_release release;
-    comm->close();
+    try {
+      comm->close();
+    } catch (const CommError& error) {  // a destructor has nobody to throw to
+      log(LogLevel::warn, error.what());
+    }
     comm.reset();
   }
 };

@@ -23,13 +23,6 @@ void rest(Patience& patience) {
 }
 }  // namespace
 
-struct Communicator::Channel {
-  std::unique_ptr<Domain> domain;
-  uint64_t calls = 0;
-  bool last_exchanged = true;
-  Run run;
-};
-
 // ---- coming and going ----
 
 Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
@@ -38,7 +31,8 @@ Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
       fork_generation_(transport::fork_generation()),
       policy_{.spin_us = env().spin_us, .yield = true},
       background_policy_{.spin_us = 0, .yield = true},
-      heap_(std::make_shared<Heap>(domain_->shared_node())) {
+      heap_(std::make_shared<Heap>(domain_->shared_node())),
+      collectives_(*domain_) {
   register_for_fences();
 }
 
@@ -113,7 +107,11 @@ Communicator::~Communicator() {
         std::condition_variable;  // the parent's would wait for its waiters, who are not here
     return;
   }
-  close();
+  try {
+    close();
+  } catch (const CommError& error) {
+    log(LogLevel::warn, error.what());
+  }
 }
 
 void Communicator::close() {
@@ -125,9 +123,16 @@ void Communicator::close() {
   queue_changed_.notify_all();
   if (progress_.joinable()) progress_.join();  // it finishes what is queued
   closed_.store(true);
-  domain_->self().closed.store(1, std::memory_order_release);
+  domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
-  for (auto& [key, channel] : channels_) channel->domain->ring_all();
+  if (collectives_.last_exchanged() || domain_->failed()) return;
+  // Nobody may have waited for anybody in the last call. Of two ranks that disagree the later one sees it
+  // here.
+  const auto ours = domain_->record_of(rank(), collectives_.calls());
+  const auto mismatch = ours ? find_mismatch(*domain_, collectives_.calls(), *ours) : std::nullopt;
+  if (!mismatch) return;
+  domain_->fail(FailureKind::mismatch, *mismatch);
+  throw MismatchError(*mismatch);
 }
 
 void Communicator::abandon() {
@@ -145,199 +150,9 @@ void Communicator::check_usable() const {
   if (domain_->failed()) domain_->raise_failure(Domain::Caller::starting);
 }
 
-// ---- running ----
-
-void Communicator::compare_counts(Bound::Agreement& agreement, Patience& patience, const WaitPolicy& policy) {
-  run_with_token(agreement.exchange, patience, policy);
-  for (int r = 0; r < size(); ++r) {
-    if (agreement.coming[r] == agreement.expected[r]) continue;
-    domain_->fail(FailureKind::mismatch,
-                  "rank " + std::to_string(r) + " sends " + std::to_string(agreement.coming[r]) +
-                      " elements to rank " + std::to_string(rank()) + ", which expects " +
-                      std::to_string(agreement.expected[r]) + ", in " + describe(agreement.exchange.record) +
-                      ". What is in send_counts of one rank must be in recv_counts of the other.");
-    domain_->raise_failure(Domain::Caller::under_way);
-  }
-}
-
-void Communicator::run(const Bound& bound, Patience& patience) {
-  if (queued_.load(std::memory_order_acquire) == 0) {
-    std::unique_lock token(token_, std::try_to_lock);
-    if (!token) {
-      patience.on_block();
-      token.lock();
-    }
-    if (queued_.load(std::memory_order_acquire) == 0) return run_with_token(bound, patience, policy_);
-  }
-  submit(bound)->wait(INFINITY, patience);  // behind what is queued
-}
-
-void Communicator::run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy) {
-  check_usable();
-  if (bound.agreement) compare_counts(*bound.agreement, patience, policy);
-  Domain* domain = domain_.get();
-  Run* run = &run_;
-  uint64_t* calls = &calls_;
-  bool* last_exchanged = &last_exchanged_;
-  if (bound.src >= 0) {
-    Channel& pair = channel(bound.src, bound.dst, patience, bound.timeout_s);
-    domain = pair.domain.get();
-    run = &pair.run;
-    calls = &pair.calls;
-    last_exchanged = &pair.last_exchanged;
-  }
-  run->start(*domain, *bound.prepared, bound.buffers, ++*calls, bound.record, !*last_exchanged);
-  double started = 0;
-  while (!run->advance(policy.polls())) wait(*domain, *run, policy, started, bound.timeout_s, patience);
-  domain->self().finished.store(*calls, std::memory_order_release);
-  *last_exchanged = bound.prepared->plan.full_exchange;
-  if (bound.then) bound.then();
-}
-
-std::shared_ptr<Work> Communicator::submit(Bound bound) {
-  check_usable();
-  auto work = std::make_shared<Work>();
-  work->owner_ = this;
-  work->bound_ = std::move(bound);
-  {
-    const std::lock_guard lock(queue_mutex_);
-    if (stopping_) throw AbortedError("rank " + std::to_string(rank()) + " is closing this communicator");
-    if (!progress_.joinable()) progress_ = std::thread([this] { progress(); });
-    queue_.push_back(work);
-    queued_.fetch_add(1, std::memory_order_release);
-  }
-  queue_changed_.notify_all();
-  return work;
-}
-
-void Communicator::complete(Work& work, Patience& patience, const WaitPolicy& policy) {
-  try {
-    run_with_token(work.bound_, patience, policy);
-  } catch (...) {
-    work.error_ = std::current_exception();
-  }
-}
-
-// Runs the queue's first call, if there is one, and returns it; under the token.
-std::shared_ptr<Work> Communicator::complete_next(Patience& patience, const WaitPolicy& policy) {
-  std::shared_ptr<Work> work;
-  {
-    const std::lock_guard lock(queue_mutex_);
-    if (queue_.empty()) return nullptr;
-    work = queue_.front();
-  }
-  complete(*work, patience, policy);
-  work->bound_ = {};
-  {
-    const std::lock_guard lock(queue_mutex_);
-    queue_.pop_front();
-    queued_.fetch_sub(1, std::memory_order_release);
-    work->done_.store(true, std::memory_order_release);
-  }
-  queue_changed_.notify_all();
-  return work;
-}
-
-void Communicator::progress() {
-  Patience patience;
-  for (;;) {
-    {
-      std::unique_lock lock(queue_mutex_);
-      queue_changed_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-    }
-    const std::lock_guard token(token_);
-    complete_next(patience, background_policy_);
-  }
-}
-
-namespace {
-// Ctrl-C during another's call is for who waits, not for the error of that call alone.
-void raise_interrupt(const std::exception_ptr& error) {
-  if (!error) return;
-  try {
-    std::rethrow_exception(error);
-  } catch (const CommError&) {
-  } catch (const OutOfMemoryError&) {
-  }
-}
-}  // namespace
-
-void Communicator::drive(const Work& work, Patience& patience) {
-  while (!work.is_completed()) {
-    if (std::unique_lock token(token_, std::try_to_lock); token) {
-      const auto completed = complete_next(patience, policy_);
-      if (completed && completed.get() != &work) raise_interrupt(completed->error_);
-      continue;
-    }
-    patience.on_block();
-    {
-      std::unique_lock lock(queue_mutex_);
-      queue_changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return work.is_completed(); });
-    }
-    patience.on_tick();
-  }
-}
-
-void Work::wait(double timeout_s, Patience& patience) {
-  if (is_completed()) {
-  } else if (std::isinf(timeout_s)) {
-    owner_->drive(*this, patience);
-  } else {
-    for (const double end = now_s() + timeout_s;;) {
-      patience.on_block();
-      {
-        std::unique_lock lock(owner_->queue_mutex_);
-        const double slice = std::min(end - now_s(), 0.02);
-        if (owner_->queue_changed_.wait_for(lock, std::chrono::duration<double>(slice),
-                                            [&] { return is_completed(); })) {
-          break;
-        }
-      }
-      if (now_s() >= end) {
-        throw CommTimeoutError("the call has not completed within " + std::to_string(timeout_s) +
-                               " s; it goes on: wait again, or close the communicator");
-      }
-      patience.on_tick();
-    }
-  }
-  if (error_) std::rethrow_exception(error_);
-}
-
 // Whether the rank's process has ended, or has closed its communicator.
 bool Communicator::gone(int rank) const {
   return domain_->closed(rank) || domain_->node().dead(domain_->node_ranks()[rank]);
-}
-
-// ---- send and recv ----
-
-Communicator::Channel& Communicator::channel(int src, int dst, Patience& patience, double timeout_s) {
-  const int64_t key = int64_t{src} * size() + dst;
-  if (const auto found = channels_.find(key); found != channels_.end()) return *found->second;
-  std::atomic<int64_t>& offset = domain_->channel_offset(src, dst);
-  if (rank() == src) {
-    const int64_t made = domain_->node().reserve(Domain::bytes(2, kChannelBankBytes));
-    offset.store(made, std::memory_order_release);
-  }
-  const std::vector<int> pair = {domain_->node_ranks()[src], domain_->node_ranks()[dst]};
-  for (const double started = now_s(); offset.load(std::memory_order_acquire) == 0;) {
-    if (domain_->failed()) domain_->raise_failure(Domain::Caller::under_way);
-    if (gone(src) && offset.load(std::memory_order_acquire) == 0) {
-      domain_->fail(FailureKind::peer_lost, "rank " + std::to_string(src) +
-                                                " has left before it sent what rank " + std::to_string(dst) +
-                                                " waits for.");
-    } else if (now_s() - started > timeout_s) {
-      domain_->fail(FailureKind::timeout, "rank " + std::to_string(dst) + " waited " +
-                                              std::to_string(timeout_s) + " s for rank " +
-                                              std::to_string(src) + " to send");
-    }
-    rest(patience);
-  }
-  auto channel = std::make_unique<Channel>();
-  channel->domain =
-      std::make_unique<Domain>(domain_->shared_node(), pair, rank() == src ? 0 : 1,
-                               offset.load(std::memory_order_acquire), kChannelBankBytes, domain_.get());
-  return *(channels_[key] = std::move(channel));
 }
 
 // ---- collective services ----

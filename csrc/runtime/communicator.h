@@ -1,8 +1,9 @@
 // A group of ranks and what it can do: the object behind pycomm.Communicator.
 //
-// Thread-safe. A group runs one call at a time, in the order in which the calls were made: a call that finds
-// the queue empty takes the group's token and runs at once; asynchronous calls queue up, and whoever waits
-// for one drives the queue (else the progress thread does).
+// Thread-safe. A group's collectives run one at a time, in the order in which they were made, and so do the
+// messages from one rank to another; these sequences run beside each other. A call that finds nothing queued
+// takes the group's token and runs at once; asynchronous calls queue up, and whoever waits for one drives all
+// that are queued (else the progress thread does).
 #pragma once
 
 #include <array>
@@ -11,6 +12,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,6 +23,7 @@
 #include "runtime/domain.h"
 #include "runtime/executor.h"
 #include "runtime/heap.h"
+#include "runtime/sequence.h"
 #include "runtime/token.h"
 #include "runtime/waiter.h"
 #include "schedule/plan.h"
@@ -45,15 +48,11 @@ struct Bound {
   Buffers buffers;
   CallRecord record;
   double timeout_s = 0;
-  int src = -1, dst = -1;             // send and recv: the pair, in ranks of the group
-  std::function<void()> then;         // after success, by whichever thread completes the call
-  std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
-  struct Agreement;
-  std::shared_ptr<Agreement> agreement;  // all_to_all with counts of its own: they are compared first
-};
-struct Bound::Agreement {
-  std::vector<int64_t> sent, expected, coming;  // elements, by peer
-  Bound exchange;                               // of what each sends to each
+  int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
+  std::pair<int, int> sequence() const { return {src, dst}; }
+  std::function<void()> then;          // after success, by whichever thread completes the call
+  std::shared_ptr<void> keeps_alive;   // asynchronous calls: the caller's buffers
+  std::shared_ptr<const Bound> first;  // a call that goes before, and whose `then` may throw
 };
 
 // An asynchronous call. It is waited for while its communicator lives; close() completes all.
@@ -70,6 +69,7 @@ class Work {
   friend class Communicator;
   Communicator* owner_ = nullptr;
   Bound bound_;
+  bool taken_up_ = false;
   std::atomic<bool> done_{false};
   std::exception_ptr error_;
 };
@@ -111,6 +111,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Collective among the ranks that are left, also after a failure: their group, in the same order. This one
   // is of no more use.
   std::shared_ptr<Communicator> shrink(Patience& patience);
+  // Finishes what is queued. Throws MismatchError if another rank's last call was another one; it is closed
+  // all the same.
   void close();
   // For rank threads: this rank has failed and will make no more calls.
   void abandon();
@@ -123,15 +125,27 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::function<schedule::Schedule(const schedule::World&)> user_algorithm(schedule::Collective collective,
                                                                            const std::string& name) const;
   schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
-  std::shared_ptr<Bound::Agreement> agreement_on(const Bound& bound, const schedule::Call& call);
-  void compare_counts(Bound::Agreement& agreement, Patience& patience, const WaitPolicy& policy);
-  void run_with_token(const Bound& bound, Patience& patience, const WaitPolicy& policy);
-  void complete(Work& work, Patience& patience, const WaitPolicy& policy);
-  std::shared_ptr<Work> complete_next(Patience& patience, const WaitPolicy& policy);
+  std::shared_ptr<const Bound> agreement_on(const Bound& bound, const schedule::Call& call);
+
+  // Under the token.
+  Sequence& sequence_of(const Bound& bound);
+  void run_alone(const Bound& bound, Patience& patience);
+  void run_queued(const std::shared_ptr<Work>& work, Patience& patience);
+  struct Active {
+    std::shared_ptr<Work> work;
+    const Bound* bound;  // the work's, or what goes first
+    Sequence* sequence;
+    Pending pending;
+  };
+  void start(Active& active, const Bound& bound);
+  bool go_on(Active& active, int polls);
+  void complete(Active& active);
+  uint64_t take_up();
+  void complete_some(Patience& patience, const WaitPolicy& policy);
+  void join_queue(const Bound& bound, Sequence& sequence, const Pending& pending, Patience& patience);
+
   void drive(const Work& work, Patience& patience);
   void progress();
-  struct Channel;
-  Channel& channel(int src, int dst, Patience& patience, double timeout_s);
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
@@ -147,10 +161,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // The executor's state, under the token.
   Token token_;
-  Run run_;
-  uint64_t calls_ = 0;
-  bool last_exchanged_ = true;
-  std::unordered_map<int64_t, std::unique_ptr<Channel>> channels_;
+  Sequence collectives_;
+  struct Channel {  // of a pair, one way
+    explicit Channel(std::unique_ptr<Domain> d) : domain(std::move(d)), messages(*domain) {}
+    std::unique_ptr<Domain> domain;
+    Sequence messages;
+  };
+  std::map<std::pair<int, int>, Channel> channels_;
+  std::vector<Active> active_;  // the first queued call of each sequence
 
   mutable Token cache_mutex_;
   struct CacheEntry {
@@ -170,8 +188,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   std::mutex queue_mutex_;
   std::condition_variable queue_changed_;
-  std::deque<std::shared_ptr<Work>> queue_;
-  std::atomic<size_t> queued_{0};
+  std::map<std::pair<int, int>, std::deque<std::shared_ptr<Work>>> queues_;  // by sequence
+  std::atomic<uint64_t> queued_{0};                                          // in all of them
   std::thread progress_;
   bool stopping_ = false;
 };

@@ -177,30 +177,45 @@ Bound Communicator::bind(Request& request) {
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
   }
   if (call.world.collective == Collective::all_to_all && call.ragged && size() > 1) {
-    bound.agreement = agreement_on(bound, call);
+    bound.first = agreement_on(bound, call);
   }
   return bound;
 }
 
-// What two ranks say of their part of an all_to_all is in no signature, since others do not know it.
-std::shared_ptr<Bound::Agreement> Communicator::agreement_on(const Bound& bound, const schedule::Call& call) {
-  auto agreement = std::make_shared<Bound::Agreement>();
+// What two ranks say of their part of an all_to_all is in no signature, since others do not know it: they
+// tell each other before it.
+std::shared_ptr<const Bound> Communicator::agreement_on(const Bound& bound, const schedule::Call& call) {
+  struct Counts {
+    std::vector<int64_t> sent, expected, coming;  // elements, by peer
+  };
+  auto counts = std::make_shared<Counts>();
   for (int r = 0; r < size(); ++r) {
-    agreement->sent.push_back(call.counts[rank() * size() + r]);
-    agreement->expected.push_back(call.counts[r * size() + rank()]);
+    counts->sent.push_back(call.counts[rank() * size() + r]);
+    counts->expected.push_back(call.counts[r * size() + rank()]);
   }
-  agreement->coming.resize(size());
+  counts->coming.resize(size());
   Request request;
   request.call.world.collective = Collective::all_to_all;
   request.call.dtype = DType::int64;
   request.call.counts.assign(static_cast<size_t>(size()) * size(), 1);
-  request.in = agreement->sent.data();
-  request.out = agreement->coming.data();
+  request.in = counts->sent.data();
+  request.out = counts->coming.data();
   request.timeout_s = bound.timeout_s;
-  agreement->exchange = bind(request);
-  agreement->exchange.record = bound.record;  // a part of that call, also to the others
-  agreement->exchange.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
-  return agreement;
+  auto exchange = std::make_shared<Bound>(bind(request));
+  exchange->record = bound.record;  // a part of that call, also to the others
+  exchange->record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
+  exchange->then = [this, counts, record = bound.record] {
+    for (int r = 0; r < size(); ++r) {
+      if (counts->coming[r] == counts->expected[r]) continue;
+      domain_->fail(FailureKind::mismatch,
+                    "rank " + std::to_string(r) + " sends " + std::to_string(counts->coming[r]) +
+                        " elements to rank " + std::to_string(rank()) + ", which expects " +
+                        std::to_string(counts->expected[r]) + ", in " + describe(record) +
+                        ". What is in send_counts of one rank must be in recv_counts of the other.");
+      domain_->raise_failure(Domain::Caller::under_way);
+    }
+  };
+  return exchange;
 }
 
 std::string Communicator::explain(const Request& request) {

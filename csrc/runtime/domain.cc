@@ -117,7 +117,7 @@ std::optional<CallRecord> Domain::record_of(int rank, uint64_t call) const {
 }
 
 void Domain::wake(int rank) const {
-  Member& peer = members_[rank];
+  Member& peer = waker(rank);
   peer.doorbell.fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &peer.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }

@@ -68,9 +68,8 @@ struct Member {
   alignas(kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
-  std::atomic<uint32_t> shrinking;   // has called shrink
-  std::atomic<uint32_t> waiting_on;  // in a long wait: 1 + the peer
-  std::atomic<uint64_t> heartbeat;   // grows during a long wait
+  std::atomic<uint32_t> shrinking;  // has called shrink
+  std::atomic<uint64_t> heartbeat;  // grows during a long wait
   alignas(kApart) std::atomic<uint32_t> sleeping;
   std::atomic<int32_t> cpu;        // 1 + where it last waited
   std::atomic<uint32_t> doorbell;  // futex
@@ -111,8 +110,8 @@ class Domain {
   // The cells of this rank's signals to a peer, and of a peer's to it.
   Cell& outgoing(int peer, int index) const { return outgoing_[peer * outgoing_stride_ + index]; }
   Cell& incoming(int peer, int index) const { return incoming_[peer * kCellsPerPair + index]; }
-  // Where the pair's domain for send and recv lies; 0: not yet made. (rank, rank): the domain that rank made
-  // in shrink.
+  // Where the pair's domain for send and recv lies; 0: not yet made, by whoever of the two comes first.
+  // (rank, rank): the domain that rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
 
@@ -124,9 +123,11 @@ class Domain {
     return members_[rank].entries[call & 1].words[0].load(std::memory_order_acquire);
   }
 
+  // The words by which a rank is woken: those of its group, since it sleeps for all its calls at once.
+  Member& waker(int rank) const { return group_[display_ranks_[rank]]; }
   // Wakes the rank if it sleeps.
   void ring(int rank) const {
-    if (members_[rank].sleeping.load(std::memory_order_relaxed) != 0) wake(rank);
+    if (waker(rank).sleeping.load(std::memory_order_relaxed) != 0) wake(rank);
   }
   void ring_all() const;
 

@@ -24,31 +24,57 @@ constexpr int kSpinBeforeYield = 64;  // about a microsecond
 // Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
 bool fence_all_processes() { return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0; }
 
-void sleep_on_doorbell(Member& self, const Blocked& blocked, double seconds) {
+// What a rank waits for, one or several things.
+class Hopes {
+ public:
+  Hopes(std::span<const Pending> calls, const Blocked* also) : calls_(calls), also_(also) {}
+  bool met(int polls = 1) const {
+    for (const Pending& call : calls_) {
+      const Blocked& blocked = call.run->blocked_on();
+      if (call.run->mismatched() < 0 && reaches(*blocked.word, blocked.target, polls)) return true;
+    }
+    return also_ && also_->met();
+  }
+
+ private:
+  std::span<const Pending> calls_;
+  const Blocked* also_;
+};
+
+void sleep_on_doorbell(Member& self, const Hopes& hopes, double seconds) {
   const uint32_t rung = self.doorbell.load(std::memory_order_acquire);
   self.sleeping.store(1, std::memory_order_seq_cst);
   if (!fence_all_processes()) seconds = std::min(seconds, 0.0005);
-  if (!blocked.met()) {
+  if (!hopes.met()) {
     const timespec limit{0, static_cast<long>(seconds * 1e9)};
     syscall(SYS_futex, &self.doorbell, FUTEX_WAIT, rung, &limit, nullptr, 0);
   }
   self.sleeping.store(0, std::memory_order_relaxed);
 }
 
-std::string rank_name(const Domain& domain, int rank) {
-  return "rank " + std::to_string(domain.display_rank(rank));
+// Spins or yields as the policy says; true if something is met.
+bool met_soon(const Pending& first, const Hopes& hopes, const WaitPolicy& policy, Patience& patience) {
+  const double end = now_s() + policy.spin_us * 1e-6;
+  if (!policy.yield) {
+    while (now_s() < end) {
+      if (hopes.met(64)) return true;
+    }
+    return false;
+  }
+  const int cpu = 1 + sched_getcpu();
+  first.domain->waker(first.domain->rank()).cpu.store(cpu, std::memory_order_relaxed);
+  const std::atomic<int32_t>& peer_cpu = first.domain->waker(first.run->blocked_on().peer).cpu;
+  while (now_s() < end) {
+    if (peer_cpu.load(std::memory_order_relaxed) != cpu && hopes.met(kSpinBeforeYield)) return true;
+    patience.on_block();
+    sched_yield();
+    if (hopes.met()) return true;
+  }
+  return false;
 }
 
-void look_for_mismatch(Domain& domain, uint64_t call, const CallRecord& ours) {
-  for (int rank = 0; rank < domain.size(); ++rank) {
-    const auto theirs = domain.record_of(rank, call);
-    if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
-    domain.fail(
-        FailureKind::mismatch,
-        rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " + rank_name(domain, rank) +
-            " called " + describe(*theirs) + " (call " + std::to_string(call) +
-            " of the group). All ranks must make the same calls in the same order with the same arguments.");
-  }
+std::string rank_name(const Domain& domain, int rank) {
+  return "rank " + std::to_string(domain.display_rank(rank));
 }
 
 // A peer that ended before it finished this call is lost, unless what is waited for came before its end.
@@ -93,7 +119,38 @@ int find_late(const Domain& domain, const Run& run) {
   return late;
 }
 
+// Makes what keeps a call from going on the group's failure.
+void look_for_trouble(const Pending& call) {
+  Domain& domain = *call.domain;
+  const Run& run = *call.run;
+  const auto before = run.call() > 1 ? domain.record_of(domain.rank(), run.call() - 1) : std::nullopt;
+  auto mismatch = before ? find_mismatch(domain, run.call() - 1, *before) : std::nullopt;
+  if (!mismatch) mismatch = find_mismatch(domain, run.call(), run.record());
+  if (mismatch) domain.fail(FailureKind::mismatch, *mismatch);
+  if (!domain.failed()) look_for_losses(domain, run);
+  if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
+  const int late = find_late(domain, run);
+  if (run.blocked_on().met()) return;
+  domain.fail(FailureKind::timeout,
+              rank_name(domain, domain.rank()) + " waited " + std::to_string(call.timeout_s) + " s in " +
+                  describe(run.record()) + " for " + rank_name(domain, late) + ", which " +
+                  (domain.member(late).entered.load() < run.call() ? "has not called it"
+                                                                   : "has called it but does not move") +
+                  ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
+}
+
 }  // namespace
+
+std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, const CallRecord& ours) {
+  for (int rank = 0; rank < domain.size(); ++rank) {
+    const auto theirs = domain.record_of(rank, call);
+    if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
+    return rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " +
+           rank_name(domain, rank) + " called " + describe(*theirs) + " (call " + std::to_string(call) +
+           " of the group). All ranks must make the same calls in the same order with the same arguments.";
+  }
+  return std::nullopt;
+}
 
 void register_for_fences() {
   static const long registered = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0);
@@ -106,67 +163,35 @@ double now_s() {
 
 WaitPolicy wait_policy(int ranks, int cores) { return {.spin_us = env().spin_us, .yield = ranks > cores}; }
 
-void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
-          Patience& patience) {
-  const Blocked& blocked = run.blocked_on();
-  if (run.mismatched() < 0 && policy.spin_us > 0) {
-    const auto spin = [&](int polls) { return reaches(*blocked.word, blocked.target, polls); };
-    if (!policy.yield) {
-      for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
-        if (spin(64)) return;
-      }
-    } else {
-      const int cpu = 1 + sched_getcpu();
-      domain.self().cpu.store(cpu, std::memory_order_relaxed);
-      const std::atomic<int32_t>& peer_cpu = domain.member(blocked.peer).cpu;
-      for (const double end = now_s() + policy.spin_us * 1e-6; now_s() < end;) {
-        if (peer_cpu.load(std::memory_order_relaxed) != cpu && spin(kSpinBeforeYield)) return;
-        patience.on_block();
-        sched_yield();
-        if (blocked.met()) return;
-      }
-    }
-  }
+void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience, const Blocked* also) {
+  const Hopes hopes(calls, also);
+  const bool hopeless = std::ranges::any_of(calls, [](const Pending& c) { return c.run->mismatched() >= 0; });
+  if (!hopeless && policy.spin_us > 0 && met_soon(calls[0], hopes, policy, patience)) return;
   patience.on_block();
-  if (started == 0) started = now_s();
-  Member& self = domain.self();
-  self.waiting_on.store(1 + blocked.peer, std::memory_order_relaxed);
+  Domain& group = *calls[0].domain;
   double nap = 0.0005, ticked = now_s();
-  while (run.mismatched() >= 0 || !blocked.met()) {
-    self.heartbeat.fetch_add(1, std::memory_order_relaxed);
-    const auto before = run.call() > 1 ? domain.record_of(domain.rank(), run.call() - 1) : std::nullopt;
-    if (before) look_for_mismatch(domain, run.call() - 1, *before);
-    look_for_mismatch(domain, run.call(), run.record());
-    if (!domain.failed()) look_for_losses(domain, run);
-    if (!domain.failed() && now_s() - started > timeout_s) {
-      const int late = find_late(domain, run);
-      if (blocked.met()) break;
-      domain.fail(FailureKind::timeout,
-                  rank_name(domain, domain.rank()) + " waited " + std::to_string(timeout_s) + " s in " +
-                      describe(run.record()) + " for " + rank_name(domain, late) + ", which " +
-                      (domain.member(late).entered.load() < run.call() ? "has not called it"
-                                                                       : "has called it but does not move") +
-                      ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
-    }
-    if (domain.failed()) {
-      self.waiting_on.store(0, std::memory_order_relaxed);
-      domain.raise_failure(Domain::Caller::under_way);
+  for (Pending& call : calls) {
+    if (call.started == 0) call.started = ticked;
+  }
+  while (!hopes.met()) {
+    for (const Pending& call : calls) {
+      call.domain->self().heartbeat.fetch_add(1, std::memory_order_relaxed);
+      look_for_trouble(call);
+      if (group.failed()) group.raise_failure(Domain::Caller::under_way);
     }
     if (const double now = now_s(); now - ticked > kTick) {
       ticked = now;
       try {
         patience.on_tick();
       } catch (...) {
-        domain.fail(FailureKind::aborted, rank_name(domain, domain.rank()) + " was interrupted in " +
-                                              describe(run.record()) + "; the group cannot go on.");
-        self.waiting_on.store(0, std::memory_order_relaxed);
+        group.fail(FailureKind::aborted, rank_name(group, group.rank()) + " was interrupted in " +
+                                             describe(calls[0].run->record()) + "; the group cannot go on.");
         throw;
       }
     }
-    sleep_on_doorbell(self, blocked, nap);
+    sleep_on_doorbell(group.waker(group.rank()), hopes, nap);
     nap = std::min(nap * 2, 0.005);
   }
-  self.waiting_on.store(0, std::memory_order_relaxed);
 }
 
 }  // namespace pycomm::runtime

@@ -7,6 +7,10 @@
 // the deadline (CommTimeoutError) and the caller's own interrupts.
 #pragma once
 
+#include <optional>
+#include <span>
+#include <string>
+
 #include "runtime/domain.h"
 #include "runtime/executor.h"
 
@@ -34,11 +38,22 @@ WaitPolicy wait_policy(int ranks, int cores);
 // process.
 void register_for_fences();
 
-// Returns when run.blocked_on() is met. Otherwise makes the reason the group's failure and throws it.
-// `started`: the call's first long wait, by now_s(); 0 until then. The call has `timeout_s` from there, in
-// all its waits together.
-void wait(Domain& domain, const Run& run, const WaitPolicy& policy, double& started, double timeout_s,
-          Patience& patience);
+// A call that is under way on this rank.
+struct Pending {
+  Domain* domain = nullptr;
+  const Run* run = nullptr;
+  double timeout_s = 0;  // of all its waits together, counted
+  double started = 0;    // from its first long one, by now_s(); 0 until then
+};
+
+// Returns when one of the calls may go on: what its run is blocked on is met, or `also` is. The calls are of
+// one group (its own, and messages between its pairs). Otherwise makes the reason the group's failure and
+// throws it.
+void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience,
+          const Blocked* also = nullptr);
+
+// In words, if another rank has recorded something else for this call than this rank has.
+std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, const CallRecord& ours);
 
 double now_s();
 

@@ -25,6 +25,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -32,7 +33,7 @@
 
 #include "common/error.h"
 #include "runtime/heap.h"
-#include "runtime/waiter.h"
+#include "runtime/sequence.h"
 #include "schedule/lower.h"
 
 using namespace pycomm;
@@ -129,6 +130,7 @@ class Rank {
     std::vector<int> ranks(c.size);
     std::iota(ranks.begin(), ranks.end(), 0);
     domain_ = std::make_unique<Domain>(node_, ranks, rank, board.domain.load(), kBank);
+    calls_.emplace(*domain_);
     register_for_fences();
     policy_ = wait_policy(c.size, static_cast<int>(std::thread::hardware_concurrency()));
     if (c.placement == Placement::symmetric) {
@@ -180,20 +182,18 @@ class Rank {
   void call(int number, int kill_at) {
     for (int64_t i = 0; i < case_.count; ++i) data_[i] = input(rank_, i, number);
     bool again = false;
-    Run run;
     Board::Report uncounted = {};
     const Killer killer{&board_, number == 2 ? &report_ : &uncounted, &again, kill_at};
     const Prepared& prepared = *case_.plans[rank_];
-    run.start(*domain_, prepared, buffers_, static_cast<uint64_t>(number), prepared.record, !last_exchanged_);
+    calls_->start(prepared, buffers_, prepared.record);
     Patience patience;
-    double started = 0;
-    while (!run.advance(1, killer)) {
+    Pending pending = calls_->pending(30);
+    while (!calls_->run().advance(1, killer)) {
       again = domain_->self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
-      wait(*domain_, run, policy_, started, 30, patience);
+      wait({&pending, 1}, policy_, patience);
     }
     if (kill_at == kAfterLastStep) die(board_);
-    domain_->self().finished.store(static_cast<uint64_t>(number), std::memory_order_release);
-    last_exchanged_ = prepared.plan.full_exchange;
+    calls_->finish();
   }
 
   bool right(int number) const {
@@ -216,7 +216,7 @@ class Rank {
   float* data_ = nullptr;
   Buffers buffers_;
   WaitPolicy policy_;
-  bool last_exchanged_ = true;
+  std::optional<Sequence> calls_;
 };
 
 struct Totals {

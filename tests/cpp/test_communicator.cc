@@ -212,6 +212,52 @@ TEST(messages_arrive_in_order) {
   });
 }
 
+// Threads of each rank, with collectives, blocking messages and queued ones: each of these blocks now and
+// then for something that another thread's call must bring first.
+TEST(sequences_run_beside_each_other) {
+  run_threads(3, [](Communicator& comm) {
+    const int n = comm.size(), next = (comm.rank() + 1) % n, before = (comm.rank() + n - 1) % n;
+    constexpr int kRounds = 12;
+    const auto count_of = [](int i) { return int64_t{i % 3 == 0 ? 70000 : 10 + i}; };
+    std::thread collectives([&] {
+      for (int i = 0; i < 8 * kRounds; ++i) {
+        std::vector<int64_t> data(i % 5 == 0 ? 90000 : 100, comm.rank() + 1);
+        all_reduce(comm, data);
+        CHECK_EQ(data.back(), total(n));
+      }
+    });
+    std::thread ring([&] {  // a token that goes round: to receive comes first on all ranks but one
+      for (int i = 0; i < kRounds; ++i) {
+        std::vector<int64_t> token(count_of(i), 0);
+        if (comm.rank() != 0) pass(comm, before, comm.rank(), token);
+        for (int64_t& t : token) ++t;
+        pass(comm, comm.rank(), next, token);
+        if (comm.rank() == 0) {
+          pass(comm, before, comm.rank(), token);
+          CHECK_EQ(token.back(), n);
+        }
+      }
+    });
+    Patience patience;
+    for (int i = 0; i < kRounds; ++i) {  // backwards, all at once
+      std::vector<int64_t> out(count_of(i + 1), comm.rank() * 100 + i), in(out.size());
+      const auto submit = [&](int src, int dst, std::vector<int64_t>& data) {
+        Request r =
+            request(comm, Collective::send_recv, static_cast<int64_t>(data.size()), data.data(), data.data());
+        r.call.world.root = src;
+        r.call.world.peer = dst;
+        return comm.submit(comm.bind(r));
+      };
+      const auto received = submit(next, comm.rank(), in), sent = submit(comm.rank(), before, out);
+      received->wait(INFINITY, patience);
+      sent->wait(INFINITY, patience);
+      CHECK_EQ(in.back(), next * 100 + i);
+    }
+    collectives.join();
+    ring.join();
+  });
+}
+
 // A rank that is no part of a pair never hears of it.
 TEST(pairs_run_beside_the_rest) {
   run_threads(4, [](Communicator& comm) {

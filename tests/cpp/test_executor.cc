@@ -8,14 +8,14 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
 
 #include "check.h"
-#include "runtime/executor.h"
 #include "runtime/heap.h"
-#include "runtime/waiter.h"
+#include "runtime/sequence.h"
 #include "schedule/layout.h"
 #include "schedule/lower.h"
 
@@ -166,6 +166,7 @@ class Rank {
     std::vector<int> ranks(size);
     std::iota(ranks.begin(), ranks.end(), 0);
     domain_ = std::make_unique<Domain>(node_, ranks, rank, offset, kGeometry.bank_bytes);
+    calls_.emplace(*domain_);
     policy_ = wait_policy(size, 2);
     register_for_fences();
   }
@@ -198,11 +199,7 @@ class Rank {
     buffers.in_distance = in_memory.distance;
 
     const Prepared& prepared = *s.plans[rank_];
-    run_.start(*domain_, prepared, buffers, ++calls_, prepared.record, !last_exchanged_);
-    double started = 0;
-    while (!run_.advance()) wait(*domain_, run_, policy_, started, 60, patience_);
-    domain_->self().finished.store(calls_, std::memory_order_release);
-    last_exchanged_ = prepared.plan.full_exchange;
+    calls_->complete(prepared, buffers, policy_, 60, patience_);
 
     std::string wrong;
     for (int64_t i = 0; i < outs && wrong.empty(); ++i) {
@@ -221,7 +218,7 @@ class Rank {
   }
 
   void meet() {  // symmetric buffers may be freed when all have finished
-    const uint64_t calls = calls_;
+    const uint64_t calls = calls_->calls();
     for (int r = 0; r < domain_->size(); ++r) {
       while (domain_->member(r).finished.load(std::memory_order_acquire) < calls) std::this_thread::yield();
     }
@@ -261,9 +258,7 @@ class Rank {
   std::shared_ptr<Heap> heap_;
   std::unique_ptr<Domain> domain_;
   int rank_;
-  Run run_;
-  uint64_t calls_ = 0;
-  bool last_exchanged_ = true;
+  std::optional<Sequence> calls_;
   WaitPolicy policy_;
   Patience patience_;
 };

@@ -360,6 +360,22 @@ def test_mismatches_name_ranks_and_values(ranks: Ranks, what: str) -> None:
         assert all(word in text for word in words), text
 
 
+def test_a_last_call_in_which_nobody_waits(ranks: Ranks) -> None:
+    """Two roots: neither needs the other, so that the later one learns it when it closes."""
+
+    def fn(comm: Communicator) -> str:
+        comm.all_reduce(np.ones(3))
+        comm.broadcast(np.ones(3), root=comm.rank)
+        try:
+            comm.close()
+        except pycomm.MismatchError as error:
+            return str(error)
+        return ""
+
+    texts = ranks(fn, 2)
+    assert any("root=0" in text and "root=1" in text for text in texts), texts
+
+
 @pytest.mark.parametrize(("send", "recv"), [(3, 1), (1, 3), (0, 2), (2, 0), (5000, 300_000)])
 def test_uneven_counts_that_disagree(ranks: Ranks, send: int, recv: int) -> None:
     """Of what passes between two ranks, only they know."""

@@ -1,5 +1,6 @@
 """send and recv."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,21 +48,78 @@ def test_both_directions_at_once(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
-def test_large_messages_that_face_each_other_are_late_not_stuck(ranks: Ranks) -> None:
-    """A group's calls run in their order, so that one of the two has to receive first."""
+COUNTS = (1, 10_000, 2_000_001)  # the last one is far beyond what a pair's window holds
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("first", ["send", "recv"])
+@pytest.mark.parametrize("background", ["both", "first"])
+def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str, count: int) -> None:
+    """As everybody writes it: start one, do the other, wait."""
 
     def fn(comm: Communicator) -> None:
         other = 1 - comm.rank
-        x, y = np.full(2_000_001, comm.rank), np.full(2_000_001, -1)
-        if comm.rank == 0:
-            comm.send(x, other)
-            comm.recv(y, other)
-        else:
-            comm.recv(y, other)
-            comm.send(x, other)
-        assert (y == other).all()
+        x, y = np.full(count, comm.rank), np.full(count, -1)
+        calls = {"send": lambda **more: comm.send(x, other, **more), "recv": lambda **more: comm.recv(y, other, **more)}
+        second = "recv" if first == "send" else "send"
+        for _ in range(3):
+            y[:] = -1
+            started = calls[first](async_op=True)
+            if background == "both":
+                calls[second](async_op=True).wait()
+            else:
+                calls[second]()
+            started.wait()
+            assert (y == other).all()
+
+    ranks(fn, 2)
+
+
+def test_messages_and_collectives_do_not_wait_for_each_other(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        n, me = comm.size, comm.rank
+        get = [np.full(300_000, -1.0) for _ in range(n)]
+        pending = [comm.recv(get[r], r, async_op=True) for r in range(n) if r != me]
+        for _ in range(5):
+            assert comm.all_reduce(np.ones(1000))[0] == n
+        sums = [comm.all_reduce(np.full(100_000, float(i)), async_op=True) for i in range(3)]
+        for r in range(n):
+            if r != me:
+                comm.send(np.full(300_000, float(10 * me + r)), r)
+        for i, work in enumerate(sums):
+            assert (work.wait() == i * n).all()
+        for work in reversed(pending):
+            work.wait()
+        assert all((get[r] == 10 * r + me).all() for r in range(n) if r != me)
+
+    ranks(fn, 3)
+
+
+def test_threads_of_a_rank_may_wait_for_each_other(ranks: Ranks) -> None:
+    """One thread receives; what it receives comes only after what another thread sends."""
+
+    def fn(comm: Communicator) -> None:
+        x, y = np.zeros(400_000), np.zeros(3)
+        if comm.rank == 1:
+            comm.recv(x, 0)
+            comm.send(x[:3] + 1, 0)
+            return
+        receiver = threading.Thread(target=comm.recv, args=(y, 1))
+        receiver.start()
+        time.sleep(0.1)  # until it is blocked
+        comm.send(np.full(400_000, 7.0), 1)
+        receiver.join(20)
+        assert (y == 8).all()
+
+    ranks(fn, 2)
+
+
+def test_large_messages_that_only_send_are_late_not_stuck(ranks: Ranks) -> None:
+    """Blocking sends that both come first wait for each other, as in MPI."""
+
+    def fn(comm: Communicator) -> None:
         with pytest.raises((pycomm.CommTimeoutError, pycomm.AbortedError)):
-            comm.send(x, other, timeout=0.3)
+            comm.send(np.zeros(2_000_001), 1 - comm.rank, timeout=0.3)
 
     ranks(fn, 2)
 

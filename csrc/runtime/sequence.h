@@ -1,0 +1,47 @@
+// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call
+// leaves to the next. Sequences of a group (its collectives; the messages of each pair, one way) are
+// independent.
+#pragma once
+
+#include "runtime/domain.h"
+#include "runtime/executor.h"
+#include "runtime/waiter.h"
+
+namespace pycomm::runtime {
+
+class Sequence {
+ public:
+  explicit Sequence(Domain& domain) : domain_(&domain) {}
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+  Domain& domain() const { return *domain_; }
+  uint64_t calls() const { return calls_; }
+  bool last_exchanged() const { return last_exchanged_; }
+
+  // Begins the next call; `prepared` and `record` must live until finish(). The call before has finished.
+  void start(const Prepared& prepared, const Buffers& buffers, const CallRecord& record) {
+    run_.start(*domain_, prepared, buffers, ++calls_, record, !last_exchanged_);
+    last_exchanged_ = prepared.plan.full_exchange;
+  }
+  // To advance until it says that the program has ended.
+  Run& run() { return run_; }
+  void finish() { domain_->self().finished.store(calls_, std::memory_order_release); }
+
+  Pending pending(double timeout_s) const { return {domain_, &run_, timeout_s}; }
+  // The whole of a call whose record is its plan's.
+  void complete(const Prepared& prepared, const Buffers& buffers, const WaitPolicy& policy, double timeout_s,
+                Patience& patience) {
+    start(prepared, buffers, prepared.record);
+    Pending waiting = pending(timeout_s);
+    while (!run_.advance(policy.polls())) wait({&waiting, 1}, policy, patience);
+    finish();
+  }
+
+ private:
+  Domain* domain_;
+  uint64_t calls_ = 0;
+  bool last_exchanged_ = true;
+  Run run_;
+};
+
+}  // namespace pycomm::runtime
