@@ -136,7 +136,7 @@ int main(int argc, char** argv) {
 
   // The flags lie where no plan's cells do: the last of the pair (0, 0).
   Hand hand{
-      reinterpret_cast<Hand::Flag*>(&domain.cell(0, 0, 0)), rank, {domain.bank(0, 0), domain.bank(1, 0)}};
+      reinterpret_cast<Hand::Flag*>(domain.cells(0, 0, 0)), rank, {domain.bank(0, 0), domain.bank(1, 0)}};
   Ours ours{domain};
   const Geometry geometry = host_geometry();
 

@@ -19,7 +19,7 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 int64_t header_bytes(int size) {
   const int64_t n = size;
   return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) +
-                                       n * n * (kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
+                                       n * n * (2 * kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
                   kPage);
 }
 }  // namespace
@@ -76,10 +76,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   members_ = reinterpret_cast<Member*>(base + sizeof(Failure));
   group_ = parent ? parent->group_ : members_;
   cells_ = reinterpret_cast<Cell*>(members_ + size());
-  incoming_ = &cell(rank, 0, 0);
-  outgoing_ = &cell(0, rank, 0);
-  outgoing_stride_ = int64_t{size()} * kCellsPerPair;
-  channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + size() * size() * kCellsPerPair);
+  channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + size() * next_reader());
   windows_ = base + header_bytes(size());
   raised_ = parent ? parent->raised_ : std::make_shared<std::atomic<bool>>(false);
   for (int r = 0; r < size(); ++r) {

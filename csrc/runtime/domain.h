@@ -2,7 +2,7 @@
 //
 //   Failure     one per group: the first error, which every rank then raises
 //   Member      one per rank: what it calls (a two-deep record), how far it is, whether it sleeps
-//   Cell        one per (reader, writer, index): the signals of a plan
+//   Cell        one per (reader, writer, bank, index): the signals of a plan
 //   windows     two banks per rank
 //
 // Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all have
@@ -28,11 +28,14 @@ inline constexpr int kCellsPerPair = 4;
 inline constexpr int kValueBits = 24;  // of a cell's word: the value in the call; above it the call's number
 inline constexpr int64_t kBankBytes = 1 << 20;
 
-// In a cell word: (call, value). Written by one rank, read by one rank, and only grows.
-struct alignas(64) Cell {
+// In a cell word: (call, value). Written by one rank, read by one rank, and only grows. A pair has one set of
+// cells for each bank.
+struct alignas(schedule::kCellBytes) Cell {
   std::atomic<uint64_t> word;
   std::atomic<uint64_t> fingerprint;  // of the writer's call; written before word
+  char payload[schedule::kPayloadBytes];
 };
+static_assert(sizeof(Cell) == schedule::kCellBytes);
 inline uint64_t cell_word(uint64_t call, int64_t value) {
   return call << kValueBits | static_cast<uint64_t>(value);
 }
@@ -104,12 +107,13 @@ class Domain {
 
   Member& member(int rank) const { return members_[rank]; }
   Member& self() const { return members_[rank_]; }
-  Cell& cell(int reader, int writer, int index) const {
-    return cells_[(reader * size() + writer) * kCellsPerPair + index];
+  // The cells of a pair for a call.
+  Cell* cells(int reader, int writer, uint64_t call) const {
+    return cells_ + ((reader * size() + writer) * 2 + (call & 1)) * kCellsPerPair;
   }
-  // The cells of this rank's signals to a peer, and of a peer's to it.
-  Cell& outgoing(int peer, int index) const { return outgoing_[peer * outgoing_stride_ + index]; }
-  Cell& incoming(int peer, int index) const { return incoming_[peer * kCellsPerPair + index]; }
+  // From a pair's cells to those of the next writer, and of the next reader.
+  int64_t next_writer() const { return 2 * kCellsPerPair; }
+  int64_t next_reader() const { return size() * next_writer(); }
   // Where the pair's domain for send and recv lies; 0: not yet made, by whoever of the two comes first.
   // (rank, rank): the domain that rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
@@ -155,8 +159,7 @@ class Domain {
   std::shared_ptr<transport::Mapping> mapping_;
   Failure* failure_;
   Member *members_, *group_;
-  Cell *cells_, *incoming_, *outgoing_;
-  int64_t outgoing_stride_;
+  Cell* cells_;
   std::atomic<int64_t>* channels_;
   char* windows_;
   std::shared_ptr<std::atomic<bool>> raised_;

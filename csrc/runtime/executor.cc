@@ -30,9 +30,15 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   call_ = call;
   fingerprint_ = record.fingerprint;
   const int me = domain.rank();
+  outgoing_ = domain.cells(0, me, call);
+  incoming_ = domain.cells(me, 0, call);
+  next_outgoing_ = domain.next_reader();
+  next_incoming_ = domain.next_writer();
+  constexpr int64_t cell = schedule::kCellBytes;
   bases_ = {const_cast<char*>(buffers.in) - me * buffers.in_distance, buffers.out - me * buffers.out_distance,
-            domain.bank(0, call)};
-  distances_ = {buffers.in_distance, buffers.out_distance, domain.bank(1, call) - domain.bank(0, call)};
+            domain.bank(0, call), outgoing_->payload, incoming_->payload};
+  distances_ = {buffers.in_distance, buffers.out_distance, domain.bank(1, call) - domain.bank(0, call),
+                next_outgoing_ * cell, next_incoming_ * cell};
   next_entry_ = wait_for_entries ? 0 : domain.size();
   loop_ = 0;
   iteration_ = -1;

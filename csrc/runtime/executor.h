@@ -92,8 +92,10 @@ class Run {
   const schedule::Program* program_ = nullptr;
   uint64_t call_ = 0, fingerprint_ = 0;
   // By Space: rank 0's memory, and how far it is to the next rank's.
-  std::array<char*, 3> bases_;
-  std::array<int64_t, 3> distances_;
+  std::array<char*, 5> bases_;
+  std::array<int64_t, 5> distances_;
+  Cell *outgoing_ = nullptr, *incoming_ = nullptr;  // of rank 0
+  int64_t next_outgoing_ = 0, next_incoming_ = 0;
   const CallRecord* record_ = nullptr;
   int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
@@ -149,7 +151,7 @@ bool Run::advance(int polls, const Observer& observer) {
             break;
           case Kind::signal: {
             observer(loop.step + step_);
-            Cell& cell = domain.outgoing(step.peer, step.cell);
+            Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];
             cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
             cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
             domain.ring(step.peer);
@@ -159,7 +161,7 @@ bool Run::advance(int polls, const Observer& observer) {
             const int64_t value = step.value + trip * step.per_trip;
             if (value <= 0) break;
             observer(loop.step + step_);
-            const Cell& cell = domain.incoming(step.peer, step.cell);
+            const Cell& cell = incoming_[step.peer * next_incoming_ + step.cell];
             const uint64_t target = cell_word(call_, value);
             if (!reaches(cell.word, target, polls)) {
               blocked_ = {&cell.word, target, step.peer};

@@ -56,7 +56,8 @@ Geometry host_geometry() {
   return {.bank_bytes = kBankBytes,
           .trip_bytes = 448 << 10,
           .stream_bytes = 12 << 20,
-          .max_cells = kCellsPerPair};
+          .max_cells = kCellsPerPair,
+          .payload_bytes = schedule::kPayloadBytes};
 }
 
 }  // namespace pycomm::runtime

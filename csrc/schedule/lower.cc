@@ -41,10 +41,12 @@ struct Event {
 struct Offer {
   int owner, peer;
   Ref ref;
+  Ref from;         // what is shown: ref, or what ref is a copy of
   int step;         // owner's
   int use = -1;     // peer's combine
   int accept = -1;  // owner's
   bool read = false, written = false;
+  bool rides = false;     // the chunk travels in its signal's cell
   bool copy = false;      // the offer copies the chunk into the window
   Event shown{}, done{};  // owner -> peer; peer -> owner
 };
@@ -67,11 +69,14 @@ class Lowering {
         items_(n_),
         waits_at_top_(n_),
         window_copies_(n_),
+        idle_(n_),
         blocks_read_(n_),
         layout_(match(geometry)) {
+    number_events();
+    find_riders(geometry.payload_bytes);
+    find_idle_copies();
     find_copies();
     find_reads();
-    number_events();
   }
 
   Program emit(int rank) const;
@@ -81,9 +86,11 @@ class Lowering {
 
  private:
   Layout match(const Geometry& geometry);
+  void number_events();
+  void find_riders(int64_t room);
+  void find_idle_copies();
   void find_copies();
   void find_reads();
-  void number_events();
 
   bool staged(const Ref& ref) const {
     return (ref.buffer == Buffer::in && call_.in == Placement::plain) ||
@@ -117,7 +124,8 @@ class Lowering {
   std::vector<std::vector<Item>> items_;
   std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
   std::vector<std::set<std::pair<int, int>>>
-      window_copies_;  // rank -> (combine step, dst) also written to the window
+      window_copies_;                // rank -> (combine step, dst) also written to the window
+  std::vector<std::set<int>> idle_;  // rank -> steps that need not be done
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
   std::map<std::tuple<int, int, int>, int> num_events_;        // (from, to, cell)
   Layout layout_;
@@ -168,7 +176,7 @@ Layout Lowering::match(const Geometry& geometry) {
       }
       if (staged(ref)) uses_image_ = true;
       const int id = static_cast<int>(offers_.size());
-      offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .step = i});
+      offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .from = ref, .step = i});
       made[key(step.peer, ref)].push_back(id);
       offers_of_[rank][i].push_back(id);
     }
@@ -224,7 +232,7 @@ Layout Lowering::match(const Geometry& geometry) {
 // peer that wrote it, by an earlier offer, or by a copy at the offer.
 void Lowering::find_copies() {
   for (Offer& offer : offers_) {
-    if (!offer.read || !staged(offer.ref)) continue;
+    if (!offer.read || !staged(offer.ref) || offer.rides) continue;
     const auto& program = schedule_.ranks[offer.owner];
     offer.copy = true;
     for (int i = offer.step - 1; i >= 0; --i) {
@@ -242,7 +250,7 @@ void Lowering::find_copies() {
       if (!overlap(step.srcs[0], offer.ref)) continue;
       const Offer& other = offers_[offers_of_[offer.owner].at(i).front()];
       const bool lands = step.kind == Kind::accept && other.written;
-      const bool shows = step.kind == Kind::offer && other.read;
+      const bool shows = step.kind == Kind::offer && other.read && !other.rides;
       if (lands || (shows && other.ref == offer.ref)) {
         offer.copy = !(other.ref == offer.ref);
         break;
@@ -262,8 +270,8 @@ void Lowering::find_reads() {
     }
   }
   for (const Offer& offer : offers_) {
-    if (offer.read && (offer.copy || !staged(offer.ref))) {
-      blocks_read_[offer.owner].insert({offer.ref.buffer, offer.ref.chunk.block});
+    if (offer.read && (offer.copy || offer.rides || !staged(offer.ref))) {
+      blocks_read_[offer.owner].insert({offer.from.buffer, offer.from.chunk.block});
     }
   }
 }
@@ -327,6 +335,53 @@ void Lowering::number_events() {
   }
 }
 
+// A chunk that its owner would show in the window rides with the signal instead if it fits, and if the cell
+// has no other signal in the call, which would write over it.
+void Lowering::find_riders(int64_t room) {
+  if (reuses_slots() || layout_.trips > 1) return;
+  std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
+  for (const Offer& offer : offers_) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
+  for (Offer& offer : offers_) {
+    const int64_t item = offer.ref.buffer == Buffer::scratch ? layout_.partial_item : layout_.item;
+    const int64_t bytes = length_of(offer.ref, 0) * item;
+    offer.rides = offer.read && deferred(offer) && bytes <= room &&
+                  offers[{offer.owner, offer.peer, offer.shown.cell}] == 1 &&
+                  per_trip(offer.owner, offer.peer, offer.shown.cell) == 1;
+  }
+}
+
+// A copy to the image right before the offers that show it is left out if all of these ride: they take the
+// source.
+void Lowering::find_idle_copies() {
+  for (int rank = 0; rank < n_; ++rank) {
+    const auto& program = schedule_.ranks[rank];
+    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
+      const ScheduleStep& step = program[i];
+      if (step.kind != Kind::combine || step.final || step.srcs.size() != 1 || step.dsts.size() != 1)
+        continue;
+      const Ref &image = step.dsts[0], &source = step.srcs[0];
+      if (image.rank != rank || image.buffer != Buffer::image || source.rank != rank ||
+          source.buffer != Buffer::in) {
+        continue;
+      }
+      std::vector<int> riders;
+      int next = i + 1;
+      for (; next < static_cast<int>(program.size()) && program[next].kind == Kind::offer; ++next) {
+        const int id = offers_of_[rank].at(next).front();
+        if (offers_[id].rides && offers_[id].ref == image) riders.push_back(id);
+      }
+      const auto uses = [&](const ScheduleStep& other) {
+        return (other.kind == Kind::combine || other.kind == Kind::offer) &&
+               std::ranges::any_of(other.srcs, [&](const Ref& ref) { return overlap(ref, image); });
+      };
+      const auto num_uses = std::ranges::count_if(program, uses);
+      if (riders.empty() || num_uses != static_cast<std::ptrdiff_t>(riders.size())) continue;
+      for (int id : riders) offers_[id].from = source;
+      idle_[rank].insert(i);
+    }
+  }
+}
+
 // Writes one rank's steps for the trips of one loop: within them all lengths are the same.
 class Emitter {
  public:
@@ -347,7 +402,7 @@ class Emitter {
           show(item, step.stage);
           break;
         case Kind::combine:
-          combine(item, step);
+          if (!l_.idle_[rank_].contains(item.step)) combine(item, step);
           break;
         case Kind::accept:
           accept(l_.offers_[item.offers[0]], step.stage);
@@ -384,6 +439,10 @@ class Emitter {
   }
 
   void push(const Step& step) { program_.steps.push_back(step); }
+
+  static Format format_of(const Ref& ref) {
+    return ref.buffer == Buffer::scratch ? Format::partial : Format::raw;
+  }
 
   Operand operand(const Ref& ref, bool window, Format format) const {
     const int64_t block = block_length(l_.call_, ref.rank, ref.buffer, ref.chunk.block);
@@ -434,7 +493,11 @@ class Emitter {
       const Offer& offer = l_.offers_[id];
       if (!alive(offer)) continue;
       any = true;
-      if (offer.copy) {
+      if (offer.rides) {
+        const Operand from = operand(offer.from, false, format_of(offer.ref));
+        move({Space::outgoing, from.format, offer.peer, offer.shown.cell * kCellBytes}, from,
+             l_.length_of(offer.ref, trip_), stage, false);
+      } else if (offer.copy) {
         move(operand(offer.ref, true, Format::raw), operand(offer.ref, false, Format::raw),
              l_.length_of(offer.ref, trip_), stage, false);
       }
@@ -497,8 +560,15 @@ class Emitter {
     for (const Ref& ref : step.srcs) {
       check(ref);
       if (!is_copy && ref.buffer == Buffer::out) malformed(rank_, item.step, "reduces " + words(ref));
-      srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_,
-                             ref.buffer == Buffer::scratch ? Format::partial : Format::raw));
+      const auto rider = std::find_if(item.offers.begin(), item.offers.end(), [&](int id) {
+        return l_.offers_[id].rides && l_.offers_[id].ref == ref;
+      });
+      if (rider != item.offers.end()) {
+        srcs.push_back(
+            {Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
+      } else {
+        srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_, format_of(ref)));
+      }
     }
     if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));
     for (const auto& [peer, event] : done) signal(peer, event, step.stage);

@@ -11,7 +11,7 @@ int64_t total(const Call& call) {
 }
 
 std::string describe_operand(const Plan& plan, int rank, const Operand& operand, int64_t count) {
-  const char* spaces[] = {"in", "out", "window"};
+  const char* spaces[] = {"in", "out", "window", "outgoing", "incoming"};
   const DType stored = operand.format == Format::partial ? accumulator(plan.call.dtype) : plan.call.dtype;
   std::string text = spaces[static_cast<int>(operand.space)];
   if (operand.rank != rank) text += "@" + std::to_string(operand.rank);

@@ -20,6 +20,12 @@
 //   in, out:  base[space][rank] + offset + w * stride          (in place: the two bases are equal)
 //   window:   base[window][rank] + bank + (w mod slots) * slot_bytes + offset
 //
+// A cell has room for a little data beside its word, so that who waits for the word has the data in the same
+// cache line: `outgoing` is that of the cells that this rank writes at `rank`, to be a destination, and
+// `incoming` that of the cells that `rank` writes here, to be a source. Cells belong to the bank as well.
+//
+//   outgoing, incoming:  base[space][rank] + offset; cell i's data is [i * kCellBytes, + kPayloadBytes)
+//
 // Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c
 // - 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
 // one); else the executor waits on the entry records.
@@ -37,7 +43,9 @@ namespace pycomm::schedule {
 
 using kernels::Format;
 
-enum class Space : uint8_t { in, out, window };
+inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
+
+enum class Space : uint8_t { in, out, window, outgoing, incoming };
 enum class Placement : uint8_t { plain, symmetric };
 
 struct Operand {
@@ -45,7 +53,7 @@ struct Operand {
   Format format = Format::raw;
   int32_t rank = 0;
   int64_t offset = 0;  // bytes
-  int64_t stride = 0;  // bytes from one trip to the next; 0 in the window
+  int64_t stride = 0;  // in, out: bytes from one trip to the next
 };
 
 struct Step {
@@ -101,6 +109,7 @@ struct Geometry {
   int64_t trip_bytes = 256 << 10;    // of one block, the most that goes through a window slot in a trip
   int64_t stream_bytes = INT64_MAX;  // outputs of at least this many bytes are stored past the cache
   int max_cells = 4;                 // cells a pair has
+  int payload_bytes = 0;             // that a cell carries, kPayloadBytes at most
 };
 
 struct Plan {

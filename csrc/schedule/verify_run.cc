@@ -228,6 +228,9 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
   return allowed;
 }
 
+// Where the cells' data lies in the windows' address space: beyond all slots.
+constexpr int64_t kCellsFrom = int64_t{1} << 60;
+
 // Finds each operand's bytes at this trip, and that they are there to be used.
 bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans) {
   CallState& call = call_of(rank);
@@ -243,7 +246,16 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
       return false;
     };
     int64_t begin = operand.offset, room = plan.slot_bytes, base = 0;
-    if (operand.space == Space::window) {
+    const bool outgoing = operand.space == Space::outgoing,
+               cell = outgoing || operand.space == Space::incoming;
+    if (cell) {
+      if (operand.rank == rank || outgoing != (i < step.num_dsts)) {
+        return refuse(Kind::malformed, "a rank writes the cells that others read, and reads its own");
+      }
+      const int64_t index = begin / kCellBytes;
+      room = index < plan.cells ? index * kCellBytes + kPayloadBytes : 0;
+      base = kCellsFrom + (outgoing ? rank : operand.rank) * int64_t{num_cells_} * kCellBytes;
+    } else if (operand.space == Space::window) {
       base = trip % plan.slots * plan.slot_bytes;
     } else {
       const bool is_in = operand.space == Space::in;
@@ -262,7 +274,9 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
                                       (operand.space == Space::window ? " in a slot" : ""));
     }
     Memory* memory = nullptr;
-    if (operand.space == Space::window) {
+    if (cell) {
+      memory = &windows_[outgoing ? operand.rank : rank][ranks_[rank].call % kBanks];
+    } else if (operand.space == Space::window) {
       memory = &windows_[operand.rank][ranks_[rank].call % kBanks];
     } else {
       memory = call.memory[operand.rank].get();

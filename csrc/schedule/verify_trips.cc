@@ -98,7 +98,7 @@ std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vecto
         if (step.kind != Step::Kind::combine || step.count == 0) continue;
         for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
           const Operand& operand = program.operands[step.operand + i];
-          if (operand.space == Space::window) continue;
+          if (operand.space != Space::in && operand.space != Space::out) continue;
           const Buffers& owner = buffers[operand.rank];
           const int64_t base = operand.space == Space::in ? owner.in_begin : owner.out_begin;
           spans[operand.rank].push_back({l.first, l.trips, base + operand.offset,

@@ -36,8 +36,16 @@ std::string SymbolicRun::at(int rank, const Step* step) const {
 }
 
 std::string SymbolicRun::place(int rank, const Operand& operand) const {
-  if (operand.space == Space::window) {
-    return "rank " + std::to_string(operand.rank) + "'s window";
+  switch (operand.space) {
+    case Space::window:
+      return "rank " + std::to_string(operand.rank) + "'s window";
+    case Space::outgoing:
+      return "its cells at rank " + std::to_string(operand.rank);
+    case Space::incoming:
+      return "its cells from rank " + std::to_string(operand.rank);
+    case Space::in:
+    case Space::out:
+      break;
   }
   const char* buffer = operand.space == Space::in ? "`in`" : "`out`";
   if (operand.rank == rank) return std::string("its ") + buffer;

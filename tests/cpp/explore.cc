@@ -151,6 +151,7 @@ class Search {
         throw Impossible{"slots exceed the bank"};
     }
     for (int i = 0; i < n_ * 2; ++i, top += bank) windows_.push_back(top);
+    for (int i = 0; i < n_ * 2; ++i, top += n_ * cells_per_pair_ * kPayloadBytes) payloads_.push_back(top);
     for (const Plan* plan : calls_) {
       const Call& call = plan->call;
       auto& places = places_.emplace_back();
@@ -253,6 +254,19 @@ class Search {
           base = windows_[operand.rank * 2 + c % 2] + trip % plan.slots * plan.slot_bytes;
           room = plan.slot_bytes;
           break;
+        case Space::outgoing:
+        case Space::incoming: {
+          const bool outgoing = operand.space == Space::outgoing;
+          const int reader = outgoing ? operand.rank : rank, writer = outgoing ? rank : operand.rank;
+          const int64_t index = offset / kCellBytes;
+          if (outgoing != dst || reader == writer || offset < 0 || index >= plan.cells) {
+            throw Impossible{"no cell of its own"};
+          }
+          base = payloads_[reader * 2 + c % 2] + (writer * cells_per_pair_ + index) * kPayloadBytes;
+          room = kPayloadBytes;
+          offset %= kCellBytes;
+          break;
+        }
       }
       if (operand.rank != rank && ((operand.space == Space::in && plan.call.in == Placement::plain) ||
                                    (operand.space == Space::out && plan.call.out == Placement::plain))) {
@@ -610,6 +624,7 @@ class Search {
   int cells_per_pair_ = 1;
   Symbols symbols_;
   std::vector<int64_t> windows_;            // rank * 2 + bank
+  std::vector<int64_t> payloads_;           // of the cells that a rank reads: rank * 2 + bank
   std::vector<std::vector<Place>> places_;  // by call and rank
   std::vector<std::vector<Move>> moves_;
   std::vector<bool> grows_;  // by cell

@@ -311,8 +311,11 @@ std::vector<Death> deaths(const Case& c, const Board& dry) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  const schedule::Geometry geometry = {
-      .bank_bytes = kBank, .trip_bytes = 8 << 10, .stream_bytes = INT64_MAX, .max_cells = kCellsPerPair};
+  const schedule::Geometry geometry = {.bank_bytes = kBank,
+                                       .trip_bytes = 8 << 10,
+                                       .stream_bytes = INT64_MAX,
+                                       .max_cells = kCellsPerPair,
+                                       .payload_bytes = schedule::kPayloadBytes};
   for (const std::string& algorithm : schedule::algorithm_names(Collective::all_reduce)) {
     for (int size = 2; size <= kMaxRanks; ++size) {
       for (const Placement placement : {Placement::plain, Placement::symmetric}) {

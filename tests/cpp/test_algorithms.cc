@@ -437,6 +437,7 @@ Geometry trips_of(const World& w, int64_t elements) {
   Geometry geometry;
   geometry.trip_bytes = std::max<int64_t>(elements * blocks * 4, 64);
   geometry.bank_bytes = int64_t{1} << 40;
+  geometry.payload_bytes = kPayloadBytes;
   return geometry;
 }
 

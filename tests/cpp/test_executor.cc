@@ -27,8 +27,11 @@ using schedule::Placement;
 namespace {
 
 // Small windows, so that small counts make several trips.
-constexpr schedule::Geometry kGeometry = {
-    .bank_bytes = 64 << 10, .trip_bytes = 4 << 10, .stream_bytes = 20 << 10, .max_cells = kCellsPerPair};
+constexpr schedule::Geometry kGeometry = {.bank_bytes = 64 << 10,
+                                          .trip_bytes = 4 << 10,
+                                          .stream_bytes = 20 << 10,
+                                          .max_cells = kCellsPerPair,
+                                          .payload_bytes = schedule::kPayloadBytes};
 constexpr int64_t kGuard = 64;
 constexpr char kUntouched = 0x5a;
 

@@ -144,7 +144,7 @@ class Mutator {
     set<int64_t>(who + "stride", here(&Operand::stride),
                  {operand.stride + item, operand.stride - item, operand.stride * 2, 0});
     set<int32_t>(who + "rank", here(&Operand::rank), {(operand.rank + 1) % plan_.call.world.size});
-    for (Space space : {Space::in, Space::out, Space::window}) {
+    for (Space space : {Space::in, Space::out, Space::window, Space::outgoing, Space::incoming}) {
       if (space != operand.space) set<Space>(who + "space", here(&Operand::space), {space});
     }
     for (Format format : {Format::raw, Format::partial, Format::final}) {
@@ -302,6 +302,7 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
   Geometry geometry;
   geometry.bank_bytes = 64 << 10;
   geometry.trip_bytes = 64 * n;
+  geometry.payload_bytes = kPayloadBytes;
   for (const Algorithm& algorithm : algorithms()) {
     for (const auto& kind : kinds) {
       const Call call =
@@ -315,12 +316,12 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
 }  // namespace
 
 TEST(every_wrong_mutant_of_a_single_call_is_rejected) {
-  // One trip; four trips in two slots; eleven, so that the verifier leaves some out.
+  // In the cells; one trip; four trips in two slots; eleven, so that the verifier leaves some out.
   const struct {
     int n;
     int64_t count;
     int every;
-  } trials[] = {{2, 6, 1}, {2, 27, 1}, {2, 83, 5}, {3, 9, 2}, {3, 41, 5}};
+  } trials[] = {{2, 3, 1}, {3, 3, 2}, {2, 6, 1}, {2, 27, 1}, {2, 83, 5}, {3, 9, 2}, {3, 41, 5}};
   for (const auto& trial : trials) {
     Tally tally;
     try_algorithms(trial.n, trial.count, trial.every, DType::complex128, tally);
@@ -375,14 +376,19 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
   };
   Geometry geometry;
   geometry.bank_bytes = 4 << 10;
-  for (int n : {2, 3}) {
+  const struct {
+    int n;
+    int64_t count;
+  } sizes[] = {{2, 3}, {2, 6}, {3, 3}, {3, 6}};  // three elements travel in cells
+  geometry.payload_bytes = kPayloadBytes;
+  for (const auto [n, count] : sizes) {
     geometry.trip_bytes = 64 * n;
     for (const auto& sequence : sequences) {
       std::vector<Plan> plans;
       bool balanced = true;
       for (const Named& named : sequence) {
-        const Call call = make_call({named.collective, n, 0, 1}, 6, Placement::plain, Placement::plain, false,
-                                    DType::complex128);
+        const Call call = make_call({named.collective, n, 0, 1}, count, Placement::plain, Placement::plain,
+                                    false, DType::complex128);
         plans.push_back(make_plan(named.algorithm, call, geometry));
         balanced = balanced && find_algorithm(named.collective, named.algorithm).balanced;
       }

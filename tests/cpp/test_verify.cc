@@ -146,6 +146,7 @@ Geometry small_windows(int n) {
   Geometry geometry;
   geometry.bank_bytes = (64 << 10) * int64_t{std::max(n, 4)};
   geometry.trip_bytes = 8 << 10;
+  geometry.payload_bytes = kPayloadBytes;
   return geometry;
 }
 
