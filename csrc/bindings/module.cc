@@ -67,7 +67,12 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
   if (PyIndex_Check(shape.ptr())) {
     dims = {py::cast<int64_t>(shape)};
   } else {
-    dims = py::cast<std::vector<int64_t>>(shape);
+    try {
+      dims = py::cast<std::vector<int64_t>>(shape);
+    } catch (const py::cast_error&) {
+      throw TypeError("`shape` is " + py::repr(shape).cast<std::string>() +
+                      ": pass an integer or a sequence of integers");
+    }
   }
   int64_t bytes = static_cast<int64_t>(size_of(type));
   for (const int64_t extent : dims) {

@@ -42,6 +42,8 @@ def test_shapes_and_types(ranks: Ranks) -> None:
         for kind, match, call in (
             (ValueError, "negative", lambda: comm.empty(-1)),
             (ValueError, "too large", lambda: comm.empty((1 << 40, 1 << 40))),
+            (TypeError, "`shape` is '3'", lambda: comm.empty("3")),
+            (TypeError, "`shape` is 1.5", lambda: comm.empty(1.5)),
             (TypeError, "float31", lambda: comm.empty(3, "float31")),
             (TypeError, "M8", lambda: comm.empty(3, "M8[s]")),
             (ValueError, '"cuda"', lambda: comm.empty(3, device="cuda")),
