@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -49,6 +51,8 @@ struct Node::Shared {
   Mapping root;
   bool threads;
   std::vector<std::atomic<bool>> dead;  // by mark_dead
+  std::mutex mutex;
+  std::map<std::pair<int64_t, int64_t>, std::weak_ptr<Mapping>> mappings;  // rank threads: by offset and bytes
 };
 
 namespace {
@@ -134,7 +138,16 @@ int64_t Node::reserve(int64_t bytes) {
 std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
   require_positive(bytes);
   bytes = round_up(bytes, page_size());
-  return std::make_shared<Mapping>(map_extent(shared_->memory.get(), offset, bytes, true), bytes);
+  const auto fresh = [&] {
+    return std::make_shared<Mapping>(map_extent(shared_->memory.get(), offset, bytes, true), bytes);
+  };
+  if (!threads()) return fresh();
+  // One for all rank threads, so that a sanitizer sees who touches what.
+  const std::lock_guard lock(shared_->mutex);
+  std::weak_ptr<Mapping>& known = shared_->mappings[{offset, bytes}];
+  std::shared_ptr<Mapping> mapping = known.lock();
+  if (!mapping) known = mapping = fresh();
+  return mapping;
 }
 
 void Node::release(int64_t offset, int64_t bytes) {
