@@ -57,4 +57,31 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
   return result;
 }
 
+int64_t integer(PyObject* object, const char* name) {
+  const pybind11::object index = pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(object));
+  if (!index) {
+    PyErr_Clear();
+    throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name + ", not an integer");
+  }
+  const int64_t value = PyLong_AsLongLong(index.ptr());
+  if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  return value;
+}
+
+std::string text(PyObject* object, const char* name) {
+  const char* utf8 = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : nullptr;
+  if (!utf8) {
+    PyErr_Clear();
+    throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name + ", not a string");
+  }
+  return utf8;
+}
+
+bool truth(PyObject* object) {
+  if (!object) return false;
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw pybind11::error_already_set();
+  return value != 0;
+}
+
 }  // namespace pycomm::bindings

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <string>
 
 namespace pycomm::bindings {
 
@@ -35,6 +36,11 @@ struct Arguments {
 // after x. Throws TypeError as Python does for a wrong call.
 Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
                           PyObject* const* args, Py_ssize_t nargs, PyObject* keywords);
+
+// An argument's value; `name` is for the message of the TypeError where it is something else.
+int64_t integer(PyObject* object, const char* name);
+std::string text(PyObject* object, const char* name);
+bool truth(PyObject* object);  // of null: false
 
 constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 

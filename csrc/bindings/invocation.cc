@@ -1,0 +1,442 @@
+#include "bindings/invocation.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "common/error.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+using runtime::Request;
+using schedule::Collective;
+
+namespace {
+
+constexpr int64_t kShortBytes = 32 << 10;
+
+// ---- what is no buffer ----
+
+int rank_argument(const PyCommunicator& comm, PyObject* object, const char* name) {
+  const int64_t rank = object ? integer(object, name) : 0;
+  if (rank < 0 || rank >= comm->size()) {
+    throw ValueError(std::string("`") + name + "` is " + std::to_string(rank) +
+                     ": ranks of this group are 0 to " + std::to_string(comm->size() - 1));
+  }
+  return static_cast<int>(rank);
+}
+
+std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* object, const char* name) {
+  std::vector<int64_t> counts;
+  for (const py::handle item : py::reinterpret_borrow<py::iterable>(object)) {
+    counts.push_back(integer(item.ptr(), name));
+    if (counts.back() < 0)
+      throw ValueError(std::string("`") + name + "` holds " + std::to_string(counts.back()));
+  }
+  if (static_cast<int>(counts.size()) != comm->size()) {
+    throw ValueError(std::string("`") + name + "` has " + std::to_string(counts.size()) + " entries for " +
+                     std::to_string(comm->size()) + " ranks");
+  }
+  return counts;
+}
+
+void take_op(Request& request, PyObject* op) {
+  if (!op) return;
+  if (PyUnicode_Check(op)) {
+    request.call.op = parse_op(text(op, "op"));
+    return;
+  }
+  PyObject* factor = PyObject_GetAttrString(op, "factor");
+  if (!factor) {
+    PyErr_Clear();
+    throw TypeError(std::string("`op` is a ") + Py_TYPE(op)->tp_name +
+                    ": pass a name or pycomm.premul_sum(factor)");
+  }
+  request.call.op = Op::sum;
+  request.call.prescale = PyFloat_AsDouble(factor);
+  Py_DECREF(factor);
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+void take_common(Request& request, const Arguments& args) {
+  take_op(request, args[Arg::op]);
+  if (args[Arg::algorithm]) request.algorithm = text(args[Arg::algorithm], "algorithm");
+  request.call.deterministic = truth(args[Arg::deterministic]);
+  if (args[Arg::timeout]) {
+    request.timeout_s = PyFloat_AsDouble(args[Arg::timeout]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!(request.timeout_s > 0)) throw ValueError("`timeout` is not a positive number of seconds");
+  }
+  if (args[Arg::tag]) request.tag = text(args[Arg::tag], "tag");
+  if (args[Arg::stream]) throw ValueError("`stream` is for GPU buffers: CPU buffers have none, leave it out");
+}
+
+void check_premul(const Request& request) {
+  if (request.call.prescale == 1.0) return;
+  switch (request.call.dtype) {
+    case DType::float32:
+    case DType::float64:
+    case DType::float16:
+    case DType::bfloat16:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
+    case DType::complex64:
+    case DType::complex128:
+      return;
+    default:
+      throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
+  }
+}
+
+// ---- buffers: checks, and the collectives by the shape of what they move ----
+
+void require_same_dtype(const Buffer& x, const Buffer& out) {
+  if (x.dtype == out.dtype) return;
+  throw TypeError(std::string("`out` is ") + name(out.dtype) + " where `x` is " + name(x.dtype));
+}
+
+// Shapes that hold `rows` rows like x's: concatenated along axis 0, or stacked (ranks, ...).
+void require_shape(const Buffer& out, std::span<const int64_t> expected, const Buffer& x, int ranks,
+                   const char* name) {
+  if (std::ranges::equal(out.shape, expected)) return;
+  std::vector<int64_t> stacked = {ranks};
+  stacked.insert(stacked.end(), x.shape.begin(), x.shape.end());
+  if (ranks > 0 && std::ranges::equal(out.shape, stacked)) return;
+  throw ValueError(std::string("`") + name + "` has shape " + shape_text(out.shape) + " where " +
+                   shape_text(expected) + " is needed for x of shape " + shape_text(x.shape));
+}
+
+std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
+  std::vector<int64_t> shape(x.shape.begin(), x.shape.end());
+  if (shape.empty()) shape = {rows};
+  shape[0] = rows;
+  return shape;
+}
+
+// `out` may be exactly `in` (or, where `own` says so, that part of the other buffer); any other overlap is an
+// error.
+void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
+  const Buffer &in = call.in, &out = call.out;
+  if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return;
+  const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
+  if (a >= b + out.bytes() || b >= a + in.bytes()) return;
+  if (a == own_in && b == own_out) {
+    call.request.call.in_place = true;
+    return;
+  }
+  throw ValueError("`x` and `out` overlap in part: pass separate buffers, or the very same one");
+}
+
+int64_t sum(const std::vector<int64_t>& counts) {
+  int64_t total = 0;
+  for (int64_t c : counts) total += c;
+  return total;
+}
+
+std::vector<int64_t> scaled(std::vector<int64_t> counts, int64_t by) {
+  for (int64_t& c : counts) c *= by;
+  return counts;
+}
+
+// Takes `out`, or makes it in this shape.
+void take_out(Invocation& call, PyObject* x, const Arguments& args, const std::vector<int64_t>& shape,
+              int ranks) {
+  if (args[Arg::out]) {
+    call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
+    call.out = get_buffer(args[Arg::out], "out");
+    require_same_dtype(call.in, call.out);
+    require_shape(call.out, shape, call.in, ranks, "out");
+    require_writable(call.out, "out");
+  } else {
+    call.result = new_array(x, call.in, shape);
+    call.out = get_buffer(call.result.ptr(), "out");
+  }
+}
+
+const char* at(const Buffer& buffer, int64_t element) {
+  return static_cast<const char*>(buffer.data) + element * static_cast<int64_t>(size_of(buffer.dtype));
+}
+
+// x in and out: all_reduce, broadcast, reduce.
+void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
+  const Collective kind = call.request.call.world.collective;
+  const bool receives = kind != Collective::reduce || comm->rank() == call.request.call.world.root;
+  call.in = get_buffer(x, "x");
+  call.request.call.counts.assign(1, call.in.count);
+  if (!args[Arg::out]) {
+    call.result = call.x;
+    call.out = call.in;
+    const bool only_sends = kind == Collective::broadcast && comm->rank() == call.request.call.world.root;
+    if (receives && !only_sends) require_writable(call.out, "x");
+    call.request.call.in_place = true;
+    return;
+  }
+  call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
+  call.out = get_buffer(args[Arg::out], "out");
+  require_same_dtype(call.in, call.out);
+  if (call.out.count != call.in.count) require_shape(call.out, call.in.shape, call.in, 0, "out");
+  if (receives) require_writable(call.out, "out");
+  check_overlap(call, static_cast<const char*>(call.out.data), static_cast<const char*>(call.in.data));
+}
+
+// One block in, all out: all_gather, gather (out at the root only).
+void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
+  const bool receives = call.request.call.world.collective == Collective::all_gather ||
+                        comm->rank() == call.request.call.world.root;
+  call.in = get_buffer(x, "x");
+  const int n = comm->size(), me = comm->rank();
+  std::vector<int64_t> rows(n, call.in.rows());
+  if (args[Arg::counts]) {
+    rows = counts_argument(comm, args[Arg::counts], "counts");
+    if (rows[me] != call.in.rows()) {
+      throw ValueError("`counts` says that rank " + std::to_string(me) + " gives " +
+                       std::to_string(rows[me]) + " rows, and `x` has shape " + shape_text(call.in.shape));
+    }
+  }
+  call.request.call.counts = scaled(rows, call.in.row_elements());
+  if (!receives) {
+    call.result = py::none();
+    return;
+  }
+  take_out(call, x, args, with_rows(call.in, sum(rows)), args[Arg::counts] ? 0 : n);
+  int64_t before = 0;
+  for (int r = 0; r < me; ++r) before += call.request.call.counts[r];
+  check_overlap(call, at(call.out, before), static_cast<const char*>(call.out.data));
+}
+
+// All blocks in, one out: reduce_scatter, scatter (in at the root only).
+void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
+  const int n = comm->size(), me = comm->rank();
+  const bool gives =
+      call.request.call.world.collective == Collective::reduce_scatter || me == call.request.call.world.root;
+  std::vector<int64_t> rows;
+  if (args[Arg::counts]) rows = counts_argument(comm, args[Arg::counts], "counts");
+  if (!gives) {
+    if (!args[Arg::out]) {
+      throw TypeError(
+          "scatter() needs out= on the ranks that receive: it says what comes (x is the root's alone)");
+    }
+    call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
+    call.out = get_buffer(args[Arg::out], "out");
+    require_writable(call.out, "out");
+    if (rows.empty()) rows.assign(n, call.out.rows());
+    if (rows[me] != call.out.rows()) {
+      throw ValueError("`counts` says that rank " + std::to_string(me) + " gets " + std::to_string(rows[me]) +
+                       " rows, and `out` has shape " + shape_text(call.out.shape));
+    }
+    call.request.call.counts = scaled(rows, call.out.row_elements());
+    return;
+  }
+  call.in = get_buffer(x, "x");
+  if (rows.empty()) {
+    if (call.in.rows() % n != 0 || call.in.shape.empty()) {
+      throw ValueError("`x` has shape " + shape_text(call.in.shape) + ": its first axis does not divide by " +
+                       std::to_string(n) + " ranks; pass counts=");
+    }
+    rows.assign(n, call.in.rows() / n);
+  } else if (sum(rows) != call.in.rows()) {
+    throw ValueError("`counts` add up to " + std::to_string(sum(rows)) + " rows, and `x` has shape " +
+                     shape_text(call.in.shape));
+  }
+  call.request.call.counts = scaled(rows, call.in.row_elements());
+  std::vector<int64_t> shape = with_rows(call.in, rows[me]);
+  if (args[Arg::out] && rows[me] == 1) {  // a stacked input: (n, ...) -> (...)
+    const Buffer out = get_buffer(args[Arg::out], "out");
+    const std::vector<int64_t> row(call.in.shape.begin() + 1, call.in.shape.end());
+    if (std::ranges::equal(out.shape, row)) shape = row;
+  }
+  take_out(call, x, args, shape, 0);
+  int64_t before = 0;
+  for (int r = 0; r < me; ++r) before += call.request.call.counts[r];
+  check_overlap(call, static_cast<const char*>(call.in.data), at(call.in, before));
+}
+
+void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
+  const int n = comm->size(), me = comm->rank();
+  call.in = get_buffer(x, "x");
+  auto rows_of = [&](Arg arg, const char* name) {
+    if (args[arg]) return counts_argument(comm, args[arg], name);
+    if (call.in.shape.empty() || call.in.rows() % n != 0) {
+      throw ValueError("`x` has shape " + shape_text(call.in.shape) + ": its first axis does not divide by " +
+                       std::to_string(n) + " ranks; pass send_counts= and recv_counts=");
+    }
+    return std::vector<int64_t>(n, call.in.rows() / n);
+  };
+  if (!args[Arg::send_counts] != !args[Arg::recv_counts]) {
+    throw TypeError("all_to_all() takes send_counts and recv_counts together");
+  }
+  const std::vector<int64_t> send = rows_of(Arg::send_counts, "send_counts"),
+                             recv = rows_of(Arg::recv_counts, "recv_counts");
+  if (sum(send) != call.in.rows()) {
+    throw ValueError("`send_counts` add up to " + std::to_string(sum(send)) + " rows, and `x` has shape " +
+                     shape_text(call.in.shape));
+  }
+  if (send[me] != recv[me]) {
+    throw ValueError("rank " + std::to_string(me) + " sends itself " + std::to_string(send[me]) +
+                     " rows and receives " + std::to_string(recv[me]));
+  }
+  const int64_t width = call.in.row_elements();
+  // What others exchange among themselves is not known here, and changes nothing here; but it must not look
+  // like equal counts where this rank's are not, nor the reverse.
+  const bool given = args[Arg::send_counts] != nullptr;
+  auto& counts = call.request.call.counts;
+  counts.assign(static_cast<size_t>(n) * n, given ? 0 : send[0] * width);
+  for (int r = 0; r < n; ++r) {
+    counts[me * n + r] = send[r] * width;
+    counts[r * n + me] = recv[r] * width;
+  }
+  call.request.call.ragged = given;
+  take_out(call, x, args, with_rows(call.in, sum(recv)), 0);
+  check_overlap(call, static_cast<const char*>(call.out.data), static_cast<const char*>(call.in.data));
+  if (call.request.call.in_place && send != recv) {
+    throw ValueError(
+        "in place, each rank must receive from a peer as much as it sends to it: pass another `out`");
+  }
+}
+
+void take_peer(Invocation& call, const PyCommunicator& comm, const Method& method, const Arguments& args) {
+  const bool sends = std::strcmp(method.name, "send") == 0;
+  if (!args[Arg::peer]) throw TypeError(std::string(method.name) + "() needs `" + method.peer_name + "`");
+  const int peer = rank_argument(comm, args[Arg::peer], method.peer_name);
+  if (peer == comm->rank()) {
+    throw ValueError(std::string("`") + method.peer_name + "` is this rank itself: copy the buffer instead");
+  }
+  Buffer buffer = get_buffer(args[Arg::x], "x");
+  if (!sends) require_writable(buffer, "x");
+  call.request.call.counts.assign(1, buffer.count);
+  call.request.call.world.root = sends ? comm->rank() : peer;
+  call.request.call.world.peer = sends ? peer : comm->rank();
+  (sends ? call.in : call.out) = buffer;
+  call.result = sends ? py::none() : call.x;
+}
+
+// Several buffers of one type in one call: packed side by side, reduced, unpacked.
+void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
+               std::shared_ptr<void> keep) {
+  int64_t total = 0;
+  for (const Buffer& b : ins) total += b.bytes();
+  auto storage =
+      std::shared_ptr<char>(static_cast<char*>(std::aligned_alloc(64, (total + 64) / 64 * 64)), std::free);
+  if (!storage) throw std::bad_alloc();
+  char* to = storage.get();
+  for (const Buffer& b : ins) {
+    std::memcpy(to, b.data, b.bytes());
+    to += b.bytes();
+  }
+  call.in.data = call.out.data = storage.get();
+  call.in.dtype = call.out.dtype = ins[0].dtype;
+  call.in.count = call.out.count = total / static_cast<int64_t>(size_of(ins[0].dtype));
+  call.request.call.counts.assign(1, call.in.count);
+  call.request.call.in_place = true;
+  call.storage = storage;
+  call.then = [outs = std::move(outs), storage, keep = std::move(keep)] {
+    const char* from = storage.get();
+    for (const Buffer& b : outs) {
+      std::memcpy(b.data, from, b.bytes());
+      from += b.bytes();
+    }
+  };
+}
+
+void finish_request(Invocation& call) {
+  Request& request = call.request;
+  request.call.dtype = call.in.data || call.in.count ? call.in.dtype : call.out.dtype;
+  request.in = call.in.data;
+  request.out = call.out.data;
+  check_premul(request);
+}
+
+thread_local std::vector<int64_t> spare_counts;
+
+}  // namespace
+
+Invocation::Invocation() { request.call.counts.swap(spare_counts); }
+
+bool Invocation::eager(const PyCommunicator& comm) const {
+  return comm->threads() || std::max(in.bytes(), out.bytes()) > kShortBytes;
+}
+
+void recycle(Invocation& call) { spare_counts.swap(call.request.call.counts); }
+
+Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args) {
+  PyObject* x = args[Arg::x];
+  const bool needs_x = method.collective != Collective::barrier && method.collective != Collective::scatter;
+  if (needs_x && !x) throw TypeError(std::string(method.name) + "() needs `x`");
+  Invocation call;
+  call.request.call.world.collective = method.collective;
+  call.x = py::reinterpret_borrow<py::object>(x ? x : Py_None);
+  take_common(call.request, args);
+  if (method.allowed & bit(Arg::root))
+    call.request.call.world.root = rank_argument(comm, args[Arg::root], "root");
+  switch (method.collective) {
+    case Collective::all_reduce:
+    case Collective::broadcast:
+    case Collective::reduce:
+      take_whole(call, comm, x, args);
+      break;
+    case Collective::all_gather:
+    case Collective::gather:
+      take_gather(call, comm, x, args);
+      break;
+    case Collective::reduce_scatter:
+    case Collective::scatter:
+      if (!x && method.collective == Collective::scatter && comm->rank() == call.request.call.world.root) {
+        throw TypeError("scatter() needs `x` on the root");
+      }
+      take_scatter(call, comm, x, args);
+      break;
+    case Collective::all_to_all:
+      take_all_to_all(call, comm, x, args);
+      break;
+    case Collective::barrier:
+      call.request.call.counts.assign(1, 0);
+      call.result = py::none();
+      break;
+    case Collective::send_recv:
+      take_peer(call, comm, method, args);
+      break;
+  }
+  finish_request(call);
+  return call;
+}
+
+std::vector<Invocation> check_list(const Arguments& args) {
+  const py::list items(py::reinterpret_borrow<py::object>(args[Arg::x]));
+  const py::object out_list = py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
+  const py::list out_items{out_list};
+  if (items.size() != out_items.size()) {
+    throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " +
+                     std::to_string(items.size()));
+  }
+  std::vector<std::pair<std::vector<Buffer>, std::vector<Buffer>>> groups;
+  for (size_t i = 0; i < items.size(); ++i) {
+    Buffer in = get_buffer(items[i].ptr(), "x"), out = get_buffer(out_items[i].ptr(), "out");
+    require_writable(out, args[Arg::out] ? "out" : "x");
+    require_same_dtype(in, out);
+    if (in.count != out.count) require_shape(out, in.shape, in, 0, "out");
+    auto group =
+        std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first[0].dtype == in.dtype; });
+    if (group == groups.end()) group = groups.emplace(groups.end());
+    group->first.push_back(std::move(in));
+    group->second.push_back(std::move(out));
+  }
+  std::vector<Invocation> calls;
+  const auto keep = keep_alive(py::make_tuple(items, out_items));
+  for (auto& [ins, outs] : groups) {
+    Invocation& call = calls.emplace_back();
+    call.request.call.world.collective = Collective::all_reduce;
+    take_common(call.request, args);
+    take_list(call, std::move(ins), std::move(outs), keep);
+    finish_request(call);
+    require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
+    call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
+    call.result = out_list;
+  }
+  return calls;
+}
+
+}  // namespace pycomm::bindings

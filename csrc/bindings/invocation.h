@@ -1,0 +1,48 @@
+// The arguments of a call, checked, before any rank has moved: from Python objects to a request that only has
+// to be bound.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/buffer.h"
+#include "bindings/python.h"
+
+namespace pycomm::bindings {
+
+// A collective as a method of the communicator: what it takes.
+struct Method {
+  const char* name;
+  schedule::Collective collective;
+  uint32_t allowed;       // a bit set of Arg
+  int positional;         // how many of them may come without a keyword
+  const char* peer_name;  // "dst" or "src"; null where there is no peer
+  bool persistent;        // binds the call and returns it
+};
+
+// A call after its arguments have been checked.
+struct Invocation {
+  Invocation();
+  // Whether it gives the interpreter's lock up at once: short calls keep it while they spin.
+  bool eager(const PyCommunicator& comm) const;
+
+  runtime::Request request;
+  Buffer in, out;                 // as far as this rank has them
+  pybind11::object x, result;     // kept alive; what the method returns
+  std::function<void()> then;     // after success
+  std::shared_ptr<void> storage;  // coalesced calls: the packed buffer
+};
+
+// Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
+Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
+// all_reduce([a, b, c]): one call for each element type among them, of a packed copy; `then` unpacks it.
+std::vector<Invocation> check_list(const Arguments& args);
+
+// Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.
+void recycle(Invocation& call);
+
+}  // namespace pycomm::bindings

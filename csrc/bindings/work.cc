@@ -1,0 +1,141 @@
+#include "bindings/work.h"
+
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+using runtime::Bound;
+using runtime::Work;
+
+namespace {
+
+class PyWork {
+ public:
+  PyWork(std::shared_ptr<Work> work, std::shared_ptr<Handle> handle, py::object result)
+      : work_(std::move(work)), handle_(std::move(handle)), result_(std::move(result)) {}
+  py::object wait(std::optional<double> timeout) {
+    {
+      GilPatience patience(true);
+      work_->wait(timeout ? *timeout : INFINITY, patience);
+    }
+    return result_;
+  }
+  bool is_completed() const { return work_->is_completed(); }
+  py::object exception() const {
+    const std::exception_ptr error = work_->exception();
+    if (!error) return py::none();
+    try {
+      std::rethrow_exception(error);
+    } catch (...) {
+      set_python_error();
+      py::error_already_set raised;
+      return raised.value();
+    }
+  }
+
+ private:
+  std::shared_ptr<Work> work_;
+  std::shared_ptr<Handle> handle_;
+  py::object result_;
+};
+
+// A call bound once; calling it runs it.
+struct PersistentOp {
+  PyObject_HEAD Bound* bound;
+  std::shared_ptr<Handle>* handle;
+  PyObject *x, *result;
+  bool eager;
+};
+
+PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
+  auto* op = reinterpret_cast<PersistentOp*>(self);
+  if (PyTuple_GET_SIZE(args) != 0 || (keywords && PyDict_GET_SIZE(keywords) != 0)) {
+    PyErr_SetString(PyExc_TypeError,
+                    "a persistent call takes no arguments: they were bound when it was made");
+    return nullptr;
+  }
+  try {
+    GilPatience patience(op->eager);
+    (*op->handle)->comm->run(*op->bound, patience);
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+  Py_INCREF(op->result);
+  return op->result;
+}
+
+void free_persistent(PyObject* self) {
+  auto* op = reinterpret_cast<PersistentOp*>(self);
+  delete op->bound;
+  delete op->handle;
+  Py_XDECREF(op->x);
+  Py_XDECREF(op->result);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyTypeObject* persistent_type() {
+  static PyType_Slot slots[] = {
+      {Py_tp_call, reinterpret_cast<void*>(call_persistent)},
+      {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
+      {Py_tp_doc,
+       const_cast<char*>("A call that was bound once: call it to run it again on the same buffers.")},
+      {0, nullptr}};
+  static PyType_Spec spec = {"pycomm._native.PersistentOp", sizeof(PersistentOp), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyTypeObject* type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
+  return type;
+}
+
+// All that must live as long as the call may run.
+std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> objects) {
+  return std::make_shared<std::array<std::shared_ptr<void>, 4>>(
+      std::array{call.in.exported, call.out.exported, call.storage, std::move(objects)});
+}
+
+}  // namespace
+
+py::object make_persistent(PyCommunicator& comm, Invocation& call) {
+  auto bound = std::make_unique<Bound>(comm->bind(call.request));
+  bound->keeps_alive = exports_of(call, nullptr);
+  auto* op = reinterpret_cast<PersistentOp*>(persistent_type()->tp_alloc(persistent_type(), 0));
+  if (!op) throw py::error_already_set();
+  op->bound = bound.release();
+  op->handle = new std::shared_ptr<Handle>(comm.handle);
+  op->x = call.x.release().ptr();
+  op->eager = call.eager(comm);
+  op->result = call.result.release().ptr();
+  return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(op));
+}
+
+py::object start(PyCommunicator& comm, Invocation& call) {
+  Bound bound = comm->bind(call.request);
+  bound.then = call.then;
+  bound.keeps_alive = exports_of(call, keep_alive(py::make_tuple(call.x, call.result)));
+  return py::cast(PyWork(comm->submit(std::move(bound)), comm.handle, call.result));
+}
+
+void add_work(py::module_& module) {
+  py::class_<PyWork>(module, "Work",
+                     "An asynchronous call. It keeps its buffers alive until it has completed.")
+      .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
+           "Blocks until the call has completed and returns what the blocking call returns; raises its "
+           "error. With a "
+           "timeout in seconds, CommTimeoutError when it passes first; the call goes on.")
+      .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
+      .def("exception", &PyWork::exception, "The call's error, or None while it has none.")
+      .def(
+          "result", [](PyWork& work) { return work.wait(std::nullopt); },
+          "Waits, and returns what the blocking call returns.");
+  module.attr("PersistentOp") = py::handle(reinterpret_cast<PyObject*>(persistent_type()));
+}
+
+}  // namespace pycomm::bindings

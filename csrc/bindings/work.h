@@ -1,0 +1,18 @@
+// What a call leaves in the caller's hands where it has not run when the method returns: Work (asynchronous)
+// and PersistentOp (bound once, run by calling it).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/invocation.h"
+#include "bindings/python.h"
+
+namespace pycomm::bindings {
+
+// Both keep the call's buffers and its group alive.
+pybind11::object start(PyCommunicator& comm, Invocation& call);  // a Work
+pybind11::object make_persistent(PyCommunicator& comm, Invocation& call);
+
+void add_work(pybind11::module_& module);
+
+}  // namespace pycomm::bindings
