@@ -12,47 +12,55 @@ constexpr std::array<const char*, kNumArgs> kNames = {
     "x",   "peer",     "op",     "out",  "algorithm", "deterministic", "timeout",
     "tag", "async_op", "stream", "root", "counts",    "send_counts",   "recv_counts"};
 
-// Keyword names in calls are interned, so that comparing pointers nearly always settles it.
-PyObject* interned(size_t arg) {
-  static const auto names = [] {
+// The argument that a keyword names, or kNumArgs. Keywords in calls are interned, so that comparing pointers
+// nearly always settles it.
+size_t find_argument(PyObject* keyword, const char* peer_name) {
+  static const auto interned = [] {
     std::array<PyObject*, kNumArgs> made{};
     for (size_t i = 0; i < kNumArgs; ++i) made[i] = PyUnicode_InternFromString(kNames[i]);
     return made;
   }();
-  return names[arg];
+  for (size_t i = 0; i < kNumArgs; ++i) {
+    if (keyword == interned[i]) return i;
+  }
+  const char* text = PyUnicode_AsUTF8(keyword);
+  if (!text) throw pybind11::error_already_set();
+  if (peer_name && std::strcmp(text, peer_name) == 0) return static_cast<size_t>(Arg::peer);
+  for (size_t i = 0; i < kNumArgs; ++i) {
+    if (std::strcmp(text, kNames[i]) == 0) return i;
+  }
+  return kNumArgs;
 }
 }  // namespace
 
 Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
                           PyObject* const* args, Py_ssize_t nargs, PyObject* keywords) {
   Arguments result;
+  const auto set = [&](size_t arg, PyObject* value) {
+    if (value == Py_None) return;
+    result.values[arg] = value;
+    result.given |= 1u << arg;
+  };
   if (nargs > positional) {
     throw TypeError(std::string(method) + "() takes " + std::to_string(positional) + " positional argument" +
                     (positional == 1 ? "" : "s") + " but " + std::to_string(nargs) + " were given");
   }
   for (Py_ssize_t i = 0; i < nargs; ++i) {
-    if (args[i] != Py_None) result.values[i] = args[i];
+    set(static_cast<size_t>(i), args[i]);
   }
   const Py_ssize_t num_keywords = keywords ? PyTuple_GET_SIZE(keywords) : 0;
   for (Py_ssize_t k = 0; k < num_keywords; ++k) {
     PyObject* key = PyTuple_GET_ITEM(keywords, k);
-    size_t found = kNumArgs;
-    for (size_t i = 0; i < kNumArgs && found == kNumArgs; ++i) {
-      if (key == interned(i)) found = i;
-    }
-    const char* text = PyUnicode_AsUTF8(key);
-    if (!text) throw pybind11::error_already_set();
-    for (size_t i = 0; i < kNumArgs && found == kNumArgs; ++i) {
-      if (std::strcmp(text, kNames[i]) == 0) found = i;
-    }
-    if (peer_name && std::strcmp(text, peer_name) == 0) found = static_cast<size_t>(Arg::peer);
+    const size_t found = find_argument(key, peer_name);
     if (found == kNumArgs || !(allowed >> found & 1)) {
-      throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + text + "'");
+      throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + text(key, "keyword") +
+                      "'");
     }
     if (static_cast<Py_ssize_t>(found) < nargs) {
-      throw TypeError(std::string(method) + "() got multiple values for argument '" + text + "'");
+      throw TypeError(std::string(method) + "() got multiple values for argument '" + text(key, "keyword") +
+                      "'");
     }
-    if (args[nargs + k] != Py_None) result.values[found] = args[nargs + k];
+    set(found, args[nargs + k]);
   }
   return result;
 }

@@ -26,10 +26,17 @@ enum class Arg : uint8_t {
 };
 inline constexpr int kNumArgs = 14;
 
-// Borrowed references; null: not given, or None.
+constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
+
+// Borrowed references.
 struct Arguments {
-  std::array<PyObject*, kNumArgs> values{};
-  PyObject* operator[](Arg arg) const { return values[static_cast<size_t>(arg)]; }
+  uint32_t given = 0;  // a bit set of Arg
+  std::array<PyObject*, kNumArgs>
+      values;  // of those: to clear the rest would take as long as to parse a call
+  // Null: not given, or None.
+  PyObject* operator[](Arg arg) const {
+    return given & bit(arg) ? values[static_cast<size_t>(arg)] : nullptr;
+  }
 };
 
 // `allowed` is a bit set of Arg; `peer_name` is what this method calls the peer ("dst", "src"), positional
@@ -41,7 +48,5 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
 int64_t integer(PyObject* object, const char* name);
 std::string text(PyObject* object, const char* name);
 bool truth(PyObject* object);  // of null: false
-
-constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 
 }  // namespace pycomm::bindings

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <optional>
+#include <string_view>
 #include <unordered_map>
 
 #include "common/error.h"
@@ -109,7 +110,7 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
   if (descr->type_num < NPY_USERDEF) return std::nullopt;
   const char* full = descr->typeobj->tp_name;  // ml_dtypes' types
   const char* dot = std::strrchr(full, '.');
-  const std::string name = dot ? dot + 1 : full;
+  const std::string_view name = dot ? dot + 1 : full;
   for (DType dtype : {DType::bfloat16, DType::float8_e4m3fn, DType::float8_e5m2}) {
     if (name == pycomm::name(dtype)) return dtype;
   }
@@ -123,25 +124,28 @@ std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
                    " and copy the result back");
 }
 
-Buffer from_array(PyArrayObject* array, const char* name) {
+// False if the array cannot be communicated.
+bool read_array(PyArrayObject* array, Buffer& buffer) {
   const auto dtype = from_numpy(PyArray_DESCR(array));
-  if (!dtype) {
-    throw TypeError(std::string("`") + name + "` has dtype " +
-                    py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
-                    ", which cannot be communicated: convert it to a float, integer, complex or bool type");
-  }
   const int flags = PyArray_FLAGS(array);
-  if (!(flags & NPY_ARRAY_C_CONTIGUOUS)) strided(name, "numpy.ascontiguousarray(x)");
-  if (!PyArray_ISNOTSWAPPED(array)) {
-    throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
-  }
-  Buffer buffer;
+  if (!dtype || !(flags & NPY_ARRAY_C_CONTIGUOUS) || !PyArray_ISNOTSWAPPED(array)) return false;
   buffer.data = PyArray_DATA(array);
   buffer.dtype = *dtype;
   buffer.count = PyArray_SIZE(array);
   buffer.shape = {PyArray_DIMS(array), static_cast<size_t>(PyArray_NDIM(array))};
   buffer.writable = flags & NPY_ARRAY_WRITEABLE;
-  return buffer;
+  return true;
+}
+
+Buffer from_array(PyArrayObject* array, const char* name) {
+  if (Buffer buffer; read_array(array, buffer)) return buffer;
+  if (!from_numpy(PyArray_DESCR(array))) {
+    throw TypeError(std::string("`") + name + "` has dtype " +
+                    py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
+                    ", which cannot be communicated: convert it to a float, integer, complex or bool type");
+  }
+  if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) strided(name, "numpy.ascontiguousarray(x)");
+  throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
 }
 
 Buffer from_tensor(const DLTensor& tensor, const char* name) {
@@ -185,6 +189,24 @@ const DLExchangeApi* exchange_api(PyTypeObject* type) {
   Py_INCREF(type);
   known[type] = api;
   return api;
+}
+
+Buffer from_exchange(const DLExchangeApi& api, PyObject* object, const char* name) {
+  DLTensor tensor{};
+  if (api.tensor_from_object(object, &tensor) != 0) {
+    const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
+    throw TypeError(std::string("`") + name +
+                    "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
+  }
+  Buffer buffer = from_tensor(tensor, name);
+  const bool complex = buffer.dtype == DType::complex64 || buffer.dtype == DType::complex128;
+  if (complex && PyObject_HasAttrString(object, "is_conj") &&
+      py::handle(object).attr("is_conj")().cast<bool>()) {
+    throw ValueError(std::string("`") + name +
+                     "` is a conjugate that has not been computed yet: pass "
+                     "x.resolve_conj()");
+  }
+  return buffer;
 }
 
 std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
@@ -279,27 +301,24 @@ void import_numpy() {
 
 Buffer get_buffer(PyObject* object, const char* name) {
   if (PyArray_Check(object)) return from_array(reinterpret_cast<PyArrayObject*>(object), name);
-  if (const DLExchangeApi* api = exchange_api(Py_TYPE(object))) {
-    DLTensor tensor{};
-    if (api->tensor_from_object(object, &tensor) != 0) {
-      const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
-      throw TypeError(std::string("`") + name +
-                      "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
-    }
-    Buffer buffer = from_tensor(tensor, name);
-    const bool complex = buffer.dtype == DType::complex64 || buffer.dtype == DType::complex128;
-    if (complex && PyObject_HasAttrString(object, "is_conj") &&
-        py::handle(object).attr("is_conj")().cast<bool>()) {
-      throw ValueError(std::string("`") + name +
-                       "` is a conjugate that has not been computed yet: pass "
-                       "x.resolve_conj()");
-    }
-    return buffer;
-  }
+  if (const DLExchangeApi* api = exchange_api(Py_TYPE(object))) return from_exchange(*api, object, name);
   if (auto buffer = from_dlpack_method(object, name)) return *buffer;
   if (PyObject_CheckBuffer(object)) return from_protocol(object, name);
   throw TypeError(std::string("`") + name + "` is a " + type_name(object) +
                   ": pass a NumPy array, a tensor, or anything with DLPack or the buffer protocol");
+}
+
+bool peek_buffer(PyObject* object, Buffer& buffer) {
+  if (PyArray_Check(object)) return read_array(reinterpret_cast<PyArrayObject*>(object), buffer);
+  const DLExchangeApi* api = exchange_api(Py_TYPE(object));
+  if (!api) return false;
+  try {
+    buffer = from_exchange(*api, object, "");
+    return true;
+  } catch (const TypeError&) {
+  } catch (const ValueError&) {
+  }
+  return false;
 }
 
 void require_writable(const Buffer& buffer, const char* name) {

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -35,6 +36,9 @@ struct Buffer {
 // `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or
 // ValueError (strided, byte-swapped) that says what to do.
 Buffer get_buffer(PyObject* object, const char* name);
+// The same for arrays and tensors, which hand out nothing that must be kept; nothing for other objects, and
+// where get_buffer would throw.
+bool peek_buffer(PyObject* object, Buffer& buffer);
 void require_writable(const Buffer& buffer, const char* name);
 
 // An array like `like` (a NumPy array, or a tensor where `like` is one) of this shape, not initialised.

@@ -56,9 +56,9 @@ PyCommunicator& self_of(PyObject* self) {
   return value ? *static_cast<PyCommunicator*>(value) : py::handle(self).cast<PyCommunicator&>();
 }
 
-void run_now(PyCommunicator& comm, Invocation& call) {
+void run_now(PyCommunicator& comm, Invocation& call, Bound& bound) {
   GilPatience patience(call.eager(comm));
-  const Bound bound = comm->bind(call.request);
+  bound = comm->bind(call.request);
   comm->run(bound, patience);
   recycle(call);
   if (call.then) call.then();
@@ -74,10 +74,44 @@ py::object run_list(PyCommunicator& comm, const Arguments& args) {
     if (async) {
       result = start(comm, call);
     } else {
-      run_now(comm, call);
+      Bound bound;
+      run_now(comm, call, bound);
     }
   }
   return result;
+}
+
+py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Arguments& args) {
+  GilPatience patience(call.eager);
+  comm->run(call.bound, patience);
+  return py::reinterpret_borrow<py::object>(call.result ? args[*call.result] : Py_None);
+}
+
+// `query`: null for a call that cannot be kept. Not a part of invoke(), whose registers and stack it would
+// take.
+[[gnu::noinline]] py::object run_anew(PyCommunicator& comm, const Method& method, const Arguments& args,
+                                      const Memo::Query* query) {
+  PyObject* x = args[Arg::x];
+  if (method.collective == Collective::all_reduce && x && (PyList_Check(x) || PyTuple_Check(x))) {
+    if (method.persistent) throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
+    return run_list(comm, args);
+  }
+  const bool async = truth(args[Arg::async_op]);
+  const Memo::Use place =
+      query && !method.persistent && !async ? comm.handle->memo.claim(*query) : Memo::Use();
+  Invocation call = check_call(method, comm, args);
+  if (method.persistent) return make_persistent(comm, call);
+  if (async) return start(comm, call);
+  Bound unkept;
+  run_now(comm, call, place ? place->bound : unkept);
+  const bool none = call.result.is_none();
+  const Arg returned = args[Arg::out] ? Arg::out : Arg::x;
+  if (place && (none || call.result.ptr() == args[returned])) {  // not an array that the call has made
+    place->result = none ? std::nullopt : std::optional(returned);
+    place->eager = call.eager(comm);
+    place.keep();
+  }
+  return std::move(call.result);
 }
 
 py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, Py_ssize_t nargs,
@@ -85,16 +119,10 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
   PyCommunicator& comm = self_of(self);
   const Arguments args = parse_arguments(method.name, method.allowed, method.positional, method.peer_name,
                                          argv, nargs, keywords);
-  PyObject* x = args[Arg::x];
-  if (method.collective == Collective::all_reduce && x && (PyList_Check(x) || PyTuple_Check(x))) {
-    if (method.persistent) throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
-    return run_list(comm, args);
-  }
-  Invocation call = check_call(method, comm, args);
-  if (method.persistent) return make_persistent(comm, call);
-  if (truth(args[Arg::async_op])) return start(comm, call);
-  run_now(comm, call);
-  return std::move(call.result);
+  Memo::Query query(method, args);
+  if (!query.read_buffers()) return run_anew(comm, method, args, nullptr);
+  if (const Memo::Use known = comm.handle->memo.find(query)) return run_known(comm, *known, args);
+  return run_anew(comm, method, args, &query);
 }
 
 template <const Method& method>

@@ -55,6 +55,27 @@ std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout
   return comms;
 }
 
+// What an array over symmetric memory owns. Calls are bound to what lies at an address: they are forgotten
+// when that changes.
+class SymmetricMemory {
+ public:
+  SymmetricMemory(const std::shared_ptr<Handle>& handle, std::shared_ptr<runtime::Allocation> allocation)
+      : handle_(handle), allocation_(std::move(allocation)) {
+    forget_calls();
+  }
+  ~SymmetricMemory() {
+    allocation_.reset();
+    forget_calls();
+  }
+
+ private:
+  void forget_calls() {
+    if (const auto handle = handle_.lock()) handle->memo.clear();
+  }
+  std::weak_ptr<Handle> handle_;  // weak: memory does not keep a group open
+  std::shared_ptr<runtime::Allocation> allocation_;
+};
+
 // An array over symmetric memory; the memory lives as long as the array and its views.
 py::object empty(PyCommunicator& self, const py::object& shape, const py::object& dtype,
                  const std::string& device) {
@@ -85,8 +106,8 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
     GilPatience patience(true);
     allocation = self->allocate(bytes, patience);
   }
-  const py::capsule owner(new std::shared_ptr<runtime::Allocation>(allocation),
-                          [](void* p) { delete static_cast<std::shared_ptr<runtime::Allocation>*>(p); });
+  const py::capsule owner(new SymmetricMemory(self.handle, allocation),
+                          [](void* p) { delete static_cast<SymmetricMemory*>(p); });
   const py::object raw =
       py::array(py::dtype("uint8"), {static_cast<py::ssize_t>(bytes)}, allocation->data(), owner);
   return raw.attr("view")(descr).attr("reshape")(py::cast(dims));

@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "bindings/memo.h"
 #include "common/error.h"
 #include "common/log.h"
 #include "runtime/communicator.h"
@@ -40,6 +41,7 @@ class GilPatience : public runtime::Patience {
 // Closes the communicator with the last Python object that refers to it.
 struct Handle {
   std::shared_ptr<runtime::Communicator> comm;
+  Memo memo;
   explicit Handle(std::shared_ptr<runtime::Communicator> c) : comm(std::move(c)) {}
   ~Handle() {
     if (!comm) return;

@@ -152,6 +152,7 @@ void add_schedules(py::module_& module) {
           const py::gil_scoped_acquire gil;
           delete f;
         });
+        comm.handle->memo.clear();  // first: a plan of the old one belongs to calls made before
         comm->add_algorithm(parse_collective(collective), name,
                             [held](const World& world) { return call_python(*held, world); });
       },

@@ -1,0 +1,92 @@
+#include "bindings/memo.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace pycomm::bindings {
+
+namespace {
+
+// Whether `f` holds for all arguments that are given and no buffers.
+template <class F>
+bool all_others(const Arguments& args, F f) {
+  for (uint32_t left = args.given & ~(bit(Arg::x) | bit(Arg::out)); left; left &= left - 1) {
+    if (!f(std::countr_zero(left))) return false;
+  }
+  return true;
+}
+
+template <class F>
+void for_others(const Arguments& args, F f) {
+  all_others(args, [&](int arg) { return f(args.values[arg]), true; });
+}
+
+// Immutable, and refers to nothing: the same object has the same value, and keeps nothing else alive.
+bool is_plain(PyObject* object) {
+  return PyUnicode_CheckExact(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
+         PyBool_Check(object);
+}
+
+}  // namespace
+
+bool Memo::Query::read_buffers() {
+  PyObject *in = (*args)[Arg::x], *result = (*args)[Arg::out];
+  return (!in || peek_buffer(in, x)) && (!result || peek_buffer(result, out));
+}
+
+void Memo::Place::assign(const Buffer& buffer) {
+  data = buffer.data;
+  dtype = buffer.dtype;
+  writable = buffer.writable;
+  num_dims = buffer.shape.size();
+  std::ranges::copy(buffer.shape, shape.begin());
+}
+
+bool Memo::Place::is(const Buffer& buffer) const {
+  if (data != buffer.data || dtype != buffer.dtype || writable != buffer.writable ||
+      num_dims != buffer.shape.size()) {
+    return false;
+  }
+  for (size_t d = 0; d < num_dims; ++d) {  // few: a call of memcmp takes longer
+    if (shape[d] != buffer.shape[d]) return false;
+  }
+  return true;
+}
+
+Memo::~Memo() {
+  for (const Entry& entry : entries_) for_others(entry.args, Py_DecRef);
+}
+
+Memo::Entry& Memo::entry_of(const Query& query) {
+  auto hash = reinterpret_cast<uintptr_t>(query.method) + reinterpret_cast<uintptr_t>(query.x.data) +
+              3 * reinterpret_cast<uintptr_t>(query.out.data);
+  for_others(*query.args, [&](PyObject* other) { hash += reinterpret_cast<uintptr_t>(other); });
+  return entries_[hash * 0x9e3779b97f4a7c15ULL >> (64 - kLogEntries)];
+}
+
+Memo::Use Memo::find(const Query& query) {
+  Entry& entry = entry_of(query);
+  const Arguments& args = *query.args;
+  const bool found = entry.known && entry.generation == generation_ && entry.method == query.method &&
+                     entry.args.given == args.given && entry.x.is(query.x) && entry.out.is(query.out) &&
+                     all_others(args, [&](int arg) { return entry.args.values[arg] == args.values[arg]; });
+  return found ? Use(entry) : Use();
+}
+
+Memo::Use Memo::claim(const Query& query) {
+  Entry& entry = entry_of(query);
+  const bool keeps = query.x.shape.size() <= kMaxDims && query.out.shape.size() <= kMaxDims &&
+                     all_others(*query.args, [&](int arg) { return is_plain(query.args->values[arg]); });
+  if (!keeps || entry.uses > 0) return {};
+  for_others(*query.args, Py_IncRef);
+  for_others(entry.args, Py_DecRef);
+  entry.known = false;
+  entry.generation = generation_;
+  entry.method = query.method;
+  entry.x.assign(query.x);
+  entry.out.assign(query.out);
+  entry.args = *query.args;
+  return Use(entry);
+}
+
+}  // namespace pycomm::bindings
