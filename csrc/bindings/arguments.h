@@ -30,11 +30,11 @@ constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 
 // Borrowed references.
 struct Arguments {
-  uint32_t given = 0;  // a bit set of Arg
-  std::array<PyObject*, kNumArgs>
-      values;  // of those: to clear the rest would take as long as to parse a call
-  // Null: not given, or None.
-  PyObject* operator[](Arg arg) const {
+  uint32_t given = 0;  // a bit set of Arg: those that are given, and not None
+  // Only these are set: to clear them all would take as long as to parse a call.
+  std::array<PyObject*, kNumArgs> values;
+
+  PyObject* operator[](Arg arg) const {  // null: not given
     return given & bit(arg) ? values[static_cast<size_t>(arg)] : nullptr;
   }
 };
