@@ -8,6 +8,8 @@
 namespace pycomm::bindings {
 
 namespace {
+// What the peer is called is the method's business: dst, src.
+constexpr auto kPeer = static_cast<size_t>(Arg::peer);
 constexpr std::array<const char*, kNumArgs> kNames = {
     "x",   "peer",     "op",     "out",  "algorithm", "deterministic", "timeout",
     "tag", "async_op", "stream", "root", "counts",    "send_counts",   "recv_counts"};
@@ -21,13 +23,13 @@ size_t find_argument(PyObject* keyword, const char* peer_name) {
     return made;
   }();
   for (size_t i = 0; i < kNumArgs; ++i) {
-    if (keyword == interned[i]) return i;
+    if (keyword == interned[i] && i != kPeer) return i;
   }
   const char* text = PyUnicode_AsUTF8(keyword);
   if (!text) throw pybind11::error_already_set();
-  if (peer_name && std::strcmp(text, peer_name) == 0) return static_cast<size_t>(Arg::peer);
+  if (peer_name && std::strcmp(text, peer_name) == 0) return kPeer;
   for (size_t i = 0; i < kNumArgs; ++i) {
-    if (std::strcmp(text, kNames[i]) == 0) return i;
+    if (std::strcmp(text, kNames[i]) == 0 && i != kPeer) return i;
   }
   return kNumArgs;
 }

@@ -179,6 +179,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   };
   std::array<CacheEntry, 32> recent_;  // by a cheap hash: what a training loop calls
   std::unordered_multimap<uint64_t, CacheEntry> cache_;
+  uint64_t cache_generation_ = 0;  // grows with each algorithm that is added
   struct UserAlgorithm {
     schedule::Collective collective;
     std::string name;

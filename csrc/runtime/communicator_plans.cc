@@ -76,9 +76,10 @@ std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call
   CacheEntry& recent = recent_[(static_cast<uint64_t>(call.counts[0]) * 0x9e3779b97f4a7c15ULL >> 59 ^
                                 static_cast<uint64_t>(call.world.collective)) %
                                recent_.size()];
-  uint64_t key = 0;
+  uint64_t key = 0, generation = 0;
   {
     const std::lock_guard lock(cache_mutex_);
+    generation = cache_generation_;
     if (recent.prepared && recent.rank == rank && recent.call == call && recent.algorithm == algorithm) {
       return recent.prepared;
     }
@@ -97,6 +98,7 @@ std::shared_ptr<const Prepared> Communicator::prepare(const schedule::Call& call
   auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
   log(LogLevel::trace, "new plan: ", describe(prepared->record));
   const std::lock_guard lock(cache_mutex_);
+  if (generation != cache_generation_) return prepared;  // an algorithm of this name may be another by now
   if (cache_.size() >= kCachedPlans) cache_.clear();
   recent = {call, algorithm, rank, prepared};
   cache_.emplace(key, recent);
@@ -117,6 +119,7 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
   }
   kept.push_back({collective, name, std::move(write)});
   kept.swap(user_algorithms_);
+  ++cache_generation_;
   std::erase_if(cache_, [&](const auto& entry) { return entry.second.algorithm == name; });
   for (CacheEntry& entry : recent_) {
     if (entry.algorithm == name) entry = {};

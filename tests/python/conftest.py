@@ -5,8 +5,13 @@ from typing import Any
 
 import processes
 import pytest
+from hypothesis import settings
 
 import pycomm
+
+# How long an example takes is no matter of right or wrong.
+settings.register_profile("pycomm", deadline=None)
+settings.load_profile("pycomm")
 
 
 @pytest.fixture(params=["threads", "processes"])

@@ -272,6 +272,8 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (TypeError, "needs `x`", lambda: comm.all_reduce()),
             (TypeError, "positional", lambda: comm.all_reduce(x, "sum")),
             (TypeError, "unexpected keyword argument 'root'", lambda: comm.all_reduce(x, root=0)),
+            (TypeError, "unexpected keyword argument 'peer'", lambda: comm.send(x, peer=1 - comm.rank)),
+            (TypeError, "unexpected keyword argument ''", lambda: comm.send(x, **{"": 1 - comm.rank})),
             (TypeError, "multiple values", lambda: comm.all_reduce(x, x=x)),
             (TypeError, "async_op", lambda: comm.all_reduce_init(x, async_op=True)),
             (ValueError, "'xor' is unknown.*bxor", lambda: comm.all_reduce(x, op="xor")),
