@@ -67,6 +67,9 @@ Env read_env(const std::function<const char*(const char* name)>& get) {
   read("PYCOMM_SPIN_US", [&](const char* variable, std::string_view value) {
     env.spin_us = parse_number(variable, value, "microseconds, 0 to sleep at once");
   });
+  read("PYCOMM_SINGLE_COPY", [&](const char* variable, std::string_view value) {
+    env.single_copy = parse_word<bool>(variable, value, {{"0", false}, {"1", true}});
+  });
   read("PYCOMM_VERIFY", [&](const char* variable, std::string_view value) {
     env.verify = parse_word<bool>(variable, value, {{"0", false}, {"1", true}});
   });

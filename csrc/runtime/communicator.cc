@@ -1,16 +1,20 @@
 #include "runtime/communicator.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
 #include "common/env.h"
 #include "common/error.h"
+#include "common/hash.h"
 #include "common/log.h"
+#include "transport/peer_memory.h"
 
 namespace pycomm::runtime {
 
@@ -20,6 +24,12 @@ void rest(Patience& patience) {
   const timespec nap{0, 500000};
   nanosleep(&nap, nullptr);
   patience.on_tick();
+}
+
+bool reads_itself(transport::Node& node) {
+  const uint64_t word = 1;
+  uint64_t there = 0;
+  return node.read(node.rank(), &there, reinterpret_cast<uint64_t>(&word), sizeof word) == 0 && there == word;
 }
 }  // namespace
 
@@ -62,6 +72,7 @@ std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options&
   std::shared_ptr<Communicator> comm(
       new Communicator(std::make_unique<Domain>(node, ranks, options.rank, offset), options.timeout_s));
   comm->learn_cores();
+  comm->learn_single_copy();
   return comm;
 }
 
@@ -75,6 +86,7 @@ std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size, doubl
     comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), timeout_s));
     const unsigned cores = std::thread::hardware_concurrency();
     comms[r]->policy_ = wait_policy(size, static_cast<int>(cores));
+    comms[r]->single_copy_ = env().single_copy && reads_itself(*nodes[r]);
   }
   return comms;
 }
@@ -98,6 +110,39 @@ void Communicator::learn_cores() {
   if (cores > size()) background_policy_ = policy_;
   log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ",
       policy_.yield ? "yield" : "spin", " before they sleep");
+}
+
+// Every rank reads a word of each other's, and all hear how that went: they must choose alike.
+void Communicator::learn_single_copy() {
+  if (size() == 1) return;
+  const uint64_t word = Hasher().add(getpid()).add(now_s()).digest();
+  const int64_t address = env().single_copy ? reinterpret_cast<int64_t>(&word) : 0;
+  Patience patience;
+  const auto words = exchange({address, static_cast<int64_t>(word)}, patience);
+  for (int r = 0; r < size(); ++r) {
+    if (words[2 * r] != 0) continue;
+    return log(LogLevel::info, "single copy off: rank ", r, " has PYCOMM_SINGLE_COPY=0");
+  }
+  const auto try_all = [&] {
+    int64_t error = 0;
+    for (int r = 0; r < size() && error == 0; ++r) {
+      int64_t there = 0;
+      error = domain_->node().read(domain_->node_ranks()[r], &there, static_cast<uint64_t>(words[2 * r]),
+                                   sizeof there);
+      if (error == 0 && there != words[2 * r + 1]) error = ESRCH;  // another namespace's pid
+    }
+    return exchange({error}, patience);
+  };
+  auto errors = try_all();
+  if (std::count(errors.begin(), errors.end(), EPERM) > 0) {
+    transport::let_siblings_read();
+    exchange({0}, patience);
+    errors = try_all();
+  }
+  const auto error = static_cast<int>(*std::max_element(errors.begin(), errors.end()));
+  single_copy_ = error == 0;
+  log(LogLevel::info, "single copy ", single_copy_ ? "on" : "off: ranks cannot read each other's memory: ",
+      single_copy_ ? "" : std::strerror(error));
 }
 
 Communicator::~Communicator() {
@@ -235,6 +280,7 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
       std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]), timeout_s_));
   comm->policy_ = policy_;
   comm->background_policy_ = background_policy_;
+  comm->single_copy_ = single_copy_;
   return comm;
 }
 
@@ -278,6 +324,7 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
       std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load()), timeout_s_));
   comm->policy_ = policy_;
   comm->background_policy_ = background_policy_;
+  comm->single_copy_ = single_copy_;
   return comm;
 }
 

@@ -150,12 +150,15 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();
+  void learn_single_copy();
+  void place_input(schedule::Call& call) const;
   bool gone(int rank) const;
 
   std::unique_ptr<Domain> domain_;
   double timeout_s_;
   uint64_t fork_generation_;
   WaitPolicy policy_, background_policy_;
+  bool single_copy_ = false;  // all ranks can read each other's memory through the kernel
   std::shared_ptr<Heap> heap_;
   std::atomic<bool> closed_{false};
 

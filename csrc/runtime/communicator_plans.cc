@@ -141,6 +141,12 @@ void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap:
   }
 }
 
+void Communicator::place_input(schedule::Call& call) const {
+  if (single_copy_ && call.in == schedule::Placement::plain && single_copy_pays(call)) {
+    call.in = schedule::Placement::reachable;
+  }
+}
+
 Bound Communicator::bind(Request& request) {
   check_usable();
   if (schedule::reduces(request.call.world.collective)) {
@@ -169,6 +175,7 @@ Bound Communicator::bind(Request& request) {
       bound.buffers.out_distance = out.distance;
     }
   }
+  place_input(call);
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
   if (in.distance || out.distance) {
@@ -231,6 +238,7 @@ std::string Communicator::explain(const Request& request) {
   }
   const Choice choice = request.algorithm.empty() ? select(call, policy_.yield)
                                                   : Choice{request.algorithm, "named by the caller"};
+  place_input(call);
   const auto prepared = prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
@@ -251,6 +259,9 @@ std::string Communicator::explain(const Request& request) {
   text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
           " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +
           std::to_string(moved) + " bytes read and written by rank " + std::to_string(rank()) + "\n";
+  if (prepared->reachable) {
+    text += "input      read where it lies, through the kernel, by the ranks that want it: one copy\n";
+  }
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
           std::to_string(plan.slot_bytes) + " bytes\n";
   for (const schedule::Step& step : program.steps)

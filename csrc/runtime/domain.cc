@@ -55,6 +55,7 @@ std::string describe(const CallRecord& record) {
                                                                                            : "output");
       text += " at offset " + std::to_string(record.symmetric_offset);
     }
+    if (record.in == schedule::Placement::reachable) text += ", input read through the kernel";
     text += ")";
   }
   if (record.tag[0]) text += std::string(" tagged \"") + record.tag + "\"";

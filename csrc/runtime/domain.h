@@ -64,6 +64,7 @@ inline constexpr size_t kApart = 128;
 
 struct alignas(64) Entry {
   std::atomic<uint64_t> call;
+  std::atomic<uint64_t> in;  // where a reachable input lies in its rank's memory, for that call
   std::atomic<uint64_t> words[sizeof(CallRecord) / 8];
 };
 
@@ -122,6 +123,13 @@ class Domain {
   // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
   void enter(uint64_t call, const CallRecord& record);
   std::optional<CallRecord> record_of(int rank, uint64_t call) const;
+  // Where the rank's reachable input of a call lies: told before it enters, asked after a signal of it.
+  void show_input(uint64_t call, uint64_t address) const {
+    self().entries[call & 1].in.store(address, std::memory_order_relaxed);
+  }
+  uint64_t input_of(int rank, uint64_t call) const {
+    return members_[rank].entries[call & 1].in.load(std::memory_order_relaxed);
+  }
   // The same record's fingerprint alone, for a call that the rank has entered and cannot have left by two.
   uint64_t fingerprint_of(int rank, uint64_t call) const {
     return members_[rank].entries[call & 1].words[0].load(std::memory_order_acquire);

@@ -4,9 +4,15 @@
 // says what for. Waiting is somebody else's policy (waiter.h), so blocking calls, asynchronous ones and tests
 // share this one interpreter. An Observer is told of each step before it runs (the kill suite ends the
 // process there); the default one is empty and costs nothing.
+//
+// What is *reachable* of a peer is read through the kernel, as much at once as the plan says: until it is
+// there, advance() does not come back. A read that fails, or that cannot be trusted since the peer has ended
+// or has left a failed call (and may use its buffer again), stops the run for good: it is blocked on what is
+// never met, and the waiter finds the reason.
 #pragma once
 
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "kernels/combine.h"
@@ -20,6 +26,7 @@ struct Prepared {
   schedule::Plan plan;                    // only this rank's program is filled
   std::vector<schedule::Format> formats;  // of the operands, in one row for the kernels
   kernels::CombineFn combine = nullptr;
+  bool reachable = false;  // inputs are
   CallRecord record;
 
   Prepared(schedule::Plan plan, int rank);
@@ -86,6 +93,12 @@ class Run {
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
   void combine(const schedule::Step& step, int64_t trip);
+  bool reads_peer(const schedule::Step& step) const {
+    const schedule::Operand& source = program_->operands[step.operand + step.num_dsts];
+    return source.space == schedule::Space::in && source.rank != domain_->rank();
+  }
+  bool read(const schedule::Step& step, int64_t trip);  // false: blocked for good
+  void show_input();
 
   Domain* domain_ = nullptr;
   const Prepared* prepared_ = nullptr;
@@ -104,6 +117,8 @@ class Run {
   Blocked blocked_;
   int mismatched_ = -1;
   std::vector<void*> pointers_;
+  std::unique_ptr<char[]> shown_;  // the copy of an input that the kernel cannot read for others
+  int64_t shown_bytes_ = 0;
 };
 
 inline void Run::combine(const schedule::Step& step, int64_t trip) {
@@ -147,6 +162,10 @@ bool Run::advance(int polls, const Observer& observer) {
         switch (step.kind) {
           case Kind::combine:
             observer(loop.step + step_);
+            if (prepared_->reachable && reads_peer(step)) [[unlikely]] {
+              if (!read(step, trip)) return false;
+              break;
+            }
             combine(step, trip);
             break;
           case Kind::signal: {

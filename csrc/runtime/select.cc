@@ -12,6 +12,8 @@ namespace {
 // buffer needs no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation
 // costs switches of processes, so there it comes later.
 constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
+// Bytes of the largest block from which one copy by the kernel beats two through the window.
+constexpr int64_t kSingleCopy = 1 << 20;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;
@@ -50,6 +52,26 @@ Choice select(const schedule::Call& call, bool crowded) {
       return {"dissemination", "the fewest rounds: log2 of the ranks"};
   }
   return {};
+}
+
+bool single_copy_pays(const schedule::Call& call) {
+  switch (call.world.collective) {
+    case Collective::all_gather:
+    case Collective::broadcast:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::send_recv:
+      return *std::max_element(call.counts.begin(), call.counts.end()) *
+                 static_cast<int64_t>(size_of(call.dtype)) >=
+             kSingleCopy;
+    case Collective::all_reduce:
+    case Collective::reduce_scatter:
+    case Collective::reduce:
+    case Collective::all_to_all:
+    case Collective::barrier:
+      return false;
+  }
+  return false;
 }
 
 Geometry host_geometry() {

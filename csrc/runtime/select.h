@@ -18,6 +18,10 @@ struct Choice {
 // `crowded`: the ranks have fewer cores than they are. All ranks of a group must say the same.
 Choice select(const schedule::Call& call, bool crowded);
 
+// Whether ranks that can should read a plain `in` of this call through the kernel, where it lies
+// (Placement::reachable). Pure in what all ranks know.
+bool single_copy_pays(const schedule::Call& call);
+
 Geometry host_geometry();
 
 }  // namespace pycomm::runtime

@@ -665,6 +665,29 @@ bool Lowering::full_exchange() const {
   });
 }
 
+// What a reachable `in` is good for.
+bool only_copies_in(const Schedule& schedule) {
+  bool offers = false;
+  for (size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
+    const auto own = [&](const Ref& ref) { return ref.rank == static_cast<int>(rank); };
+    for (const ScheduleStep& step : schedule.ranks[rank]) {
+      if (step.kind == Kind::offer) {
+        if (step.srcs[0].buffer != Buffer::in) return false;
+        offers = true;
+      }
+      if (step.kind != Kind::combine) continue;
+      if (std::all_of(step.dsts.begin(), step.dsts.end(), own) &&
+          std::all_of(step.srcs.begin(), step.srcs.end(), own)) {
+        continue;
+      }
+      const bool bare = !step.final && step.dsts.size() == 1 && step.srcs.size() == 1 && own(step.dsts[0]) &&
+                        step.dsts[0].buffer == Buffer::out;
+      if (!bare) return false;
+    }
+  }
+  return offers;
+}
+
 uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout& layout) {
   Hasher h;
   const Call& call = plan.call;
@@ -698,8 +721,11 @@ uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout
 
 }  // namespace
 
-Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry,
-           int only_rank) {
+Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& asked,
+           const Geometry& geometry, int only_rank) {
+  Call call = asked;
+  if (call.out == Placement::reachable) throw ValueError("`out` cannot be reachable: peers may only read it");
+  if (call.in == Placement::reachable && !only_copies_in(schedule)) call.in = Placement::plain;
   if (schedule.stages > geometry.max_cells) {
     throw ValueError("the schedule uses " + std::to_string(schedule.stages) +
                      " stages; there are cells for " + std::to_string(geometry.max_cells));

@@ -14,10 +14,14 @@ namespace pycomm::schedule {
 // combine that produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into
 // trips that fit a slot.
 //
+// A reachable `in` is used in place as well, if all that the schedule offers is `in`, and all that peers do
+// with it is to copy it, bit for bit, to their own `out`. Otherwise it is lowered as a plain one, and
+// Plan::call says so.
+//
 // `only_rank` leaves the other ranks' programs empty: what a rank runs does not depend on it.
 //
-// Throws ValueError if the schedule breaks the rules of schedule.h (an offer that nobody uses, ...) or a slot
-// cannot hold even the smallest trip.
+// Throws ValueError if the schedule breaks the rules of schedule.h (an offer that nobody uses, ...), if `out`
+// is said to be reachable, or if a slot cannot hold even the smallest trip.
 Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& call, const Geometry& geometry,
            int only_rank = -1);
 

@@ -13,7 +13,9 @@
 // wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a call,
 // values of a cell start at 1.
 //
-// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric.
+// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric, or if
+// `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's own
+// `out` and nowhere else.
 // `window` is the rank's slice of shared memory: of its current bank, slot (w mod slots). The address of an
 // operand at trip w is
 //
@@ -46,7 +48,9 @@ using kernels::Format;
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
 
 enum class Space : uint8_t { in, out, window, outgoing, incoming };
-enum class Placement : uint8_t { plain, symmetric };
+// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own; read
+// it, by a bare copy through the kernel (only `in`).
+enum class Placement : uint8_t { plain, symmetric, reachable };
 
 struct Operand {
   Space space = Space::in;

@@ -132,6 +132,7 @@ std::optional<std::string> call_fault(const Call& call) {
       }
     }
   }
+  if (call.out == Placement::reachable) return "a reachable `out`: peers can only read such memory";
   if (call.prescale != 1.0 && !reduces(world.collective)) {
     return std::string(name(world.collective)) + " does not scale";
   }

@@ -231,6 +231,14 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
 // Where the cells' data lies in the windows' address space: beyond all slots.
 constexpr int64_t kCellsFrom = int64_t{1} << 60;
 
+// What the kernel does for a rank: one source, as it is, to one place of its own.
+bool SymbolicRun::is_bare_copy(int rank, const Step& step) {
+  if (step.num_dsts != 1 || step.num_srcs != 1) return false;
+  const Operand* operands = &call_of(rank).plan->programs[rank].operands[step.operand];
+  return operands[0].rank == rank && operands[0].space == Space::out && operands[0].format == Format::raw &&
+         operands[1].space == Space::in && operands[1].format == Format::raw;
+}
+
 // Finds each operand's bytes at this trip, and that they are there to be used.
 bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans) {
   CallState& call = call_of(rank);
@@ -259,8 +267,14 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
       base = trip % plan.slots * plan.slot_bytes;
     } else {
       const bool is_in = operand.space == Space::in;
-      if (operand.rank != rank && (is_in ? plan.call.in : plan.call.out) == Placement::plain) {
+      const Placement placement = is_in ? plan.call.in : plan.call.out;
+      if (operand.rank != rank && placement == Placement::plain) {
         return refuse(Kind::bounds, place(rank, operand) + " is not symmetric: other ranks cannot reach it");
+      }
+      if (operand.rank != rank && placement == Placement::reachable && !is_bare_copy(rank, step)) {
+        return refuse(Kind::bounds, place(rank, operand) +
+                                        " is only reachable: other ranks may copy it to their own `out`, bit "
+                                        "for bit, and do nothing else with it");
       }
       const Buffers& buffers = call.buffers[operand.rank];
       begin += trip * operand.stride;

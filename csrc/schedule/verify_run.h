@@ -70,6 +70,7 @@ class SymbolicRun {
   void signal(int rank, const Step& step, int64_t trip);
   void combine(int rank, const Step& step, int64_t trip);
   bool resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans);
+  bool is_bare_copy(int rank, const Step& step);
   bool formats_allowed(int rank, const Step& step);
   bool overlaps(int rank, const Step& step, const std::vector<Span>& spans);
   std::vector<Elements> elements(const std::vector<Memory::Piece>& pieces, int64_t begin, int64_t item,

@@ -7,12 +7,14 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <cerrno>
 #include <new>
 #include <utility>
 
 #include "common/error.h"
 #include "common/log.h"
 #include "transport/memory.h"
+#include "transport/peer_memory.h"
 #include "transport/rendezvous.h"
 
 namespace pycomm::transport {
@@ -153,6 +155,11 @@ std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
 void Node::release(int64_t offset, int64_t bytes) {
   require_positive(bytes);
   punch(shared_->memory.get(), offset, round_up(bytes, extent_unit(bytes)));
+}
+
+int Node::read(int rank, void* to, uint64_t from, int64_t bytes) {
+  const int error = read_memory(pid_of(rank), to, from, bytes);
+  return dead(rank) ? ESRCH : error;
 }
 
 bool Node::dead(int rank) {

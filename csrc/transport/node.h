@@ -68,6 +68,11 @@ class Node {
   bool threads() const;  // made by local()
   int64_t pid_of(int rank) const;
 
+  // Copies from a rank's own memory, at that address there, through the kernel. Returns 0 or an errno of
+  // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then be
+  // another's.
+  int read(int rank, void* to, uint64_t from, int64_t bytes);
+
   // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or
   // OutOfMemoryError is thrown that names what was asked, what the cgroup and MemAvailable have left, and the
   // remedy, and nothing is kept. Looks before it takes, so that neither SIGBUS nor the out-of-memory killer

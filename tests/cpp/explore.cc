@@ -272,6 +272,16 @@ class Search {
                                    (operand.space == Space::out && plan.call.out == Placement::plain))) {
         throw Impossible{"another rank's plain buffer"};
       }
+      if (operand.rank != rank && operand.space == Space::in && plan.call.in == Placement::reachable) {
+        const Operand& to = move.operands[0];
+        if (dst || operands != 2 || to.rank != rank || to.space != Space::out || to.format != Format::raw ||
+            operand.format != Format::raw) {
+          throw Impossible{"no bare copy of another rank's reachable buffer"};
+        }
+      }
+      if (operand.rank != rank && operand.space == Space::out && plan.call.out == Placement::reachable) {
+        throw Impossible{"another rank's reachable output"};
+      }
       if (offset < 0 || offset + bytes > room) throw Impossible{"out of bounds"};
       move.spans.push_back({base + offset, base + offset + bytes, dst});
     }

@@ -1,4 +1,5 @@
-// The kill suite: a rank is killed at every step of every all_reduce plan, and the others must learn of it.
+// The kill suite: a rank is killed at every step of every all_reduce plan, and of an all_gather whose ranks
+// read each other's inputs through the kernel, and the others must learn of it.
 //
 //   kill_harness          every 5th of the runs, in a fixed choice
 //   kill_harness --all    all of them
@@ -68,13 +69,16 @@ struct Board {
 struct Case {
   std::string algorithm;
   int size;
-  Placement placement;
+  Placement placement;  // reachable: an all_gather
   int64_t count;
   std::vector<std::unique_ptr<Prepared>> plans;  // by rank
 
+  bool gathers() const { return placement == Placement::reachable; }
+  int64_t elements() const { return gathers() ? size * count : count; }
+
   std::string title() const {
     return algorithm + ", " + std::to_string(size) + " ranks, " + std::to_string(count) + " elements, " +
-           (placement == Placement::symmetric ? "symmetric" : "plain");
+           (placement == Placement::symmetric ? "symmetric" : gathers() ? "reachable" : "plain");
   }
 };
 
@@ -139,10 +143,11 @@ class Rank {
       buffers_.in_distance = buffers_.out_distance =
           Heap::extent_bytes(bytes, 2) - Heap::extent_bytes(bytes, 1);
     } else {
-      plain_.resize(c.count);
+      plain_.resize(c.elements());
       data_ = plain_.data();
     }
-    buffers_.in = reinterpret_cast<char*>(data_);
+    in_ = c.gathers() ? data_ + rank * c.count : data_;
+    buffers_.in = reinterpret_cast<char*>(in_);
     buffers_.out = reinterpret_cast<char*>(data_);
   }
 
@@ -180,7 +185,7 @@ class Rank {
 
  private:
   void call(int number, int kill_at) {
-    for (int64_t i = 0; i < case_.count; ++i) data_[i] = input(rank_, i, number);
+    for (int64_t i = 0; i < case_.count; ++i) in_[i] = input(rank_, i, number);
     bool again = false;
     Board::Report uncounted = {};
     const Killer killer{&board_, number == 2 ? &report_ : &uncounted, &again, kill_at};
@@ -197,7 +202,11 @@ class Rank {
   }
 
   bool right(int number) const {
-    for (int64_t i = 0; i < case_.count; ++i) {
+    for (int64_t i = 0; i < case_.elements(); ++i) {
+      if (case_.gathers()) {
+        if (data_[i] != input(static_cast<int>(i / case_.count), i % case_.count, number)) return false;
+        continue;
+      }
       float sum = 0;
       for (int r = 0; r < case_.size; ++r) sum += input(r, i, number);
       if (data_[i] != sum) return false;
@@ -213,7 +222,7 @@ class Rank {
   std::unique_ptr<Domain> domain_;
   std::shared_ptr<Allocation> allocation_;
   std::vector<float> plain_;
-  float* data_ = nullptr;
+  float *data_ = nullptr, *in_ = nullptr;
   Buffers buffers_;
   WaitPolicy policy_;
   std::optional<Sequence> calls_;
@@ -333,6 +342,20 @@ std::vector<Case> cases() {
           all.push_back(std::move(c));
         }
       }
+    }
+  }
+  for (int size = 2; size <= kMaxRanks; ++size) {
+    for (const int64_t count : {1001, 1 << 19}) {  // the larger takes its readers some time
+      Case c{"direct", size, Placement::reachable, count, {}};
+      for (int rank = 0; rank < size; ++rank) {
+        const schedule::Call call{.world = {.collective = Collective::all_gather, .size = size},
+                                  .counts = std::vector<int64_t>(size, count),
+                                  .in = Placement::reachable,
+                                  .in_place = true};
+        c.plans.push_back(
+            std::make_unique<Prepared>(schedule::make_plan(c.algorithm, call, geometry, rank), rank));
+      }
+      all.push_back(std::move(c));
     }
   }
   return all;

@@ -36,6 +36,7 @@ TEST(defaults) {
     CHECK_EQ(env.isa, std::string());
     CHECK_EQ(env.timeout_s, 600.0);
     CHECK(env.spin_us > 0);
+    CHECK(env.single_copy);
     CHECK(!env.verify);
   }
 }
@@ -48,6 +49,7 @@ TEST(values) {
     CHECK_EQ(read({{"PYCOMM_ISA", isa}}).isa, isa);
   CHECK_EQ(read({{"PYCOMM_TIMEOUT", "2.5"}}).timeout_s, 2.5);
   CHECK_EQ(read({{"PYCOMM_SPIN_US", "7"}}).spin_us, 7.0);
+  CHECK(read({{"PYCOMM_SINGLE_COPY", "1"}}).single_copy);
   CHECK(read({{"PYCOMM_VERIFY", "1"}}).verify);
 }
 
@@ -56,6 +58,7 @@ TEST(zero_means_off) {
   CHECK_EQ(read({{"PYCOMM_ISA", "0"}}).isa, "baseline");
   CHECK(std::isinf(read({{"PYCOMM_TIMEOUT", "0"}}).timeout_s));
   CHECK_EQ(read({{"PYCOMM_SPIN_US", "0"}}).spin_us, 0.0);
+  CHECK(!read({{"PYCOMM_SINGLE_COPY", "0"}}).single_copy);
   CHECK(!read({{"PYCOMM_VERIFY", "0"}}).verify);
 }
 
@@ -64,6 +67,7 @@ TEST(bad_values_are_errors_that_name_variable_value_and_what_is_allowed) {
                                                       {"PYCOMM_ISA", "avx2"},
                                                       {"PYCOMM_TIMEOUT", "seconds"},
                                                       {"PYCOMM_SPIN_US", "microseconds"},
+                                                      {"PYCOMM_SINGLE_COPY", "0, 1"},
                                                       {"PYCOMM_VERIFY", "0, 1"}};
   for (const auto& [variable, words] : allowed)
     for (const char* value : {"nonsense", "-1", "1x", " 1", "nan", "inf", "1e999"}) {

@@ -1,9 +1,12 @@
 // Plans really executed, by rank threads and by processes, and compared with what the collective means.
 // Values are small integers, so that every sum is exact in every dtype and order.
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -14,6 +17,7 @@
 #include <thread>
 
 #include "check.h"
+#include "common/error.h"
 #include "runtime/heap.h"
 #include "runtime/sequence.h"
 #include "schedule/layout.h"
@@ -134,7 +138,8 @@ struct Scenario {
   Scenario(Call c, std::string name, int salt) : call(std::move(c)), algorithm(std::move(name)), salt(salt) {
     // In place, a rank's own slot of a symmetric buffer lies elsewhere on every rank: the plan takes it for
     // plain.
-    if (call.in_place && own_slot_in(call.world.collective)) call.in = Placement::plain;
+    if (call.in_place && own_slot_in(call.world.collective) && call.in == Placement::symmetric)
+      call.in = Placement::plain;
     if (call.in_place && own_slot_out(call.world.collective)) call.out = Placement::plain;
     for (int rank = 0; rank < call.world.size; ++rank) {
       plans.push_back(
@@ -153,7 +158,9 @@ struct Scenario {
     for (size_t i = 0; i < std::min<size_t>(call.counts.size(), 9); ++i) {
       counts += (i ? "," : "") + std::to_string(call.counts[i]);
     }
-    const auto placed = [](Placement p) { return p == Placement::plain ? "plain" : "symmetric"; };
+    const auto placed = [](Placement p) {
+      return p == Placement::plain ? "plain" : p == Placement::symmetric ? "symmetric" : "reachable";
+    };
     return algorithm + " " + name(call.world.collective) + ", " + std::to_string(call.world.size) +
            " ranks, counts " + counts + ", " + name(call.dtype) + " " + name(call.op) + ", root " +
            std::to_string(call.world.root) + ", peer " + std::to_string(call.world.peer) + ", in " +
@@ -203,6 +210,10 @@ class Rank {
 
     const Prepared& prepared = *s.plans[rank_];
     calls_->complete(prepared, buffers, policy_, 60, patience_);
+    // What is its caller's again may be used at once.
+    if (call.in == Placement::reachable && !call.in_place) {
+      for (int64_t i = 0; i < ins; ++i) put(call.dtype, in, i, 28 - value(rank_, i, s.salt));
+    }
 
     std::string wrong;
     for (int64_t i = 0; i < outs && wrong.empty(); ++i) {
@@ -212,7 +223,7 @@ class Rank {
                 std::to_string(should);
       }
     }
-    for (int64_t i = 0; i < ins && wrong.empty() && !call.in_place; ++i) {
+    for (int64_t i = 0; i < ins && wrong.empty() && !call.in_place && call.in != Placement::reachable; ++i) {
       if (get(call.dtype, in, i) != value(rank_, i, s.salt)) wrong = "its input has changed";
     }
     if (!in_memory.sound() || !out_memory.sound()) wrong = "memory around its buffers has changed";
@@ -364,7 +375,8 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
     const std::vector<int64_t> sizes =
         kind == Collective::barrier ? std::vector<int64_t>{0} : std::vector<int64_t>{0, 1, 7, 517, 9001};
     for (const int64_t count : sizes) {
-      for (const Placement placement : {Placement::plain, Placement::symmetric}) {
+      for (const Placement placement : {Placement::plain, Placement::symmetric, Placement::reachable}) {
+        if (placement == Placement::reachable && std::string(algorithm.name) != "direct") continue;
         for (const bool in_place : {false, true}) {
           for (const bool uneven : {false, true}) {
             if (uneven && schedule::num_blocks(world) == 1) continue;
@@ -375,7 +387,7 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
                       .dtype = dtypes[all.size() % 4],
                       .counts = counts_of(world, count, uneven),
                       .in = placement,
-                      .out = placement,
+                      .out = placement == Placement::reachable ? Placement::plain : placement,
                       .in_place = in_place};
             if (schedule::reduces(kind)) {
               const bool real = call.dtype == DType::float32 || call.dtype == DType::float64;
@@ -421,10 +433,11 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
     Call call{.world = world,
               .dtype = dtypes[draw(4)],
               .counts = counts_of(world, count, uneven),
-              .in = placements[draw(2)],
+              .in = draw(3) == 0 ? Placement::reachable : placements[draw(2)],
               .out = placements[draw(2)],
               .in_place = in_place};
-    if (in_place && !own_slot_in(world.collective) && !own_slot_out(world.collective)) call.out = call.in;
+    if (in_place && !own_slot_in(world.collective) && !own_slot_out(world.collective))
+      call.out = call.in == Placement::reachable ? Placement::plain : call.in;
     all.emplace_back(std::move(call), algorithm.name, static_cast<int>(draw(13)));
   }
   return all;
@@ -508,4 +521,95 @@ TEST(another_fingerprint_stops_the_run) {
               false);
   CHECK(!run_a.advance());
   CHECK_EQ(run_a.mismatched(), 1);
+}
+
+namespace {
+
+// all_gather between two domains of this process, each with its own end of a plan that reads `in`.
+struct Reading {
+  std::vector<std::shared_ptr<transport::Node>> nodes = transport::Node::local(2);
+  int64_t offset = nodes[0]->reserve(Domain::bytes(2, kGeometry.bank_bytes));
+  Domain a{nodes[0], {0, 1}, 0, offset, kGeometry.bank_bytes};
+  Domain b{nodes[1], {0, 1}, 1, offset, kGeometry.bank_bytes};
+  Call call{.world = {.collective = Collective::all_gather, .size = 2},
+            .dtype = DType::uint8,
+            .counts = {4096, 4096},
+            .in = Placement::reachable};
+  Prepared plan_a{schedule::make_plan("direct", call, kGeometry, 0), 0};
+  Prepared plan_b{schedule::make_plan("direct", call, kGeometry, 1), 1};
+  std::vector<char> in_a = std::vector<char>(4096, 1), out_a = std::vector<char>(8192),
+                    out_b = std::vector<char>(8192);
+  Run run_a, run_b;
+
+  explicit Reading(const char* in_b) {
+    run_b.start(b, plan_b, {in_b, out_b.data()}, 1, plan_b.record, false);
+    CHECK(!run_b.advance());
+    run_a.start(a, plan_a, {in_a.data(), out_a.data()}, 1, plan_a.record, false);
+  }
+  std::string failure(Domain& domain) {
+    try {
+      domain.raise_failure(Domain::Caller::under_way);
+    } catch (const CommError& error) {
+      return error.what();
+    }
+  }
+};
+
+char* pages(int64_t bytes, int fd = -1) {
+  return static_cast<char*>(mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                                 fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, fd, 0));
+}
+
+}  // namespace
+
+// The kernel's word is told, and nobody goes on with half of the data.
+TEST(what_cannot_be_read_fails_the_group) {
+  char* in = pages(4096);
+  Reading reading(in);
+  munmap(in, 4096);
+  CHECK(!reading.run_a.advance());
+  CHECK(!reading.run_a.blocked_on().met());
+  CHECK_EQ(reading.run_a.blocked_on().peer, 1);
+  CHECK(reading.b.failed());
+  const std::string text = reading.failure(reading.b);
+  for (const char* part :
+       {"rank 0 could not read 4096 bytes of rank 1's memory", "Bad address", "PYCOMM_SINGLE_COPY=0"}) {
+    if (text.find(part) == std::string::npos) check::fail(__FILE__, __LINE__, text);
+  }
+}
+
+// Who leaves a failed call may use its input again: what is read after that is not believed.
+TEST(a_read_of_a_failed_call_does_not_complete) {
+  std::vector<char> in(4096, 2);
+  Reading reading(in.data());
+  reading.b.fail(FailureKind::timeout, "rank 1 waited in vain");
+  std::fill(in.begin(), in.end(), 3);
+  CHECK(!reading.run_a.advance());
+  CHECK(!reading.run_a.blocked_on().met());
+}
+
+// As memory pinned for a device is: its owner reads it, the kernel does not.
+TEST(inputs_that_the_kernel_cannot_read_are_copied) {
+  const int fd = static_cast<int>(syscall(SYS_memfd_secret, 0));
+  if (fd < 0 || ftruncate(fd, 4096) != 0) {
+    std::printf("       skipped: no memfd_secret\n");
+    return;
+  }
+  char* in = pages(4096, fd);
+  CHECK(in != MAP_FAILED);
+  std::memset(in, 9, 4096);
+  Reading reading(in);
+  bool done_a = false, done_b = false;
+  for (int i = 0; i < 10 && !(done_a && done_b); ++i) {
+    done_a = done_a || reading.run_a.advance();
+    done_b = done_b || reading.run_b.advance();
+  }
+  CHECK(done_a && done_b);
+  CHECK_EQ(reading.out_a[4095], 1);
+  CHECK_EQ(reading.out_a[4096], 9);
+  CHECK_EQ(reading.out_a[8191], 9);
+  CHECK_EQ(reading.out_b[0], 1);
+  CHECK_EQ(reading.out_b[8191], 9);
+  munmap(in, 4096);
+  close(fd);
 }

@@ -185,6 +185,12 @@ class Mutator {
               {!plan_.full_exchange});
     set<Op>("operator", [](Plan& plan) -> auto& { return plan.call.op; },
             {plan_.call.op == Op::avg ? Op::sum : Op::avg});
+    for (Placement placement : {Placement::plain, Placement::symmetric, Placement::reachable}) {
+      if (placement != plan_.call.in)
+        set<Placement>("input's placement", [](Plan& plan) -> auto& { return plan.call.in; }, {placement});
+      if (placement != plan_.call.out)
+        set<Placement>("output's placement", [](Plan& plan) -> auto& { return plan.call.out; }, {placement});
+    }
     for (int delta : {-1, 1}) {
       mutant("all ranks' trips", [&](Plan& plan) {
         for (Program& program : plan.programs) {
@@ -207,15 +213,15 @@ class Mutator {
 // ---- The trial ----
 
 struct Tally {
-  long plans = 0, mutants = 0, wrong = 0, rejected = 0, overcautious = 0, unknown = 0;
+  long plans = 0, reachable = 0, mutants = 0, wrong = 0, rejected = 0, overcautious = 0, unknown = 0;
   long by_kind[6] = {};  // how the wrong ones were rejected
   void print(const char* what) const {
     std::printf(
-        "       %s: %ld plans, %ld mutants, %ld wrong, %ld of these rejected (data %ld, race %ld, bounds "
+        "       %s: %ld plans (%ld reachable), %ld mutants, %ld wrong, %ld of these rejected (data %ld, race %ld, bounds "
         "%ld, "
         "deadlock %ld, exchange %ld, malformed %ld); %ld more rejected that no interleaving breaks; %ld too "
         "large to judge\n",
-        what, plans, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3], by_kind[4],
+        what, plans, reachable, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3], by_kind[4],
         by_kind[5], overcautious, unknown);
   }
 };
@@ -298,7 +304,10 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
                {Placement::plain, Placement::plain, true},
                {Placement::symmetric, Placement::symmetric, false},
                {Placement::symmetric, Placement::symmetric, true},
-               {Placement::plain, Placement::symmetric, false}};
+               {Placement::plain, Placement::symmetric, false},
+               {Placement::reachable, Placement::plain, false},
+               {Placement::reachable, Placement::plain, true},
+               {Placement::reachable, Placement::symmetric, false}};
   Geometry geometry;
   geometry.bank_bytes = 64 << 10;
   geometry.trip_bytes = 64 * n;
@@ -308,6 +317,8 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
       const Call call =
           make_call({algorithm.collective, n, n - 1, 0}, count, kind.in, kind.out, kind.in_place, dtype);
       const Plan plan = make_plan(algorithm.name, call, geometry);
+      if (plan.call.in != call.in) continue;  // lowered as plain
+      tally.reachable += plan.call.in == Placement::reachable;
       try_mutants({&plan}, 0, algorithm.balanced, every, tally);
     }
   }
@@ -327,6 +338,7 @@ TEST(every_wrong_mutant_of_a_single_call_is_rejected) {
     try_algorithms(trial.n, trial.count, trial.every, DType::complex128, tally);
     tally.print((std::to_string(trial.n) + " ranks, count " + std::to_string(trial.count)).c_str());
     CHECK(tally.wrong > 1000);
+    CHECK(tally.reachable >= 3 * 5);  // direct alone has five
     CHECK_EQ(tally.rejected, tally.wrong);
     CHECK_EQ(tally.unknown, 0);
   }
@@ -357,6 +369,7 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
   struct Named {
     Collective collective;
     const char* algorithm;
+    Placement in = Placement::plain;
   };
   const std::vector<Named> sequences[] = {
       {{Collective::all_reduce, "two_shot"},
@@ -373,6 +386,9 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
       {{Collective::all_reduce, "one_shot"},
        {Collective::all_reduce, "one_shot"},
        {Collective::all_reduce, "one_shot"}},
+      {{Collective::all_gather, "direct", Placement::reachable},
+       {Collective::broadcast, "direct"},
+       {Collective::broadcast, "direct", Placement::reachable}},
   };
   Geometry geometry;
   geometry.bank_bytes = 4 << 10;
@@ -387,8 +403,8 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
       std::vector<Plan> plans;
       bool balanced = true;
       for (const Named& named : sequence) {
-        const Call call = make_call({named.collective, n, 0, 1}, count, Placement::plain, Placement::plain,
-                                    false, DType::complex128);
+        const Call call = make_call({named.collective, n, 0, 1}, count, named.in, Placement::plain, false,
+                                    DType::complex128);
         plans.push_back(make_plan(named.algorithm, call, geometry));
         balanced = balanced && find_algorithm(named.collective, named.algorithm).balanced;
       }

@@ -78,6 +78,33 @@ Plan broadcast_by_hand() {
   return plan;
 }
 
+// all_gather of 4 float32 a rank: each reads the other's reachable `in`, and says when it has.
+Plan all_gather_by_hand() {
+  Plan plan;
+  plan.call.world = {Collective::all_gather, 2, 0, 0};
+  plan.call.counts = {4, 4};
+  plan.call.in = Placement::reachable;
+  plan.full_exchange = true;
+  plan.slot_bytes = plan.bank_bytes = 64;
+  for (int rank = 0; rank < 2; ++rank) {
+    const int peer = 1 - rank;
+    Program program;
+    program.operands = {{.space = Space::out, .rank = rank, .offset = 16 * rank},
+                        {.space = Space::in, .rank = rank},
+                        {.space = Space::out, .rank = rank, .offset = 16 * peer},
+                        {.space = Space::in, .rank = peer}};
+    program.steps = {signal(peer, 1),
+                     combine(0, 1, 1, 4, Format::raw),
+                     wait(peer, 1),
+                     combine(2, 1, 1, 4, Format::raw),
+                     signal(peer, 2),
+                     wait(peer, 2)};
+    program.loops = {{.num_steps = 6}};
+    plan.programs.push_back(program);
+  }
+  return plan;
+}
+
 void expect(const std::optional<Counterexample>& found, Kind kind, int rank, int step,
             const std::vector<std::string>& words) {
   CHECK(found.has_value());
@@ -101,7 +128,9 @@ struct Buffering {
 constexpr Buffering kBufferings[] = {
     {Placement::plain, Placement::plain, false},         {Placement::plain, Placement::plain, true},
     {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
-    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false}};
+    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false},
+    {Placement::reachable, Placement::plain, false},     {Placement::reachable, Placement::plain, true},
+    {Placement::reachable, Placement::symmetric, false}};
 
 // `total` elements over all ranks, as evenly or unevenly as `even` says.
 Call make_call(const World& world, int64_t total, bool even, const Buffering& buffering) {
@@ -156,6 +185,7 @@ std::string words(const Plan& plan) {
   return std::string(name(plan.call.world.collective)) + " " + plan.algorithm + " of " +
          std::to_string(plan.call.world.size) + " ranks, root " + std::to_string(plan.call.world.root) +
          ", counts" + counts.substr(0, 60) + (plan.call.in == Placement::symmetric ? ", symmetric in" : "") +
+         (plan.call.in == Placement::reachable ? ", reachable in" : "") +
          (plan.call.out == Placement::symmetric ? ", symmetric out" : "") +
          (plan.call.in_place ? ", in place" : "");
 }
@@ -167,6 +197,7 @@ std::string words(const Plan& plan) {
 TEST(proves_plans_written_by_hand) {
   CHECK(!verify(one_shot_by_hand(), {.balanced = true}));
   CHECK(!verify(broadcast_by_hand()));
+  CHECK(!verify(all_gather_by_hand()));
 }
 
 TEST(a_read_before_the_wait_is_a_race) {
@@ -256,6 +287,76 @@ TEST(addresses_stay_in_their_buffers) {
   expect(verify(plan), Kind::bounds, 0, -1, {"2 slots of 64 bytes"});
 }
 
+TEST(what_is_only_reachable_is_copied_bare) {
+  const auto refused = [](const Plan& plan) {
+    expect(verify(plan), Kind::bounds, 0, 3, {"rank 1's `in`", "only reachable", "bit for bit"});
+  };
+  Plan plan = all_gather_by_hand();
+  plan.programs[0].operands.push_back({.space = Space::in, .rank = 0});
+  plan.programs[0].steps[3].num_srcs = 2;  // a second source
+  plan.programs[0].steps[3].dst_format = plan.programs[0].operands[2].format = Format::partial;
+  refused(plan);
+  plan = all_gather_by_hand();
+  plan.programs[0].operands.push_back({.space = Space::window, .rank = 0});
+  plan.programs[0].operands.push_back(plan.programs[0].operands[2]);
+  plan.programs[0].operands.push_back(plan.programs[0].operands[3]);
+  plan.programs[0].steps[3].operand = 4;
+  plan.programs[0].steps[3].num_dsts = 2;  // a second destination
+  refused(plan);
+  for (const Format format : {Format::partial, Format::final}) {  // converted
+    plan = all_gather_by_hand();
+    plan.programs[0].steps[3].dst_format = plan.programs[0].operands[2].format = format;
+    refused(plan);
+  }
+  plan = all_gather_by_hand();
+  plan.programs[0].operands[2] = {.space = Space::window, .rank = 0};
+  refused(plan);
+  plan = all_gather_by_hand();
+  plan.call.out = Placement::symmetric;
+  plan.programs[0].operands[2].rank = 1;
+  refused(plan);
+  plan = all_gather_by_hand();
+  std::swap(plan.programs[0].operands[2], plan.programs[0].operands[3]);  // written
+  refused(plan);
+  plan = all_gather_by_hand();
+  plan.programs[0].operands[3].space = Space::out;
+  expect(verify(plan), Kind::bounds, 0, 3, {"rank 1's `out`", "not symmetric"});
+  plan = all_gather_by_hand();
+  plan.call.out = Placement::reachable;
+  expect(verify(plan), Kind::malformed, 0, -1, {"a reachable `out`"});
+}
+
+TEST(a_reachable_input_is_its_callers_again_when_it_has_been_read) {
+  Plan plan = all_gather_by_hand();
+  plan.programs[0].steps[5].value = 0;
+  plan.full_exchange = false;
+  expect(verify(plan), Kind::race, 0, -1,
+         {"the caller may write bytes [0, 16) of its `in`", "rank 1 step 3: combine", "may still be reading"});
+  plan = all_gather_by_hand();
+  std::swap(plan.programs[1].steps[2], plan.programs[1].steps[3]);
+  CHECK_EQ(verify(plan)->kind, Kind::race);
+}
+
+TEST(only_bare_copies_of_inputs_are_lowered_as_reachable) {
+  const auto lowered = [](const char* name, const World& world) {
+    Call call = make_call(world, 1000, true, {Placement::reachable, Placement::plain, false});
+    return make_plan(name, call, small_windows(world.size)).call.in;
+  };
+  for (const Collective collective : {Collective::all_gather, Collective::broadcast, Collective::gather,
+                                      Collective::scatter, Collective::send_recv}) {
+    CHECK_EQ(lowered("direct", {collective, 4, 1, 2}), Placement::reachable);
+    CHECK_EQ(lowered("direct", {collective, 1, 0, 0}), Placement::plain);  // nobody reads it
+  }
+  CHECK_EQ(lowered("ring", {Collective::all_gather, 4, 0, 0}), Placement::plain);
+  CHECK_EQ(lowered("binomial", {Collective::broadcast, 4, 0, 0}), Placement::plain);
+  CHECK_EQ(lowered("direct", {Collective::all_to_all, 4, 0, 0}), Placement::plain);
+  CHECK_EQ(lowered("direct", {Collective::reduce_scatter, 4, 0, 0}), Placement::plain);
+  CHECK_EQ(lowered("two_shot", {Collective::all_reduce, 4, 0, 0}), Placement::plain);
+  Call call = make_call({Collective::all_gather, 2, 0, 0}, 8, true, kBufferings[0]);
+  call.out = Placement::reachable;
+  CHECK_THROWS(ValueError, make_plan("direct", call, small_windows(2)));
+}
+
 TEST(a_cell_only_grows) {
   Plan plan = one_shot_by_hand();
   plan.programs[0].steps.insert(plan.programs[0].steps.begin() + 2, signal(1, 1));
@@ -337,6 +438,7 @@ TEST(every_algorithm_is_proved) {
           call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
           call.op = plans % 5 == 0 ? Op::avg : Op::sum;
           const Plan plan = make_plan(algorithm.name, call, geometry);
+          if (plan.call.in != call.in) continue;  // lowered as plain
           ++plans;
           const auto found = verify(plan, {.balanced = algorithm.balanced});
           if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
@@ -352,7 +454,7 @@ TEST(every_root_is_proved) {
     for (int n : {2, 3, 5, 8}) {
       for (int root = 0; root < n; ++root) {
         const Call call =
-            make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false, kBufferings[root % 6]);
+            make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false, kBufferings[root % std::size(kBufferings)]);
         const Plan plan = make_plan(algorithm.name, call, small_windows(n));
         const auto found = verify(plan, {.balanced = algorithm.balanced});
         if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
@@ -367,11 +469,12 @@ TEST(sequences_of_calls_are_proved) {
   for (int n : {2, 3, 5}) {
     std::vector<Plan> plans;
     for (const Algorithm& algorithm : algorithms()) {
-      for (const Buffering& buffering : {kBufferings[0], kBufferings[3]}) {
+      for (const Buffering& buffering : {kBufferings[0], kBufferings[3], kBufferings[7]}) {
         const Call call = make_call({algorithm.collective, n, 0, n - 1}, 600 * n, false, buffering);
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 1 << 10;
-        plans.push_back(make_plan(algorithm.name, call, geometry));
+        Plan plan = make_plan(algorithm.name, call, geometry);
+        if (plan.call.in == call.in) plans.push_back(std::move(plan));
       }
     }
     for (const Plan& a : plans) {
