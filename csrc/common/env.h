@@ -21,8 +21,8 @@ struct Env {
   // PYCOMM_SPIN_US=microseconds: how long a wait spins before it sleeps, where every rank has a core of its
   // own; 0: it sleeps at once.
   double spin_us = 50;
-  // PYCOMM_SINGLE_COPY=0|1: whether large plain inputs may be read through the kernel by the ranks that want
-  // them, if all ranks of a group can; 0: it is not even tried.
+  // PYCOMM_SINGLE_COPY=0|1: whether large inputs may be read through the kernel by the ranks that want them,
+  // if all ranks of a group can; 0: it is not even tried.
   bool single_copy = true;
   // PYCOMM_VERIFY=0|1: whether a plan is proved before it first runs.
   bool verify = false;

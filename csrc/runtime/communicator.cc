@@ -134,12 +134,14 @@ void Communicator::learn_single_copy() {
     return exchange({error}, patience);
   };
   auto errors = try_all();
-  if (std::count(errors.begin(), errors.end(), EPERM) > 0) {
-    transport::let_siblings_read();
+  const bool forbidden = std::count(errors.begin(), errors.end(), EPERM) > 0;
+  if (forbidden) {
+    transport::let_siblings_read(true);
     exchange({0}, patience);
     errors = try_all();
   }
   const auto error = static_cast<int>(*std::max_element(errors.begin(), errors.end()));
+  if (forbidden && error != 0) transport::let_siblings_read(false);
   single_copy_ = error == 0;
   log(LogLevel::info, "single copy ", single_copy_ ? "on" : "off: ranks cannot read each other's memory: ",
       single_copy_ ? "" : std::strerror(error));

@@ -50,9 +50,17 @@ struct Bound {
   double timeout_s = 0;
   int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
   std::pair<int, int> sequence() const { return {src, dst}; }
-  std::function<void()> then;          // after success, by whichever thread completes the call
-  std::shared_ptr<void> keeps_alive;   // asynchronous calls: the caller's buffers
-  std::shared_ptr<const Bound> first;  // a call that goes before, and whose `then` may throw
+  std::function<void()> then;         // after success, by whichever thread completes the call
+  std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
+  std::shared_ptr<struct Agreement> agreement;
+};
+
+// What ranks tell each other before a call, in a call of its own.
+struct Agreement {
+  std::vector<int64_t> mine, all;                      // what this rank says, what it hears
+  std::function<void(const Bound&)> ask;               // if set, finds what to say
+  Bound exchange;                                      // of it
+  std::function<const Bound&(const Bound&)> conclude;  // what is to run; may throw
 };
 
 // An asynchronous call. It is waited for while its communicator lives; close() completes all.
@@ -125,7 +133,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::function<schedule::Schedule(const schedule::World&)> user_algorithm(schedule::Collective collective,
                                                                            const std::string& name) const;
   schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
-  std::shared_ptr<const Bound> agreement_on(const Bound& bound, const schedule::Call& call);
+  std::shared_ptr<Agreement> make_agreement(const Bound& bound, schedule::Collective kind,
+                                            std::vector<int64_t> mine);
+  std::shared_ptr<Agreement> agree_on_counts(const Bound& bound, const schedule::Call& call);
+  std::shared_ptr<const Prepared> prepare_reading(schedule::Call call, const std::string& algorithm,
+                                                  int rank);
+  std::shared_ptr<Agreement> agree_on_reading(const Bound& bound, std::shared_ptr<const Prepared> prepared);
 
   // Under the token.
   Sequence& sequence_of(const Bound& bound);
@@ -133,7 +146,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void run_queued(const std::shared_ptr<Work>& work, Patience& patience);
   struct Active {
     std::shared_ptr<Work> work;
-    const Bound* bound;  // the work's, or what goes first
+    const Bound* bound;  // what runs: the work's own, its agreement's exchange, what that concluded
     Sequence* sequence;
     Pending pending;
   };
@@ -151,7 +164,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();
   void learn_single_copy();
-  void place_input(schedule::Call& call) const;
   bool gone(int rank) const;
 
   std::unique_ptr<Domain> domain_;

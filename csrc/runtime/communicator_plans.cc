@@ -9,6 +9,7 @@
 #include "common/log.h"
 #include "runtime/communicator.h"
 #include "runtime/select.h"
+#include "schedule/layout.h"
 #include "schedule/lower.h"
 #include "schedule/verify.h"
 
@@ -141,12 +142,6 @@ void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap:
   }
 }
 
-void Communicator::place_input(schedule::Call& call) const {
-  if (single_copy_ && call.in == schedule::Placement::plain && single_copy_pays(call)) {
-    call.in = schedule::Placement::reachable;
-  }
-}
-
 Bound Communicator::bind(Request& request) {
   check_usable();
   if (schedule::reduces(request.call.world.collective)) {
@@ -175,7 +170,6 @@ Bound Communicator::bind(Request& request) {
       bound.buffers.out_distance = out.distance;
     }
   }
-  place_input(call);
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
   if (in.distance || out.distance) {
@@ -187,45 +181,85 @@ Bound Communicator::bind(Request& request) {
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
   }
   if (call.world.collective == Collective::all_to_all && call.ragged && size() > 1) {
-    bound.first = agreement_on(bound, call);
+    bound.agreement = agree_on_counts(bound, call);
+  }
+  if (auto reading = prepare_reading(call, request.algorithm, plan_rank)) {
+    bound.agreement = agree_on_reading(bound, std::move(reading));
   }
   return bound;
 }
 
-// What two ranks say of their part of an all_to_all is in no signature, since others do not know it: they
-// tell each other before it.
-std::shared_ptr<const Bound> Communicator::agreement_on(const Bound& bound, const schedule::Call& call) {
-  struct Counts {
-    std::vector<int64_t> sent, expected, coming;  // elements, by peer
-  };
-  auto counts = std::make_shared<Counts>();
-  for (int r = 0; r < size(); ++r) {
-    counts->sent.push_back(call.counts[rank() * size() + r]);
-    counts->expected.push_back(call.counts[r * size() + rank()]);
-  }
-  counts->coming.resize(size());
+// A part of the call that it is for, also to the others.
+std::shared_ptr<Agreement> Communicator::make_agreement(const Bound& bound, Collective kind,
+                                                        std::vector<int64_t> mine) {
+  auto agreement = std::make_shared<Agreement>();
+  agreement->mine = std::move(mine);
+  agreement->all.resize(size());
   Request request;
-  request.call.world.collective = Collective::all_to_all;
+  request.call.world = {.collective = kind, .size = size()};
   request.call.dtype = DType::int64;
-  request.call.counts.assign(static_cast<size_t>(size()) * size(), 1);
-  request.in = counts->sent.data();
-  request.out = counts->coming.data();
+  request.call.counts = schedule::uniform_counts(request.call.world, 1);
+  request.in = agreement->mine.data();
+  request.out = agreement->all.data();
   request.timeout_s = bound.timeout_s;
-  auto exchange = std::make_shared<Bound>(bind(request));
-  exchange->record = bound.record;  // a part of that call, also to the others
-  exchange->record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
-  exchange->then = [this, counts, record = bound.record] {
+  agreement->exchange = bind(request);
+  agreement->exchange.record = bound.record;
+  agreement->exchange.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
+  return agreement;
+}
+
+// What two ranks say of their part of an all_to_all is in no signature, since others do not know it.
+std::shared_ptr<Agreement> Communicator::agree_on_counts(const Bound& bound, const schedule::Call& call) {
+  std::vector<int64_t> sent, expected;  // elements, by peer
+  for (int r = 0; r < size(); ++r) {
+    sent.push_back(call.counts[rank() * size() + r]);
+    expected.push_back(call.counts[r * size() + rank()]);
+  }
+  auto agreement = make_agreement(bound, Collective::all_to_all, std::move(sent));
+  agreement->conclude = [this, expected](const Bound& asked) -> const Bound& {
+    const std::vector<int64_t>& coming = asked.agreement->all;
     for (int r = 0; r < size(); ++r) {
-      if (counts->coming[r] == counts->expected[r]) continue;
+      if (coming[r] == expected[r]) continue;
       domain_->fail(FailureKind::mismatch,
-                    "rank " + std::to_string(r) + " sends " + std::to_string(counts->coming[r]) +
+                    "rank " + std::to_string(r) + " sends " + std::to_string(coming[r]) +
                         " elements to rank " + std::to_string(rank()) + ", which expects " +
-                        std::to_string(counts->expected[r]) + ", in " + describe(record) +
+                        std::to_string(expected[r]) + ", in " + describe(asked.record) +
                         ". What is in send_counts of one rank must be in recv_counts of the other.");
       domain_->raise_failure(Domain::Caller::under_way);
     }
+    return asked;
   };
-  return exchange;
+  return agreement;
+}
+
+// The plan that reads inputs where they lie; null if there is none, or it does not pay.
+std::shared_ptr<const Prepared> Communicator::prepare_reading(schedule::Call call,
+                                                              const std::string& algorithm, int rank) {
+  if (!single_copy_ || call.in != schedule::Placement::plain || !single_copy_pays(call)) return nullptr;
+  call.in = schedule::Placement::reachable;
+  auto prepared = prepare(call, algorithm, rank);
+  return prepared->reachable ? prepared : nullptr;
+}
+
+// Whether an input is fit to be read where it lies, its owner alone knows.
+std::shared_ptr<Agreement> Communicator::agree_on_reading(const Bound& bound,
+                                                          std::shared_ptr<const Prepared> prepared) {
+  auto agreement = make_agreement(bound, Collective::all_gather, {0});
+  const schedule::Call& call = bound.prepared->plan.call;
+  const int64_t bytes = schedule::in_elements(call, rank()) * static_cast<int64_t>(size_of(call.dtype));
+  agreement->ask = [this, bytes](const Bound& asked) {
+    asked.agreement->mine[0] = domain_->node().fit_to_read(asked.buffers.in, bytes);
+  };
+  Bound reading = bound;
+  reading.record.in = schedule::Placement::reachable;
+  reading.record.fingerprint =
+      Hasher(bound.record.fingerprint).add(prepared->record.fingerprint).digest() | 1;
+  reading.prepared = std::move(prepared);
+  agreement->conclude = [reading = std::move(reading)](const Bound& asked) -> const Bound& {
+    const std::vector<int64_t>& fit = asked.agreement->all;
+    return std::count(fit.begin(), fit.end(), 0) == 0 ? reading : asked;
+  };
+  return agreement;
 }
 
 std::string Communicator::explain(const Request& request) {
@@ -238,7 +272,6 @@ std::string Communicator::explain(const Request& request) {
   }
   const Choice choice = request.algorithm.empty() ? select(call, policy_.yield)
                                                   : Choice{request.algorithm, "named by the caller"};
-  place_input(call);
   const auto prepared = prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
@@ -259,8 +292,10 @@ std::string Communicator::explain(const Request& request) {
   text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
           " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +
           std::to_string(moved) + " bytes read and written by rank " + std::to_string(rank()) + "\n";
-  if (prepared->reachable) {
-    text += "input      read where it lies, through the kernel, by the ranks that want it: one copy\n";
+  if (const auto reading = prepare_reading(call, request.algorithm, rank())) {
+    text += "instead    where all ranks' inputs lie in huge pages: " +
+            std::to_string(reading->program(rank()).steps.size()) +
+            " steps that read them through the kernel, with one copy and no window\n";
   }
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
           std::to_string(plan.slot_bytes) + " bytes\n";

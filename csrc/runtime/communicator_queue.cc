@@ -19,19 +19,28 @@ void Communicator::run(const Bound& bound, Patience& patience) {
   run_queued(work, patience);
 }
 
-void Communicator::run_alone(const Bound& bound, Patience& patience) {
+void Communicator::run_alone(const Bound& asked, Patience& patience) {
   check_usable();
-  if (bound.first) run_alone(*bound.first, patience);
-  Sequence& sequence = sequence_of(bound);
-  sequence.start(*bound.prepared, bound.buffers, bound.record);
-  Pending pending = sequence.pending(bound.timeout_s);
+  const Bound* bound = &asked;
+  if (Agreement* agreement = asked.agreement.get()) {
+    if (agreement->ask) agreement->ask(asked);
+    run_alone(agreement->exchange, patience);
+    bound = &agreement->conclude(asked);
+  }
+  Sequence& sequence = sequence_of(*bound);
+  sequence.start(*bound->prepared, bound->buffers, bound->record);
+  Pending pending = sequence.pending(bound->timeout_s);
   while (!sequence.run().advance(policy_.polls())) {
     const Blocked submission{&queued_, 1};
     wait({&pending, 1}, policy_, patience, &submission);
-    if (submission.met()) return join_queue(bound, sequence, pending, patience);
+    if (submission.met()) {
+      join_queue(*bound, sequence, pending, patience);
+      if (asked.then) asked.then();
+      return;
+    }
   }
   sequence.finish();
-  if (bound.then) bound.then();
+  if (asked.then) asked.then();
 }
 
 // Another thread has made a call, which this one may be waiting for in the end.
@@ -40,7 +49,8 @@ void Communicator::join_queue(const Bound& bound, Sequence& sequence, const Pend
   auto work = std::make_shared<Work>();
   work->owner_ = this;
   work->bound_ = bound;
-  work->bound_.first = nullptr;  // that is done
+  work->bound_.agreement = nullptr;  // that is done
+  work->bound_.then = nullptr;
   work->taken_up_ = true;
   active_.push_back({work, &work->bound_, &sequence, pending});
   {
@@ -138,7 +148,9 @@ uint64_t Communicator::take_up() {
     Active active{work, nullptr, nullptr, {}};
     try {
       check_usable();
-      start(active, work->bound_.first ? *work->bound_.first : work->bound_);
+      Agreement* agreement = work->bound_.agreement.get();
+      if (agreement && agreement->ask) agreement->ask(work->bound_);
+      start(active, agreement ? agreement->exchange : work->bound_);
       active_.push_back(std::move(active));
     } catch (...) {
       work->error_ = std::current_exception();
@@ -151,19 +163,19 @@ uint64_t Communicator::take_up() {
 
 // True when the call has ended, well or not.
 bool Communicator::go_on(Active& active, int polls) {
-  const Bound& whole = active.work->bound_;
+  const Bound& asked = active.work->bound_;
   try {
     for (;;) {
       if (active.sequence->run().mismatched() >= 0 || !active.sequence->run().advance(polls)) return false;
       active.sequence->finish();
-      if (active.bound->then) active.bound->then();
-      if (active.bound == &whole) return true;
-      start(active, whole);
+      if (!asked.agreement || active.bound != &asked.agreement->exchange) break;
+      start(active, asked.agreement->conclude(asked));
     }
+    if (asked.then) asked.then();
   } catch (...) {
     active.work->error_ = std::current_exception();
-    return true;
   }
+  return true;
 }
 
 void Communicator::complete(Active& active) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <new>
 
 namespace pycomm::runtime {
 
@@ -70,42 +69,10 @@ bool Run::entered() {
       return false;
     }
   }
-  if (prepared_->reachable) show_input();
+  if (prepared_->reachable) domain_->show_input(call_, reinterpret_cast<uint64_t>(input()));
   domain_->enter(call_, *record_);
   ++next_entry_;
   return true;
-}
-
-// Memory of a device, or pinned for one, is often closed to the kernel: of such an input a copy is shown.
-void Run::show_input() {
-  const int me = domain_->rank();
-  const schedule::Call& call = prepared_->plan.call;
-  const int64_t bytes = schedule::in_elements(call, me) * static_cast<int64_t>(size_of(call.dtype));
-  const char* in = bases_[static_cast<size_t>(schedule::Space::in)];
-  transport::Node& node = domain_->node();
-  const int self = domain_->node_ranks()[me];
-  char byte;
-  const auto closed = [&](const char* at) {
-    return node.read(self, &byte, reinterpret_cast<uint64_t>(at), 1) == EFAULT;
-  };
-  if (bytes > 0 && (closed(in) || closed(in + bytes - 1))) {
-    if (shown_bytes_ < bytes) {
-      shown_.reset();
-      shown_.reset(new (std::nothrow) char[static_cast<size_t>(bytes)]);
-      shown_bytes_ = shown_ ? bytes : 0;
-    }
-    if (shown_) {
-      std::memcpy(shown_.get(), in, static_cast<size_t>(bytes));
-    } else {
-      domain_->fail(FailureKind::aborted, "rank " + std::to_string(domain_->display_rank(me)) +
-                                              " has no memory for a copy of its input of " +
-                                              std::to_string(bytes) +
-                                              " bytes, which the kernel cannot read where it is, in " +
-                                              describe(*record_) + ". PYCOMM_SINGLE_COPY=0 needs none.");
-    }
-    in = shown_.get();
-  }
-  domain_->show_input(call_, reinterpret_cast<uint64_t>(in));
 }
 
 bool Run::read(const schedule::Step& step, int64_t trip) {
@@ -113,17 +80,16 @@ bool Run::read(const schedule::Step& step, int64_t trip) {
   const schedule::Operand& from = program_->operands[step.operand + 1];
   char* base = bases_[static_cast<size_t>(to.space)] + to.rank * distances_[static_cast<size_t>(to.space)];
   const int64_t bytes = step.count * static_cast<int64_t>(size_of(prepared_->plan.call.dtype));
-  const int error = domain_->node().read(domain_->node_ranks()[from.rank], base + to.offset + trip * to.stride,
-                                         domain_->input_of(from.rank, call_) +
-                                             static_cast<uint64_t>(from.offset + trip * from.stride),
-                                         bytes);
+  const int error = domain_->node().read(
+      domain_->node_ranks()[from.rank], base + to.offset + trip * to.stride,
+      domain_->input_of(from.rank, call_) + static_cast<uint64_t>(from.offset + trip * from.stride), bytes);
   if (error == 0 && !domain_->failed()) return true;
   if (error != 0 && error != ESRCH) {
     domain_->fail(FailureKind::aborted,
                   "rank " + std::to_string(domain_->display_rank(domain_->rank())) + " could not read " +
                       std::to_string(bytes) + " bytes of rank " +
-                      std::to_string(domain_->display_rank(from.rank)) + "'s memory in " + describe(*record_) +
-                      ": " + std::strerror(error) +
+                      std::to_string(domain_->display_rank(from.rank)) + "'s memory in " +
+                      describe(*record_) + ": " + std::strerror(error) +
                       ". Set PYCOMM_SINGLE_COPY=0 on all ranks to share memory by windows alone.");
   }
   blocked_ = {&kNever, 1, from.rank};

@@ -12,7 +12,6 @@
 #pragma once
 
 #include <array>
-#include <memory>
 #include <vector>
 
 #include "kernels/combine.h"
@@ -98,7 +97,7 @@ class Run {
     return source.space == schedule::Space::in && source.rank != domain_->rank();
   }
   bool read(const schedule::Step& step, int64_t trip);  // false: blocked for good
-  void show_input();
+  const char* input() const { return bases_[static_cast<size_t>(schedule::Space::in)]; }
 
   Domain* domain_ = nullptr;
   const Prepared* prepared_ = nullptr;
@@ -117,8 +116,6 @@ class Run {
   Blocked blocked_;
   int mismatched_ = -1;
   std::vector<void*> pointers_;
-  std::unique_ptr<char[]> shown_;  // the copy of an input that the kernel cannot read for others
-  int64_t shown_bytes_ = 0;
 };
 
 inline void Run::combine(const schedule::Step& step, int64_t trip) {

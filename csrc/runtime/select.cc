@@ -12,8 +12,9 @@ namespace {
 // buffer needs no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation
 // costs switches of processes, so there it comes later.
 constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
-// Bytes of the largest block from which one copy by the kernel beats two through the window.
-constexpr int64_t kSingleCopy = 1 << 20;
+// Bytes of the largest block from which it pays to ask whether one copy by the kernel can replace two through
+// the window: NumPy asks for huge pages in arrays of 4 MiB, two such blocks.
+constexpr int64_t kSingleCopy = 2 << 20;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;
@@ -57,13 +58,14 @@ Choice select(const schedule::Call& call, bool crowded) {
 bool single_copy_pays(const schedule::Call& call) {
   switch (call.world.collective) {
     case Collective::all_gather:
+      return *std::max_element(call.counts.begin(), call.counts.end()) *
+                 static_cast<int64_t>(size_of(call.dtype)) >=
+             kSingleCopy;
+    // One rank shows what others take: through the window both work at once, and the copies cost no more.
     case Collective::broadcast:
     case Collective::gather:
     case Collective::scatter:
     case Collective::send_recv:
-      return *std::max_element(call.counts.begin(), call.counts.end()) *
-                 static_cast<int64_t>(size_of(call.dtype)) >=
-             kSingleCopy;
     case Collective::all_reduce:
     case Collective::reduce_scatter:
     case Collective::reduce:

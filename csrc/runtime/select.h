@@ -19,7 +19,7 @@ struct Choice {
 Choice select(const schedule::Call& call, bool crowded);
 
 // Whether ranks that can should read a plain `in` of this call through the kernel, where it lies
-// (Placement::reachable). Pure in what all ranks know.
+// (Placement::reachable), if it is fit for that on all of them. Pure in what all ranks know.
 bool single_copy_pays(const schedule::Call& call);
 
 Geometry host_geometry();

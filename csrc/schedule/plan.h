@@ -48,8 +48,8 @@ using kernels::Format;
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
 
 enum class Space : uint8_t { in, out, window, outgoing, incoming };
-// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own; read
-// it, by a bare copy through the kernel (only `in`).
+// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own;
+// read it, by a bare copy through the kernel (only `in`).
 enum class Placement : uint8_t { plain, symmetric, reachable };
 
 struct Operand {

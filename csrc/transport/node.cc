@@ -51,6 +51,7 @@ struct Node::Shared {
 
   Fd memory;
   Mapping root;
+  Fd pagemap = open_pagemap();
   bool threads;
   std::vector<std::atomic<bool>> dead;  // by mark_dead
   std::mutex mutex;
@@ -160,6 +161,10 @@ void Node::release(int64_t offset, int64_t bytes) {
 int Node::read(int rank, void* to, uint64_t from, int64_t bytes) {
   const int error = read_memory(pid_of(rank), to, from, bytes);
   return dead(rank) ? ESRCH : error;
+}
+
+bool Node::fit_to_read(const void* data, int64_t bytes) const {
+  return transport::fit_to_read(shared_->pagemap, data, bytes);
 }
 
 bool Node::dead(int rank) {

@@ -72,6 +72,8 @@ class Node {
   // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then be
   // another's.
   int read(int rank, void* to, uint64_t from, int64_t bytes);
+  // Whether the others should read this memory of ours so: fit_to_read.
+  bool fit_to_read(const void* data, int64_t bytes) const;
 
   // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or
   // OutOfMemoryError is thrown that names what was asked, what the cgroup and MemAvailable have left, and the

@@ -4,7 +4,16 @@
 
 #include <cstdint>
 
+#include "transport/fd.h"
+
 namespace pycomm::transport {
+
+// Whether others can read this memory of ours, and fast: the kernel looks up every page, so that small pages
+// cost it more than the copy itself, and memory of a device or pinned for one it cannot lend at all. What
+// lies in huge pages is fit, or in whatever pages if they are few. Looks at some of them. A kernel before 6.7
+// cannot tell, and the answer is no. `pagemap`: open_pagemap's.
+bool fit_to_read(const Fd& pagemap, const void* data, int64_t bytes);
+Fd open_pagemap();
 
 // Copies [from, from + bytes) of a process's memory to `to`, at most `most` bytes a system call (the kernel
 // takes no more than 2 GiB). Returns 0 or the errno that ended it: EFAULT where `from` is not mapped there or
@@ -12,7 +21,8 @@ namespace pycomm::transport {
 // process is gone. A pid may be another's by then: whoever asks looks afterwards whether the process lives.
 int read_memory(int64_t pid, void* to, uint64_t from, int64_t bytes, int64_t most = int64_t{1} << 30);
 
-// Lets the launcher's other descendants read this process where Yama lets parents alone (ptrace_scope=1).
-void let_siblings_read();
+// Lets the descendants of the process that started this one read it, or no longer, where Yama lets only its
+// own ancestors (ptrace_scope=1).
+void let_siblings_read(bool yes);
 
 }  // namespace pycomm::transport

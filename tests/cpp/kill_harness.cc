@@ -78,7 +78,9 @@ struct Case {
 
   std::string title() const {
     return algorithm + ", " + std::to_string(size) + " ranks, " + std::to_string(count) + " elements, " +
-           (placement == Placement::symmetric ? "symmetric" : gathers() ? "reachable" : "plain");
+           (placement == Placement::symmetric ? "symmetric"
+            : gathers()                       ? "reachable"
+                                              : "plain");
   }
 };
 

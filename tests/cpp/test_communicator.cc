@@ -1,5 +1,7 @@
 // What a group can do, by rank threads: queues, pairs, splits, symmetric memory, plans kept, algorithms of
 // one's own.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -404,6 +406,75 @@ TEST(shrink_leaves_the_survivors) {
     all_reduce(*rest, data);
     CHECK_EQ(data[0], 1 + 3 + 4);
     CHECK_THROWS(AbortedError, all_reduce(comm, data));
+  });
+}
+
+// ---- single copy ----
+
+namespace {
+
+// In small pages, or in huge ones where the system has them.
+std::shared_ptr<int64_t> pages(int64_t count, bool huge) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(int64_t);
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  madvise(data, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  std::memset(data, 0, bytes);
+  return {static_cast<int64_t*>(data), [bytes](int64_t* p) { munmap(p, bytes); }};
+}
+
+}  // namespace
+
+// All ranks choose alike: if one's input is not fit, none is read where it lies.
+TEST(large_inputs_are_read_where_they_lie_if_all_are_fit) {
+  constexpr int64_t kCount = 1 << 20;
+  for (const int unfit : {-1, 0, 1}) {
+    run_threads(2, [&](Communicator& comm) {
+      Patience patience;
+      for (const bool in_place : {false, true}) {
+        const auto out = pages(2 * kCount, comm.rank() != unfit), apart = pages(kCount, comm.rank() != unfit);
+        int64_t* in = in_place ? out.get() + comm.rank() * kCount : apart.get();
+        Request r = request(comm, Collective::all_gather, kCount, in, out.get());
+        r.call.in_place = in_place;
+        const Bound bound = comm.bind(r);
+        CHECK(bound.record.in == schedule::Placement::plain);
+        CHECK(bound.agreement != nullptr);
+        for (int i = 0; i < 3; ++i) {
+          std::iota(in, in + kCount, comm.rank() * 1000 + i);
+          comm.run(bound, patience);
+          if (!in_place) std::fill(in, in + kCount, -1);
+          for (int64_t rank = 0; rank < 2; ++rank) {
+            CHECK_EQ(out.get()[rank * kCount], rank * 1000 + i);
+            CHECK_EQ(out.get()[rank * kCount + kCount - 1], rank * 1000 + i + kCount - 1);
+          }
+          const auto placement = unfit < 0 && bound.agreement->all == std::vector<int64_t>{1, 1}
+                                     ? schedule::Placement::reachable
+                                     : schedule::Placement::plain;
+          CHECK(bound.agreement->conclude(bound).record.in == placement);
+          if (unfit >= 0) CHECK_EQ(bound.agreement->all[unfit], 0);
+        }
+      }
+      // Small ones, and what one rank shows to all, are not asked about.
+      std::vector<int64_t> data(2 * kCount);
+      CHECK(comm.bind(request(comm, Collective::all_gather, 1000, data.data(), data.data() + kCount))
+                .agreement == nullptr);
+      CHECK(comm.bind(request(comm, Collective::broadcast, kCount, data.data(), data.data())).agreement ==
+            nullptr);
+    });
+  }
+}
+
+TEST(groups_inherit_whether_inputs_can_be_read) {
+  run_threads(3, [](Communicator& comm) {
+    Patience patience;
+    const auto half = comm.split(comm.rank() < 2 ? 0 : 1, 0, patience);
+    if (comm.rank() == 2) return;
+    const auto out = pages(2 << 20, true), in = pages(1 << 20, true);
+    std::fill(in.get(), in.get() + (1 << 20), comm.rank() + 1);
+    const Bound bound = half->bind(request(*half, Collective::all_gather, 1 << 20, in.get(), out.get()));
+    CHECK(bound.agreement != nullptr);
+    half->run(bound, patience);
+    CHECK_EQ(out.get()[(1 << 20) - 1], 1);
+    CHECK_EQ(out.get()[1 << 20], 2);
   });
 }
 

@@ -63,12 +63,9 @@ TEST(zero_means_off) {
 }
 
 TEST(bad_values_are_errors_that_name_variable_value_and_what_is_allowed) {
-  const std::map<std::string, std::string> allowed = {{"PYCOMM_DEBUG", "WARN, INFO, TRACE"},
-                                                      {"PYCOMM_ISA", "avx2"},
-                                                      {"PYCOMM_TIMEOUT", "seconds"},
-                                                      {"PYCOMM_SPIN_US", "microseconds"},
-                                                      {"PYCOMM_SINGLE_COPY", "0, 1"},
-                                                      {"PYCOMM_VERIFY", "0, 1"}};
+  const std::map<std::string, std::string> allowed = {
+      {"PYCOMM_DEBUG", "WARN, INFO, TRACE"}, {"PYCOMM_ISA", "avx2"},         {"PYCOMM_TIMEOUT", "seconds"},
+      {"PYCOMM_SPIN_US", "microseconds"},    {"PYCOMM_SINGLE_COPY", "0, 1"}, {"PYCOMM_VERIFY", "0, 1"}};
   for (const auto& [variable, words] : allowed)
     for (const char* value : {"nonsense", "-1", "1x", " 1", "nan", "inf", "1e999"}) {
       const std::string error = error_of(variable, value);

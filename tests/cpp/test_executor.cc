@@ -1,12 +1,10 @@
 // Plans really executed, by rank threads and by processes, and compared with what the collective means.
 // Values are small integers, so that every sum is exact in every dtype and order.
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -555,16 +553,12 @@ struct Reading {
   }
 };
 
-char* pages(int64_t bytes, int fd = -1) {
-  return static_cast<char*>(mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
-                                 fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, fd, 0));
-}
-
 }  // namespace
 
 // The kernel's word is told, and nobody goes on with half of the data.
 TEST(what_cannot_be_read_fails_the_group) {
-  char* in = pages(4096);
+  auto* in =
+      static_cast<char*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   Reading reading(in);
   munmap(in, 4096);
   CHECK(!reading.run_a.advance());
@@ -586,30 +580,4 @@ TEST(a_read_of_a_failed_call_does_not_complete) {
   std::fill(in.begin(), in.end(), 3);
   CHECK(!reading.run_a.advance());
   CHECK(!reading.run_a.blocked_on().met());
-}
-
-// As memory pinned for a device is: its owner reads it, the kernel does not.
-TEST(inputs_that_the_kernel_cannot_read_are_copied) {
-  const int fd = static_cast<int>(syscall(SYS_memfd_secret, 0));
-  if (fd < 0 || ftruncate(fd, 4096) != 0) {
-    std::printf("       skipped: no memfd_secret\n");
-    return;
-  }
-  char* in = pages(4096, fd);
-  CHECK(in != MAP_FAILED);
-  std::memset(in, 9, 4096);
-  Reading reading(in);
-  bool done_a = false, done_b = false;
-  for (int i = 0; i < 10 && !(done_a && done_b); ++i) {
-    done_a = done_a || reading.run_a.advance();
-    done_b = done_b || reading.run_b.advance();
-  }
-  CHECK(done_a && done_b);
-  CHECK_EQ(reading.out_a[4095], 1);
-  CHECK_EQ(reading.out_a[4096], 9);
-  CHECK_EQ(reading.out_a[8191], 9);
-  CHECK_EQ(reading.out_b[0], 1);
-  CHECK_EQ(reading.out_b[8191], 9);
-  munmap(in, 4096);
-  close(fd);
 }

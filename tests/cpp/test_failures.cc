@@ -1,7 +1,12 @@
 // Never a hang, never a wrong answer: what goes wrong between ranks ends in the right error, on every rank,
 // in time.
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -90,7 +95,8 @@ void await(const std::atomic<int>& word, int value = 1) {
 using Body = std::function<void(Communicator&)>;
 
 // Forks the ranks; each ends with 1 if a check failed. The statuses are for the caller to judge.
-std::vector<int> run_processes(int size, const Body& body, double timeout_s = 20) {
+std::vector<int> run_processes(int size, const Body& body, double timeout_s = 20,
+                               const std::function<void(int rank)>& before = {}) {
   static int serial = 0;
   const std::string address = "failures-" + std::to_string(getpid()) + "-" + std::to_string(serial++);
   std::vector<pid_t> pids;
@@ -99,6 +105,7 @@ std::vector<int> run_processes(int size, const Body& body, double timeout_s = 20
     if (pid == 0) {
       alarm(30);
       check::failures = 0;
+      if (before) before(rank);
       try {
         const auto comm =
             Communicator::join({.rank = rank, .size = size, .address = address, .timeout_s = timeout_s});
@@ -424,6 +431,35 @@ TEST(late_rank_is_waited_for) {
     return attempt([&] { all_reduce(comm, 300000); });
   });
   for (const Report& report : reports) CHECK_EQ(report.error, "ok");
+}
+
+// Where one rank may not read the others' memory, as under Yama or in a sandbox, none does.
+TEST(one_rank_that_may_not_read_others_decides_for_all) {
+  const auto forbid = [](int rank) {
+    if (rank != 1) return;
+    sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_process_vm_readv, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    sock_fprog program{static_cast<unsigned short>(std::size(filter)), filter};
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    CHECK_EQ(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
+  };
+  for (const bool forbidden : {false, true}) {
+    const auto statuses = run_processes(
+        3,
+        [&](Communicator& comm) {
+          Patience patience;
+          Call call(comm, Collective::all_gather, 1 << 20);
+          const Bound bound = comm.bind(call.request);
+          CHECK_EQ(bound.agreement != nullptr, !forbidden);
+          comm.run(bound, patience);
+        },
+        20, forbidden ? forbid : std::function<void(int)>{});
+    for (const int status : statuses) CHECK_EQ(status, 0);
+  }
 }
 
 TEST(rank_that_does_not_come_is_named_at_the_deadline) {

@@ -217,12 +217,13 @@ struct Tally {
   long by_kind[6] = {};  // how the wrong ones were rejected
   void print(const char* what) const {
     std::printf(
-        "       %s: %ld plans (%ld reachable), %ld mutants, %ld wrong, %ld of these rejected (data %ld, race %ld, bounds "
+        "       %s: %ld plans (%ld reachable), %ld mutants, %ld wrong, %ld of these rejected (data %ld, race "
+        "%ld, bounds "
         "%ld, "
         "deadlock %ld, exchange %ld, malformed %ld); %ld more rejected that no interleaving breaks; %ld too "
         "large to judge\n",
-        what, plans, reachable, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3], by_kind[4],
-        by_kind[5], overcautious, unknown);
+        what, plans, reachable, mutants, wrong, rejected, by_kind[0], by_kind[1], by_kind[2], by_kind[3],
+        by_kind[4], by_kind[5], overcautious, unknown);
   }
 };
 

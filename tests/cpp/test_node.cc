@@ -191,7 +191,7 @@ TEST(ranks_join_and_share_memory) {
               target.starts_with("pidfd:"))
             CHECK(fcntl(fd, F_GETFD) & FD_CLOEXEC);
         }
-        CHECK_EQ(open_files().size(), files_before + size);  // the memory and the others' pidfds
+        CHECK_EQ(open_files().size(), files_before + 1 + size);  // pagemap, the memory, the others' pidfds
       }
       CHECK_EQ(open_files().size(), files_before);
     });

@@ -1,10 +1,12 @@
 // What the kernel lends of another process's memory, and what it says where it does not.
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -57,8 +59,8 @@ TEST(reads_in_as_many_parts_as_it_takes) {
 // The kernel gives what comes before a hole; what follows is no answer.
 TEST(memory_with_a_hole_is_an_error) {
   const size_t page = static_cast<size_t>(getpagesize());
-  char* pages = static_cast<char*>(
-      mmap(nullptr, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* pages =
+      static_cast<char*>(mmap(nullptr, 3 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   std::memset(pages, 7, 3 * page);
   munmap(pages + page, page);
   const pid_t pid = child();
@@ -89,4 +91,38 @@ TEST(a_process_reads_itself) {
   int64_t word = 5, there = 0;
   CHECK_EQ(read_memory(getpid(), &there, address(&word), sizeof word), 0);
   CHECK_EQ(there, 5);
+}
+
+TEST(inputs_in_huge_pages_are_fit) {
+  constexpr size_t kBytes = size_t{16} << 20;
+  const Fd pagemap = open_pagemap();
+  CHECK(static_cast<bool>(pagemap));
+  for (const int advice : {MADV_NOHUGEPAGE, MADV_HUGEPAGE}) {
+    auto* data =
+        static_cast<char*>(mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    madvise(data, kBytes, advice);
+    std::memset(data, 1, kBytes);
+    const bool fit = fit_to_read(pagemap, data, kBytes);
+    if (advice == MADV_NOHUGEPAGE) CHECK(!fit);
+    if (advice == MADV_HUGEPAGE && !fit)
+      std::printf("       no huge pages here, or a kernel that tells not\n");
+    CHECK(fit_to_read(pagemap, data + 1, 1000));
+    CHECK(fit_to_read(pagemap, nullptr, 0));
+    munmap(data, kBytes);
+  }
+  CHECK(!fit_to_read(Fd(), &pagemap, kBytes));
+}
+
+// As memory pinned for a device is: its owner reads it, the kernel does not.
+TEST(what_the_kernel_does_not_lend_is_not_fit) {
+  const Fd file(static_cast<int>(syscall(SYS_memfd_secret, 0)));
+  if (!file || ftruncate(file.get(), 4096) != 0) {
+    std::printf("       skipped: no memfd_secret\n");
+    return;
+  }
+  auto* data = static_cast<char*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0));
+  CHECK(data != MAP_FAILED);
+  data[0] = 1;
+  CHECK(!fit_to_read(open_pagemap(), data, 100));
+  munmap(data, 4096);
 }

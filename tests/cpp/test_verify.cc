@@ -93,12 +93,9 @@ Plan all_gather_by_hand() {
                         {.space = Space::in, .rank = rank},
                         {.space = Space::out, .rank = rank, .offset = 16 * peer},
                         {.space = Space::in, .rank = peer}};
-    program.steps = {signal(peer, 1),
-                     combine(0, 1, 1, 4, Format::raw),
-                     wait(peer, 1),
-                     combine(2, 1, 1, 4, Format::raw),
-                     signal(peer, 2),
-                     wait(peer, 2)};
+    program.steps = {signal(peer, 1), combine(0, 1, 1, 4, Format::raw),
+                     wait(peer, 1),   combine(2, 1, 1, 4, Format::raw),
+                     signal(peer, 2), wait(peer, 2)};
     program.loops = {{.num_steps = 6}};
     plan.programs.push_back(program);
   }
@@ -330,8 +327,9 @@ TEST(a_reachable_input_is_its_callers_again_when_it_has_been_read) {
   Plan plan = all_gather_by_hand();
   plan.programs[0].steps[5].value = 0;
   plan.full_exchange = false;
-  expect(verify(plan), Kind::race, 0, -1,
-         {"the caller may write bytes [0, 16) of its `in`", "rank 1 step 3: combine", "may still be reading"});
+  expect(
+      verify(plan), Kind::race, 0, -1,
+      {"the caller may write bytes [0, 16) of its `in`", "rank 1 step 3: combine", "may still be reading"});
   plan = all_gather_by_hand();
   std::swap(plan.programs[1].steps[2], plan.programs[1].steps[3]);
   CHECK_EQ(verify(plan)->kind, Kind::race);
@@ -453,8 +451,8 @@ TEST(every_root_is_proved) {
   for (const Algorithm& algorithm : algorithms()) {
     for (int n : {2, 3, 5, 8}) {
       for (int root = 0; root < n; ++root) {
-        const Call call =
-            make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false, kBufferings[root % std::size(kBufferings)]);
+        const Call call = make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false,
+                                    kBufferings[root % std::size(kBufferings)]);
         const Plan plan = make_plan(algorithm.name, call, small_windows(n));
         const auto found = verify(plan, {.balanced = algorithm.balanced});
         if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
