@@ -1,0 +1,336 @@
+#include "schedule/lowering.h"
+
+#include <algorithm>
+
+#include "common/error.h"
+
+namespace pycomm::schedule {
+
+namespace {
+
+using Kind = ScheduleStep::Kind;
+
+bool overlap(const Ref& a, const Ref& b) {
+  return a.rank == b.rank && a.buffer == b.buffer && a.chunk.block == b.chunk.block &&
+         int64_t{a.chunk.first} * b.chunk.of < int64_t{b.chunk.last} * a.chunk.of &&
+         int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
+}
+
+}  // namespace
+
+void malformed(int rank, int step, const std::string& what) {
+  throw ValueError("schedule, rank " + std::to_string(rank) + ", step " + std::to_string(step) + ": " + what);
+}
+
+std::string words(const Ref& ref) {
+  return std::string(name(ref.buffer)) + "@" + std::to_string(ref.rank) + " block " +
+         std::to_string(ref.chunk.block) + " [" + std::to_string(ref.chunk.first) + ", " +
+         std::to_string(ref.chunk.last) + ")/" + std::to_string(ref.chunk.of);
+}
+
+// Pairs every offer with its use and its accept, and finds what windows must hold.
+Layout Lowering::match(const Geometry& geometry) {
+  if (static_cast<int>(schedule_.ranks.size()) != n_) {
+    throw ValueError("the schedule has " + std::to_string(schedule_.ranks.size()) + " programs for " +
+                     std::to_string(n_) + " ranks");
+  }
+  using Key = std::tuple<int, int, Buffer, int, int, int, int>;
+  auto key = [](int peer, const Ref& r) {
+    return Key{r.rank, peer, r.buffer, r.chunk.block, r.chunk.first, r.chunk.last, r.chunk.of};
+  };
+  std::map<Key, std::vector<int>> made;
+  auto note = [&](const Ref& ref) {
+    if (ref.buffer == Buffer::image) uses_image_ = true;
+    if (ref.buffer == Buffer::scratch) scratch_blocks_ = std::max(scratch_blocks_, ref.chunk.block + 1);
+  };
+  auto check = [&](int rank, int step, const Ref& ref) {
+    const Chunk& c = ref.chunk;
+    if (ref.rank < 0 || ref.rank >= n_) malformed(rank, step, "there is no rank " + std::to_string(ref.rank));
+    if (c.of < 1 || c.first < 0 || c.last < c.first || c.last > c.of || c.block < 0) {
+      malformed(rank, step, "not a chunk: " + words(ref));
+    }
+    if (ref.buffer == Buffer::in || ref.buffer == Buffer::out) {
+      block_offset(call_, ref.rank, ref.buffer, c.block);
+    } else if (c.block >= (ref.buffer == Buffer::image ? num_blocks(call_.world) : 64)) {
+      malformed(rank, step, "no such block: " + words(ref));
+    }
+  };
+  for (int rank = 0; rank < n_; ++rank) {
+    const auto& program = schedule_.ranks[rank];
+    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
+      const ScheduleStep& step = program[i];
+      for (const auto* refs : {&step.dsts, &step.srcs}) {
+        for (const Ref& ref : *refs) {
+          check(rank, i, ref);
+          note(ref);
+        }
+      }
+      if (step.kind != Kind::offer) continue;
+      const Ref& ref = step.srcs[0];
+      if (ref.rank != rank) malformed(rank, i, "offers what is not its own: " + words(ref));
+      if (step.peer < 0 || step.peer >= n_ || step.peer == rank) {
+        malformed(rank, i, "offers to rank " + std::to_string(step.peer));
+      }
+      if (staged(ref)) uses_image_ = true;
+      const int id = static_cast<int>(offers_.size());
+      offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .from = ref, .step = i});
+      made[key(step.peer, ref)].push_back(id);
+      offers_of_[rank][i].push_back(id);
+    }
+  }
+  std::map<Key, size_t> used, accepted;
+  for (int rank = 0; rank < n_; ++rank) {
+    const auto& program = schedule_.ranks[rank];
+    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
+      const ScheduleStep& step = program[i];
+      if (step.kind == Kind::accept) {
+        const Key k = key(step.peer, step.srcs[0]);
+        const size_t at = accepted[k]++;
+        auto found = made.find(k);
+        if (step.srcs[0].rank != rank || found == made.end() || at >= found->second.size() ||
+            offers_[found->second[at]].step > i) {
+          malformed(rank, i, "accepts what it has not offered: " + words(step.srcs[0]));
+        }
+        offers_[found->second[at]].accept = i;
+        offers_of_[rank][i].push_back(found->second[at]);
+      }
+      if (step.kind != Kind::combine) continue;
+      if (step.dsts.empty() || step.srcs.empty()) malformed(rank, i, "combines nothing");
+      std::map<Key, int> here;
+      auto use = [&](const Ref& ref, bool write) {
+        if (ref.rank == rank) return;
+        const Key k = key(rank, ref);
+        auto known = here.find(k);
+        if (known == here.end()) {
+          const size_t at = used[k]++;
+          auto found = made.find(k);
+          if (found == made.end() || at >= found->second.size()) {
+            malformed(rank, i,
+                      "uses what rank " + std::to_string(ref.rank) + " has not offered: " + words(ref));
+          }
+          known = here.emplace(k, found->second[at]).first;
+          offers_[known->second].use = i;
+          offers_of_[rank][i].push_back(known->second);
+        }
+        (write ? offers_[known->second].written : offers_[known->second].read) = true;
+      };
+      for (const Ref& ref : step.srcs) use(ref, false);
+      for (const Ref& ref : step.dsts) use(ref, true);
+    }
+  }
+  for (const Offer& offer : offers_) {
+    if (offer.use < 0) malformed(offer.owner, offer.step, "nobody uses the offer of " + words(offer.ref));
+    if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
+  }
+  return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_);
+}
+
+// How each staged chunk that is read comes into the window: at once with the combine that made it, by the
+// peer that wrote it, by an earlier offer, or by a copy at the offer.
+void Lowering::find_copies() {
+  for (Offer& offer : offers_) {
+    if (!offer.read || !staged(offer.ref) || offer.rides) continue;
+    const auto& program = schedule_.ranks[offer.owner];
+    offer.copy = true;
+    for (int i = offer.step - 1; i >= 0; --i) {
+      const ScheduleStep& step = program[i];
+      if (step.kind == Kind::combine) {
+        const auto written = std::find_if(step.dsts.begin(), step.dsts.end(),
+                                          [&](const Ref& dst) { return overlap(dst, offer.ref); });
+        if (written == step.dsts.end()) continue;
+        if (*written == offer.ref) {
+          window_copies_[offer.owner].insert({i, static_cast<int>(written - step.dsts.begin())});
+          offer.copy = false;
+        }
+        break;
+      }
+      if (!overlap(step.srcs[0], offer.ref)) continue;
+      const Offer& other = offers_[offers_of_[offer.owner].at(i).front()];
+      const bool lands = step.kind == Kind::accept && other.written;
+      const bool shows = step.kind == Kind::offer && other.read && !other.rides;
+      if (lands || (shows && other.ref == offer.ref)) {
+        offer.copy = !(other.ref == offer.ref);
+        break;
+      }
+    }
+  }
+}
+
+// What each rank's call reads of its own caller's memory, by itself or through peers.
+void Lowering::find_reads() {
+  for (int rank = 0; rank < n_; ++rank) {
+    for (const ScheduleStep& step : schedule_.ranks[rank]) {
+      if (step.kind != Kind::combine) continue;
+      for (const Ref& src : step.srcs) {
+        if (src.rank == rank) blocks_read_[rank].insert({src.buffer, src.chunk.block});
+      }
+    }
+  }
+  for (const Offer& offer : offers_) {
+    if (offer.read && (offer.copy || offer.rides || !staged(offer.ref))) {
+      blocks_read_[offer.owner].insert({offer.from.buffer, offer.from.chunk.block});
+    }
+  }
+}
+
+// Gives every signal its place in its cell's order, which is the same whatever trips are long or empty.
+void Lowering::number_events() {
+  for (int rank = 0; rank < n_; ++rank) {
+    const auto& program = schedule_.ranks[rank];
+    auto next = [&](int peer, int cell) { return Event{cell, ++num_events_[{rank, peer, cell}]}; };
+    for (int i = 0; i < static_cast<int>(program.size());) {
+      const ScheduleStep& step = program[i];
+      if (step.kind != Kind::offer) {
+        auto found = offers_of_[rank].find(i);
+        Item item{step.kind, i, found == offers_of_[rank].end() ? std::vector<int>{} : found->second};
+        if (step.kind == Kind::combine) {
+          std::map<int, Event> done;
+          for (int id : item.offers) {
+            Offer& offer = offers_[id];
+            if (!needs_done(offer)) continue;
+            auto [entry, is_new] = done.try_emplace(offer.owner);
+            if (is_new) entry->second = next(offer.owner, step.stage);
+            offer.done = entry->second;
+          }
+        }
+        items_[rank].push_back(std::move(item));
+        ++i;
+        continue;
+      }
+      std::vector<Item> groups;  // by peer, in order of appearance
+      for (; i < static_cast<int>(program.size()) && program[i].kind == Kind::offer &&
+             program[i].stage == step.stage;
+           ++i) {
+        const int id = offers_of_[rank].at(i).front();
+        auto group = std::find_if(groups.begin(), groups.end(), [&](const Item& item) {
+          return offers_[item.offers[0]].peer == offers_[id].peer;
+        });
+        if (group == groups.end()) group = groups.insert(groups.end(), Item{Kind::offer, i, {}});
+        group->offers.push_back(id);
+      }
+      for (Item& group : groups) {
+        const Event shown = next(offers_[group.offers[0]].peer, step.stage);
+        for (int id : group.offers) offers_[id].shown = shown;
+        items_[rank].push_back(std::move(group));
+      }
+    }
+  }
+  // A slot is free again when its readers of `slots` trips ago are done. Where an accept has waited for the
+  // same or a later signal, that is known already.
+  if (!reuses_slots()) return;
+  std::map<std::tuple<int, int, int>, int> known;
+  for (const Offer& offer : offers_) {
+    if (deferred(offer)) continue;
+    int& index = known[{offer.owner, offer.peer, offer.done.cell}];
+    index = std::max(index, offer.done.index);
+  }
+  for (int id = 0; id < static_cast<int>(offers_.size()); ++id) {
+    const Offer& offer = offers_[id];
+    if (deferred(offer) && known[{offer.owner, offer.peer, offer.done.cell}] < offer.done.index) {
+      waits_at_top_[offer.owner].push_back(id);
+    }
+  }
+}
+
+// A chunk that its owner would show in the window rides with the signal instead if it fits, and if the cell
+// has no other signal in the call, which would write over it.
+void Lowering::find_riders(int64_t room) {
+  if (reuses_slots() || layout_.trips > 1) return;
+  std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
+  for (const Offer& offer : offers_) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
+  for (Offer& offer : offers_) {
+    const int64_t item = offer.ref.buffer == Buffer::scratch ? layout_.partial_item : layout_.item;
+    const int64_t bytes = length_of(offer.ref, 0) * item;
+    offer.rides = offer.read && deferred(offer) && bytes <= room &&
+                  offers[{offer.owner, offer.peer, offer.shown.cell}] == 1 &&
+                  per_trip(offer.owner, offer.peer, offer.shown.cell) == 1;
+  }
+}
+
+// A copy to the image right before the offers that show it is left out if all of these ride: they take the
+// source.
+void Lowering::find_idle_copies() {
+  for (int rank = 0; rank < n_; ++rank) {
+    const auto& program = schedule_.ranks[rank];
+    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
+      const ScheduleStep& step = program[i];
+      if (step.kind != Kind::combine || step.final || step.srcs.size() != 1 || step.dsts.size() != 1)
+        continue;
+      const Ref &image = step.dsts[0], &source = step.srcs[0];
+      if (image.rank != rank || image.buffer != Buffer::image || source.rank != rank ||
+          source.buffer != Buffer::in) {
+        continue;
+      }
+      std::vector<int> riders;
+      int next = i + 1;
+      for (; next < static_cast<int>(program.size()) && program[next].kind == Kind::offer; ++next) {
+        const int id = offers_of_[rank].at(next).front();
+        if (offers_[id].rides && offers_[id].ref == image) riders.push_back(id);
+      }
+      const auto uses = [&](const ScheduleStep& other) {
+        return (other.kind == Kind::combine || other.kind == Kind::offer) &&
+               std::ranges::any_of(other.srcs, [&](const Ref& ref) { return overlap(ref, image); });
+      };
+      const auto num_uses = std::ranges::count_if(program, uses);
+      if (riders.empty() || num_uses != static_cast<std::ptrdiff_t>(riders.size())) continue;
+      for (int id : riders) offers_[id].from = source;
+      idle_[rank].insert(i);
+    }
+  }
+}
+
+// Follows the first trip's signals: who has heard, through whom, that whom has entered.
+bool Lowering::full_exchange() const {
+  std::vector<std::vector<bool>> heard(n_, std::vector<bool>(n_, false));
+  std::map<std::tuple<int, int, int, int>, std::vector<bool>> sent;  // (from, to, cell, index)
+  struct Cursor {
+    int stage = 0;
+    size_t item = 0;
+  };
+  std::vector<Cursor> cursors(n_);
+  for (int rank = 0; rank < n_; ++rank) heard[rank][rank] = true;
+
+  auto hear = [&](int rank, int peer, Event event) {
+    auto found = sent.find({peer, rank, event.cell, event.index});
+    if (found == sent.end()) return false;
+    for (int r = 0; r < n_; ++r) heard[rank][r] = heard[rank][r] || found->second[r];
+    return true;
+  };
+  auto step = [&](int rank, const Item& item) {  // false: must wait
+    for (int id : item.offers) {
+      const Offer& offer = offers_[id];
+      if (item.kind == Kind::combine && !hear(rank, offer.owner, offer.shown)) return false;
+      if (item.kind == Kind::accept && !deferred(offer) && !hear(rank, offer.peer, offer.done)) return false;
+    }
+    for (int id : item.offers) {
+      const Offer& offer = offers_[id];
+      if (item.kind == Kind::offer)
+        sent[{rank, offer.peer, offer.shown.cell, offer.shown.index}] = heard[rank];
+      if (item.kind == Kind::combine && offer.done.index) {
+        sent[{rank, offer.owner, offer.done.cell, offer.done.index}] = heard[rank];
+      }
+    }
+    return true;
+  };
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int rank = 0; rank < n_; ++rank) {
+      Cursor& at = cursors[rank];
+      while (at.stage < schedule_.stages) {
+        if (at.item == items_[rank].size()) {
+          at = {at.stage + 1, 0};
+          continue;
+        }
+        const Item& item = items_[rank][at.item];
+        if (schedule_.ranks[rank][item.step].stage == at.stage && !step(rank, item)) break;
+        ++at.item;
+        moved = true;
+      }
+    }
+  }
+  return std::all_of(heard.begin(), heard.end(), [](const std::vector<bool>& ranks) {
+    return std::all_of(ranks.begin(), ranks.end(), [](bool known) { return known; });
+  });
+}
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,121 @@
+// What lower() knows of a schedule for a call before it writes steps: which offer meets which use, how each
+// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc and
+// emit.cc.
+#pragma once
+
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "schedule/layout.h"
+
+namespace pycomm::schedule {
+
+// Throws ValueError that names the step.
+[[noreturn]] void malformed(int rank, int step, const std::string& what);
+std::string words(const Ref& ref);
+
+// The index-th signal in a trip on a cell from one rank to another.
+struct Event {
+  int cell = 0;
+  int index = 0;  // 0: none
+};
+
+// One offer with the combine that uses it and the accept that ends it.
+struct Offer {
+  int owner, peer;
+  Ref ref;
+  Ref from;         // what is shown: ref, or what ref is a copy of
+  int step;         // owner's
+  int use = -1;     // peer's combine
+  int accept = -1;  // owner's
+  bool read = false, written = false;
+  bool rides = false;     // the chunk travels in its signal's cell
+  bool copy = false;      // the offer copies the chunk into the window
+  Event shown{}, done{};  // owner -> peer; peer -> owner
+};
+
+// A rank's schedule after matching: offers in a row to one peer share one signal.
+struct Item {
+  ScheduleStep::Kind kind;
+  int step;
+  std::vector<int> offers;
+};
+
+class Lowering {
+ public:
+  Lowering(const Schedule& schedule, const Call& call, const Geometry& geometry)
+      : schedule_(schedule),
+        call_(call),
+        stream_bytes_(geometry.stream_bytes),
+        n_(call.world.size),
+        offers_of_(n_),
+        items_(n_),
+        waits_at_top_(n_),
+        window_copies_(n_),
+        idle_(n_),
+        blocks_read_(n_),
+        layout_(match(geometry)) {
+    number_events();
+    find_riders(geometry.payload_bytes);
+    find_idle_copies();
+    find_copies();
+    find_reads();
+  }
+
+  Program emit(int rank) const;
+  bool full_exchange() const;
+  const Layout& layout() const { return layout_; }
+  int cells() const { return schedule_.stages; }
+
+ private:
+  Layout match(const Geometry& geometry);
+  void number_events();
+  void find_riders(int64_t room);
+  void find_idle_copies();
+  void find_copies();
+  void find_reads();
+
+  bool staged(const Ref& ref) const {
+    return (ref.buffer == Buffer::in && call_.in == Placement::plain) ||
+           (ref.buffer == Buffer::out && call_.out == Placement::plain);
+  }
+  bool in_window(const Ref& ref) const {
+    return ref.buffer == Buffer::image || ref.buffer == Buffer::scratch || staged(ref);
+  }
+  // A chunk in the window that is only read is safe until its slot is used again.
+  bool deferred(const Offer& offer) const { return !offer.written && in_window(offer.ref); }
+  bool needs_done(const Offer& offer) const { return !deferred(offer) || reuses_slots(); }
+  bool reuses_slots() const { return layout_.ragged || layout_.trips > layout_.slots; }
+  int per_trip(int from, int to, int cell) const {
+    auto found = num_events_.find({from, to, cell});
+    return found == num_events_.end() ? 0 : found->second;
+  }
+  int64_t length_of(const Ref& ref, int64_t trip) const {
+    const int64_t block = block_length(call_, ref.rank, ref.buffer, ref.chunk.block);
+    return layout_.chunk_range(ref.chunk, layout_.trip_length(block, trip)).size();
+  }
+
+  friend class Emitter;
+  const Schedule& schedule_;
+  const Call& call_;
+  const int64_t stream_bytes_;
+  const int n_;
+  bool uses_image_ = false;
+  int scratch_blocks_ = 0;
+  std::vector<Offer> offers_;
+  std::vector<std::map<int, std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
+  std::vector<std::vector<Item>> items_;
+  std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
+  std::vector<std::set<std::pair<int, int>>>
+      window_copies_;                // rank -> (combine step, dst) also written to the window
+  std::vector<std::set<int>> idle_;  // rank -> steps that need not be done
+  std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
+  std::map<std::tuple<int, int, int>, int> num_events_;        // (from, to, cell)
+  Layout layout_;
+};
+
+}  // namespace pycomm::schedule
