@@ -136,7 +136,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Agreement> make_agreement(const Bound& bound, schedule::Collective kind,
                                             std::vector<int64_t> mine);
   std::shared_ptr<Agreement> agree_on_counts(const Bound& bound, const schedule::Call& call);
-  std::shared_ptr<const Prepared> prepare_reading(schedule::Call call, const std::string& algorithm,
+  std::shared_ptr<const Prepared> prepare_reading(const schedule::Call& call, const std::string& algorithm,
                                                   int rank);
   std::shared_ptr<Agreement> agree_on_reading(const Bound& bound, std::shared_ptr<const Prepared> prepared);
 

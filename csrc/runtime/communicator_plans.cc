@@ -233,11 +233,12 @@ std::shared_ptr<Agreement> Communicator::agree_on_counts(const Bound& bound, con
 }
 
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
-std::shared_ptr<const Prepared> Communicator::prepare_reading(schedule::Call call,
+std::shared_ptr<const Prepared> Communicator::prepare_reading(const schedule::Call& call,
                                                               const std::string& algorithm, int rank) {
   if (!single_copy_ || call.in != schedule::Placement::plain || !single_copy_pays(call)) return nullptr;
-  call.in = schedule::Placement::reachable;
-  auto prepared = prepare(call, algorithm, rank);
+  schedule::Call other = call;
+  other.in = schedule::Placement::reachable;
+  auto prepared = prepare(other, algorithm, rank);
   return prepared->reachable ? prepared : nullptr;
 }
 

@@ -15,7 +15,7 @@ namespace pycomm::transport {
 namespace {
 
 constexpr int64_t kFewPages = 64;
-constexpr int kSamples = 8, kSmallSamples = 1;  // the first and the last pages are often small
+constexpr int kSamples = 8, kSmallSamples = 2;  // an array's ends are often small
 
 // Of linux/fs.h, newer than the headers that we build with: PAGEMAP_SCAN.
 struct ScanRegion {
