@@ -177,7 +177,9 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
     for (const Pending& call : calls) {
       call.domain->self().heartbeat.fetch_add(1, std::memory_order_relaxed);
       look_for_trouble(call);
-      if (group.failed()) group.raise_failure(Domain::Caller::under_way);
+      if (!group.failed()) continue;
+      if (hopes.met()) return;  // in time: others may have failed in a later call
+      group.raise_failure(Domain::Caller::under_way);
     }
     if (const double now = now_s(); now - ticked > kTick) {
       ticked = now;

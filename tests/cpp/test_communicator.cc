@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <latch>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -393,10 +394,12 @@ TEST(failure_of_a_split_group_is_its_own) {
 }
 
 TEST(shrink_leaves_the_survivors) {
-  run_threads(4, [](Communicator& comm) {
+  std::latch through(4);  // a call that is still under way elsewhere would fail as well
+  run_threads(4, [&](Communicator& comm) {
     Patience patience;
     std::vector<int64_t> data(10, comm.rank() + 1);
     all_reduce(comm, data);
+    through.arrive_and_wait();
     if (comm.rank() == 1) return comm.abandon();
     CHECK_THROWS(PeerLostError, all_reduce(comm, data));
     const auto rest = comm.shrink(patience);
