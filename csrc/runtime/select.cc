@@ -13,8 +13,8 @@ namespace {
 // costs switches of processes, so there it comes later.
 constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
 // Bytes of the largest block from which it pays to ask whether one copy by the kernel can replace two through
-// the window. NumPy asks for huge pages in arrays of 4 MiB and more, and the last 2 MiB seldom get them.
-constexpr int64_t kSingleCopy = 4 << 20;
+// the window.
+constexpr int64_t kSingleCopy = 2 << 20;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;

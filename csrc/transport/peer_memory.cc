@@ -14,8 +14,7 @@
 namespace pycomm::transport {
 namespace {
 
-constexpr int64_t kFewPages = 64;
-constexpr int kSamples = 8, kSmallSamples = 2;  // an array's ends are often small
+constexpr uint64_t kFewPages = 64;
 
 // Of linux/fs.h, newer than the headers that we build with: PAGEMAP_SCAN.
 struct ScanRegion {
@@ -28,15 +27,15 @@ struct Scan {
 constexpr uint64_t kIsHuge = 1 << 6;
 constexpr unsigned long kScan = _IOWR('f', 16, Scan);
 
-bool in_huge_page(const Fd& pagemap, uint64_t address) {
-  const auto page = static_cast<uint64_t>(page_size());
-  ScanRegion region;
+// Of [begin, end), the first row of huge pages.
+uint64_t bytes_in_huge_pages(const Fd& pagemap, uint64_t begin, uint64_t end) {
+  ScanRegion found;
   Scan scan;
-  scan.start = address / page * page;
-  scan.end = scan.start + page;
-  scan.regions = reinterpret_cast<uint64_t>(&region);
+  scan.start = begin;
+  scan.end = end;
+  scan.regions = reinterpret_cast<uint64_t>(&found);
   scan.all_of = scan.report = kIsHuge;
-  return ioctl(pagemap.get(), kScan, &scan) == 1;
+  return ioctl(pagemap.get(), kScan, &scan) == 1 ? found.end - found.start : 0;
 }
 
 }  // namespace
@@ -45,19 +44,16 @@ Fd open_pagemap() { return Fd(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
 
 bool fit_to_read(const Fd& pagemap, const void* data, int64_t bytes) {
   if (bytes == 0) return true;
-  const auto begin = reinterpret_cast<uint64_t>(data), length = static_cast<uint64_t>(bytes);
-  if (bytes > kFewPages * page_size()) {
-    int small = 0;
-    for (uint64_t i = 0; i < kSamples && small <= kSmallSamples; ++i) {
-      small += !in_huge_page(pagemap, begin + (2 * i + 1) * length / (2 * kSamples));
-    }
-    if (small > kSmallSamples) return false;
+  const auto page = static_cast<uint64_t>(page_size()), length = static_cast<uint64_t>(bytes);
+  const auto first = reinterpret_cast<uint64_t>(data), last = first + length - 1;
+  if (length > kFewPages * page) {
+    const uint64_t huge = bytes_in_huge_pages(pagemap, first / page * page, (last / page + 1) * page);
+    if (huge < length / 4 * 3) return false;  // arrays often end in small pages
   }
-  const auto lent = [](uint64_t address) {
-    char byte;
-    return read_memory(getpid(), &byte, address, 1) == 0;
-  };
-  return lent(begin) && lent(begin + length - 1);
+  char ends[2];
+  const iovec local{ends, 2};
+  const iovec lent[2] = {{reinterpret_cast<void*>(first), 1}, {reinterpret_cast<void*>(last), 1}};
+  return process_vm_readv(getpid(), &local, 1, lent, 2, 0) == 2;
 }
 
 int read_memory(int64_t pid, void* to, uint64_t from, int64_t bytes, int64_t most) {

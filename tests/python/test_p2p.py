@@ -60,7 +60,10 @@ def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str
     def fn(comm: Communicator) -> None:
         other = 1 - comm.rank
         x, y = np.full(count, comm.rank), np.full(count, -1)
-        calls = {"send": lambda **more: comm.send(x, other, **more), "recv": lambda **more: comm.recv(y, other, **more)}
+        calls = {
+            "send": lambda **more: comm.send(x, other, **more),
+            "recv": lambda **more: comm.recv(y, other, **more),
+        }
         second = "recv" if first == "send" else "send"
         for _ in range(3):
             y[:] = -1

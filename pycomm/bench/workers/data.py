@@ -6,6 +6,7 @@ values are integers so small that the result is exact in the type, in any order 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -16,6 +17,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 PERIOD = 10_007
+HUGE_PAGE = 2 << 20
 TILES = 8  # periods that are compared at a time: what is made for the check stays in the cache
 
 # (elements of a rank's input, of its output) as multiples of the count, for n ranks
@@ -75,6 +77,21 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             ) from None
         except AttributeError:
             raise ValueError(f"{name!r} is a type of neither NumPy nor ml_dtypes") from None
+
+
+def plain(count: int, dtype: np.dtype[Any]) -> Array:
+    """Memory as any engine's user has it. Large arrays are in huge pages from end to end: NumPy asks for them, and
+    what it gets depends on what was freed before, while the kernel's copies, which MPI makes, take up to four times as
+    long in small ones."""
+    bytes_needed = count * dtype.itemsize
+    if bytes_needed < HUGE_PAGE:
+        return np.empty(count, dtype)
+    memory = mmap.mmap(-1, bytes_needed + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    array: Array = whole[start : start + bytes_needed].view(dtype)
+    return array
 
 
 def fill(x: Array, case: Case, rank: int, size: int) -> None:

@@ -66,9 +66,6 @@ class Engine:
     def barrier(self) -> None:
         self.comm.Barrier()
 
-    def empty(self, count: int, dtype: np.dtype[Any], buffers: str) -> Array:
-        return np.empty(count, dtype)
-
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
     ) -> tuple[str, dict[str, Any]] | None:

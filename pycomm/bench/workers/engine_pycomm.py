@@ -42,9 +42,8 @@ class Engine:
     def barrier(self) -> None:
         self.comm.barrier()
 
-    def empty(self, count: int, dtype: np.dtype[Any], buffers: str) -> Array:
-        symmetric = buffers == "symmetric"
-        made: Array = self.comm.empty((count,), dtype) if symmetric else np.empty(count, dtype)
+    def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
+        made: Array = self.comm.empty((count,), dtype)
         return made
 
     def bind(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from data import Array, Case, fill, numpy_dtype, spoil, wrong
+from data import Array, Case, fill, numpy_dtype, plain, spoil, wrong
 
 FORMS = ("out_of_place", "in_place")
 
@@ -35,8 +35,8 @@ class Engine(Protocol):
 
     def barrier(self) -> None: ...
 
-    def empty(self, count: int, dtype: np.dtype[Any], buffers: str) -> Array:
-        """The same call on every rank."""
+    def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """Memory of its own, by the same call on every rank. Asked of pycomm alone."""
 
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
@@ -89,7 +89,8 @@ class Worker:
         """x and out. In place the smaller is a part of the larger, as each collective has it."""
         rank, dtype = self.engine.rank, numpy_dtype(case.dtype)
         if kind not in self.buffers:
-            sent, received = (self.engine.empty(n, dtype, kind) for n in case.elements(self.size))
+            make = plain if kind == "plain" else self.engine.symmetric
+            sent, received = (make(n, dtype) for n in case.elements(self.size))
             self.buffers[kind] = sent, received
         x, out = self.buffers[kind]
         if form == "out_of_place":
