@@ -80,9 +80,10 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def plain(count: int, dtype: np.dtype[Any]) -> Array:
-    """Memory as any engine's user has it. Large arrays are in huge pages from end to end: NumPy asks for them, and
-    what it gets depends on what was freed before, while the kernel's copies, which MPI makes, take up to four times as
-    long in small ones."""
+    """Memory as any engine's user has it; large arrays in huge pages from end to end.
+
+    NumPy asks for them too, but what it gets depends on what was freed before, and the kernel's copies, which
+    MPI makes, take up to four times as long in small pages."""
     bytes_needed = count * dtype.itemsize
     if bytes_needed < HUGE_PAGE:
         return np.empty(count, dtype)

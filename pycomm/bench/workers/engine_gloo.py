@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name may have no address
 
 import torch
