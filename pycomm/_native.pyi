@@ -305,8 +305,8 @@ class Communicator:
         Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
 
         Returns when `x` may be used again: a message of up to 128 KiB may not have been received by then, a longer one is
-        received while it is sent. A group's calls run in the order in which they were made, asynchronous ones too: where two
-        ranks exchange long messages, one of them receives first.
+        received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
+        no other call. Two ranks that exchange long messages start one with async_op=True, or one of them receives first.
         """
 
     def shrink(self) -> Communicator:

@@ -5,9 +5,9 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cerrno>
 #include <map>
 #include <mutex>
-#include <cerrno>
 #include <new>
 #include <utility>
 
@@ -55,7 +55,8 @@ struct Node::Shared {
   bool threads;
   std::vector<std::atomic<bool>> dead;  // by mark_dead
   std::mutex mutex;
-  std::map<std::pair<int64_t, int64_t>, std::weak_ptr<Mapping>> mappings;  // rank threads: by offset and bytes
+  std::map<std::pair<int64_t, int64_t>, std::weak_ptr<Mapping>>
+      mappings;  // rank threads: by offset and bytes
 };
 
 namespace {
