@@ -89,7 +89,11 @@ class Communicator(_native.Communicator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except _native.CommError:
+            if error is None:  # else the error that is on its way says more
+                raise
 
     def __repr__(self) -> str:
         return f"<pycomm.Communicator rank {self.rank} of {self.size}>"

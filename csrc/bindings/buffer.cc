@@ -8,6 +8,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "bindings/exit.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -217,7 +218,7 @@ std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
   Buffer buffer = from_tensor(managed->tensor, name);
   // The capsule owns the tensor until somebody takes it; nobody does.
   buffer.exported = std::shared_ptr<void>(capsule.release().ptr(), [](void* p) {
-    if (!Py_IsInitialized()) return;
+    if (!may_drop()) return;
     const py::gil_scoped_acquire gil;
     Py_DECREF(static_cast<PyObject*>(p));
   });
@@ -259,7 +260,7 @@ std::optional<DType> from_format(const char* format, Py_ssize_t item) {
 
 Buffer from_protocol(PyObject* object, const char* name) {
   std::shared_ptr<Py_buffer> view(new Py_buffer{}, [](Py_buffer* b) {
-    if (Py_IsInitialized()) {
+    if (may_drop()) {
       const py::gil_scoped_acquire gil;
       PyBuffer_Release(b);
     }

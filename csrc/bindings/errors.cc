@@ -2,6 +2,7 @@
 
 #include "bindings/python.h"
 #include "common/error.h"
+#include "common/log.h"
 
 namespace py = pybind11;
 
@@ -77,10 +78,20 @@ void set_python_error() {
 
 std::shared_ptr<void> keep_alive(py::object object) {
   return std::shared_ptr<void>(object.release().ptr(), [](void* p) {
-    if (!Py_IsInitialized()) return;
+    if (!may_drop()) return;
     const py::gil_scoped_acquire gil;
     Py_XDECREF(static_cast<PyObject*>(p));
   });
+}
+
+void close_quietly(runtime::Communicator& comm, runtime::Patience& patience) {
+  try {
+    comm.close(patience);
+  } catch (const CommError& error) {
+    log(LogLevel::warn, error.what());
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("pycomm.Communicator.close");
+  }
 }
 
 }  // namespace pycomm::bindings

@@ -138,6 +138,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The native part of pycomm: communicators, plans, kernels.";
   import_numpy();
   register_errors(module);
+  close_at_exit();
   module.attr("version") = PYCOMM_VERSION;
 
   py::class_<PyCommunicator> communicator(module, "Communicator",
@@ -189,11 +190,12 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "close",
           [](PyCommunicator& self) {
-            const py::gil_scoped_release release;
-            self->close();
+            GilPatience patience(true);
+            self->close(patience);
           },
           "Completes what is queued and leaves the group. Peers that still wait for this rank get "
-          "PeerLostError.")
+          "PeerLostError. Raises MismatchError if another rank's last call was another one; the group is "
+          "closed all the same.")
       .def(
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")

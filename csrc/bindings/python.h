@@ -6,9 +6,8 @@
 
 #include <memory>
 
+#include "bindings/exit.h"
 #include "bindings/memo.h"
-#include "common/error.h"
-#include "common/log.h"
 #include "runtime/communicator.h"
 
 namespace pycomm::bindings {
@@ -30,7 +29,9 @@ class GilPatience : public runtime::Patience {
     on_block();
   }
   void hold() {
-    if (released_) PyEval_RestoreThread(released_);
+    if (!released_) return;
+    if (!may_return()) park();
+    PyEval_RestoreThread(released_);
     released_ = nullptr;
   }
 
@@ -38,19 +39,19 @@ class GilPatience : public runtime::Patience {
   PyThreadState* released_ = nullptr;
 };
 
+// For who cannot throw: what close() throws is logged.
+void close_quietly(runtime::Communicator& comm, runtime::Patience& patience);
+
 // Closes the communicator with the last Python object that refers to it.
 struct Handle {
   std::shared_ptr<runtime::Communicator> comm;
   Memo memo;
-  explicit Handle(std::shared_ptr<runtime::Communicator> c) : comm(std::move(c)) {}
+  explicit Handle(std::shared_ptr<runtime::Communicator> c) : comm(std::move(c)) { enlist(comm.get()); }
   ~Handle() {
     if (!comm) return;
-    const pybind11::gil_scoped_release release;
-    try {
-      comm->close();
-    } catch (const CommError& error) {  // a destructor has nobody to throw to
-      log(LogLevel::warn, error.what());
-    }
+    strike(comm.get());
+    GilPatience patience(true);
+    close_quietly(*comm, patience);
     comm.reset();
   }
 };

@@ -148,7 +148,7 @@ void add_schedules(py::module_& module) {
          const py::function& write) {
         // The function is dropped under the interpreter's lock, whoever drops the communicator.
         auto held = std::shared_ptr<py::function>(new py::function(write), [](py::function* f) {
-          if (!Py_IsInitialized()) return;
+          if (!may_drop()) return;
           const py::gil_scoped_acquire gil;
           delete f;
         });

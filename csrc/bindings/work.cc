@@ -6,6 +6,8 @@
 #include <optional>
 #include <utility>
 
+#include "common/error.h"
+
 namespace py = pybind11;
 
 namespace pycomm::bindings {
@@ -20,6 +22,9 @@ class PyWork {
   PyWork(std::shared_ptr<Work> work, std::shared_ptr<Handle> handle, py::object result)
       : work_(std::move(work)), handle_(std::move(handle)), result_(std::move(result)) {}
   py::object wait(std::optional<double> timeout) {
+    if (timeout && !(*timeout >= 0)) {
+      throw ValueError("`timeout` is " + std::to_string(*timeout) + ": pass seconds, 0 or more");
+    }
     {
       GilPatience patience(true);
       work_->wait(timeout ? *timeout : INFINITY, patience);

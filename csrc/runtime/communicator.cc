@@ -161,25 +161,67 @@ Communicator::~Communicator() {
   }
 }
 
-void Communicator::close() {
+void Communicator::close(Patience& patience) {
   if (transport::forked_since(fork_generation_)) return;
   {
     const std::lock_guard lock(queue_mutex_);
     if (std::exchange(stopping_, true)) return;
   }
   queue_changed_.notify_all();
+  const std::exception_ptr interrupted = wait_for_queue(patience);
   if (progress_.joinable()) progress_.join();  // it finishes what is queued
   closed_.store(true);
   domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
-  if (collectives_.last_exchanged() || domain_->failed()) return;
-  // Nobody may have waited for anybody in the last call. Of two ranks that disagree the later one sees it
-  // here.
-  const auto ours = domain_->record_of(rank(), collectives_.calls());
-  const auto mismatch = ours ? find_mismatch(*domain_, collectives_.calls(), *ours) : std::nullopt;
+  if (interrupted) std::rethrow_exception(interrupted);
+  if (domain_->failed()) return;
+  const auto mismatch = find_last_mismatch();
   if (!mismatch) return;
   domain_->fail(FailureKind::mismatch, *mismatch);
   throw MismatchError(*mismatch);
+}
+
+// Until nothing is queued. If the caller is interrupted, what is queued fails, and this is what it was
+// interrupted by.
+std::exception_ptr Communicator::wait_for_queue(Patience& patience) {
+  std::exception_ptr interrupted;
+  while (queued_.load(std::memory_order_acquire) != 0) {
+    patience.on_block();
+    {
+      std::unique_lock lock(queue_mutex_);
+      queue_changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return queues_.empty(); });
+    }
+    if (interrupted) continue;
+    try {
+      patience.on_tick();
+    } catch (...) {
+      interrupted = std::current_exception();
+      domain_->fail(FailureKind::aborted, "rank " + std::to_string(rank()) +
+                                              " was interrupted in close(), with calls that had not ended");
+    }
+  }
+  patience.on_block();
+  return interrupted;
+}
+
+// Nobody may have waited for anybody in the last call. Of two ranks that disagree the later one sees it here.
+std::optional<std::string> Communicator::find_last_mismatch() const {
+  const uint64_t calls = collectives_.calls();
+  const auto ours = domain_->record_of(rank(), calls);
+  if (ours && !collectives_.last_exchanged()) {
+    if (const auto mismatch = find_mismatch(*domain_, calls, *ours)) return mismatch;
+  }
+  for (int r = 0; r < size(); ++r) {
+    const uint64_t theirs = domain_->member(r).entered.load(std::memory_order_acquire);
+    if (r == rank() || !domain_->closed(r) || theirs == calls) continue;
+    const int more = theirs > calls ? r : rank(), less = theirs > calls ? rank() : r;
+    const auto record = domain_->record_of(more, std::max(theirs, calls));
+    return "rank " + std::to_string(more) + " called " + (record ? describe(*record) : "more often") +
+           " last, and rank " + std::to_string(less) + " closed its communicator without it (call " +
+           std::to_string(std::max(theirs, calls)) +
+           " of the group). All ranks must make the same calls in the same order with the same arguments.";
+  }
+  return std::nullopt;
 }
 
 void Communicator::abandon() {

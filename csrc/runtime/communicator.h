@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -121,7 +122,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Communicator> shrink(Patience& patience);
   // Finishes what is queued. Throws MismatchError if another rank's last call was another one; it is closed
   // all the same.
-  void close();
+  void close(Patience& patience);
+  void close() {
+    Patience none;
+    close(none);
+  }
   // For rank threads: this rank has failed and will make no more calls.
   void abandon();
 
@@ -159,6 +164,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   void drive(const Work& work, Patience& patience);
   void progress();
+  std::exception_ptr wait_for_queue(Patience& patience);
+  std::optional<std::string> find_last_mismatch() const;
+  void refuse_reentry() const;
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;

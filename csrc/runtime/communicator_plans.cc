@@ -127,17 +127,22 @@ void Communicator::add_algorithm(Collective collective, const std::string& name,
   }
 }
 
-// A rank's own slot of the other buffer lies elsewhere on every rank, and may lie there on the root alone: it
-// is plain.
+// All ranks must find the same. A rank's own slot of the other buffer lies elsewhere on every rank; what only
+// the root has (gather, scatter, the output of reduce), and empty blocks, may lie anywhere: these are plain.
 void Communicator::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
   const schedule::Call& call = request.call;
   const Collective kind = call.world.collective;
-  if (kind == Collective::gather || kind == Collective::scatter) return;
+  if (kind == Collective::gather || kind == Collective::scatter || call.ragged) return;
   const auto item = static_cast<int64_t>(size_of(call.dtype));
-  if (!(call.in_place && kind == Collective::all_gather)) {
+  const bool empty_blocks = std::count(call.counts.begin(), call.counts.end(), 0) > 0;
+  const bool all_empty = std::count(call.counts.begin(), call.counts.end(), 0) ==
+                         static_cast<std::ptrdiff_t>(call.counts.size());
+  const bool one_block_in = kind == Collective::all_gather,
+             one_block_out = kind == Collective::reduce_scatter;
+  if (!(one_block_in ? call.in_place || empty_blocks : all_empty)) {
     in = heap_->find(request.in, schedule::in_elements(call, rank()) * item, size());
   }
-  if (!(call.in_place && kind == Collective::reduce_scatter)) {
+  if (!(one_block_out ? call.in_place || empty_blocks : all_empty || kind == Collective::reduce)) {
     out = heap_->find(request.out, schedule::out_elements(call, rank()) * item, size());
   }
 }

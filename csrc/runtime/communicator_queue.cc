@@ -15,8 +15,17 @@ void Communicator::run(const Bound& bound, Patience& patience) {
     const std::unique_lock token(token_, std::try_to_lock);
     if (token && queued_.load(std::memory_order_acquire) == 0) return run_alone(bound, patience);
   }
+  refuse_reentry();
   const auto work = submit(bound);
   run_queued(work, patience);
+}
+
+// What runs inside a call's wait (a signal handler) cannot wait for that call to end.
+void Communicator::refuse_reentry() const {
+  if (!token_.held()) return;
+  throw CommError("rank " + std::to_string(rank()) +
+                  " made a call inside another one of the same group and thread, as from a signal handler: "
+                  "let the handler set a flag, and call when the other one has returned");
 }
 
 void Communicator::run_alone(const Bound& asked, Patience& patience) {
@@ -147,7 +156,7 @@ uint64_t Communicator::take_up() {
   for (auto& work : fresh) {
     Active active{work, nullptr, nullptr, {}};
     try {
-      check_usable();
+      if (domain_->failed()) domain_->raise_failure(Domain::Caller::under_way);  // it was made before that
       Agreement* agreement = work->bound_.agreement.get();
       if (agreement && agreement->ask) agreement->ask(work->bound_);
       start(active, agreement ? agreement->exchange : work->bound_);
@@ -241,6 +250,7 @@ void Communicator::drive(const Work& work, Patience& patience) {
       complete_some(patience, policy_);
       continue;
     }
+    refuse_reentry();
     patience.on_block();
     {
       std::unique_lock lock(queue_mutex_);

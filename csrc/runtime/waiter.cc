@@ -98,12 +98,17 @@ void look_for_losses(Domain& domain, const Run& run) {
   }
 }
 
+struct Late {
+  int rank;
+  bool waits;  // for others, and moves on in that
+};
+
 // The rank that the others wait for in the end: of those that do not move, the one furthest behind.
-int find_late(const Domain& domain, const Run& run) {
+Late find_late(const Domain& domain, const Run& run) {
   std::vector<uint64_t> beats;
-  for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.member(rank).heartbeat.load());
+  for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.waker(rank).heartbeat.load());
   for (int i = 0; i < 12; ++i) {  // others that are late at the same moment must see this rank wait
-    domain.self().heartbeat.fetch_add(1, std::memory_order_relaxed);
+    domain.waker(domain.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   int late = run.blocked_on().peer;
@@ -112,11 +117,11 @@ int find_late(const Domain& domain, const Run& run) {
     const Member& peer = domain.member(rank);
     const uint64_t entered = peer.entered.load(std::memory_order_acquire);
     if (rank == domain.rank() || peer.finished.load() >= run.call()) continue;
-    if (peer.heartbeat.load() != beats[rank] || entered >= least) continue;
+    if (domain.waker(rank).heartbeat.load() != beats[rank] || entered >= least) continue;
     late = rank;
     least = entered;
   }
-  return late;
+  return {late, domain.waker(late).heartbeat.load() != beats[late]};
 }
 
 // Makes what keeps a call from going on the group's failure.
@@ -129,13 +134,14 @@ void look_for_trouble(const Pending& call) {
   if (mismatch) domain.fail(FailureKind::mismatch, *mismatch);
   if (!domain.failed()) look_for_losses(domain, run);
   if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
-  const int late = find_late(domain, run);
+  const auto [late, waits] = find_late(domain, run);
   if (run.blocked_on().met()) return;
   domain.fail(FailureKind::timeout,
               rank_name(domain, domain.rank()) + " waited " + std::to_string(call.timeout_s) + " s in " +
                   describe(run.record()) + " for " + rank_name(domain, late) + ", which " +
-                  (domain.member(late).entered.load() < run.call() ? "has not called it"
-                                                                   : "has called it but does not move") +
+                  (waits                                             ? "waits for others itself"
+                   : domain.member(late).entered.load() < run.call() ? "has not called it"
+                                                                     : "has called it but does not move") +
                   ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
 }
 
@@ -174,8 +180,8 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
     if (call.started == 0) call.started = ticked;
   }
   while (!hopes.met()) {
+    group.waker(group.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
     for (const Pending& call : calls) {
-      call.domain->self().heartbeat.fetch_add(1, std::memory_order_relaxed);
       look_for_trouble(call);
       if (!group.failed()) continue;
       if (hopes.met()) return;  // in time: others may have failed in a later call

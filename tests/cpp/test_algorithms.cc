@@ -474,6 +474,7 @@ constexpr Buffers kBuffers[] = {
     {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
     {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false},
     {Placement::reachable, Placement::plain, false},     {Placement::reachable, Placement::plain, true},
+    {Placement::symmetric, Placement::plain, true},  // reduce: only the root has an output
 };
 
 // Every placement, counts that do not divide, are smaller than the world, are zero; one trip and many.
@@ -481,6 +482,10 @@ void prove_all(const Algorithm& algorithm, const World& world) {
   const int n = world.size;
   for (const Buffers& buffers : kBuffers) {
     if (n > 17 && buffers.in != buffers.out) continue;
+    if (buffers.in_place && buffers.in == Placement::symmetric && buffers.out == Placement::plain &&
+        world.collective != Collective::reduce) {
+      continue;
+    }
     // Other algorithms use a reachable input as a plain one, and are proved with that.
     if (buffers.in == Placement::reachable && std::string(algorithm.name) != "direct") continue;
     Call call{
