@@ -4,6 +4,16 @@ comm = pycomm.init()
 comm.all_reduce(gradient, op="avg")
 """
 
+try:
+    from pycomm import _native  # noqa: F401
+except ImportError as error:
+    if error.name not in ("pycomm", "pycomm._native"):
+        raise
+    raise ImportError(
+        f"{__path__[0]} is the source folder of pycomm, without the compiled module: leave it to import an "
+        "installed pycomm, or build one here with `pip install -e .`"
+    ) from None
+
 from pycomm._native import (
     AbortedError,
     CommError,

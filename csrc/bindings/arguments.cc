@@ -45,7 +45,8 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
   };
   if (nargs > positional) {
     throw TypeError(std::string(method) + "() takes " + std::to_string(positional) + " positional argument" +
-                    (positional == 1 ? "" : "s") + " but " + std::to_string(nargs) + " were given");
+                    (positional == 1 ? "" : "s") + " but " + std::to_string(nargs) +
+                    " were given: name the others, as in op=\"avg\" or out=y");
   }
   for (Py_ssize_t i = 0; i < nargs; ++i) {
     set(static_cast<size_t>(i), args[i]);

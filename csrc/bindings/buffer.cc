@@ -352,6 +352,9 @@ DType dtype_from_python(PyObject* object) {
     const std::string text = py::cast<std::string>(object);
     return parse_dtype(text);
   }
+  if (std::strcmp(Py_TYPE(object)->tp_name, "torch.dtype") == 0) {
+    return parse_dtype(py::str(py::handle(object)).cast<std::string>().substr(std::strlen("torch.")));
+  }
   const py::object descr = py::module_::import("numpy").attr("dtype")(py::handle(object));
   const auto dtype = from_numpy(reinterpret_cast<PyArray_Descr*>(descr.ptr()));
   if (!dtype) throw TypeError("dtype " + py::str(descr).cast<std::string>() + " cannot be communicated");

@@ -177,6 +177,11 @@ Bound Communicator::bind(Request& request) {
   }
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
+  if (bound.src >= 0) {
+    const bool sends = rank() == bound.src;
+    bound.record.side = sends ? CallRecord::Side::sends : CallRecord::Side::receives;
+    bound.record.peer = static_cast<int16_t>(sends ? bound.dst : bound.src);
+  }
   if (in.distance || out.distance) {
     bound.record.symmetric_offset = in.distance ? in.offset : out.offset;
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(in.offset).add(out.offset).digest() | 1;

@@ -25,7 +25,9 @@ int64_t header_bytes(int size) {
 }  // namespace
 
 std::string describe(const CallRecord& record) {
-  std::string text = name(record.collective);
+  std::string text = record.side == CallRecord::Side::sends      ? "send"
+                     : record.side == CallRecord::Side::receives ? "recv"
+                                                                 : name(record.collective);
   if (record.collective != Collective::barrier) {
     text += "(count=" + std::to_string(record.count) + ", dtype=" + name(record.dtype);
     switch (record.collective) {
@@ -48,7 +50,11 @@ std::string describe(const CallRecord& record) {
       default:
         break;
     }
-    text += std::string(", algorithm=") + record.algorithm;
+    if (record.side == CallRecord::Side::both) {
+      text += std::string(", algorithm=") + record.algorithm;
+    } else {
+      text += (record.side == CallRecord::Side::sends ? ", dst=" : ", src=") + std::to_string(record.peer);
+    }
     if (record.in == schedule::Placement::symmetric || record.out == schedule::Placement::symmetric) {
       text += std::string(", symmetric ") + (record.in == record.out                       ? "buffers"
                                              : record.in == schedule::Placement::symmetric ? "input"

@@ -49,11 +49,14 @@ struct CallRecord {
   int64_t symmetric_offset = -1;
   double prescale = 1.0;
   int32_t root = 0;
+  enum class Side : uint8_t { both, sends, receives };
   Collective collective = Collective::all_reduce;
   DType dtype = DType::float32;
   Op op = Op::sum;
   schedule::Placement in = schedule::Placement::plain, out = schedule::Placement::plain;
-  char algorithm[27] = {};
+  Side side = Side::both;  // send and recv: this rank's; `peer` is the other rank of the group
+  int16_t peer = 0;
+  char algorithm[24] = {};
   char tag[48] = {};
 };
 static_assert(sizeof(CallRecord) % 8 == 0);

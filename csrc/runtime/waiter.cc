@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <thread>
 
 #include "common/env.h"
@@ -136,9 +137,12 @@ void look_for_trouble(const Pending& call) {
   if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
   const auto [late, waits] = find_late(domain, run);
   if (run.blocked_on().met()) return;
+  char seconds[32];
+  std::snprintf(seconds, sizeof seconds, "%g", call.timeout_s);
   domain.fail(FailureKind::timeout,
-              rank_name(domain, domain.rank()) + " waited " + std::to_string(call.timeout_s) + " s in " +
-                  describe(run.record()) + " for " + rank_name(domain, late) + ", which " +
+              rank_name(domain, domain.rank()) + " waited " + seconds + " s in " + describe(run.record()) +
+                  " for " + rank_name(domain, late) + " (pid " +
+                  std::to_string(domain.node().pid_of(domain.node_ranks()[late])) + "), which " +
                   (waits                                             ? "waits for others itself"
                    : domain.member(late).entered.load() < run.call() ? "has not called it"
                                                                      : "has called it but does not move") +
@@ -152,8 +156,14 @@ std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, co
     const auto theirs = domain.record_of(rank, call);
     if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
     return rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " +
-           rank_name(domain, rank) + " called " + describe(*theirs) + " (call " + std::to_string(call) +
-           " of the group). All ranks must make the same calls in the same order with the same arguments.";
+           rank_name(domain, rank) + " called " + describe(*theirs) +
+           (ours.side == CallRecord::Side::both
+                ? " (call " + std::to_string(call) +
+                      " of the group). All ranks must make the same calls in the same order with the same "
+                      "arguments."
+                : ". What a rank sends the other receives in the same order: as many elements of the same "
+                  "type, "
+                  "with the same tag.");
   }
   return std::nullopt;
 }

@@ -197,3 +197,14 @@ def test_groups_side_by_side_from_several_threads(ranks: Ranks) -> None:
         assert not wrong
 
     ranks(fn, 2)
+
+
+def test_timeouts_that_are_none() -> None:
+    def fn(comm: Communicator) -> None:
+        work = comm.all_reduce(np.ones(3), async_op=True)
+        for timeout in (float("nan"), -1.0):
+            with pytest.raises(ValueError, match="`timeout` is"):
+                work.wait(timeout)
+        work.wait(0.5)
+
+    pycomm.run_local(fn, 1)

@@ -211,7 +211,7 @@ def test_a_stopped_rank_is_named_at_the_deadline() -> None:
         for rank in ranks[:2]:
             kind, text, when = rank.outcome(10)
             assert kind in ("CommTimeoutError", "AbortedError"), text
-            assert "for rank 2," in text and "0.5" in text, text
+            assert "for rank 2 (pid" in text and "0.5" in text, text
             assert 0.4 < when - stopped < 3
         ranks[2].kill(signal.SIGCONT)
         kind, text, _ = ranks[2].outcome(10)
@@ -358,6 +358,124 @@ def test_mismatches_name_ranks_and_values(ranks: Ranks, what: str) -> None:
         assert "rank 1 " in text and re.search("rank [02] ", text), text
         words = match.split(".*") if "|" not in match else []
         assert all(word in text for word in words), text
+
+
+def test_calls_queued_before_a_failure_raise_it() -> None:
+    gate = Gate()
+
+    def fn(comm: Communicator) -> list[str]:
+        comm.barrier()
+        if comm.rank == 1:
+            gate.wait_for(1)
+            os._exit(0)
+        works = [comm.all_reduce(np.ones(3), async_op=True) for _ in range(10)]
+        gate.arrive()
+        kinds = []
+        for i in (9, 0, 5):
+            with pytest.raises(pycomm.CommError) as caught:
+                works[i].wait()
+            kinds.append(type(caught.value).__name__)
+        return kinds
+
+    with started(fn, 2) as ranks:
+        assert ranks[0].outcome(10) == ["PeerLostError"] * 3
+
+
+EXITS = {
+    "pending calls": "works = [comm.all_reduce(np.ones(20000), async_op=True) for _ in range(2000)]",
+    "a thread in a call": "receive = lambda: comm.recv(np.empty(4), 1 - comm.rank)\n"
+    "threading.Thread(target=receive, daemon=True).start()\n"
+    "time.sleep(0.2)",
+    "a thread that waits": "work = comm.recv(np.empty(4), 1 - comm.rank, async_op=True)\n"
+    "threading.Thread(target=work.wait, daemon=True).start()\n"
+    "time.sleep(0.2)\n"
+    "comm.send(np.empty(4), 1 - comm.rank)",
+}
+
+
+@pytest.mark.parametrize("what", EXITS)
+def test_exit_in_the_middle(what: str, tmp_path: Path) -> None:
+    """The interpreter ends while calls are under way: no crash, no hang."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import threading, time, numpy as np, pycomm\ncomm = pycomm.init(timeout=20)\n{EXITS[what]}\n"
+    )
+    for command in (
+        [sys.executable, "-m", "pycomm", "run", "-n", "2", str(script)],
+        [sys.executable, str(script)],
+    ):
+        if len(command) == 2 and what != "pending calls":
+            continue
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_call_inside_a_call() -> None:
+    """A signal handler runs in the middle of a call: what it calls is refused, and the outer call is left."""
+    gate = Gate()
+
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 1:
+            time.sleep(3)
+            return ""
+        texts = []
+
+        def handler(*_: object) -> None:
+            try:
+                comm.barrier()
+            except pycomm.CommError as error:
+                texts.append(str(error))
+            raise InterruptedError
+
+        signal.signal(signal.SIGUSR1, handler)
+        gate.arrive()
+        with pytest.raises(InterruptedError):
+            comm.recv(np.empty(4), 1)
+        return texts[0]
+
+    with started(fn, 2) as ranks:
+        gate.wait_for(1)
+        time.sleep(0.2)
+        ranks[0].kill(signal.SIGUSR1)
+        assert "set a flag" in ranks[0].outcome(10)
+
+
+def test_interrupt_while_closing() -> None:
+    gate = Gate()
+
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 1:
+            time.sleep(30)
+        work = comm.recv(np.empty(4), 1, async_op=True)
+        gate.arrive()
+        with pytest.raises(KeyboardInterrupt):
+            comm.close()
+        with pytest.raises(pycomm.AbortedError):
+            work.wait()
+        return "closed"
+
+    with started(fn, 2) as ranks:
+        gate.wait_for(1)
+        time.sleep(0.2)
+        ranks[0].kill(signal.SIGINT)
+        assert ranks[0].outcome(10) == "closed"
+
+
+def test_one_call_more_than_the_others(ranks: Ranks) -> None:
+    """A root that needs nobody, and a rank that leaves without the call: the later one learns it."""
+
+    def fn(comm: Communicator) -> str:
+        comm.barrier()
+        if comm.rank == 0:
+            comm.broadcast(np.ones(3))
+        try:
+            comm.close()
+        except pycomm.MismatchError as error:
+            return str(error)
+        return ""
+
+    texts = ranks(fn, 2)
+    assert any("rank 0 called broadcast" in text and "rank 1 closed" in text for text in texts), texts
 
 
 def test_a_last_call_in_which_nobody_waits(ranks: Ranks) -> None:

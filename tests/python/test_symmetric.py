@@ -238,3 +238,48 @@ def test_nothing_is_left_in_dev_shm(ranks: Ranks) -> None:
     for listing in ranks(fn, 2):
         assert not [name for name in listing if "pycomm" in name]
     assert not [name for name in os.listdir("/dev/shm") if "pycomm" in name and name not in before]
+
+
+def test_empty_blocks_may_lie_anywhere(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        me, n = comm.rank, comm.size
+        for counts in ([0, 5, 3], [4, 0, 0], [0, 0, 0]):
+            counts, offset = counts[:n], sum(counts[:me])
+            mine = slice(offset, offset + counts[me])
+            out = comm.empty(sum(counts), "float32")
+            want = np.concatenate([np.full(c, r + 1, np.float32) for r, c in enumerate(counts)])
+            out[mine] = me + 1
+            comm.all_gather(out[mine], out=out, counts=counts)
+            assert np.array_equal(out, want)
+            for own in (np.empty(counts[me], np.float32), comm.empty(8)[: counts[me]]):
+                own[:] = me + 1
+                out[:] = 0
+                comm.barrier()
+                if own.base is None or sum(counts):  # symmetric on all ranks, or plain on all
+                    comm.all_gather(own, out=out, counts=counts)
+                    assert np.array_equal(out, want)
+            comm.barrier()
+            out[:] = 1
+            comm.reduce_scatter(out, out=out[mine], counts=counts)
+            assert (out[mine] == n).all()
+
+    ranks(fn, 3)
+
+
+def test_an_output_that_only_the_root_has(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x = comm.empty(1000)
+        for count in (3, 1000):
+            for y in (np.empty(count, "f"), comm.empty(1000)[:count], None):
+                x[:count] = comm.rank + 1
+                comm.barrier()
+                got = (
+                    comm.reduce(x[:count], root=1, out=y)
+                    if comm.rank == 1
+                    else comm.reduce(x[:count], root=1)
+                )
+                if comm.rank == 1:
+                    assert (got == 6).all()
+                comm.barrier()
+
+    ranks(fn, 3)
