@@ -141,12 +141,12 @@ void look_for_trouble(const Pending& call) {
   std::snprintf(seconds, sizeof seconds, "%g", call.timeout_s);
   domain.fail(FailureKind::timeout,
               rank_name(domain, domain.rank()) + " waited " + seconds + " s in " + describe(run.record()) +
-                  " for " + rank_name(domain, late) + " (pid " +
-                  std::to_string(domain.node().pid_of(domain.node_ranks()[late])) + "), which " +
+                  " for " + rank_name(domain, late) + ", which " +
                   (waits                                             ? "waits for others itself"
                    : domain.member(late).entered.load() < run.call() ? "has not called it"
                                                                      : "has called it but does not move") +
-                  ". Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
+                  " (pid " + std::to_string(domain.node().pid_of(domain.node_ranks()[late])) +
+                  "). Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
 }
 
 }  // namespace
