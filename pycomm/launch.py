@@ -23,7 +23,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, cast
 
-GRACE_S = 5.0  # between SIGTERM and SIGKILL
+NOTICE_S = (
+    3.0  # between a failure and SIGTERM: the other ranks get PeerLostError, and may save what they have
+)
+GRACE_S = 5.0  # between SIGTERM, or a signal that is passed on, and SIGKILL
+ECHO_S = 0.1  # timeout(1) and others send a signal to a process and to its group: that is one signal
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _LINE = re.compile(rb"[^\r\n]*[\r\n]")  # a progress bar ends its lines with a carriage return
@@ -100,7 +104,10 @@ class _Job:
         self._running: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._failure = 0
-        self._deadline = math.inf  # of what was asked to end
+        self._signalled: tuple[signal.Signals, float] | None = None  # the last that came here, and when
+        self._deadline = math.inf  # when `_next` is due
+        self._next: Callable[[], None] = self._terminate
+        self._over = False
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> _Job:
@@ -137,18 +144,19 @@ class _Job:
 
     def run(self) -> int:
         """Returns when all ranks have ended, and whoever holds their output or the time to let go is over."""
-        while len(self._selector.get_map()) > 1:
+        while len(self._selector.get_map()) > 1 and not self._over:
             left = self._deadline - time.monotonic()
             for key, _ in self._selector.select(None if left == math.inf else max(left, 0)):
                 handle: Callable[[], None] = key.data
                 handle()
             if time.monotonic() >= self._deadline:
-                if not self._running:
-                    break
                 self._deadline = math.inf
-                for rank in self._running:
-                    os.killpg(rank.process.pid, signal.SIGKILL)
+                self._next()
         return self._failure
+
+    def _after(self, seconds: float, do: Callable[[], None]) -> None:
+        """There is one next step at most: a later one takes its place."""
+        self._deadline, self._next = time.monotonic() + seconds, do
 
     def _end(self, rank: _Rank) -> None:
         self._selector.unregister(rank.end)
@@ -157,11 +165,37 @@ class _Job:
         code, how = _end_of(rank.process.pid)
         if code and not self._failure:
             self._failure = code
-            self._signal(signal.SIGTERM)
-            others = "; ending the others" if self._running else ""
-            print(f"pycomm run: rank {rank.rank} {how}{others}", file=sys.stderr, flush=True)
-        if self._failure or not self._running:
-            self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+            # Who was signalled through here has been told already, and has its time.
+            others = self._running and not self._signalled
+            _say(f"rank {rank.rank} {how}" + (f"; ending the others in {NOTICE_S:.0f} s" if others else ""))
+            if others:
+                self._after(NOTICE_S, self._terminate)
+        if not self._running:
+            self._after(GRACE_S, self._kill)
+
+    def _forward(self, signals: int) -> None:
+        for number in map(signal.Signals, os.read(signals, 64)):
+            before, self._signalled = self._signalled, (number, time.monotonic())
+            if before is None:
+                self._signal(number)
+                self._after(GRACE_S if self._running else 0, self._kill)
+            elif before[0] != number or time.monotonic() - before[1] > ECHO_S:
+                self._after(0, self._kill)
+
+    def _terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+        self._after(GRACE_S, self._kill)
+
+    def _kill(self) -> None:
+        if self._running:
+            _say(f"killing rank {', '.join(str(rank.rank) for rank in self._running)}")
+        for rank in self._running:
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        self._over = not self._running  # then somebody else holds the output
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank in self._running:
+            os.kill(rank.process.pid, number)
 
     def _pass_on_lines(self, pipe: _Pipe) -> None:
         def pass_on() -> None:
@@ -178,14 +212,6 @@ class _Job:
                 pipe.source.close()
 
         self._selector.register(pipe.source, selectors.EVENT_READ, pass_on)
-
-    def _forward(self, signals: int) -> None:
-        for number in os.read(signals, 64):
-            self._signal(signal.Signals(number))
-
-    def _signal(self, number: signal.Signals) -> None:
-        for rank in self._running:
-            os.kill(rank.process.pid, number)
 
     def _kill_and_reap(self) -> None:
         for rank in self._started:
@@ -240,6 +266,11 @@ def _prefix(rank: int, is_terminal: bool) -> bytes:
     if is_terminal and not os.environ.get("NO_COLOR"):
         return b"\x1b[%dm[%d]\x1b[0m " % (_COLORS[rank % len(_COLORS)], rank)
     return b"[%d] " % rank
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads us any more
+        print(f"pycomm run: {text}", file=sys.stderr, flush=True)
 
 
 def _write(sink: int, data: bytes) -> None:

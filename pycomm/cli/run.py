@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 
 from pycomm.cli.main import fail
-from pycomm.launch import launch
+from pycomm.launch import GRACE_S, NOTICE_S, launch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Each rank runs on its own cores where there are enough, reads nothing from stdin, and prints"
-        " lines that start with its number. When one fails the others are ended, and its exit code is this"
-        " command's."
+        " lines that start with its number. When one fails the others have"
+        f" {NOTICE_S:.0f} s to end by themselves, then get SIGTERM and, {GRACE_S:.0f} s later, SIGKILL; the"
+        " exit code of the first that failed is this command's. SIGINT (Ctrl-C), SIGTERM and SIGHUP are"
+        f" passed on at once, with SIGKILL {GRACE_S:.0f} s later; a second one kills at once."
     )
     parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
     parser.add_argument(
@@ -28,5 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size < 1:
         return fail(f"-n {args.size}: start at least one rank")
     if not args.module and not os.path.exists(args.script):
+        if re.fullmatch(r"python[\d.]*", os.path.basename(args.script)):
+            return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")
         return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
     return launch([sys.executable, *(["-m"] if args.module else []), args.script, *args.args], args.size)

@@ -16,6 +16,18 @@ from pycomm import launch
 RUN = [sys.executable, "-m", "pycomm", "run"]
 
 
+def patient(notice_s: float, grace_s: float) -> list[str]:
+    """The launcher with other times."""
+    code = (
+        f"from pycomm import launch; launch.NOTICE_S, launch.GRACE_S = {notice_s}, {grace_s}\n"
+        "from pycomm.cli.main import main; raise SystemExit(main())"
+    )
+    return [sys.executable, "-c", code, "run"]
+
+
+HASTY = patient(0.5, 0.5)  # for what must outlast the times
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[[str], str]:
     def write(code: str) -> str:
@@ -28,16 +40,19 @@ def script(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*RUN, *args], capture_output=True, text=True, timeout=60)
+def run(*args: str, code: int = 0, command: list[str] = RUN) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
 @contextmanager
-def started(*args: str, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
+def started(
+    *args: str, ranks: int, command: list[str] = RUN
+) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
     """A job whose ranks print their process ids first, and these."""
-    with subprocess.Popen([*RUN, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, *args], **pipes, text=True) as job:
         assert job.stdout
         pids = [int(job.stdout.readline().split()[1]) for _ in range(ranks)]
         try:
@@ -49,12 +64,16 @@ def started(*args: str, ranks: int) -> Iterator[tuple["subprocess.Popen[str]", l
                     os.kill(pid, signal.SIGKILL)
 
 
-def alive(pid: int) -> bool:
+def state(pid: int) -> str:
+    """R, S, T, Z, ... as /proc has it; empty if there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return stat.rpartition(b")")[2].split()[0] != b"Z"
+        return ""
+
+
+def alive(pid: int) -> bool:
+    return state(pid) not in ("", "Z")
 
 
 def gone(pids: list[int], within_s: float = 5) -> bool:
@@ -122,16 +141,28 @@ def test_colours_on_a_terminal(script: Callable[[str], str], monkeypatch: pytest
 
 
 def test_first_failure_ends_the_others(script: Callable[[str], str]) -> None:
-    code = "print(os.getpid())\nif rank == 1: sys.exit(7)\ntime.sleep(60)"
+    code = "print(os.getpid())\nif rank == 1: time.sleep(0.5); sys.exit(7)\ntime.sleep(60)"
     start = time.monotonic()
-    done = run("-n", "3", script(code), code=7)
+    done = run("-n", "3", script(code), code=7, command=HASTY)
     assert "rank 1 exited with code 7; ending the others" in done.stderr
     assert time.monotonic() - start < 30
     assert gone([int(line.split()[1]) for line in done.stdout.splitlines()], 0)
 
 
+def test_the_others_may_end_by_themselves(script: Callable[[str], str]) -> None:
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: print("ended"))
+if rank == 1: sys.exit(7)
+time.sleep(1)
+print("saved")
+sys.exit(8)
+"""
+    done = run("-n", "3", script(code), code=7)
+    assert sorted(done.stdout.splitlines()) == ["[0] saved", "[2] saved"]
+
+
 def test_a_rank_killed_by_a_signal(script: Callable[[str], str]) -> None:
-    code = "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    code = "if rank == 0: os.kill(os.getpid(), signal.SIGKILL)"
     done = run("-n", "2", script(code), code=128 + 9)
     assert "rank 0 was ended by signal 9" in done.stderr
 
@@ -149,9 +180,8 @@ if rank == 1:
     sys.exit(3)
 time.sleep(60)
 """
-    start = time.monotonic()
-    done = run("-n", "2", script(code), code=3)
-    assert time.monotonic() - start >= launch.GRACE_S
+    done = run("-n", "2", script(code), code=3, command=HASTY)
+    assert "killing rank 0" in done.stderr
     assert gone([int(line.split()[1]) for line in done.stdout.splitlines()], 0)
 
 
@@ -185,6 +215,61 @@ def test_interrupt_of_ordinary_ranks(script: Callable[[str], str]) -> None:
         assert gone(pids, 0)
 
 
+# What a rank does before the signal comes, which then does not end it.
+STUBBORN = {
+    "stopped": "",
+    "handled": "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, lambda *_: None)",
+    "swallowed": "signal.signal(signal.SIGTERM, signal.default_int_handler)",
+}
+GO_ON = """
+told = False
+while True:
+    try:
+        if not told:
+            print(os.getpid())
+        told = True
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", STUBBORN)
+def test_a_signal_ends_the_job(script: Callable[[str], str], how: str, number: signal.Signals) -> None:
+    code = f"{STUBBORN[how]}\n{GO_ON}"
+    with started("-n", "2", script(code), ranks=2, command=HASTY) as (job, pids):
+        if how == "stopped":
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            while any(state(pid) != "T" for pid in pids):
+                time.sleep(0.01)
+        job.send_signal(number)
+        assert job.wait(30) == 128 + 9
+        assert job.stderr and "killing rank 0, 1" in job.stderr.read()
+        assert gone(pids, 0)
+
+
+def test_a_second_signal_kills_at_once(script: Callable[[str], str]) -> None:
+    code = f"{STUBBORN['handled']}\n{GO_ON}"
+    with started("-n", "2", script(code), ranks=2, command=patient(3600, 3600)) as (job, pids):
+        job.send_signal(signal.SIGINT)
+        time.sleep(5 * launch.ECHO_S)
+        assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 128 + 9
+        assert gone(pids, 0)
+
+
+def test_an_interrupt_does_not_wait_as_a_failure_does(script: Callable[[str], str]) -> None:
+    """One rank is ended by it, one goes on."""
+    code = f"if rank == 0: print(os.getpid()); time.sleep(60)\n{GO_ON}"
+    with started("-n", "2", script(code), ranks=2, command=patient(3600, 0.5)) as (job, pids):
+        job.send_signal(signal.SIGINT)
+        assert job.wait(30) == 130
+        assert gone(pids, 0)
+
+
 def test_nothing_is_left_when_the_launcher_is_killed(script: Callable[[str], str]) -> None:
     with started("-n", "3", script("print(os.getpid())\ntime.sleep(60)"), ranks=3) as (job, pids):
         job.kill()
@@ -192,7 +277,8 @@ def test_nothing_is_left_when_the_launcher_is_killed(script: Callable[[str], str
 
 
 def test_a_stopped_rank_is_ended_too(script: Callable[[str], str]) -> None:
-    with started("-n", "2", script("print(os.getpid())\ntime.sleep(60)"), ranks=2) as (job, pids):
+    code = "print(os.getpid())\ntime.sleep(60)"
+    with started("-n", "2", script(code), ranks=2, command=HASTY) as (job, pids):
         os.kill(pids[0], signal.SIGSTOP)
         os.kill(pids[1], signal.SIGKILL)
         assert job.wait(30) == 128 + 9
@@ -245,6 +331,8 @@ def test_pinning(script: Callable[[str], str]) -> None:
         (["-n", "0", __file__], "-n 0"),
         (["-n", "-3", __file__], "-n -3"),
         (["-n", "2", "no/such/script.py"], "no/such/script.py"),
+        (["-n", "2", "python", __file__], "leave out `python`"),
+        (["-n", "2", "python3.11", __file__], "leave out `python3.11`"),
         (["-n", "two", __file__], "two"),
         ([__file__], "-n"),
         (["-n", "2"], "script"),
