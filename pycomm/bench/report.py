@@ -31,6 +31,11 @@ def machine() -> str:
     return f"{model}, {cores} cores, Linux {platform.release()}, {_native.isa()}, pycomm {pycomm.__version__}"
 
 
+def engines(ranks: int, versions: dict[str, str]) -> str:
+    peers = [f"{version} ({name})" for name, version in versions.items() if name != "pycomm"]
+    return f"{ranks} rank{'s' * (ranks > 1)}" + (f", beside {', '.join(peers)}" if peers else "")
+
+
 def as_json(rows: Sequence[Row], versions: dict[str, str]) -> str:
     return json.dumps(
         {
@@ -68,7 +73,7 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
         writer.writerow([*(found.get(c, "") for c in columns), *(row.peers.get(peer, "") for peer in peers)])
 
 
-def table(title: str) -> Table:
+def table(title: str, peers: bool) -> Table:
     shown = Table(
         title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -78,7 +83,8 @@ def table(title: str) -> Table:
         for name in ("time(us) (min, p99)", "algbw", "busbw", "#wrong"):
             shown.add_column(f"{form}\n{name}" if name.startswith("time") else f"\n{name}", justify="right")
     shown.add_column("wait(us)", justify="right")
-    shown.add_column("peers: time(us), ratio", justify="left")
+    if peers:
+        shown.add_column("peers: time(us), ratio", justify="left")
     return shown
 
 
@@ -96,7 +102,7 @@ def add_rows(shown: Table, rows: Sequence[Row]) -> None:
             cells += [f"{row.algbw(us):.2f}", f"{row.busbw(us):.2f}", str(times.wrong)]
         cells.append(f"{row.wait_us:.2f}")
         cells.append("  ".join(f"{name} {us:.2f}, {row.ratios[name]:.2f}x" for name, us in row.peers.items()))
-        shown.add_row(*cells)
+        shown.add_row(*cells[: len(shown.columns)])
 
 
 def print_summary(console: Console, rows: Sequence[Row]) -> None:

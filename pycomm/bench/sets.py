@@ -24,7 +24,7 @@ import pycomm
 from pycomm.launch import split_cores
 
 WORKERS = Path(__file__).parent / "workers"
-START_S = 60.0
+START_S = (60.0, 1.0)  # until all ranks have come, and more for each rank that a core has
 ANSWER_S = 300.0
 PYCOMM = WORKERS / "engine_pycomm.py"
 
@@ -91,7 +91,7 @@ class RankSet:
         root = str(Path(pycomm.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         env = {"PYCOMM_SIZE": str(size), "PYCOMM_JOB": secrets.token_hex(16), "PYTHONPATH": path}
-        timeout = {"PYCOMM_TIMEOUT": os.environ.get("PYCOMM_TIMEOUT", "60")}
+        timeout = {"PYCOMM_TIMEOUT": os.environ.get("PYCOMM_TIMEOUT", f"{start_s(size):.0f}")}
         command = ranks._command(sys.executable, engine)
         ranks._start(
             [([*command(rank)], {**env, **timeout, "PYCOMM_RANK": str(rank)}) for rank in range(size)]
@@ -133,6 +133,10 @@ class RankSet:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
             link.close()
+        if not self._streams:  # they are still starting, and listen to nobody
+            for process in self._processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + 5
         for process in self._processes:
             try:
@@ -194,14 +198,15 @@ class RankSet:
             except BaseException as error:
                 words = self._last_words()
                 self.close()
+                if isinstance(error, SetError):
+                    raise SetError(f"it did not start: {error}: {words}") from None
                 if isinstance(error, OSError):
                     raise SetError(f"it did not start: {error}") from error
-                raise (
-                    SetError(f"it did not start: {words}") if isinstance(error, SetError) else error
-                ) from None
+                raise
 
     def _meet(self, listener: socket.socket) -> None:
-        deadline = time.monotonic() + START_S
+        limit = start_s(self.size)
+        deadline = time.monotonic() + limit
         listener.settimeout(0.1)
         found: dict[int, IO[str]] = {}
         while len(found) < self.size:
@@ -211,7 +216,10 @@ class RankSet:
                 if any(process.poll() is not None for process in self._processes):
                     raise SetError("a rank ended") from None
                 if time.monotonic() > deadline:
-                    raise SetError("a rank is late") from None
+                    late = (
+                        f"{len(found)} of {self.size} ranks came in the {limit:.0f} s that a start may take"
+                    )
+                    raise SetError(late) from None
                 continue
             link.settimeout(ANSWER_S)
             stream = link.makefile("rw")
@@ -226,7 +234,13 @@ class RankSet:
         text = (self._directory / "stderr").read_text(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip(" -*\t")]
         of_errors = [line for line in lines if "Error" in line]
-        return (of_errors or lines or ["it said nothing"])[-1]
+        return (of_errors or lines or ["no word of why"])[-1]
+
+
+def start_s(size: int) -> float:
+    """How long a set may take to start: importing is work, and the ranks of one core do it in turn."""
+    least, more = START_S
+    return least + more * size / len(os.sched_getaffinity(0))
 
 
 def _has(python: str, module: str) -> bool:

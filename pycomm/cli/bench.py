@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
+import importlib.util
 import sys
 from pathlib import Path
 
+import pycomm
 from pycomm import _native
 from pycomm.cli.main import fail
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+from pycomm.cli.values import at_least, dtype_name, needs, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-n", "--iters", type=int, metavar="N", help="calls in a repetition (as many as take a few ms)"
     )
     parser.add_argument("-w", "--warmup_iters", type=int, metavar="N", help="calls before each (a tenth)")
-    parser.add_argument("-d", "--datatype", default="float32", help="element type (float32)")
+    parser.add_argument(
+        "-d", "--datatype", default="float32", help="element type, also as nccl-tests has it (float32)"
+    )
     parser.add_argument("-o", "--op", default="sum", help="operator of the reductions (sum)")
     parser.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="check every element (1)")
     parser.add_argument(
@@ -43,6 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
     parser.add_argument("--csv", metavar="PATH")
     parser.add_argument("--plot", metavar="PATH", help="a PNG")
+    # nccl-tests' ways to say how many; to guess which is meant would be worse than to ask.
+    parser.add_argument("-g", "--ngpus", help=argparse.SUPPRESS)
+    parser.add_argument("-t", "--nthreads", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,22 +55,33 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        return fail("pycomm bench needs rich: pip install 'pycomm-collectives[bench]'")
+        return fail(needs("pycomm bench", "rich"))
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        return fail(needs("pycomm bench --plot", "matplotlib"))
     from pycomm.bench import measure as m
     from pycomm.bench import report
     from pycomm.bench.sets import Peer, RankSet, SetError, parse_peers
-    from pycomm.bench.workers.data import OPS, numpy_dtype
+    from pycomm.bench.workers.data import OPS
 
     try:
+        for option, value in (("-g", args.ngpus), ("-t", args.nthreads)):
+            if value is not None:
+                raise ValueError(f"{option} {value}: say how many ranks there are with --ranks")
         collectives = list(m.COLLECTIVES) if args.collective == ["all"] else args.collective
         for name in collectives:
             if name not in m.COLLECTIVES:
                 raise ValueError(f"there is no collective {name!r}: {', '.join(m.COLLECTIVES)}, or all")
         if args.op not in OPS:
             raise ValueError(f"-o {args.op}: the operators are {', '.join(OPS)}")
-        numpy_dtype(args.datatype)
-        if args.ranks < 1:
-            raise ValueError(f"--ranks {args.ranks}: at least one")
+        at_least(1, "--ranks", args.ranks)
+        at_least(1, "-n", args.iters)
+        at_least(0, "-w", args.warmup_iters)
+        dtype = checked_dtype(args.datatype, args.op, collectives)
+        algorithms = {name: chosen_algorithms(name, args.algorithms) for name in collectives}
+        for wanted in set(args.algorithms.split(",")) - {"", "all"}:
+            if not any(wanted in chosen for chosen in algorithms.values()):
+                known = dict.fromkeys(known for name in collectives for known in _native.algorithms(name))
+                raise ValueError(f"--algorithms {wanted}: there are {', '.join(known)}")
         if "all_reduce" not in collectives and args.persistent:
             raise ValueError("--persistent: all_reduce alone has a persistent form")
         sizes = size_range(args.minbytes, args.maxbytes, args.stepfactor)
@@ -73,6 +89,11 @@ def run(args: argparse.Namespace) -> int:
         if not set(buffers) <= {"plain", "symmetric"}:
             raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
         peers = parse_peers(args.vs)
+        if args.plot and collectives == ["barrier"]:
+            raise ValueError("--plot: there is nothing to draw: a barrier has no size")
+        for option, path in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
+            if path and not Path(path).parent.is_dir():
+                raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
     except ValueError as error:
         return fail(str(error))
 
@@ -102,28 +123,26 @@ def run(args: argparse.Namespace) -> int:
                 versions[peer.name] = theirs[peer].version
             except SetError as error:
                 warn(f"{peer.name} is left out: {error}")
-        console.print(f"{report.machine()}\n{args.ranks} ranks beside {versions}", highlight=False)
+        console.print(f"{report.machine()}\n{report.engines(args.ranks, versions)}", highlight=False)
         # Drawn between cases alone: a thread that draws would take time from the ranks.
         progress = stack.enter_context(Progress(console=errors, transient=True, auto_refresh=False))
         for name in collectives:
-            chosen: list[str | None] = [None]
-            if args.algorithms == "all":
-                chosen = list(_native.algorithms(name))
-            elif args.algorithms:
-                chosen = [*args.algorithms.split(",")]
+            if not algorithms[name]:
+                warn(f"{name} is left out: it has no algorithm {args.algorithms}")
+                continue
             options = m.Options(
                 args.ranks,
                 sizes,
-                args.datatype,
+                dtype,
                 args.op,
                 args.iters,
                 args.warmup_iters,
                 bool(args.check),
-                chosen,
+                algorithms[name],
                 buffers if name != "send_recv" else ["plain"],
                 args.persistent,
             )
-            shown = report.table(name)
+            shown = report.table(name, bool(theirs))
             task = progress.add_task(name, total=sum(1 for _ in m.cases(name, options)))
             try:
                 for found in m.measure(name, options, ours, theirs, warn):
@@ -152,6 +171,28 @@ def run(args: argparse.Namespace) -> int:
     return 0 if rows else 1
 
 
+def checked_dtype(name: str, op: str, collectives: list[str]) -> str:
+    """What NumPy calls the type; it and the operator are such that all the collectives have them."""
+    from pycomm.bench.workers.data import REDUCING, numpy_dtype
+
+    try:
+        dtype: str = numpy_dtype(dtype_name(name)).name
+        reducing = any(name in REDUCING for name in collectives)
+        call = ("all_reduce", op) if reducing else ("all_gather", "sum")
+        pycomm.run_local(lambda comm: comm.explain(call[0], 1, dtype, op=call[1]), 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"-d {name}{f' -o {op}' if op != 'sum' else ''}: {error}") from None
+    return dtype
+
+
+def chosen_algorithms(collective: str, wanted: str) -> list[str | None]:
+    """Those of the wanted that it has; None is the library's choice."""
+    if not wanted:
+        return [None]
+    known = _native.algorithms(collective)
+    return [*known] if wanted == "all" else [name for name in wanted.split(",") if name in known]
+
+
 def size_range(low: str, high: str, factor: int) -> list[int]:
     first, last = parse_size(low), parse_size(high)
     if not 0 < first <= last:
@@ -163,10 +204,3 @@ def size_range(low: str, high: str, factor: int) -> list[int]:
         sizes.append(first)
         first *= factor
     return sizes
-
-
-def parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", text, re.IGNORECASE)
-    if not found:
-        raise ValueError(f"{text!r} is not a size: 4, 1K, 64M, 1G")
-    return int(found[1]) * UNITS[found[2].upper()]

@@ -6,19 +6,37 @@ import argparse
 
 import pycomm
 from pycomm.cli.main import fail
+from pycomm.cli.values import at_least, dtype_name, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collective", help="all_reduce, broadcast, ...")
-    parser.add_argument("count", type=int, help="elements")
+    parser.add_argument("count", help="elements (of one rank's block): 1000, 4K, 1M")
     parser.add_argument("dtype", nargs="?", default="float32", help="float32 if not given")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="of how many ranks (2)")
+    parser.add_argument("--op", default="sum", help="operator of the reductions (sum)")
+    parser.add_argument("--algorithm", metavar="NAME", help="this one; else the library's choice")
+    parser.add_argument("--root", type=int, default=0, metavar="RANK", help="of broadcast, reduce, ... (0)")
+    parser.add_argument("--deterministic", action="store_true", help="sums in the same order at every size")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
+        at_least(1, "--ranks", args.ranks)
+        if not 0 <= args.root < args.ranks:
+            raise ValueError(f"--root {args.root}: the ranks are 0 to {args.ranks - 1}")
+        count = parse_size(args.count)
         texts = pycomm.run_local(
-            lambda comm: comm.explain(args.collective, args.count, args.dtype), args.ranks
+            lambda comm: comm.explain(
+                args.collective,
+                count,
+                dtype_name(args.dtype),
+                op=args.op,
+                algorithm=args.algorithm,
+                root=args.root,
+                deterministic=args.deterministic,
+            ),
+            args.ranks,
         )
     except (TypeError, ValueError) as error:
         return fail(str(error))

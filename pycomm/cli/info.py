@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pycomm
 from pycomm import _native
+from pycomm.cli.main import fail
+from pycomm.cli.values import at_least
 from pycomm.launch import split_cores
 
 OPTIONAL = ("mpi4py", "torch", "jax", "ml_dtypes", "rich", "matplotlib")
@@ -25,7 +27,11 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    for name, value in _facts(max(args.ranks, 1)):
+    try:
+        at_least(1, "--ranks", args.ranks)
+    except ValueError as error:
+        return fail(str(error))
+    for name, value in _facts(args.ranks):
         print(f"{name:<18}{value}")
     return 0
 

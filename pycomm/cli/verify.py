@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pycomm import _native
 from pycomm.cli.main import fail
+from pycomm.cli.values import at_least, needs
 
 COLLECTIVES = (
     "all_reduce",
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         collectives = COLLECTIVES if args.collective == "all" else args.collective.split(",")
         algorithms = {name: _algorithms(name, args.algorithm) for name in collectives}
         sizes, counts = numbers(args.ranks), numbers(args.counts)
+        at_least(1, "--ranks", min(sizes))
     except ValueError as error:
         return fail(str(error))
     if not any(algorithms.values()):
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         from rich.progress import Progress
         from rich.table import Table
     except ImportError:
-        return fail("this needs rich: pip install rich")
+        return fail(needs("pycomm verify", "rich"))
 
     table = Table("collective", "algorithm", "ranks", "plans", "seconds", "result")
     failure: tuple[Case, str] | None = None
@@ -117,9 +119,12 @@ def numbers(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            found += range(int(first), int(last or first) + 1)
+            new = range(int(first), int(last or first) + 1)
         except ValueError:
             raise ValueError(f"{part!r} in {text!r} is neither a number nor a range such as 1-17") from None
+        if not new:
+            raise ValueError(f"{part!r} in {text!r}: a range goes up")
+        found += new
     return found
 
 

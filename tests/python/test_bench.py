@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pycomm.bench import measure
+from pycomm.bench import measure, report, sets
 from pycomm.bench.measure import Options, Row, Times, summarize
-from pycomm.bench.sets import PYCOMM, RankSet, parse_peers
+from pycomm.bench.sets import PYCOMM, RankSet, SetError, parse_peers
 from pycomm.bench.workers import data
 from pycomm.bench.workers.data import SHAPES, Case
 from pycomm.cli import main
-from pycomm.cli.bench import size_range
+from pycomm.cli.bench import checked_dtype, size_range
 
 # What a rank's input and output become, said once more and in another way, with NumPy on whole arrays.
 Arrays = list[np.ndarray[Any, Any]]
@@ -258,11 +258,70 @@ def test_peers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-f", "1"], "-f 1"),
         (["-o", "xor"], "the operators are sum"),
         (["-d", "float33"], "float33"),
-        (["--ranks", "0"], "--ranks 0"),
+        (["-d", "float33", "barrier"], "float33"),
+        (["-d", "object"], "-d object: dtype 'object' is not supported"),
+        (["-d", "float", "-o", "band"], "op 'band' makes no sense on float32"),
+        (["all_reduce", "--algorithms", "ring,rign"], "--algorithms rign: there are one_shot"),
+        (["--ranks", "0"], "--ranks 0: at least 1"),
+        (["-n", "0"], "-n 0: at least 1"),
+        (["-n", "-5"], "-n -5: at least 1"),
+        (["-w", "-1"], "-w -1: at least 0"),
+        (["-g", "2"], "-g 2: say how many ranks there are with --ranks"),
+        (["-t", "2"], "-t 2: say how many ranks there are with --ranks"),
+        (["barrier", "--plot", "a.png"], "nothing to draw"),
+        (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),
         (["--buffers", "pinned"], "--buffers pinned"),
         (["--vs", "nccl"], "--vs nccl"),
         (["--vs", "gloo,gloo"], "twice"),
     ],
 )
-def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
-    assert words in bench(capsys, *args, code=2)[1]
+def test_mistakes_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
+) -> None:
+    monkeypatch.setattr(RankSet, "of_pycomm", None)  # nothing is started
+    out, err = bench(capsys, *args, code=2)
+    assert words in err and len(err.splitlines()) == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "numpy_name"),
+    [
+        ("float", "float32"),
+        ("half", "float16"),
+        ("double", "float64"),
+        *((name, name) for name in ("int8", "uint8", "int32", "uint32", "int64", "uint64")),
+        ("bfloat16", "bfloat16"),
+        ("f8e4m3", "float8_e4m3fn"),
+        ("f8e5m2", "float8_e5m2"),
+    ],
+)
+def test_types_as_nccl_tests_has_them(name: str, numpy_name: str) -> None:
+    if "8e" in name or name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    assert checked_dtype(name, "sum", ["all_reduce"]) == numpy_name
+
+
+def test_the_table_without_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = bench(capsys, "barrier", "-n", "1", "-d", "half")
+    assert "\n2 ranks\n" in out
+    assert "peers" not in out and "{" not in out
+    assert report.engines(1, {"pycomm": "pycomm 1"}) == "1 rank"
+    versions = {"pycomm": "pycomm 1", "mpi": "Open MPI v5", "gloo": "Gloo of torch 2"}
+    assert report.engines(2, versions) == "2 ranks, beside Open MPI v5 (mpi), Gloo of torch 2 (gloo)"
+    assert len(report.table("x", True).columns) == len(report.table("x", False).columns) + 1
+
+
+def test_what_a_collective_lacks_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-b", "8", "-e", "8", "-n", "1", "--algorithms", "ring"]
+    out, err = bench(capsys, "barrier", "all_reduce", *options, "--json", "-")
+    assert [row["collective"] for row in json.loads(out)["rows"]] == ["all_reduce"]
+    assert "barrier is left out: it has no algorithm ring" in err
+
+
+def test_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sets, "START_S", (0.3, 0.0))
+    engine = tmp_path / "late.py"
+    engine.write_text("import time; time.sleep(60)")
+    with pytest.raises(SetError, match="0 of 3 ranks came in the 0 s that a start may take"):
+        RankSet.of_pycomm(3, engine)

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "float31" in capsys.readouterr().err
 
 
+def test_explain_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    def explain(*args: str, code: int = 0) -> str:
+        assert main.main(["explain", *args]) == code
+        found = capsys.readouterr()
+        return found.err if code else found.out
+
+    expected = pycomm.run_local(
+        lambda comm: comm.explain("reduce", 4096, "float16", op="max", algorithm="binomial", root=2), 3
+    )[0]
+    args = ["--op", "max", "--algorithm", "binomial", "--root", "2", "--ranks", "3"]
+    assert explain("reduce", "4K", "half", *args) == expected + "\n"
+    ordered = pycomm.run_local(lambda comm: comm.explain("all_reduce", 1 << 20, deterministic=True), 2)[0]
+    assert explain("all_reduce", "1M", "--deterministic") == ordered + "\n"
+    assert "--root 2: the ranks are 0 to 1" in explain("reduce", "4", "--root", "2", code=2)
+    assert "--ranks 0" in explain("reduce", "4", "--ranks", "0", code=2)
+    assert "'4x' is not a size" in explain("reduce", "4x", code=2)
+
+
 def test_numbers() -> None:
     assert verify.numbers("1-4,8") == [1, 2, 3, 4, 8]
     assert verify.numbers("7") == [7]
@@ -138,11 +157,29 @@ def test_verify_prints_the_counterexample(
         (["--algorithm", "no_such"], "no_such"),
         (["--collective", "no_such"], "no_such"),
         (["--ranks", "1-x"], "1-x"),
+        (["--ranks", "0"], "--ranks 0: at least 1"),
+        (["--ranks", "5-3"], "'5-3'"),
     ],
 )
 def test_verify_usage(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["verify", *args]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remedy = "pip install 'pycomm-collectives[bench]'\n"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    if importlib.util.find_spec("rich"):
+        assert main.main(["bench", "--plot", "a.png"]) == 2
+        assert capsys.readouterr().err == f"pycomm: error: pycomm bench --plot needs matplotlib: {remedy}"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for command in ("bench", "verify"):
+        assert main.main([command]) == 2
+        assert capsys.readouterr().err == f"pycomm: error: pycomm {command} needs rich: {remedy}"
 
 
 def test_installed_command() -> None:

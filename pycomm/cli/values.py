@@ -1,0 +1,35 @@
+"""What options mean, where several commands have them; a ValueError names the option and its value."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# What nccl-tests calls the types that have another name here; NumPy's "float" is a double.
+NCCL_TYPES = {
+    "float": "float32",
+    "half": "float16",
+    "double": "float64",
+    "f8e4m3": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+}
+
+
+def parse_size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", text, re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{text!r} is not a size: 4, 1K, 64M, 1G")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def dtype_name(text: str) -> str:
+    return NCCL_TYPES.get(text, text)
+
+
+def at_least(least: int, option: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{option} {value}: at least {least}")
+
+
+def needs(what: str, package: str) -> str:
+    return f"{what} needs {package}: pip install 'pycomm-collectives[bench]'"
