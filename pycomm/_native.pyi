@@ -180,7 +180,7 @@ class Communicator:
 
     def close(self) -> None:
         """
-        Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError.
+        Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError. Raises MismatchError if another rank's last call was another one; the group is closed all the same.
         """
 
     def empty(self, shape: typing.Any, dtype: typing.Any = "float32", *, device: str = "cpu") -> typing.Any:
