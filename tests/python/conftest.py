@@ -1,5 +1,6 @@
 """Every test that takes `ranks` runs twice: with rank threads and with real processes."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 from hypothesis import settings
 
 import pycomm
+
+# A shell starts what runs in the background with SIGINT ignored, which the processes of the tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is no matter of right or wrong.
 settings.register_profile("pycomm", deadline=None)
