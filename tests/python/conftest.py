@@ -10,7 +10,8 @@ from hypothesis import settings
 
 import pycomm
 
-# A shell starts what runs in the background with SIGINT ignored, which the processes of the tests would inherit.
+# A shell starts what runs in the background with SIGINT ignored, and the processes of the tests would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is no matter of right or wrong.
