@@ -9,7 +9,8 @@
 //   otherwise operands do not overlap.
 // * Format says what an operand holds. `raw`: the caller's elements as they came (leaves). `partial`:
 // elements of
-//   accumulator(dtype), already scaled. `final`: elements of dtype, rounded and finished.
+//   accumulator(dtype), already scaled. `final`: elements of dtype, rounded and finished. `wire`: what a
+//   codec made of them: for transcode() alone, see codec.h.
 // * One source of the same format as the destination is a copy, bit for bit. Otherwise raw sources are
 // converted to
 //   the accumulator and multiplied by `prescale` (premul_sum), partial ones are taken as they are, and a
@@ -31,10 +32,11 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "kernels/isa.h"
 
 namespace pycomm::kernels {
 
-enum class Format : uint8_t { raw, partial, final };
+enum class Format : uint8_t { raw, partial, final, wire };
 
 struct CombineArgs {
   void* const* dsts;
@@ -51,18 +53,10 @@ struct CombineArgs {
 
 using CombineFn = void (*)(const CombineArgs&);
 
-// The kernel for this pair, from the best instruction set that this CPU has (or PYCOMM_ISA names). The pair
-// must satisfy supports(dtype, op).
-CombineFn find_combine(DType dtype, Op op);
+// The kernel for this pair. The pair must satisfy supports(dtype, op).
+CombineFn find_combine(DType dtype, Op op, const Isa& isa = chosen_isa());
 
 // A plain copy of bytes: memcpy, or non-temporal stores.
 void copy_bytes(void* dst, const void* src, size_t bytes, bool stream);
-
-// The instruction set in use: "baseline", "avx2", "avx512" or "neon"; and those this machine could run.
-const char* isa();
-const char* const* available_isas(size_t* count);
-// The same kernel for one named instruction set, for tests that compare them bit by bit; null if not
-// available here.
-CombineFn find_combine_for(const char* isa, DType dtype, Op op);
 
 }  // namespace pycomm::kernels

@@ -346,7 +346,7 @@ void check_lengths(const Case& c, const std::vector<Bytes>& sources, const Bytes
       srcs.push_back(placed[j].data);
     }
     for (const std::string& isa : isas()) {
-      const CombineFn fn = find_combine_for(isa.c_str(), c.dtype, c.op);
+      const CombineFn fn = find_combine(c.dtype, c.op, *find_isa(isa));
       for (size_t count : lengths) {
         const size_t m = 1 + (count + aligned) % 3, bytes = count * c.dst_size();
         std::vector<Placed> outs;
@@ -384,7 +384,7 @@ void check_in_place(const Case& c, const std::vector<Bytes>& sources, const Byte
         std::vector<void*> dsts = {copies.back().data()};
         if (m == 2 && copies.size() > 1) dsts = {copies.front().data(), copies.back().data()};
         if (m == 3) dsts.insert(dsts.begin(), apart.data());
-        call(find_combine_for(isa.c_str(), c.dtype, c.op), c, dsts, srcs, count, stream);
+        call(find_combine(c.dtype, c.op, *find_isa(isa)), c, dsts, srcs, count, stream);
         for (const void* dst : dsts) {
           if (!same(c, static_cast<const Byte*>(dst), want.data(), count)) {
             check::fail(__FILE__, __LINE__, c.title() + " " + isa + " in place, m=" + std::to_string(m));
@@ -444,7 +444,7 @@ std::vector<To> convert(const std::string& isa, DType dtype, const std::vector<F
                         Format to) {
   std::vector<To> results(values.size());
   const Case c{dtype, Op::sum, {from}, to};
-  call(find_combine_for(isa.c_str(), dtype, Op::sum), c, {results.data()}, {values.data()}, values.size(),
+  call(find_combine(dtype, Op::sum, *find_isa(isa)), c, {results.data()}, {values.data()}, values.size(),
        false);
   return results;
 }
@@ -514,11 +514,11 @@ TEST(every_supported_pair_has_a_kernel) {
       const auto op = static_cast<Op>(o);
       CHECK_EQ(find_combine(dtype, op) != nullptr, supports(dtype, op));
       for (const std::string& isa : isas()) {
-        CHECK_EQ(find_combine_for(isa.c_str(), dtype, op) != nullptr, supports(dtype, op));
+        CHECK_EQ(find_combine(dtype, op, *find_isa(isa)) != nullptr, supports(dtype, op));
       }
     }
   }
-  CHECK(find_combine_for("sse9", DType::float32, Op::sum) == nullptr);
+  CHECK(find_isa("sse9") == nullptr);
 }
 
 TEST(wide_floats) { check_dtypes({DType::float32, DType::float64}); }

@@ -10,8 +10,8 @@
 
 #include "kernels/combine.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/ops.h"
-#include "kernels/cpu/small_float.h"
+#include "kernels/arithmetic/ops.h"
+#include "kernels/arithmetic/small_float.h"
 
 // Iterations are independent: destinations are apart from the sources or the very same.
 #if defined(__clang__)

@@ -1,5 +1,5 @@
-// What combine.cc and the copies of combine_isa.cc, one compiled for each instruction set, know of each
-// other.
+// What the kernels' sources and the copies of cpu/*_isa.cc, one compiled for each instruction set, know of
+// each other.
 //
 // All that a copy defines lies in a namespace of its own, and it calls no inline function or template from
 // elsewhere: the linker keeps one body of such a function for the whole program, and it might be the one in
@@ -25,6 +25,11 @@ CombineFn find(DType dtype, Op op);
 namespace neon {
 CombineFn find(DType dtype, Op op);
 }
+
+struct Isa {
+  const char* name;
+  CombineFn (*find_combine)(DType, Op);
+};
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
 // stores. Where there are none (not x86), a memcpy and nothing.

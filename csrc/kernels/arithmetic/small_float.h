@@ -1,6 +1,5 @@
 // The 16- and 8-bit floats to and from float32, in integer arithmetic without branches, so that every
-// instruction set gives the same bits and the compiler makes vectors of the loops. Included by combine_isa.cc
-// alone, see isa.h.
+// instruction set gives the same bits and the compiler makes vectors of the loops.
 //
 // Encoding rounds to nearest even. Beyond the largest finite value a format gives infinity; float8_e4m3fn has
 // none and gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload.
@@ -8,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/ops.h"
+#include "kernels/arithmetic/ops.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 

@@ -6,7 +6,11 @@
 #include <cstdint>
 
 // A call left in a loop keeps it from becoming vectors, and the compiler's own limits leave some.
+#if defined(__CUDACC__)
+#define PYCOMM_INLINE __host__ __device__ __forceinline__
+#else
 #define PYCOMM_INLINE [[gnu::always_inline]] inline
+#endif
 
 namespace pycomm::kernels::PYCOMM_ISA {
 

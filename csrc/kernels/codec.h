@@ -1,0 +1,124 @@
+// Gradient codecs: how values look on the wire, and the loops that encode, decode and add them.
+//
+// A *tile* is kTile elements that start at a multiple of kTile in the data that a call is about; a *block* is
+// what shares a scale, a part of a tile. On the wire a tile is its blocks' scales, then its elements, both in
+// order and packed low bits first; kTile makes both parts multiples of 16 bytes, whatever the codec. The last
+// tile of the data may be short: its scales are all there, its elements end where it does (rounded up to 16
+// bytes, the rest zero). So any run of whole tiles is one run of bytes, and plans cut between tiles.
+//
+//   codec               block  scale      element
+//   fp16, bf16              -  -          2 bytes; NaN and Inf pass; what is too large is the largest finite
+//   fp8_e4m3, fp8_e5m2    256  float32    1 byte: x / s, s = amax / 448 (57344)
+//   mxfp8                  32  E8M0       1 byte of e4m3: OCP Microscaling Formats v1.0, s = 2^(floor(log2
+//   amax)
+//                                         - 8), or the least power of two with amax / s <= 448 (`ceil_scale`)
+//   int8, int4        128, 32  bfloat16   1 byte, 4 bits (two's complement, -7..7): round(x / s), s = amax /
+//   127
+//                                         (7) rounded up, so that nothing clips
+//   sign                  128  float32    1 bit (set: negative): the sign times the mean magnitude; sign(0) =
+//   +
+//
+// * All arithmetic is float32, in arithmetic/codecs.h: same bits on every instruction set and on the GPU.
+// * Encodes saturate, and no finite value decodes to Inf: scales are held at what keeps the largest code
+// finite.
+// * A block with a NaN or Inf decodes to NaN (canonical) in all its elements; fp16 and bf16 pass them.
+// * A block whose scale would be zero or denormal decodes to +0 in all its elements.
+// * A segment (one tensor of a bucket) starts at a multiple of kSegmentAlign, hence of every block; what lies
+//   between a segment's end and the next one's begin counts as zero, and not at all in sign's mean.
+// * Stochastic rounding takes q + 1 with probability x/s - q, resolved to 8 bits (bf16: 16) with the half bit
+//   added, so that it is unbiased and what is representable stays: floor(x/s + (2 r + 1) / 2^9). The bits r
+//   come from Philox (arithmetic/philox.h): key = seed, counter = step, stage, rank, element.
+// * Error feedback: v = x + k e is encoded in x's place, and e' = (v - decode(encode(v))) / k kept, for each
+//   element; a block that is not finite keeps e. k is residual_scale. e and e' may be one buffer.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "common/dtype.h"
+#include "kernels/combine.h"
+#include "kernels/isa.h"
+
+namespace pycomm::kernels {
+
+enum class CodecKind : uint8_t { none, fp16, bf16, fp8_e4m3, fp8_e5m2, mxfp8, int8, int4, sign };
+inline constexpr int kNumCodecs = 9;
+enum class Rounding : uint8_t { nearest, stochastic };
+
+struct Codec {
+  CodecKind kind = CodecKind::none;
+  Rounding rounding = Rounding::nearest;  // sign has none: nearest
+  bool ceil_scale = false;                // mxfp8
+  bool hadamard = false;                  // int4: blocks are rotated before and after
+  uint64_t seed = 0;
+  bool operator==(const Codec&) const = default;
+};
+
+inline constexpr int64_t kTile = 1024, kSegmentAlign = 256;
+
+const char* name(CodecKind kind);
+CodecKind parse_codec(std::string_view name);  // throws ValueError that lists the names
+int64_t block_of(CodecKind kind);              // elements that share a scale; fp16, bf16: 1
+int64_t tile_bytes(CodecKind kind);
+int64_t wire_bytes(CodecKind kind, int64_t count);  // of `count` elements from a tile's begin on
+
+// A tensor in the data: elements [begin, end). Sorted; of no meaning to decodes.
+struct Segment {
+  int64_t begin, end;
+  uint64_t id;  // below 2^24
+};
+
+// What an encode depends on besides the values.
+struct Encoding {
+  uint32_t step = 0, stage = 0, rank = 0;
+  int64_t index = 0;                  // of the first element in the data: a multiple of kTile
+  std::span<const Segment> segments;  // empty: one tensor, id 0, as long as the data
+  const float* residual = nullptr;    // e and e' of the first element; null: no error feedback
+  float* next_residual = nullptr;
+  float residual_scale = 1;
+};
+
+// combine() with codecs: the sources, each decoded or converted to float32 (raw ones prescaled), summed as
+// the balanced tree over their order; then, for a destination of Format::final, divided by `divisor` and
+// rounded to dtype; of Format::wire, divided and encoded, once for all destinations; of Format::partial,
+// neither.
+//
+// Raw and final operands are float32, float16 or bfloat16; partial ones float32. One wire source and wire
+// destinations is a copy of wire_bytes(count). Every operand starts at a tile's begin. Destinations do not
+// overlap sources, but for final ones that are the very raw source.
+struct TranscodeArgs {
+  const Codec* codec;
+  DType dtype;
+  void* const* dsts;
+  const void* const* srcs;
+  const Format* src_formats;
+  int num_dsts;
+  int num_srcs;
+  Format dst_format;
+  size_t count = 0;  // elements
+  double prescale = 1.0;
+  double divisor = 1.0;
+  Encoding encoding;
+};
+void transcode(const TranscodeArgs& args, const Isa& isa = chosen_isa());
+
+// ---- shared_int: integers that ranks add exactly, since they share each block's scale ----
+//
+// Blocks of 128 elements. amax over all ranks is found first; then q = floor(x / s + (2 r + 1) / 2^9), s =
+// amax / q_max, is an integer of `width` bits (8, 16, 32) and |q| <= q_max, so that `world` of them never
+// overflow.
+inline constexpr int64_t kSharedBlock = 128;
+int64_t shared_limit(int width, int world);  // q_max; throws ValueError below 7
+// amax[b] of block b; NaN for a block that is not finite.
+void shared_amax(DType dtype, const void* x, size_t count, float* amax, const Encoding& encoding,
+                 const Isa& isa = chosen_isa());
+// dtype -> integers. A block that is not finite, or whose scale is zero or denormal, is zeros.
+void shared_encode(DType dtype, const void* x, size_t count, const float* amax, int width, int64_t limit,
+                   uint64_t seed, const Encoding& encoding, void* q, const Isa& isa = chosen_isa());
+// Integers' sum -> dtype, divided by `divisor`: q * s; NaN where amax is not finite.
+void shared_decode(const void* q, size_t count, const float* amax, int width, int64_t limit, double divisor,
+                   DType dtype, void* x, const Isa& isa = chosen_isa());
+
+}  // namespace pycomm::kernels
