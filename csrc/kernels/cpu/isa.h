@@ -12,23 +12,30 @@
 
 namespace pycomm::kernels {
 
+struct CodecKernels;
+
 // Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
 namespace baseline {
 CombineFn find(DType dtype, Op op);
-}
+extern const CodecKernels codec_kernels;
+}  // namespace baseline
 namespace avx2 {
 CombineFn find(DType dtype, Op op);
-}
+extern const CodecKernels codec_kernels;
+}  // namespace avx2
 namespace avx512 {
 CombineFn find(DType dtype, Op op);
-}
+extern const CodecKernels codec_kernels;
+}  // namespace avx512
 namespace neon {
 CombineFn find(DType dtype, Op op);
-}
+extern const CodecKernels codec_kernels;
+}  // namespace neon
 
 struct Isa {
   const char* name;
   CombineFn (*find_combine)(DType, Op);
+  const CodecKernels* codec;
 };
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
