@@ -12,23 +12,30 @@
 
 namespace pycomm::kernels {
 
+struct PackKernels;
+
 // Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
 namespace baseline {
 CombineFn find(DType dtype, Op op);
+extern const PackKernels pack_kernels;
 }
 namespace avx2 {
 CombineFn find(DType dtype, Op op);
+extern const PackKernels pack_kernels;
 }
 namespace avx512 {
 CombineFn find(DType dtype, Op op);
+extern const PackKernels pack_kernels;
 }
 namespace neon {
 CombineFn find(DType dtype, Op op);
+extern const PackKernels pack_kernels;
 }
 
 struct Isa {
   const char* name;
   CombineFn (*find_combine)(DType, Op);
+  const PackKernels* pack;
 };
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
