@@ -18,19 +18,19 @@ struct PackKernels;
 namespace baseline {
 CombineFn find(DType dtype, Op op);
 extern const PackKernels pack_kernels;
-}
+}  // namespace baseline
 namespace avx2 {
 CombineFn find(DType dtype, Op op);
 extern const PackKernels pack_kernels;
-}
+}  // namespace avx2
 namespace avx512 {
 CombineFn find(DType dtype, Op op);
 extern const PackKernels pack_kernels;
-}
+}  // namespace avx512
 namespace neon {
 CombineFn find(DType dtype, Op op);
 extern const PackKernels pack_kernels;
-}
+}  // namespace neon
 
 struct Isa {
   const char* name;
