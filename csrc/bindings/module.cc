@@ -207,6 +207,7 @@ PYBIND11_MODULE(_native, module) {
   add_collectives(module, communicator);
   add_codec_calls(module, communicator);
   add_schedules(module);
+  add_bucket(module);
   add_codecs(module);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
