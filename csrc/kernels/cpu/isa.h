@@ -14,6 +14,7 @@ namespace pycomm::kernels {
 
 struct CodecKernels;
 struct PackKernels;
+struct TopkKernels;
 
 // The kernels of one instruction set, which a copy defines. find() gives null if the pair does not satisfy
 // supports(dtype, op).
@@ -22,6 +23,7 @@ struct PackKernels;
   CombineFn find(DType dtype, Op op);      \
   extern const CodecKernels codec_kernels; \
   extern const PackKernels pack_kernels;   \
+  extern const TopkKernels topk_kernels;   \
   }
 PYCOMM_DECLARE_KERNELS(baseline)
 PYCOMM_DECLARE_KERNELS(avx2)
@@ -33,6 +35,7 @@ struct Isa {
   CombineFn (*find_combine)(DType, Op);
   const CodecKernels* codec;
   const PackKernels* pack;
+  const TopkKernels* topk;
 };
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
