@@ -12,23 +12,30 @@
 
 namespace pycomm::kernels {
 
-// Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
-namespace baseline {
-CombineFn find(DType dtype, Op op);
-}
-namespace avx2 {
-CombineFn find(DType dtype, Op op);
-}
-namespace avx512 {
-CombineFn find(DType dtype, Op op);
-}
-namespace neon {
-CombineFn find(DType dtype, Op op);
-}
+struct CodecKernels;
+struct PackKernels;
+struct TopkKernels;
+
+// The kernels of one instruction set, which a copy defines. find() gives null if the pair does not satisfy
+// supports(dtype, op).
+#define PYCOMM_DECLARE_KERNELS(set)        \
+  namespace set {                          \
+  CombineFn find(DType dtype, Op op);      \
+  extern const CodecKernels codec_kernels; \
+  extern const PackKernels pack_kernels;   \
+  extern const TopkKernels topk_kernels;   \
+  }
+PYCOMM_DECLARE_KERNELS(baseline)
+PYCOMM_DECLARE_KERNELS(avx2)
+PYCOMM_DECLARE_KERNELS(avx512)
+PYCOMM_DECLARE_KERNELS(neon)
 
 struct Isa {
   const char* name;
   CombineFn (*find_combine)(DType, Op);
+  const CodecKernels* codec;
+  const PackKernels* pack;
+  const TopkKernels* topk;
 };
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
