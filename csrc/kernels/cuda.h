@@ -20,6 +20,7 @@
 #include <span>
 
 #include "common/dtype.h"
+#include "kernels/codec.h"
 #include "kernels/combine.h"
 #include "kernels/pack.h"
 
@@ -41,6 +42,9 @@ int64_t stats_workspace_bytes(std::span<const PackItem> items);
 void pack(const PackArgs& args, void* workspace, const Launch& launch);
 void unpack(const PackArgs& args, void* workspace, const Launch& launch);
 Stats read_stats(const void* workspace, const Launch& launch);
+
+// codec.h
+void transcode(const TranscodeArgs& args, const Launch& launch);
 
 // The device that the memory at `pointer` belongs to. Throws ValueError if it is not memory of a CUDA device
 // (or managed memory).

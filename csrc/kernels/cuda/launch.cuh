@@ -29,12 +29,38 @@ struct GpuBlock {
   __device__ __forceinline__ uint32_t add(uint32_t* p, uint32_t x) const { return atomicAdd(p, x); }
 };
 
+// A body of 32 threads: a warp, of which a block of the hardware has several.
+struct GpuWarp {
+  static constexpr int kThreads = 32;
+  static constexpr int kOfBlock = 4;
+  template <class T>
+  using PerThread = GpuBlock<kThreads>::PerThread<T>;
+  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / kThreads; }
+  __device__ __forceinline__ int64_t index() const { return int64_t{blockIdx.x} * kOfBlock + warp(); }
+  __device__ __forceinline__ int64_t blocks() const { return int64_t{gridDim.x} * kOfBlock; }
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) const {
+    f(static_cast<int>(threadIdx.x) % kThreads);
+  }
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
+};
+
 template <class Body>
-__global__ void __launch_bounds__(Body::kThreads, Body::kResident)
+inline constexpr bool kIsWarp = Body::kThreads == GpuWarp::kThreads;
+template <class Body>
+inline constexpr int kBlocksOfBlock = kIsWarp<Body> ? GpuWarp::kOfBlock : 1;
+
+template <class Body>
+__global__ void __launch_bounds__(Body::kThreads* kBlocksOfBlock<Body>, Body::kResident)
     kernel(const __grid_constant__ typename Body::Args args) {
-  __shared__ typename Body::Shared shared;
-  GpuBlock<Body::kThreads> block;
-  Body::run(block, args, shared);
+  __shared__ typename Body::Shared shared[kBlocksOfBlock<Body>];
+  if constexpr (kIsWarp<Body>) {
+    GpuWarp block;
+    Body::run(block, args, shared[GpuWarp::warp()]);
+  } else {
+    GpuBlock<Body::kThreads> block;
+    Body::run(block, args, shared[0]);
+  }
 }
 
 inline void check(cudaError_t error, const char* what) {
