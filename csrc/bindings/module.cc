@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/buffer.h"
+#include "bindings/codecs.h"
 #include "bindings/python.h"
 #include "common/env.h"
 #include "common/error.h"
@@ -205,6 +206,7 @@ PYBIND11_MODULE(_native, module) {
            "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
   add_collectives(module, communicator);
   add_schedules(module);
+  add_codecs(module);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");

@@ -12,29 +12,35 @@
 
 namespace pycomm::kernels {
 
+struct CodecKernels;
 struct PackKernels;
 
 // Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
 namespace baseline {
 CombineFn find(DType dtype, Op op);
+extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
-}
+}  // namespace baseline
 namespace avx2 {
 CombineFn find(DType dtype, Op op);
+extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
-}
+}  // namespace avx2
 namespace avx512 {
 CombineFn find(DType dtype, Op op);
+extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
-}
+}  // namespace avx512
 namespace neon {
 CombineFn find(DType dtype, Op op);
+extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
-}
+}  // namespace neon
 
 struct Isa {
   const char* name;
   CombineFn (*find_combine)(DType, Op);
+  const CodecKernels* codec;
   const PackKernels* pack;
 };
 

@@ -1,0 +1,201 @@
+#include "bindings/codecs.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "bindings/buffer.h"
+#include "common/error.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+using kernels::Codec;
+using kernels::CodecKind;
+using kernels::Rounding;
+using kernels::Segment;
+
+namespace {
+
+Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
+                 bool hadamard) {
+  Codec codec;
+  codec.kind = kernels::parse_codec(kind);
+  if (rounding != "nearest" && rounding != "stochastic") {
+    throw ValueError("`rounding` is \"" + rounding + "\": nearest or stochastic");
+  }
+  codec.rounding = rounding == "nearest" ? Rounding::nearest : Rounding::stochastic;
+  codec.seed = seed;
+  codec.ceil_scale = ceil_scale;
+  codec.hadamard = hadamard;
+  if (codec.kind == CodecKind::sign && codec.rounding == Rounding::stochastic) {
+    throw ValueError("sign has nothing to round: leave `rounding` at nearest");
+  }
+  if (ceil_scale && codec.kind != CodecKind::mxfp8) {
+    throw ValueError("`ceil_scale` is mxfp8's: " + kind + " has no such choice");
+  }
+  if (hadamard && codec.kind != CodecKind::int4) {
+    throw ValueError("`hadamard` is int4's: " + kind + " has no such choice");
+  }
+  return codec;
+}
+
+const kernels::Isa& isa_of(const std::optional<std::string>& name) {
+  if (!name) return kernels::chosen_isa();
+  if (const kernels::Isa* isa = kernels::find_isa(*name)) return *isa;
+  throw ValueError("`isa` is \"" + *name + "\", which this machine does not have: see available_isas()");
+}
+
+py::array_t<uint8_t> encode(const Codec& codec, const py::object& x, uint32_t step, uint32_t stage,
+                            uint32_t rank, const py::object& segments, const py::object& residual,
+                            const py::object& next_residual, double residual_scale,
+                            const std::optional<std::string>& isa) {
+  const Buffer from = get_buffer(x.ptr(), "x");
+  require_codec_dtype(from.dtype, "x");
+  const std::vector<Segment> parsed = parse_segments(segments);
+  const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
+  py::array_t<uint8_t> wire(kernels::wire_bytes(codec.kind, from.count));
+  void* const dst = wire.mutable_data();
+  const void* const src = from.data;
+  const kernels::Format format = kernels::Format::raw;
+  const kernels::Isa& chosen = isa_of(isa);
+  const py::gil_scoped_release release;
+  kernels::transcode({.codec = &codec,
+                      .dtype = from.dtype,
+                      .dsts = &dst,
+                      .srcs = &src,
+                      .src_formats = &format,
+                      .num_dsts = 1,
+                      .num_srcs = 1,
+                      .dst_format = kernels::Format::wire,
+                      .count = static_cast<size_t>(from.count),
+                      .encoding = {.step = step,
+                                   .stage = stage,
+                                   .rank = rank,
+                                   .segments = parsed,
+                                   .residual = residuals.now,
+                                   .next_residual = residuals.next,
+                                   .residual_scale = residuals.scale}},
+                     chosen);
+  return wire;
+}
+
+void decode(const Codec& codec, const py::object& wire, const py::object& out, bool add,
+            const std::optional<std::string>& isa) {
+  const Buffer from = get_buffer(wire.ptr(), "wire");
+  const Buffer to = get_buffer(out.ptr(), "out");
+  require_codec_dtype(to.dtype, "out");
+  require_writable(to, "out");
+  if (add && to.dtype != DType::float32) {
+    throw TypeError(std::string("`out` is ") + name(to.dtype) + ": sums are float32");
+  }
+  const int64_t bytes = kernels::wire_bytes(codec.kind, to.count);
+  if (from.bytes() != bytes) {
+    throw ValueError("`wire` has " + std::to_string(from.bytes()) + " bytes: " + std::to_string(to.count) +
+                     " elements of " + kernels::name(codec.kind) + " take " + std::to_string(bytes));
+  }
+  void* const dst = to.data;
+  const void* const srcs[2] = {add ? to.data : from.data, from.data};
+  const kernels::Format formats[2] = {add ? kernels::Format::raw : kernels::Format::wire,
+                                      kernels::Format::wire};
+  const kernels::Isa& chosen = isa_of(isa);
+  const py::gil_scoped_release release;
+  kernels::transcode({.codec = &codec,
+                      .dtype = to.dtype,
+                      .dsts = &dst,
+                      .srcs = srcs,
+                      .src_formats = formats,
+                      .num_dsts = 1,
+                      .num_srcs = add ? 2 : 1,
+                      .dst_format = kernels::Format::final,
+                      .count = static_cast<size_t>(to.count)},
+                     chosen);
+}
+
+}  // namespace
+
+std::vector<Segment> parse_segments(const py::object& segments) {
+  std::vector<Segment> parsed;
+  if (segments.is_none()) return parsed;
+  int64_t end = 0;
+  for (const py::handle item : segments) {
+    const auto [begin, stop, id] = py::cast<std::tuple<int64_t, int64_t, uint64_t>>(item);
+    const std::string what = "`segments` has (" + std::to_string(begin) + ", " + std::to_string(stop) + ", " +
+                             std::to_string(id) + "): ";
+    if (begin % kernels::kSegmentAlign != 0) {
+      throw ValueError(what + "a tensor begins at a multiple of " + std::to_string(kernels::kSegmentAlign));
+    }
+    if (begin < end || stop < begin) throw ValueError(what + "tensors are in order and do not overlap");
+    if (id >> 24) throw ValueError(what + "a tensor's id is below 2^24");
+    parsed.push_back({begin, stop, id});
+    end = stop;
+  }
+  return parsed;
+}
+
+Residuals parse_residuals(const py::object& residual, const py::object& next_residual, double residual_scale,
+                          int64_t count) {
+  if (residual.is_none() != next_residual.is_none()) {
+    throw ValueError("`residual` and `next_residual` go together: give both, or neither");
+  }
+  if (residual.is_none()) return {};
+  const auto pointer = [&](const py::object& object, const char* name) {
+    const Buffer buffer = get_buffer(object.ptr(), name);
+    if (buffer.dtype != DType::float32) {
+      throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
+                      ": residuals are float32");
+    }
+    if (buffer.count != count) {
+      throw ValueError(std::string("`") + name + "` has " + std::to_string(buffer.count) +
+                       " elements, `x` has " + std::to_string(count));
+    }
+    return buffer;
+  };
+  const Buffer now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
+  require_writable(next, "next_residual");
+  const auto scale = static_cast<float>(residual_scale);
+  if (!(scale > 0) || std::isinf(scale)) {
+    throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": give a positive number");
+  }
+  return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale};
+}
+
+void require_codec_dtype(DType dtype, const char* name) {
+  if (dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16) return;
+  throw TypeError(std::string("`") + name + "` is " + pycomm::name(dtype) +
+                  ": codecs carry float32, float16 and bfloat16");
+}
+
+void add_codecs(py::module_& module) {
+  py::class_<Codec>(module, "Codec", "What turns gradients into wire bytes and back, see pycomm.codecs.")
+      .def(py::init(&make_codec), py::arg("kind"), py::kw_only(), py::arg("rounding") = "nearest",
+           py::arg("seed") = 0, py::arg("ceil_scale") = false, py::arg("hadamard") = false)
+      .def_property_readonly("kind", [](const Codec& self) { return kernels::name(self.kind); })
+      .def_property_readonly(
+          "rounding",
+          [](const Codec& self) { return self.rounding == Rounding::nearest ? "nearest" : "stochastic"; })
+      .def_readonly("seed", &Codec::seed)
+      .def_readonly("ceil_scale", &Codec::ceil_scale)
+      .def_readonly("hadamard", &Codec::hadamard)
+      .def(
+          "wire_bytes",
+          [](const Codec& self, int64_t count) {
+            if (count < 0) throw ValueError("`count` is " + std::to_string(count));
+            return kernels::wire_bytes(self.kind, count);
+          },
+          py::arg("count"), "Bytes that `count` elements take on the wire.");
+  module.def(
+      "encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("step") = 0,
+      py::arg("stage") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
+      py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
+      py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
+      "Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.");
+  module.def("decode", &decode, py::arg("codec"), py::arg("wire"), py::arg("out"), py::kw_only(),
+             py::arg("add") = false, py::arg("isa") = py::none(), "Into `out`, or added to it.");
+}
+
+}  // namespace pycomm::bindings

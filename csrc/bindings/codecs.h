@@ -1,0 +1,29 @@
+// What the calls with codecs take from Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/codec.h"
+
+namespace pycomm::bindings {
+
+// A sequence of (begin, end, id), or None for one tensor. Throws ValueError for what codec.h does not allow.
+std::vector<kernels::Segment> parse_segments(const pybind11::object& segments);
+
+// The two residuals of `count` elements, float32, both or neither (None). Borrows them.
+struct Residuals {
+  const float* now = nullptr;
+  float* next = nullptr;
+  float scale = 1;
+};
+Residuals parse_residuals(const pybind11::object& residual, const pybind11::object& next_residual,
+                          double residual_scale, int64_t count);
+
+void require_codec_dtype(DType dtype, const char* name);  // float32, float16, bfloat16; throws TypeError
+
+void add_codecs(pybind11::module_& module);
+
+}  // namespace pycomm::bindings

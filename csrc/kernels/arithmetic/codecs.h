@@ -1,0 +1,215 @@
+// The arithmetic of the codecs of codec.h, element by element and block by block, for who has a block's
+// largest magnitude or mean at hand.
+//
+// A codec with scales is a struct of
+//   kBlock, kBits         elements that share a scale; bits of an element on the wire
+//   Scale                 the scale as it lies on the wire
+//   scale(amax)           from the bits of the block's largest magnitude, which are those of a NaN or Inf
+//   where the
+//                         block has one: then the scale is a NaN; 0 for a block of zeros
+//   value(scale)          as a float32: a NaN, +0, or a normal number s
+//   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
+//   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/arithmetic/codec_rounding.h"
+#include "kernels/arithmetic/ops.h"
+#include "kernels/arithmetic/small_float.h"
+
+namespace pycomm::kernels::PYCOMM_ISA {
+
+inline constexpr uint32_t kMinNormalBits = 0x00800000;
+
+// Neither zero nor NaN: what a block's elements are divided by.
+PYCOMM_INLINE bool is_scale(float s) { return s == s && s != 0; }
+
+// ---- without scales: NaN and Inf pass ----
+
+struct BFloat16Code {
+  static constexpr int kBits = 16, kRandomBits = 16;
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint16_t encode(float x, uint32_t random) {
+    const uint32_t magnitude = magnitude_of(x), sign = as_bits(x) >> 16 & 0x8000;
+    const uint32_t added = kStochastic ? random : 0x7fff + (magnitude >> 16 & 1);
+    const uint32_t rounded = (magnitude + added) >> 16;
+    const uint32_t number = sign | if_less(rounded, 0x7f7f, rounded, 0x7f7f);
+    const uint32_t special = if_less(kFloatInf, magnitude, kFloatNan >> 16, sign | kFloatInf >> 16);
+    return static_cast<uint16_t>(if_less(magnitude, kFloatInf, number, special));
+  }
+  PYCOMM_INLINE static float decode(uint16_t bits) { return BFloat16::decode(bits); }
+};
+
+struct Float16Code {
+  static constexpr int kBits = 16, kRandomBits = 8;
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint16_t encode(float x, uint32_t random) {
+    using Rounded = SaturatingFloat<Float16, 0x7bff>;
+    const uint32_t magnitude = magnitude_of(x), sign = as_bits(x) >> 16 & 0x8000;
+    const uint32_t number = kStochastic ? Rounded::stochastic(x, random) : Rounded::nearest(x);
+    const uint32_t special = if_less(kFloatInf, magnitude, 0x7e00, sign | 0x7c00);
+    return static_cast<uint16_t>(if_less(magnitude, kFloatInf, number, special));
+  }
+  PYCOMM_INLINE static float decode(uint16_t bits) { return Float16::decode(bits); }
+};
+
+// ---- with scales ----
+
+// A scale, or 0 for one that is denormal, at most `largest`; all as bits of a float32.
+PYCOMM_INLINE uint32_t held(uint32_t scale, uint32_t largest) {
+  return if_less(scale, kMinNormalBits, 0, if_less(scale, largest, scale, largest));
+}
+
+// A float32 scale, amax / the largest value of the element's format F. kHeld: the largest scale whose product
+// with that value is finite.
+template <class F, uint32_t kLargest, uint32_t kHeld>
+struct ScaledFloat {
+  static constexpr int kBlock = 256, kBits = 8;
+  using Scale = uint32_t;
+  using Rounded = SaturatingFloat<F, kLargest>;
+
+  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+    const uint32_t number = held(as_bits(as_float(amax) / as_float(Rounded::kMax)), kHeld);
+    return if_less(amax, kFloatInf, number, kFloatNan);
+  }
+  PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return kStochastic ? Rounded::stochastic(x / s, random) : Rounded::nearest(x / s);
+  }
+  PYCOMM_INLINE static float decode(uint32_t bits, float s) {
+    return F::decode(static_cast<typename F::Raw>(bits)) * s;
+  }
+};
+using Float8E4M3Code = ScaledFloat<Float8E4M3, 0x7e, 0x7b124924>;  // 448 * 0x1.249248p119 is finite
+using Float8E5M2Code = ScaledFloat<Float8E5M2, 0x7b, 0x77924924>;
+
+// OCP Microscaling Formats v1.0: float8_e4m3 under a power of two, whose biased exponent is on the wire, 255
+// for NaN. A scale of 2^-127 would be denormal: a block of zeros has it.
+template <bool kCeil>
+struct Mxfp8Code {
+  static constexpr int kBlock = 32, kBits = 8;
+  using Scale = uint8_t;
+  using Rounded = SaturatingFloat<Float8E4M3, 0x7e>;
+
+  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+    // Both formats' powers count from 2^8, the power of 448 = 1.75 * 2^8: above that fraction, the next one.
+    const uint32_t above = kCeil ? 0x7fffff - 0x600000 : 0;
+    const uint32_t exponent = (amax + above) >> 23;
+    const uint32_t power = if_less(exponent, 8, 0, exponent - 8);
+    const uint32_t number = if_less(power, 254 - 8, power, 254 - 8);  // 448 * 2^119 is finite
+    return static_cast<Scale>(if_less(amax, kFloatInf, number, 255));
+  }
+  PYCOMM_INLINE static float value(Scale scale) {
+    return as_float(if_less(scale, 255, static_cast<uint32_t>(scale) << 23, kFloatNan));
+  }
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return kStochastic ? Rounded::stochastic(x / s, random) : Rounded::nearest(x / s);
+  }
+  PYCOMM_INLINE static float decode(uint32_t bits, float s) {
+    return Float8E4M3::decode(static_cast<uint8_t>(bits)) * s;
+  }
+};
+
+// Two's complement integers under a bfloat16 scale, amax / kLimit rounded up.
+template <int kBlockSize, int kBitsOfElement, int kLimit, uint32_t kHeld>
+struct IntegerCode {
+  static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement;
+  using Scale = uint16_t;
+
+  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+    const uint32_t up = (as_bits(as_float(amax) / static_cast<float>(kLimit)) + 0xffff) & 0xffff0000;
+    return static_cast<Scale>(if_less(amax, kFloatInf, held(up, kHeld), kFloatNan) >> 16);
+  }
+  PYCOMM_INLINE static float value(Scale scale) { return BFloat16::decode(scale); }
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    const int32_t q = kStochastic ? round_stochastic(x / s, random) : round_even(x / s);
+    return static_cast<uint32_t>(clamp(q, kLimit)) & ((1u << kBits) - 1);
+  }
+  PYCOMM_INLINE static int32_t integer(uint32_t bits) {
+    return static_cast<int32_t>(bits << (32 - kBits)) >> (32 - kBits);
+  }
+  PYCOMM_INLINE static float decode(uint32_t bits, float s) { return static_cast<float>(integer(bits)) * s; }
+};
+using Int8Code = IntegerCode<128, 8, 127, 0x7c010000>;  // 127 * 0x1.02p121 is finite
+using Int4Code = IntegerCode<32, 4, 7, 0x7e120000>;     // 7 * 0x1.24p125 is finite
+
+// A sign bit under the mean magnitude. A block's mean is of the `count` elements that it has: magnitudes over
+// kBlock, 0 for those that it has not, are summed by halves - element i takes i + 64, then i + 32, ..., i + 1
+// - and divided by count / kBlock.
+struct SignCode {
+  static constexpr int kBlock = 128, kBits = 1;
+  using Scale = uint32_t;
+
+  PYCOMM_INLINE static float share(float x) { return as_float(magnitude_of(x)) * (1.0f / kBlock); }
+  // amax as for other codecs, which tells NaN and Inf.
+  PYCOMM_INLINE static Scale scale(uint32_t amax, float sum, int32_t count) {
+    const float mean = sum / (static_cast<float>(count > 0 ? count : 1) * (1.0f / kBlock));
+    return if_less(amax, kFloatInf, held(as_bits(mean), kFloatMax), kFloatNan);
+  }
+  PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
+  // -0 is +.
+  PYCOMM_INLINE static uint32_t encode(float x) { return static_cast<uint32_t>(x < 0); }
+  PYCOMM_INLINE static float decode(uint32_t bit, float s) { return as_float(as_bits(s) ^ bit << 31); }
+};
+
+// ---- int4 rotated ----
+//
+// y = H x / 32 is encoded, H being the Hadamard matrix of 32 rows, +-1; and x = H y = (H q) s, H q in
+// integers. H y is five steps of a + b and a - b, for elements i and i + 16, then i + 8, ..., i + 1.
+struct Hadamard {
+  static constexpr int kBlock = 32;
+  PYCOMM_INLINE static float share(float x) { return x * (1.0f / kBlock); }
+  // No finite value decodes to Inf.
+  PYCOMM_INLINE static float decode(int32_t sum, float s) {
+    const float x = static_cast<float>(sum) * s;
+    const uint32_t bits = as_bits(x);
+    return as_float(bits - static_cast<uint32_t>((bits & 0x7fffffff) == kFloatInf));
+  }
+};
+
+// ---- shared_int ----
+
+// Integers of magnitude at most `limit` under s = amax / limit. amax is a NaN where a block is not finite.
+class SharedCode {
+ public:
+  PYCOMM_INLINE explicit SharedCode(int32_t limit) : limit_(static_cast<float>(limit)) {
+    // A float32 that is not above the limit: where it is below, x / s has no fraction there.
+    if (limit_ > 2147483520.0f || static_cast<int32_t>(limit_) > limit)
+      limit_ = as_float(as_bits(limit_) - 1);
+  }
+  PYCOMM_INLINE float scale(float amax) const { return as_float(scale_bits(amax)); }
+  PYCOMM_INLINE int32_t encode(float x, float s, uint32_t random) const {
+    const float t = x / s;
+    const float y = as_float(if_less(magnitude_of(t), as_bits(limit_), magnitude_of(t), as_bits(limit_)) |
+                             (as_bits(t) & 0x80000000));
+    const int32_t below = floor_of(y);
+    const auto fraction = static_cast<int32_t>((y - static_cast<float>(below)) * (1 << kDitherBits));
+    return below + ((fraction + dither_of(random)) >> kDitherBits);
+  }
+
+ private:
+  PYCOMM_INLINE uint32_t scale_bits(float amax) const {
+    const uint32_t bits = as_bits(amax), s = as_bits(amax / limit_);
+    return if_less(bits, kFloatInf, if_less(s, kMinNormalBits, 0, s), kFloatNan);
+  }
+  float limit_;
+};
+
+// ---- error feedback ----
+
+// e' = (v - d) / k where d, v decoded, is finite; else e.
+PYCOMM_INLINE float next_residual(float v, float d, float e, float k) {
+  const uint32_t kept = as_bits((v - d) / k);
+  return as_float(if_less(magnitude_of(d), kFloatInf, kept, as_bits(e)));
+}
+
+}  // namespace pycomm::kernels::PYCOMM_ISA
