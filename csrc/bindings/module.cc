@@ -207,6 +207,7 @@ PYBIND11_MODULE(_native, module) {
   add_collectives(module, communicator);
   add_schedules(module);
   add_codecs(module);
+  add_bucket(module);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");
