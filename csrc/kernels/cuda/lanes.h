@@ -1,5 +1,6 @@
-// What the codecs' bodies share: 32 threads, a *lane* each, have half a tile, 16 elements a lane, which are what one
-// Philox counter serves; and the tensors of a bucket, which tell a lane how many of its elements there are.
+// What the codecs' bodies share: 32 threads, a *lane* each, have half a tile, 16 elements a lane, which are
+// what one Philox counter serves; and the tensors of a bucket, which tell a lane how many of its elements
+// there are.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,8 @@ struct Sixteen {
   float x[kOfLane];
 };
 
-// Elements begin .. begin + n of what lies at `base`, as float32; the rest of the sixteen are zeros. `aligned`: base is
-// a multiple of 16 bytes, and `begin` of kOfLane.
+// Elements begin .. begin + n of what lies at `base`, as float32; the rest of the sixteen are zeros.
+// `aligned`: base is a multiple of 16 bytes, and `begin` of kOfLane.
 template <class F>
 PYCOMM_DEVICE Sixteen read_lane(const void* base, int64_t begin, int n, bool aligned) {
   using Raw = typename F::Raw;
@@ -65,7 +66,8 @@ PYCOMM_DEVICE Sixteen read_floats(DType dtype, const void* base, int64_t begin, 
   return read_lane<Wide<float>>(base, begin, n, aligned);
 }
 
-PYCOMM_DEVICE void write_floats(DType dtype, void* base, int64_t begin, int n, bool aligned, const Sixteen& lane) {
+PYCOMM_DEVICE void write_floats(DType dtype, void* base, int64_t begin, int n, bool aligned,
+                                const Sixteen& lane) {
   if (dtype == DType::float16) return write_lane<Float16>(base, begin, n, aligned, lane);
   if (dtype == DType::bfloat16) return write_lane<BFloat16>(base, begin, n, aligned, lane);
   write_lane<Wide<float>>(base, begin, n, aligned, lane);
@@ -81,7 +83,8 @@ struct Segments {
 
 // A lane's place in its tensor.
 struct Piece {
-  int present;  // of the elements from the lane's first on, how many the tensor has: any number, or none (<= 0)
+  int present;  // of the elements from the lane's first on, how many the tensor has: any number, or none (<=
+                // 0)
   uint64_t id, offset;
 };
 
@@ -142,8 +145,8 @@ PYCOMM_DEVICE RandomBits<kBits> draw(const Draw& call, const Piece& piece) {
   return random;
 }
 
-// Calls f(begin, count, segments) for the launches of an encode: elements [begin, begin + count), begin a multiple of
-// kTile, and the tensors that they belong to.
+// Calls f(begin, count, segments) for the launches of an encode: elements [begin, begin + count), begin a
+// multiple of kTile, and the tensors that they belong to.
 template <class F>
 void each_launch(const Encoding& encoding, int64_t count, F f) {
   size_t next = 0;

@@ -1,7 +1,6 @@
-#include "kernels/cuda/transcode.h"
-
 #include "common/error.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/transcode.h"
 
 namespace pycomm::kernels::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // The bodies of cuda::transcode(), and how a call becomes their arguments.
 //
-// A lane (lanes.h) reads its elements of every source, decodes and sums them as the balanced tree, in groups of four
-// sources as combine.h does. For the wire, the lanes of a block tell each other their largest magnitudes; a sign's
-// block its magnitudes and a rotated one its values as well.
+// A lane (lanes.h) reads its elements of every source, decodes and sums them as the balanced tree, in groups
+// of four sources as combine.h does. For the wire, the lanes of a block tell each other their largest
+// magnitudes; a sign's block its magnitudes and a rotated one its values as well.
 #pragma once
 
 #include <cstddef>
@@ -377,7 +377,8 @@ struct Encode {
     const int first = lane / kLanesOfBlock * kLanesOfBlock;
     uint32_t amax = 0;
     PYCOMM_UNROLL
-    for (int l = 0; l < kLanesOfBlock; ++l) amax = shared.amax[first + l] > amax ? shared.amax[first + l] : amax;
+    for (int l = 0; l < kLanesOfBlock; ++l)
+      amax = shared.amax[first + l] > amax ? shared.amax[first + l] : amax;
     if constexpr (kSign) {
       const int count = state.piece.present + (lane - first) * kOfLane;
       const int there = count < 0 ? 0 : count > C::kBlock ? C::kBlock : count;
@@ -540,8 +541,8 @@ bool pick_codec(const Codec& codec, Visit visit) {
 }
 
 // The launch for elements [begin, begin + count).
-inline TranscodeCall make_transcode_call(const TranscodeArgs& args, int64_t tile_bytes, int64_t begin, int64_t count,
-                                         const Segments& segments) {
+inline TranscodeCall make_transcode_call(const TranscodeArgs& args, int64_t tile_bytes, int64_t begin,
+                                         int64_t count, const Segments& segments) {
   TranscodeCall call{};
   const auto at = [&](const void* p, Format format) {
     const int64_t size = format == Format::partial ? 4 : static_cast<int64_t>(size_of(args.dtype));
