@@ -9,6 +9,7 @@
 
 #include "bindings/buffer.h"
 #include "common/error.h"
+#include "kernels/topk.h"
 
 namespace py = pybind11;
 
@@ -116,7 +117,55 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
                      chosen);
 }
 
+py::array_t<uint8_t> topk_encode(const py::object& x, int64_t k, const py::object& residual,
+                                 const py::object& next_residual, double residual_scale,
+                                 const std::optional<std::string>& isa) {
+  const Buffer from = get_buffer(x.ptr(), "x");
+  require_codec_dtype(from.dtype, "x");
+  require_topk(k, from.count);
+  const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
+  py::array_t<uint8_t> record(kernels::topk_record_bytes(k));
+  void* const to = record.mutable_data();
+  const kernels::Isa& chosen = isa_of(isa);
+  const py::gil_scoped_release release;
+  kernels::topk_encode({.dtype = from.dtype,
+                        .x = from.data,
+                        .count = static_cast<size_t>(from.count),
+                        .capacity = static_cast<size_t>(k),
+                        .record = to,
+                        .residual = residuals.now,
+                        .next_residual = residuals.next,
+                        .residual_scale = residuals.scale},
+                       chosen);
+  return record;
+}
+
+void topk_decode_add(const py::object& record, int64_t k, const py::object& sum) {
+  const Buffer from = get_buffer(record.ptr(), "record");
+  const Buffer to = get_buffer(sum.ptr(), "sum");
+  if (to.dtype != DType::float32) {
+    throw TypeError(std::string("`sum` is ") + name(to.dtype) + ": sums are float32");
+  }
+  require_writable(to, "sum");
+  require_topk(k, to.count);
+  if (from.bytes() != kernels::topk_record_bytes(k)) {
+    throw ValueError("`record` has " + std::to_string(from.bytes()) + " bytes: one of k = " +
+                     std::to_string(k) + " has " + std::to_string(kernels::topk_record_bytes(k)));
+  }
+  const py::gil_scoped_release release;
+  kernels::topk_decode_add(from.data, static_cast<size_t>(k), static_cast<float*>(to.data),
+                           static_cast<size_t>(to.count));
+}
+
 }  // namespace
+
+void require_topk(int64_t k, int64_t count) {
+  if (k < 0 || k >> 32) throw ValueError("`k` is " + std::to_string(k) + ": give a count below 2^32");
+  if (count >> 32) {
+    throw ValueError("top-k of " + std::to_string(count) +
+                     " elements: 2^32 - 1 at most, since indices have 32 bits");
+  }
+}
 
 std::vector<Segment> parse_segments(const py::object& segments) {
   std::vector<Segment> parsed;
@@ -196,6 +245,14 @@ void add_codecs(py::module_& module) {
       "Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.");
   module.def("decode", &decode, py::arg("codec"), py::arg("wire"), py::arg("out"), py::kw_only(),
              py::arg("add") = false, py::arg("isa") = py::none(), "Into `out`, or added to it.");
+  module.def(
+      "topk_encode", &topk_encode, py::arg("x"), py::arg("k"), py::kw_only(),
+      py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
+      py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
+      "The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` "
+      "keeps the others.");
+  module.def("topk_decode_add", &topk_decode_add, py::arg("record"), py::arg("k"), py::arg("sum"),
+             "Adds a record's entries to `sum`.");
 }
 
 }  // namespace pycomm::bindings

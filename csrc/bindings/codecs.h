@@ -24,6 +24,9 @@ Residuals parse_residuals(const pybind11::object& residual, const pybind11::obje
 
 void require_codec_dtype(DType dtype, const char* name);  // float32, float16, bfloat16; throws TypeError
 
+// Throws ValueError unless a record can be made of k of `count` elements.
+void require_topk(int64_t k, int64_t count);
+
 void add_codecs(pybind11::module_& module);
 
 }  // namespace pycomm::bindings

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/error.h"
+#include "kernels/codec_tiles.h"
 #include "kernels/cpu/codec_kernels.h"
 #include "kernels/cpu/isa.h"
 
@@ -22,21 +23,7 @@ constexpr Kind kKinds[kNumCodecs] = {{"none", 1, 0, 0},       {"fp16", 1, 0, 16}
                                      {"fp8_e4m3", 256, 4, 8}, {"fp8_e5m2", 256, 4, 8}, {"mxfp8", 32, 1, 8},
                                      {"int8", 128, 2, 8},     {"int4", 32, 2, 4},      {"sign", 128, 4, 1}};
 constexpr int64_t kWireAlign = 16;
-constexpr int kPieces = kTile / kSegmentAlign;
 constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
-constexpr size_t kLine = 64;
-
-struct alignas(kLine) FloatTile {
-  float x[kTile];
-};
-// The longest wire tile, fp16's.
-struct alignas(kLine) WireTile {
-  uint8_t bytes[2 * kTile];
-};
-struct alignas(kLine) RandomTile {
-  uint8_t bytes[2 * kTile];
-};
-
 const Kind& kind_of(CodecKind kind) { return kKinds[static_cast<size_t>(kind)]; }
 
 int64_t scales_bytes(CodecKind kind) { return kTile / kind_of(kind).block * kind_of(kind).scale_bytes; }
@@ -64,76 +51,6 @@ TileCode tile_code(const Codec& codec) {
   }
   throw ValueError("a codec is needed: \"none\" has no wire form");
 }
-
-void* at(void* p, int64_t offset) { return static_cast<unsigned char*>(p) + offset; }
-const void* at(const void* p, int64_t offset) { return static_cast<const unsigned char*>(p) + offset; }
-
-// Which tensors a tile's pieces of kSegmentAlign elements belong to, tile after tile.
-class Pieces {
- public:
-  int32_t counts[kPieces];  // elements of the tensor in the piece: what follows is zeros
-  uint64_t tensors[kPieces];
-  uint64_t offsets[kPieces];  // of the piece in the tensor
-
-  explicit Pieces(std::span<const Segment> segments) : segments_(segments) {}
-
-  // The tile at `index`, of n elements.
-  void enter(int64_t index, int64_t n) {
-    for (int p = 0; p < kPieces; ++p) {
-      const int64_t begin = index + p * kSegmentAlign;
-      const Segment segment = find(begin);
-      const int64_t end = std::min(segment.end, index + n);
-      counts[p] = static_cast<int32_t>(std::clamp(end - begin, int64_t{0}, kSegmentAlign));
-      tensors[p] = segment.id;
-      offsets[p] = static_cast<uint64_t>(begin - segment.begin);
-    }
-  }
-
-  void clear_gaps(float* tile) const {
-    for (int p = 0; p < kPieces; ++p) {
-      std::memset(tile + p * kSegmentAlign + counts[p], 0,
-                  static_cast<size_t>(kSegmentAlign - counts[p]) * sizeof *tile);
-    }
-  }
-
- private:
-  Segment find(int64_t index) const {
-    if (segments_.empty()) return {0, INT64_MAX, 0};
-    const auto after = std::upper_bound(segments_.begin(), segments_.end(), index,
-                                        [](int64_t i, const Segment& s) { return i < s.begin; });
-    if (after == segments_.begin()) return {index, index, 0};
-    return *(after - 1);
-  }
-  std::span<const Segment> segments_;
-};
-
-// The random bits of one encode, tile by tile.
-class Random {
- public:
-  Random(const CodecKernels& kernels, uint64_t seed, int bits, const Encoding& encoding)
-      : kernels_(kernels),
-        seed_(seed),
-        stream_(uint64_t{encoding.step} << 32 | uint64_t{encoding.stage & 0xff} << 24 |
-                (encoding.rank & 0xffffff)),
-        bits_(bits) {}
-
-  const uint8_t* draw(const Pieces& pieces) {
-    const int per_counter = 128 / bits_, counters = static_cast<int>(kSegmentAlign) / per_counter;
-    for (int p = 0; p < kPieces; ++p) {
-      if (pieces.counts[p] == 0) continue;
-      const uint64_t first =
-          (pieces.tensors[p] << 40 | pieces.offsets[p]) / static_cast<uint64_t>(per_counter);
-      kernels_.random(tile_.bytes + 16 * counters * p, counters, seed_, first, stream_);
-    }
-    return tile_.bytes;
-  }
-
- private:
-  const CodecKernels& kernels_;
-  uint64_t seed_, stream_;
-  int bits_;
-  RandomTile tile_{};
-};
 
 // transcode(), tile by tile.
 class Transcoder {

@@ -14,27 +14,32 @@ namespace pycomm::kernels {
 
 struct CodecKernels;
 struct PackKernels;
+struct TopkKernels;
 
 // Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
 namespace baseline {
 CombineFn find(DType dtype, Op op);
 extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
+extern const TopkKernels topk_kernels;
 }  // namespace baseline
 namespace avx2 {
 CombineFn find(DType dtype, Op op);
 extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
+extern const TopkKernels topk_kernels;
 }  // namespace avx2
 namespace avx512 {
 CombineFn find(DType dtype, Op op);
 extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
+extern const TopkKernels topk_kernels;
 }  // namespace avx512
 namespace neon {
 CombineFn find(DType dtype, Op op);
 extern const CodecKernels codec_kernels;
 extern const PackKernels pack_kernels;
+extern const TopkKernels topk_kernels;
 }  // namespace neon
 
 struct Isa {
@@ -42,6 +47,7 @@ struct Isa {
   CombineFn (*find_combine)(DType, Op);
   const CodecKernels* codec;
   const PackKernels* pack;
+  const TopkKernels* topk;
 };
 
 // Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later

@@ -1,0 +1,97 @@
+// What goes with the tiles of an encode: memory for them, the tensors they belong to, their random bits.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+
+#include "kernels/codec.h"
+#include "kernels/cpu/codec_kernels.h"
+
+namespace pycomm::kernels {
+
+inline constexpr int kPieces = kTile / kSegmentAlign;
+inline constexpr size_t kLine = 64;
+
+struct alignas(kLine) FloatTile {
+  float x[kTile];
+};
+// The longest wire tile, fp16's.
+struct alignas(kLine) WireTile {
+  uint8_t bytes[2 * kTile];
+};
+struct alignas(kLine) RandomTile {
+  uint8_t bytes[2 * kTile];
+};
+
+inline void* at(void* p, int64_t offset) { return static_cast<unsigned char*>(p) + offset; }
+inline const void* at(const void* p, int64_t offset) { return static_cast<const unsigned char*>(p) + offset; }
+
+// Which tensors a tile's pieces of kSegmentAlign elements belong to, tile after tile.
+class Pieces {
+ public:
+  int32_t counts[kPieces];  // elements of the tensor in the piece: what follows is zeros
+  uint64_t tensors[kPieces];
+  uint64_t offsets[kPieces];  // of the piece in the tensor
+
+  explicit Pieces(std::span<const Segment> segments) : segments_(segments) {}
+
+  // The tile at `index`, of n elements.
+  void enter(int64_t index, int64_t n) {
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t begin = index + p * kSegmentAlign;
+      const Segment segment = find(begin);
+      const int64_t end = std::min(segment.end, index + n);
+      counts[p] = static_cast<int32_t>(std::clamp(end - begin, int64_t{0}, kSegmentAlign));
+      tensors[p] = segment.id;
+      offsets[p] = static_cast<uint64_t>(begin - segment.begin);
+    }
+  }
+
+  void clear_gaps(float* tile) const {
+    for (int p = 0; p < kPieces; ++p) {
+      std::memset(tile + p * kSegmentAlign + counts[p], 0,
+                  static_cast<size_t>(kSegmentAlign - counts[p]) * sizeof *tile);
+    }
+  }
+
+ private:
+  Segment find(int64_t index) const {
+    if (segments_.empty()) return {0, INT64_MAX, 0};
+    const auto after = std::upper_bound(segments_.begin(), segments_.end(), index,
+                                        [](int64_t i, const Segment& s) { return i < s.begin; });
+    if (after == segments_.begin()) return {index, index, 0};
+    return *(after - 1);
+  }
+  std::span<const Segment> segments_;
+};
+
+// The random bits of one encode, tile by tile.
+class Random {
+ public:
+  Random(const CodecKernels& kernels, uint64_t seed, int bits, const Encoding& encoding)
+      : kernels_(kernels),
+        seed_(seed),
+        stream_(uint64_t{encoding.step} << 32 | uint64_t{encoding.stage & 0xff} << 24 |
+                (encoding.rank & 0xffffff)),
+        bits_(bits) {}
+
+  const uint8_t* draw(const Pieces& pieces) {
+    const int per_counter = 128 / bits_, counters = static_cast<int>(kSegmentAlign) / per_counter;
+    for (int p = 0; p < kPieces; ++p) {
+      if (pieces.counts[p] == 0) continue;
+      const uint64_t first =
+          (pieces.tensors[p] << 40 | pieces.offsets[p]) / static_cast<uint64_t>(per_counter);
+      kernels_.random(tile_.bytes + 16 * counters * p, counters, seed_, first, stream_);
+    }
+    return tile_.bytes;
+  }
+
+ private:
+  const CodecKernels& kernels_;
+  uint64_t seed_, stream_;
+  int bits_;
+  RandomTile tile_{};
+};
+
+}  // namespace pycomm::kernels

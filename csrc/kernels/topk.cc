@@ -1,0 +1,216 @@
+#include "kernels/topk.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "kernels/codec_tiles.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/topk_kernels.h"
+
+namespace pycomm::kernels {
+namespace {
+
+constexpr int64_t kHeader = 16;
+constexpr size_t kTileCount = static_cast<size_t>(kTile);
+
+uint32_t magnitude(float x) { return std::bit_cast<uint32_t>(x) & 0x7fffffff; }
+
+float canonical(float x) { return x == x ? x : std::bit_cast<float>(0x7fc00000); }
+
+struct Threshold {
+  uint32_t magnitude;
+  size_t above;  // values that are larger
+};
+
+// The magnitude of the value of this rank, 1 being the largest's: by the histogram of the leading bits, then
+// of the next ones of those that share them.
+Threshold find_threshold(const float* values, size_t count, size_t rank) {
+  uint32_t prefix = 0, mask = 0;
+  size_t above = 0;
+  for (const int shift : {20, 9, 0}) {
+    const uint32_t bins = shift == 0 ? 1u << 9 : 1u << 11;
+    std::vector<uint32_t> histogram(bins);
+    for (size_t i = 0; i < count; ++i) {
+      const uint32_t bits = magnitude(values[i]);
+      if ((bits & mask) == prefix) ++histogram[bits >> shift & (bins - 1)];
+    }
+    uint32_t bin = bins - 1;
+    for (; above + histogram[bin] < rank; --bin) above += histogram[bin];
+    prefix |= bin << shift;
+    mask |= (bins - 1) << shift;
+  }
+  return {prefix, above};
+}
+
+// Whoever may be among the k largest, in order of their indices.
+class Candidates {
+ public:
+  Candidates(size_t k, size_t count) : k_(k) {
+    const size_t room = std::min(2 * k, count) + kTileCount;
+    indices_.resize(room);
+    values_.resize(room);
+  }
+
+  void restart(uint32_t least) {
+    least_ = least;
+    size_ = 0;
+  }
+  size_t size() const { return size_; }
+  const uint32_t* indices() const { return indices_.data(); }
+  const float* values() const { return values_.data(); }
+
+  void scan(const TopkKernels& kernels, const float* x, size_t n, size_t index) {
+    if (size_ + n > values_.size()) reduce();
+    size_ += kernels.scan(x, n, least_, static_cast<uint32_t>(index), indices_.data() + size_,
+                          values_.data() + size_);
+  }
+
+  // Leaves the k largest. A later element must be larger than all of them are.
+  void reduce() {
+    if (size_ <= k_) return;
+    const Threshold threshold = find_threshold(values_.data(), size_, k_);
+    size_t ties = k_ - threshold.above, kept = 0;
+    for (size_t i = 0; i < size_; ++i) {
+      const uint32_t bits = magnitude(values_[i]);
+      if (bits < threshold.magnitude) continue;
+      if (bits == threshold.magnitude && ties-- == 0) {
+        ++ties;
+        continue;
+      }
+      indices_[kept] = indices_[i];
+      values_[kept++] = values_[i];
+    }
+    size_ = kept;
+    least_ = threshold.magnitude + 1;
+  }
+
+ private:
+  size_t k_, size_ = 0;
+  uint32_t least_ = 0;
+  std::vector<uint32_t> indices_;
+  std::vector<float> values_;
+};
+
+// Values as they are selected from, tile by tile.
+class Values {
+ public:
+  Values(const TopkArgs& args, const Isa& isa) : args_(args), isa_(isa) {}
+
+  const float* load(size_t begin, size_t n) {
+    isa_.codec->load(tile_.x, at(args_.x, static_cast<int64_t>(begin * size_of(args_.dtype))), args_.dtype, n,
+                     1, false);
+    if (args_.residual) isa_.codec->add_residual(tile_.x, args_.residual + begin, n, args_.residual_scale);
+    return tile_.x;
+  }
+
+ private:
+  const TopkArgs& args_;
+  const Isa& isa_;
+  FloatTile tile_;
+};
+
+// A magnitude that a few more than k values probably reach: from a sample, whose values stand in cache lines
+// at even distances. 0 if a sample would not save work.
+uint32_t guess_least(Values& values, size_t k, size_t count) {
+  constexpr size_t kLines = 4096, kPerLine = 16, kSample = kLines * kPerLine;
+  if (count < 8 * kSample) return 0;
+  const double expected = static_cast<double>(k) / static_cast<double>(count) * kSample;
+  const double rank = expected + 5 * std::sqrt(expected) + 8;
+  if (rank > kSample / 4.0) return 0;
+  std::vector<float> sample(kSample);
+  for (size_t line = 0; line < kLines; ++line) {
+    const float* x = values.load(count / kLines * line, kPerLine);
+    std::memcpy(sample.data() + line * kPerLine, x, kPerLine * sizeof *x);
+  }
+  for (float& x : sample) x = canonical(x);
+  return find_threshold(sample.data(), kSample, static_cast<size_t>(rank)).magnitude;
+}
+
+void write(const Candidates& found, const TopkArgs& args) {
+  const auto count = static_cast<uint32_t>(found.size());
+  auto* record = static_cast<unsigned char*>(args.record);
+  std::memset(record, 0, kHeader);
+  std::memcpy(record, &count, sizeof count);
+  unsigned char* indices = record + kHeader;
+  unsigned char* values = indices + args.capacity * sizeof(uint32_t);
+  const size_t bytes = count * sizeof(uint32_t), rest = (args.capacity - count) * sizeof(uint32_t);
+  std::memcpy(indices, found.indices(), bytes);
+  std::memset(indices + bytes, 0, rest);
+  std::memcpy(values, found.values(), bytes);
+  std::memset(values + bytes, 0, rest);
+}
+
+}  // namespace
+
+int64_t topk_record_bytes(int64_t capacity) {
+  return kHeader + capacity * static_cast<int64_t>(sizeof(uint32_t) + sizeof(float));
+}
+
+void topk_encode(const TopkArgs& args, const Isa& isa) {
+  const size_t k = std::min(args.capacity, args.count);
+  Candidates candidates(k, args.count);
+  Values values(args, isa);
+  const auto select = [&](uint32_t least) {
+    candidates.restart(least);
+    for (size_t begin = 0; begin < args.count; begin += kTileCount) {
+      const size_t n = std::min(args.count - begin, kTileCount);
+      const float* v = values.load(begin, n);
+      if (k > 0) candidates.scan(*isa.topk, v, n, begin);
+      if (args.next_residual) isa.topk->keep_residual(args.next_residual + begin, v, n, args.residual_scale);
+    }
+    candidates.reduce();
+  };
+  // What is overwritten on the way cannot be read again, should the guess be too high.
+  const uint32_t guess =
+      args.residual && args.residual == args.next_residual ? 0 : guess_least(values, k, args.count);
+  select(guess);
+  if (candidates.size() < k) select(0);
+  write(candidates, args);
+  if (args.next_residual) {
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      std::memset(args.next_residual + candidates.indices()[i], 0, sizeof(float));
+    }
+  }
+}
+
+void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count) {
+  const auto* bytes = static_cast<const unsigned char*>(record);
+  uint32_t entries;
+  std::memcpy(&entries, bytes, sizeof entries);
+  if (entries > capacity) {
+    throw ValueError("a top-k record of " + std::to_string(entries) + " entries, with room for " +
+                     std::to_string(capacity) + ": it was not made with this k");
+  }
+  const unsigned char* indices = bytes + kHeader;
+  const unsigned char* values = indices + capacity * sizeof(uint32_t);
+  const auto index_of = [&](size_t i) {
+    uint32_t index;
+    std::memcpy(&index, indices + i * sizeof index, sizeof index);
+    return index;
+  };
+  int64_t last = -1;
+  for (size_t i = 0; i < entries; ++i) {
+    const uint32_t index = index_of(i);
+    if (index <= last || index >= count) {
+      throw ValueError("a top-k record's entry " + std::to_string(i) + " has index " + std::to_string(index) +
+                       " after " + std::to_string(last) + ", of " + std::to_string(count) +
+                       " elements: it was not made from data of this length");
+    }
+    last = index;
+  }
+  for (size_t i = 0; i < entries; ++i) {
+    float value, old;
+    std::memcpy(&value, values + i * sizeof value, sizeof value);
+    float* to = sum + index_of(i);  // at any address
+    std::memcpy(&old, to, sizeof old);
+    const float result = canonical(old + value);
+    std::memcpy(to, &result, sizeof result);
+  }
+}
+
+}  // namespace pycomm::kernels
