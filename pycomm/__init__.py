@@ -24,16 +24,19 @@ from pycomm._native import (
 )
 from pycomm._native import version as __version__
 from pycomm.algorithm import Algorithm
+from pycomm.bucket import Bucket, Stats
 from pycomm.group import Communicator, init, premul_sum, run_local
 
 __all__ = [
     "AbortedError",
     "Algorithm",
+    "Bucket",
     "CommError",
     "CommTimeoutError",
     "Communicator",
     "MismatchError",
     "PeerLostError",
+    "Stats",
     "Work",
     "__version__",
     "init",

@@ -225,6 +225,13 @@ std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
   return buffer;
 }
 
+// An object that has its elements in another one: pycomm.Bucket.
+std::optional<Buffer> from_attribute(PyObject* object, const char* name) {
+  if (!PyObject_HasAttrString(object, "__pycomm_buffer__")) return std::nullopt;
+  const py::object inner = py::handle(object).attr("__pycomm_buffer__");
+  return get_buffer(inner.ptr(), name);
+}
+
 std::optional<DType> from_format(const char* format, Py_ssize_t item) {
   if (!format) return DType::uint8;
   if (*format == '@' || *format == '=' || *format == '<') ++format;
@@ -304,6 +311,7 @@ Buffer get_buffer(PyObject* object, const char* name) {
   if (PyArray_Check(object)) return from_array(reinterpret_cast<PyArrayObject*>(object), name);
   if (const DLExchangeApi* api = exchange_api(Py_TYPE(object))) return from_exchange(*api, object, name);
   if (auto buffer = from_dlpack_method(object, name)) return *buffer;
+  if (auto buffer = from_attribute(object, name)) return *buffer;
   if (PyObject_CheckBuffer(object)) return from_protocol(object, name);
   throw TypeError(std::string("`") + name + "` is a " + type_name(object) +
                   ": pass a NumPy array, a tensor, or anything with DLPack or the buffer protocol");

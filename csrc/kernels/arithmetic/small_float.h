@@ -21,6 +21,22 @@ PYCOMM_INLINE uint32_t if_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no
   return no ^ ((no ^ yes) & mask);
 }
 
+// The words that floats are computed in: 32 bits of one, or, in cpu/strips.h, of several side by side.
+template <class W>
+struct Lane;
+template <>
+struct Lane<uint32_t> {
+  PYCOMM_INLINE static float to_float(uint32_t bits) { return as_float(bits); }
+  PYCOMM_INLINE static uint32_t to_bits(float x) { return as_bits(x); }
+  PYCOMM_INLINE static uint32_t select_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
+    return if_less(a, b, yes, no);
+  }
+};
+template <class W>
+PYCOMM_INLINE W fill(uint32_t bits) {
+  return W{} + bits;
+}
+
 inline constexpr uint32_t kFloatInf = 0x7f800000;
 inline constexpr uint32_t kFloatNan = 0x7fc00000;
 
@@ -28,13 +44,18 @@ struct BFloat16 {
   using Raw = uint16_t;
   using Value = float;
 
-  PYCOMM_INLINE static float decode(Raw x) { return as_float(static_cast<uint32_t>(x) << 16); }
-
-  PYCOMM_INLINE static Raw encode(float x) {
-    const uint32_t bits = as_bits(x);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return static_cast<Raw>(if_less(kFloatInf, bits & 0x7fffffff, kFloatNan >> 16, rounded));
+  template <class W>
+  PYCOMM_INLINE static W decode_word(W code) {
+    return code << 16;
   }
+  template <class W>
+  PYCOMM_INLINE static W encode_word(W bits) {
+    const W rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return Lane<W>::select_less(fill<W>(kFloatInf), bits & 0x7fffffff, fill<W>(kFloatNan >> 16), rounded);
+  }
+
+  PYCOMM_INLINE static float decode(Raw x) { return as_float(decode_word(uint32_t{x})); }
+  PYCOMM_INLINE static Raw encode(float x) { return static_cast<Raw>(encode_word(as_bits(x))); }
 };
 
 // A float of `kExponent` and `kMantissa` bits whose magnitudes from `kOverflow` on are special: kOverflow is
@@ -51,35 +72,43 @@ struct SmallFloat {
 
   // 2^n as bits of a float32.
   static constexpr uint32_t power(int n) { return static_cast<uint32_t>(127 + n) << 23; }
+  // A power of two whose last place is that of our subnormals: they are what is added to it.
+  static constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
 
-  PYCOMM_INLINE static float decode(Raw x) {
-    const uint32_t magnitude = x & (kSign - 1);
-    const uint32_t normal = (magnitude << kShift) + kRebias;
-    // A subnormal counts units of its last place.
-    const uint32_t subnormal =
-        as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * as_float(power(1 - kBias - kMantissa)));
-    const uint32_t special =
-        kOverflow == kNan ? kFloatNan : if_less(kOverflow, magnitude, kFloatNan, kFloatInf);
-    const uint32_t finite = if_less(magnitude, 1u << kMantissa, subnormal, normal);
-    const uint32_t bits = if_less(magnitude, kOverflow, finite, special);
-    return as_float(bits | (x & kSign) << (31 - kExponent - kMantissa));
+  template <class W>
+  PYCOMM_INLINE static W decode_word(W code) {
+    const W magnitude = code & (kSign - 1);
+    const W normal = (magnitude << kShift) + kRebias;
+    const W subnormal =
+        Lane<W>::to_bits(Lane<W>::to_float(magnitude + kAnchor) - Lane<W>::to_float(fill<W>(kAnchor)));
+    const W finite = Lane<W>::select_less(magnitude, fill<W>(1u << kMantissa), subnormal, normal);
+    W special = fill<W>(kFloatNan);
+    if constexpr (kOverflow != kNan) {
+      special = Lane<W>::select_less(fill<W>(kOverflow), magnitude, special, fill<W>(kFloatInf));
+    }
+    const W bits = Lane<W>::select_less(magnitude, fill<W>(kOverflow), finite, special);
+    return bits | (code & kSign) << (31 - kExponent - kMantissa);
   }
 
-  PYCOMM_INLINE static Raw encode(float x) {
-    const uint32_t bits = as_bits(x);
-    const uint32_t magnitude = bits & 0x7fffffff;
-    const uint32_t normal =
-        (magnitude - kRebias + ((1u << (kShift - 1)) - 1) + (magnitude >> kShift & 1)) >> kShift;
-    // Added to a power of two whose last place is that of our subnormals, a float is rounded by the hardware.
-    constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
-    const uint32_t subnormal = as_bits(as_float(magnitude) + as_float(kAnchor)) - kAnchor;
-    const uint32_t rounded = if_less(magnitude, kMinNormal, subnormal, normal);
-    const uint32_t sign = bits >> (31 - kExponent - kMantissa) & kSign;
-    // Where the format has no infinity, overflow is a NaN: without a sign.
-    const uint32_t overflow = kOverflow == kNan ? kNan : sign | kOverflow;
-    const uint32_t number = if_less(rounded, kOverflow, sign | rounded, overflow);
-    return static_cast<Raw>(if_less(kFloatInf, magnitude, kNan, number));
+  template <class W>
+  PYCOMM_INLINE static W encode_word(W bits) {
+    const W magnitude = bits & 0x7fffffff;
+    const W normal = (magnitude + ((1u << (kShift - 1)) - 1 - kRebias) + (magnitude >> kShift & 1)) >> kShift;
+    // Added to the anchor, a float is rounded by the hardware.
+    const W subnormal =
+        Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(fill<W>(kAnchor))) - kAnchor;
+    const W rounded = Lane<W>::select_less(magnitude, fill<W>(kMinNormal), subnormal, normal);
+    const W sign = bits >> (31 - kExponent - kMantissa) & kSign;
+    if constexpr (kOverflow ==
+                  kNan) {  // no infinity: overflow is a NaN, without a sign, and so is what is above
+      return Lane<W>::select_less(rounded, fill<W>(kOverflow), sign | rounded, fill<W>(kNan));
+    }
+    const W least = Lane<W>::select_less(rounded, fill<W>(kOverflow), rounded, fill<W>(kOverflow));
+    return Lane<W>::select_less(fill<W>(kFloatInf), magnitude, fill<W>(kNan), sign | least);
   }
+
+  PYCOMM_INLINE static float decode(Raw x) { return as_float(decode_word(uint32_t{x})); }
+  PYCOMM_INLINE static Raw encode(float x) { return static_cast<Raw>(encode_word(as_bits(x))); }
 };
 
 using Float16 = SmallFloat<uint16_t, 5, 10, 0x7c00, 0x7e00>;

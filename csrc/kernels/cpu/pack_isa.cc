@@ -1,0 +1,213 @@
+// The loops of pack and unpack for one instruction set. A tensor goes through in the chunks of the
+// statistics; within one, strips are decoded, scaled, counted and encoded in registers.
+#include <cstring>
+
+#include "kernels/arithmetic/small_float.h"
+#include "kernels/arithmetic/stats.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/pack_kernels.h"
+#include "kernels/cpu/strips.h"
+
+namespace pycomm::kernels::PYCOMM_ISA {
+namespace {
+
+constexpr size_t kLine = 64;
+constexpr size_t kAhead = 8192;  // bytes that are fetched before they are read
+constexpr int kVectors = kStatsLanes / kWidth;
+
+static_assert(sizeof(Tally::columns) == kStatsColumns * sizeof(double));
+
+// A chunk's statistics, lane by lane.
+struct Lanes {
+  Doubles squares[2 * kVectors] = {};
+  Words top[kVectors] = {};  // magnitudes, NaNs' as well
+
+  PYCOMM_INLINE void add(int vector, Floats x) {
+    squares[2 * vector] = add_squares(squares[2 * vector], first_half(x));
+    squares[2 * vector + 1] = add_squares(squares[2 * vector + 1], second_half(x));
+    top[vector] = larger(top[vector], Lane<Words>::to_bits(x) & 0x7fffffff);
+  }
+};
+
+// kStatsLanes elements
+template <class From, class To, bool kAsIs, bool kStats>
+PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
+  constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
+  for (int vector = 0; vector < kVectors; ++vector) {
+    Floats x = decode(src + vector * kWidth * kFrom, From{});
+    if constexpr (!kAsIs) x *= scale;
+    if constexpr (kStats) lanes.add(vector, x);
+    if constexpr (!kAsIs) encode(dst + vector * kWidth * kTo, x, To{});
+  }
+  if constexpr (kAsIs) std::memcpy(dst, src, kStatsLanes * kTo);
+}
+
+// The same of a chunk with infinities or NaNs, element by element, and their counts.
+template <class From, class To, bool kAsIs>
+[[gnu::noinline]] void enter_specials(Tally& tally, const char* src, const char* dst, size_t n, float scale) {
+  using FromRaw = typename From::Raw;
+  using ToRaw = typename To::Raw;
+  double squares[kStatsLanes] = {};
+  for (size_t i = 0; i < n; ++i) {
+    float x = From::decode(load<FromRaw>(src + i * sizeof(FromRaw)));
+    if constexpr (!kAsIs) x *= scale;
+    x = numeric(x);
+    squares[i % kStatsLanes] = add_square(squares[i % kStatsLanes], x);
+    if (magnitude(x) > tally.max_magnitude) tally.max_magnitude = magnitude(x);
+    const int kind = special<To>(load<ToRaw>(dst + i * sizeof(ToRaw)));
+    tally.infs += kind == 1;
+    tally.nans += kind == 2;
+  }
+  tally.columns[tally.chunks++ % kStatsColumns] += fold(squares, kStatsLanes);
+}
+
+template <class From, class To, bool kAsIs>
+PYCOMM_INLINE void enter(Tally& tally, const Lanes& lanes, const char* src, const char* dst, size_t n,
+                         float scale) {
+  uint32_t tops[kStatsLanes], top = 0;
+  std::memcpy(tops, lanes.top, sizeof tops);
+  for (int i = 0; i < kStatsLanes; ++i) top = tops[i] > top ? tops[i] : top;
+  if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
+    return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
+  }
+  if (top > tally.max_magnitude) tally.max_magnitude = top;
+  double squares[kStatsLanes];
+  std::memcpy(squares, lanes.squares, sizeof squares);
+  tally.columns[tally.chunks++ % kStatsColumns] += fold(squares, kStatsLanes);
+}
+
+template <class From, class To, bool kAsIs, bool kStats>
+void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
+  constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
+  const Floats scale = args.scale - Floats{};  // not a sum: of -0 as well
+  Lanes lanes;
+  size_t i = 0;
+  for (; i + kStatsLanes <= n; i += kStatsLanes) {
+    for (size_t line = 0; line < kStatsLanes * kFrom; line += kLine)
+      __builtin_prefetch(src + i * kFrom + line + kAhead);
+    cast_strip<From, To, kAsIs, kStats>(src + i * kFrom, dst + i * kTo, scale, lanes);
+  }
+  if (i < n) {
+    char from[kStatsLanes * kFrom] = {}, to[kStatsLanes * kTo];
+    std::memcpy(from, src + i * kFrom, (n - i) * kFrom);
+    cast_strip<From, To, kAsIs, kStats>(from, to, scale, lanes);
+    std::memcpy(dst + i * kTo, to, (n - i) * kTo);
+  }
+  if constexpr (kStats) enter<From, To, kAsIs>(*args.tally, lanes, src, dst, n, args.scale);
+}
+
+// A run of bytes that leaves in full lines past the cache, as far as its alignment allows.
+class Stream {
+ public:
+  explicit Stream(char* dst) : to_(dst), phase_(reinterpret_cast<uintptr_t>(dst) % kLine) {}
+  char* room() { return staged_ + phase_ + held_; }
+  void put(size_t bytes, bool last) {
+    held_ += bytes;
+    const size_t lines = (phase_ + held_) / kLine * kLine;
+    const size_t leaves = last ? held_ : lines > phase_ ? lines - phase_ : 0;
+    if (leaves == 0) return;
+    leave(staged_ + phase_, leaves);
+    to_ += leaves;
+    held_ -= leaves;
+    std::memmove(staged_, staged_ + phase_ + leaves, held_);
+    phase_ = 0;
+  }
+
+ private:
+  void leave(const char* from, size_t bytes) {
+    size_t head = (kLine - phase_) % kLine;
+    if (head > bytes) head = bytes;
+    const size_t lines = (bytes - head) / kLine, end = head + lines * kLine;
+    std::memcpy(to_, from, head);
+    stream_lines(to_ + head, from + head, lines);
+    std::memcpy(to_ + end, from + end, bytes - end);
+  }
+
+  alignas(kLine) char staged_[2 * kLine + kStatsChunk * sizeof(float)];
+  char* to_;
+  size_t phase_, held_ = 0;  // staged_ + phase_ goes to to_
+};
+
+template <class From, class To, bool kAsIs, bool kStats>
+void cast(const CastArgs& args) {
+  constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
+  const auto* src = static_cast<const char*>(args.src);
+  auto* dst = static_cast<char*>(args.dst);
+  const bool in_place = src == dst;
+  Stream stream(dst);
+  for (size_t begin = 0, n; begin < args.count; begin += n) {
+    n = args.count - begin < kStatsChunk ? args.count - begin : kStatsChunk;
+    char* place = dst + begin * kTo;
+    char* out = args.stream || in_place ? stream.room() : place;  // a chunk with a NaN is read twice
+    cast_chunk<From, To, kAsIs, kStats>(src + begin * kFrom, out, n, args);
+    if (in_place) {
+      if (!kAsIs) std::memcpy(place, out, n * kTo);
+    } else if (args.stream) {
+      stream.put(n * kTo, begin + n == args.count);
+    }
+  }
+}
+
+template <class From, class To, bool kAsIs>
+void cast_any(const CastArgs& args) {
+  if (args.tally) {
+    cast<From, To, kAsIs, true>(args);
+  } else {
+    cast<From, To, kAsIs, false>(args);
+  }
+}
+
+template <class From>
+CastFn find_from(DType to) {
+  switch (to) {
+    case DType::float32:
+      return cast_any<From, Wide<float>, false>;
+    case DType::float16:
+      return cast_any<From, Float16, false>;
+    case DType::bfloat16:
+      return cast_any<From, BFloat16, false>;
+    case DType::float8_e4m3fn:
+      return cast_any<From, Float8E4M3, false>;
+    case DType::float8_e5m2:
+      return cast_any<From, Float8E5M2, false>;
+    default:
+      return nullptr;
+  }
+}
+
+template <class F>
+CastFn find_pair(DType from, DType to, bool as_is) {
+  return as_is && from == to ? cast_any<F, F, true> : find_from<F>(to);
+}
+
+CastFn find_cast(DType from, DType to, bool as_is) {
+  switch (from) {
+    case DType::float32:
+      return find_pair<Wide<float>>(from, to, as_is);
+    case DType::float16:
+      return find_pair<Float16>(from, to, as_is);
+    case DType::bfloat16:
+      return find_pair<BFloat16>(from, to, as_is);
+    case DType::float8_e4m3fn:
+      return find_pair<Float8E4M3>(from, to, as_is);
+    case DType::float8_e5m2:
+      return find_pair<Float8E5M2>(from, to, as_is);
+    default:
+      return nullptr;
+  }
+}
+
+Stats finish(Tally& tally) {
+  int columns = 1;  // the others are zero
+  while (columns < kStatsColumns && columns < tally.chunks) columns *= 2;
+  return {.sum_squares = fold(tally.columns, columns),
+          .max_abs = as_float(tally.max_magnitude),
+          .nans = tally.nans,
+          .infs = tally.infs};
+}
+
+}  // namespace
+
+const PackKernels pack_kernels = {find_cast, finish};
+
+}  // namespace pycomm::kernels::PYCOMM_ISA

@@ -1,0 +1,199 @@
+// Vectors as wide as the instruction set has them, and elements from memory to vectors of float32 and back.
+// Included by *_isa.cc alone, see isa.h.
+//
+// The arithmetic is that of small_float.h, on several words side by side. float16 goes through the
+// processor's own conversions where there are any: they round alike, and only what they make of NaNs has to
+// be made canonical.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/arithmetic/ops.h"
+#include "kernels/arithmetic/small_float.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pycomm::kernels::PYCOMM_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+template <class T, int kCount>
+struct VectorOf {
+  using type __attribute__((vector_size(sizeof(T) * kCount))) = T;
+};
+using Words = VectorOf<uint32_t, kWidth>::type;
+using Integers = VectorOf<int32_t, kWidth>::type;
+using Floats = VectorOf<float, kWidth>::type;
+using Halves = VectorOf<float, kWidth / 2>::type;
+using Doubles = VectorOf<double, kWidth / 2>::type;
+
+template <>
+struct Lane<Words> {
+  PYCOMM_INLINE static Floats to_float(Words bits) { return __builtin_bit_cast(Floats, bits); }
+  PYCOMM_INLINE static Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
+  PYCOMM_INLINE static Words select_less(Words a, Words b, Words yes, Words no) {
+    return __builtin_bit_cast(Integers, a) < __builtin_bit_cast(Integers, b) ? yes : no;
+  }
+};
+
+template <class V>
+PYCOMM_INLINE V load(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+template <class V>
+PYCOMM_INLINE void store(void* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// Codes of 8 and 16 bits to words and back.
+#if defined(__AVX512F__)
+
+PYCOMM_INLINE Words widen(const void* from, uint8_t) {
+  return __builtin_bit_cast(Words, _mm512_cvtepu8_epi32(load<__m128i>(from)));
+}
+PYCOMM_INLINE Words widen(const void* from, uint16_t) {
+  return __builtin_bit_cast(Words, _mm512_cvtepu16_epi32(load<__m256i>(from)));
+}
+PYCOMM_INLINE void narrow(void* to, Words codes, uint8_t) {
+  store(to, _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes)));
+}
+PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) {
+  store(to, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, codes)));
+}
+
+#elif defined(__AVX2__)
+
+PYCOMM_INLINE Words widen(const void* from, uint8_t) {
+  return __builtin_bit_cast(Words, _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+}
+PYCOMM_INLINE Words widen(const void* from, uint16_t) {
+  return __builtin_bit_cast(Words, _mm256_cvtepu16_epi32(load<__m128i>(from)));
+}
+PYCOMM_INLINE __m128i narrow(Words codes) {
+  const auto words = __builtin_bit_cast(__m256i, codes);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+PYCOMM_INLINE void narrow(void* to, Words codes, uint8_t) {
+  _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(narrow(codes), _mm_setzero_si128()));
+}
+PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) { store(to, narrow(codes)); }
+
+#else
+
+template <class R>
+PYCOMM_INLINE Words widen(const void* from, R) {
+  return __builtin_convertvector(load<typename VectorOf<R, kWidth>::type>(from), Words);
+}
+template <class R>
+PYCOMM_INLINE void narrow(void* to, Words codes, R) {
+  store(to, __builtin_convertvector(codes, typename VectorOf<R, kWidth>::type));
+}
+
+#endif
+
+// kWidth elements of the format F.
+template <class F>
+PYCOMM_INLINE Floats decode(const void* from, F) {
+  return Lane<Words>::to_float(F::decode_word(widen(from, typename F::Raw{})));
+}
+template <class F>
+PYCOMM_INLINE void encode(void* to, Floats x, F) {
+  narrow(to, F::encode_word(Lane<Words>::to_bits(x)), typename F::Raw{});
+}
+
+PYCOMM_INLINE Floats decode(const void* from, Wide<float>) { return load<Floats>(from); }
+PYCOMM_INLINE void encode(void* to, Floats x, Wide<float>) {
+  store(to, x == x ? x : Lane<Words>::to_float(fill<Words>(kFloatNan)));
+}
+
+#if defined(__AVX512F__)
+
+// A NaN comes quiet, and keeps its sign without its payload: as Float16::decode has it.
+PYCOMM_INLINE Floats decode(const void* from, Float16) {
+  const __m512 x = _mm512_cvtph_ps(load<__m256i>(from));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_castps_si512(x);
+  return __builtin_bit_cast(Floats, _mm512_mask_and_epi32(bits, nan, bits, _mm512_set1_epi32(~0x3fffff)));
+}
+PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m256i codes = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  store(to, _mm256_mask_mov_epi16(codes, nan, _mm256_set1_epi16(0x7e00)));
+}
+
+#elif defined(__F16C__)
+
+PYCOMM_INLINE Floats decode(const void* from, Float16) {  // NaNs as above
+  const __m256 x = _mm256_cvtph_ps(load<__m128i>(from));
+  const __m256 payload = _mm256_castsi256_ps(_mm256_set1_epi32(0x3fffff));
+  return _mm256_andnot_ps(_mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), payload), x);
+}
+PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m128i narrow_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
+  const __m128i codes = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  store(to, _mm_blendv_epi8(codes, _mm_set1_epi16(0x7e00), narrow_nan));
+}
+
+#endif
+
+// For statistics: the halves of a vector in float64, x * x + sum where x * x is exact, and the larger word of
+// each two.
+#if defined(__AVX512F__)
+
+PYCOMM_INLINE Doubles first_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+PYCOMM_INLINE Doubles second_half(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return _mm512_fmadd_pd(x, x, sum); }
+PYCOMM_INLINE Words larger(Words a, Words b) {
+  return __builtin_bit_cast(Words,
+                            _mm512_max_epu32(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, b)));
+}
+
+#elif defined(__AVX2__)
+
+PYCOMM_INLINE Doubles first_half(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+PYCOMM_INLINE Doubles second_half(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return _mm256_fmadd_pd(x, x, sum); }
+PYCOMM_INLINE Words larger(Words a, Words b) {
+  return __builtin_bit_cast(Words,
+                            _mm256_max_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, b)));
+}
+
+#else
+
+PYCOMM_INLINE Doubles first_half(Floats x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), Doubles);
+}
+PYCOMM_INLINE Doubles second_half(Floats x) {
+  return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), Doubles);
+}
+PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; }
+PYCOMM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
+
+#endif
+
+// Whole cache lines past the cache: to is aligned to one.
+PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
+  constexpr size_t kLine = 64;
+#if defined(__AVX512F__)
+  for (size_t i = 0; i < lines * kLine; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load<__m512i>(from + i));
+  }
+#else
+  stream_copy(to, from, lines * kLine);
+#endif
+}
+
+}  // namespace pycomm::kernels::PYCOMM_ISA

@@ -1,0 +1,56 @@
+#include "kernels/pack.h"
+
+#include <string>
+
+#include "common/error.h"
+#include "kernels/combine.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/pack_kernels.h"
+
+namespace pycomm::kernels {
+namespace {
+
+// From here on a bucket, or what it is unpacked to, is more than the caches hold when it is read again.
+constexpr int64_t kStreamBytes = 12 << 20;
+
+void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
+  const auto scale = static_cast<float>(args.scale);
+  int64_t written = 0;
+  for (const PackItem& item : args.items) {
+    written += item.count * static_cast<int64_t>(size_of(packs ? args.dtype : item.dtype));
+  }
+  const bool stream = written >= kStreamBytes;
+  Tally tally;
+  for (const PackItem& item : args.items) {
+    char* place = static_cast<char*>(args.bucket) + item.offset * static_cast<int64_t>(size_of(args.dtype));
+    const void* src = packs ? item.tensor : place;
+    void* dst = packs ? place : item.tensor;
+    const DType from = packs ? item.dtype : args.dtype, to = packs ? args.dtype : item.dtype;
+    const bool as_is = from == to && scale == 1;
+    if (as_is && !stats) {
+      if (src == dst || item.count == 0) continue;
+      const size_t bytes = static_cast<size_t>(item.count) * size_of(to);
+      if (stream) {
+        stream_copy(dst, src, bytes);
+      } else {
+        copy_bytes(dst, src, bytes, false);
+      }
+      continue;
+    }
+    const CastFn cast = isa.pack->find(from, to, as_is);
+    if (!cast) {
+      throw TypeError(std::string("pack and unpack take floats of 8 to 32 bits, not ") + name(from) + " to " +
+                      name(to));
+    }
+    cast({src, dst, static_cast<size_t>(item.count), scale, stream && src != dst, stats ? &tally : nullptr});
+  }
+  if (stream) stream_fence();
+  if (stats) *stats = isa.pack->finish(tally);
+}
+
+}  // namespace
+
+void pack(const PackArgs& args, Stats* stats, const Isa& isa) { run(args, true, stats, isa); }
+void unpack(const PackArgs& args, Stats* stats, const Isa& isa) { run(args, false, stats, isa); }
+
+}  // namespace pycomm::kernels

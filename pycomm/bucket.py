@@ -1,0 +1,215 @@
+"""Many tensors in one buffer: packed in one pass, communicated in one call, unpacked in one pass."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pycomm import _native
+from pycomm.group import Communicator
+
+ID_BITS = 24
+_LINE = 64  # bytes of a cache line: where storage starts
+
+
+class Stats(NamedTuple):
+    """Of the values that were written.
+
+    Squares and magnitudes are of the scaled float32 values before they were rounded, NaNs left out; the
+    counts are of what was written. The bits do not depend on the instruction set or the device.
+    """
+
+    sum_squares: float
+    max_abs: float
+    nans: int
+    infs: int
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.sum_squares)
+
+    @property
+    def finite(self) -> bool:
+        return self.nans == 0 and self.infs == 0
+
+
+class Segment(NamedTuple):
+    """A tensor's place in its bucket: elements [begin, end), and what its random bits depend on."""
+
+    begin: int
+    end: int
+    id: int
+
+
+class Bucket:
+    """A buffer with a place for each of several tensors; `comm.all_reduce(bucket)` reduces all of them.
+
+    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. `dtype`:
+    the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the
+    buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
+    window. `names`: of the tensors; "0", "1", ... by default.
+
+    Every tensor starts at a multiple of 256 elements; what lies between is zero.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[Any],
+        dtype: Any = None,
+        comm: Communicator | None = None,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        if hasattr(tensors, "shape"):
+            raise TypeError("`tensors` is one array or tensor: pass a list of them")
+        found = list(tensors)
+        described = [_native.describe_packable(x, f"tensors[{i}]") for i, x in enumerate(found)]
+        self._names = _checked_names(names, len(found))
+        if dtype is None:
+            dtype = _common_dtype([name for name, _ in described])
+        self._dtype, self._itemsize = _native.packable_dtype(dtype)
+        self._shapes = [tuple(shape) for _, shape in described]
+        self._counts = [math.prod(shape) for shape in self._shapes]
+        self._offsets, total = _layout(self._counts)
+        ends = [offset + count for offset, count in zip(self._offsets, self._counts, strict=True)]
+        self._segments = [
+            Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
+        ]
+        self._storage = _allocate(total * self._itemsize, comm)
+        self._tensors = found
+        torch = sys.modules.get("torch")
+        of_torch = [torch is not None and isinstance(x, torch.Tensor) for x in found]
+        self._data = self._part(0, total, bool(of_torch) and all(of_torch))
+        self._views = [
+            self._part(segment.begin, segment.end, tensor).reshape(shape)
+            for segment, tensor, shape in zip(self._segments, of_torch, self._shapes, strict=True)
+        ]
+
+    @property
+    def data(self) -> Any:
+        """The whole buffer, 1-D: a tensor if all of the tensors are, else an array."""
+        return self._data
+
+    @property
+    def __pycomm_buffer__(self) -> Any:
+        return self._data
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Each tensor's place.
+
+        An id is the first 24 bits of the name's BLAKE2b hash; where a name before it in this bucket has got
+        that one already, the next one that is free. So random bits depend on a tensor's name and not, but for
+        collisions, on what shares its bucket.
+        """
+        return tuple(self._segments)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._names)
+
+    @property
+    def views(self) -> Sequence[Any]:
+        """The tensors' places in the buffer, shaped like them: tensors where they are, else arrays.
+
+        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing.
+        """
+        return tuple(self._views)
+
+    @property
+    def tensors(self) -> Sequence[Any]:
+        """What is packed and unpacked. May be set to others of as many elements each."""
+        return tuple(self._tensors)
+
+    @tensors.setter
+    def tensors(self, tensors: Iterable[Any]) -> None:
+        found = list(tensors)
+        if len(found) != len(self._counts):
+            raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
+        for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
+            _, has = _native.describe_packable(x, f"tensors[{i}]")
+            if tuple(has) != shape:
+                raise ValueError(f"`tensors[{i}]` has shape {tuple(has)} where the bucket has {shape}")
+        self._tensors = found
+
+    def pack(self, scale: float = 1.0) -> Stats:
+        """Copies the tensors to the buffer, each value times `scale`, cast to its type."""
+        return Stats(*_native.pack(self._data, self._tensors, self._offsets, self._counts, scale))
+
+    def unpack(self, scale: float = 1.0) -> Stats:
+        """Copies the buffer to the tensors, each value times `scale`, cast to theirs."""
+        return Stats(*_native.unpack(self._data, self._tensors, self._offsets, self._counts, scale))
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __repr__(self) -> str:
+        return f"<pycomm.Bucket of {len(self)} tensors, {sum(self._counts)} elements of {self._dtype}>"
+
+    def _part(self, begin: int, end: int, as_tensor: bool) -> Any:
+        raw = self._storage[begin * self._itemsize : end * self._itemsize]
+        if not as_tensor:
+            return raw.view(_native.numpy_dtype(self._dtype))
+        import torch
+
+        return torch.from_numpy(raw).view(getattr(torch, self._dtype))
+
+
+def segment_ids(names: Sequence[str]) -> list[int]:
+    taken: dict[int, None] = {}
+    for name in names:
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "big") >> (64 - ID_BITS)
+        while number in taken:
+            number = (number + 1) % (1 << ID_BITS)
+        taken[number] = None
+    return list(taken)
+
+
+def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
+    if names is None:
+        return [str(i) for i in range(count)]
+    if isinstance(names, str):
+        raise TypeError(f"`names` is {names!r}: pass a list of strings, one for each tensor")
+    found = list(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(f"`names` holds {name!r}: names are strings")
+    if len(found) != count:
+        raise ValueError(f"`names` has {len(found)} names for {count} tensors")
+    if len(set(found)) != count:
+        twice = next(name for name in found if found.count(name) > 1)
+        raise ValueError(f"`names` holds {twice!r} twice: a name tells one tensor from another")
+    return found
+
+
+def _common_dtype(of_tensors: list[str]) -> str:
+    kinds = list(dict.fromkeys(of_tensors))
+    if len(kinds) == 1:
+        return kinds[0]
+    if not kinds:
+        raise ValueError("`tensors` is empty: say with dtype= what the bucket would hold")
+    raise TypeError(f"`tensors` are {', '.join(kinds)}: say with dtype= what the bucket holds")
+
+
+def _layout(counts: list[int]) -> tuple[list[int], int]:
+    align = _native.SEGMENT_ALIGN
+    offsets, total = [], 0
+    for count in counts:
+        offsets.append(total)
+        total += -(-count // align) * align
+    return offsets, total
+
+
+def _allocate(size: int, comm: Communicator | None) -> npt.NDArray[np.uint8]:
+    if comm is not None:
+        array: npt.NDArray[np.uint8] = comm.empty(size, "uint8")
+        return array
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size]
