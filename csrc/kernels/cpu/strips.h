@@ -37,6 +37,14 @@ using Floats = VectorOf<float, kWidth>::type;
 using Halves = VectorOf<float, kWidth / 2>::type;
 using Doubles = VectorOf<double, kWidth / 2>::type;
 
+// For the operators of ops.h.
+template <>
+struct Bits<Floats> {
+  using type = Words;
+};
+template <>
+inline constexpr bool kIsFloat<Floats> = true;
+
 template <>
 struct Lane<Words> {
   PYCOMM_INLINE static Floats to_float(Words bits) { return __builtin_bit_cast(Floats, bits); }
@@ -113,6 +121,8 @@ PYCOMM_INLINE void encode(void* to, Floats x, F) {
   narrow(to, F::encode_word(Lane<Words>::to_bits(x)), typename F::Raw{});
 }
 
+PYCOMM_INLINE Floats decode(const void* from, Plain<float>) { return load<Floats>(from); }
+PYCOMM_INLINE void encode(void* to, Floats x, Plain<float>) { store(to, x); }
 PYCOMM_INLINE Floats decode(const void* from, Wide<float>) { return load<Floats>(from); }
 PYCOMM_INLINE void encode(void* to, Floats x, Wide<float>) {
   store(to, x == x ? x : Lane<Words>::to_float(fill<Words>(kFloatNan)));
