@@ -31,11 +31,15 @@ const IsaList& available() {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
     found.add({"avx2", avx2::find, &avx2::codec_kernels, &avx2::pack_kernels, &avx2::topk_kernels},
               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
-    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels, &baseline::topk_kernels}, true);
+    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels,
+               &baseline::topk_kernels},
+              true);
 #elif defined(__aarch64__)
     found.add({"neon", neon::find, &neon::codec_kernels, &neon::pack_kernels, &neon::topk_kernels}, true);
 #else
-    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels, &baseline::topk_kernels}, true);
+    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels,
+               &baseline::topk_kernels},
+              true);
 #endif
     return found;
   }();
