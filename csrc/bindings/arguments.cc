@@ -11,8 +11,8 @@ namespace {
 // What the peer is called is the method's business: dst, src.
 constexpr auto kPeer = static_cast<size_t>(Arg::peer);
 constexpr std::array<const char*, kNumArgs> kNames = {
-    "x",   "peer",     "op",     "out",  "algorithm", "deterministic", "timeout",
-    "tag", "async_op", "stream", "root", "counts",    "send_counts",   "recv_counts"};
+    "x",        "peer",   "op",   "out",    "algorithm",   "deterministic", "timeout", "tag",
+    "async_op", "stream", "root", "counts", "send_counts", "recv_counts",   "codec",   "step"};
 
 // The argument that a keyword names, or kNumArgs. Keywords in calls are interned, so that comparing pointers
 // nearly always settles it.
@@ -34,6 +34,8 @@ size_t find_argument(PyObject* keyword, const char* peer_name) {
   return kNumArgs;
 }
 }  // namespace
+
+const char* name_of(Arg arg) { return kNames[static_cast<size_t>(arg)]; }
 
 Arguments parse_arguments(const char* method, uint32_t allowed, int positional, const char* peer_name,
                           PyObject* const* args, Py_ssize_t nargs, PyObject* keywords) {

@@ -23,8 +23,10 @@ enum class Arg : uint8_t {
   counts,
   send_counts,
   recv_counts,
+  codec,
+  step,
 };
-inline constexpr int kNumArgs = 14;
+inline constexpr int kNumArgs = 16;
 
 constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 
@@ -38,6 +40,8 @@ struct Arguments {
     return given & bit(arg) ? values[static_cast<size_t>(arg)] : nullptr;
   }
 };
+
+const char* name_of(Arg arg);  // as a keyword
 
 // `allowed` is a bit set of Arg; `peer_name` is what this method calls the peer ("dst", "src"), positional
 // after x. Throws TypeError as Python does for a wrong call.

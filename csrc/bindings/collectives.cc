@@ -21,14 +21,15 @@ using schedule::Collective;
 constexpr uint32_t kCommon = bit(Arg::x) | bit(Arg::out) | bit(Arg::algorithm) | bit(Arg::timeout) |
                              bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream);
 constexpr uint32_t kReduces = kCommon | bit(Arg::op) | bit(Arg::deterministic);
+constexpr uint32_t kCodec = bit(Arg::codec) | bit(Arg::step);
 
-constexpr Method kAllReduce{"all_reduce", Collective::all_reduce, kReduces, 1, nullptr, false};
+constexpr Method kAllReduce{"all_reduce", Collective::all_reduce, kReduces | kCodec, 1, nullptr, false};
 constexpr Method kAllReduceInit{
     "all_reduce_init", Collective::all_reduce, kReduces & ~bit(Arg::async_op), 1, nullptr, true};
 constexpr Method kReduceScatter{
-    "reduce_scatter", Collective::reduce_scatter, kReduces | bit(Arg::counts), 1, nullptr, false};
-constexpr Method kAllGather{"all_gather", Collective::all_gather, kCommon | bit(Arg::counts), 1, nullptr,
-                            false};
+    "reduce_scatter", Collective::reduce_scatter, kReduces | kCodec | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kAllGather{
+    "all_gather", Collective::all_gather, kCommon | kCodec | bit(Arg::counts), 1, nullptr, false};
 constexpr Method kBroadcast{"broadcast", Collective::broadcast, kCommon | bit(Arg::root), 1, nullptr, false};
 constexpr Method kReduce{"reduce", Collective::reduce, kReduces | bit(Arg::root), 1, nullptr, false};
 constexpr Method kGather{
@@ -114,11 +115,26 @@ py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Argumen
   return std::move(call.result);
 }
 
+// A codec is Python's to read (pycomm/codecs.py), which comes back through codec_calls.cc.
+[[gnu::noinline]] py::object call_codec(const Method& method, PyObject* self, const Arguments& args) {
+  if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
+  if (!args[Arg::x]) throw TypeError(std::string(method.name) + "() needs `x`");
+  py::dict others;
+  for (int arg = 0; arg < kNumArgs; ++arg) {
+    const auto which = static_cast<Arg>(arg);
+    if (which != Arg::x && args[which]) others[name_of(which)] = py::handle(args[which]);
+  }
+  return py::module_::import("pycomm.codecs")
+      .attr("call")(py::handle(self), method.name, py::handle(args[Arg::x]), **others);
+}
+
 py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, Py_ssize_t nargs,
                   PyObject* keywords) {
   PyCommunicator& comm = self_of(self);
   const Arguments args = parse_arguments(method.name, method.allowed, method.positional, method.peer_name,
                                          argv, nargs, keywords);
+  if (args.given & kCodec) [[unlikely]]
+    return call_codec(method, self, args);
   Memo::Query query(method, args);
   if (!query.read_buffers()) return run_anew(comm, method, args, nullptr);
   if (const Memo::Use known = comm.handle->memo.find(query)) return run_known(comm, *known, args);

@@ -4,7 +4,7 @@
 namespace pycomm::bindings::docs {
 
 inline constexpr const char* kAllReduce =
-    R"(all_reduce($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)
+    R"(all_reduce($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None, codec=None, step=None)
 --
 
 Combines `x` of all ranks element by element; every rank gets the result, with the same bits.
@@ -16,6 +16,10 @@ float16, bfloat16 and float8 are summed in float32 and rounded once. `determinis
 binary tree over ranks, whatever the size. `algorithm`: a name from docs/algorithms.md; the library chooses
 otherwise. `timeout`: seconds, for this call. `tag`: a name that all ranks must agree on. `async_op`: returns a Work.
 
+`codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
+an object of pycomm.codecs, the same on all ranks. `step` numbers the calls for stochastic rounding: the same call with
+the same step gives the same bits; it defaults to `codec_step`, which counts.
+
 Raises TypeError or ValueError before any rank has moved; CommError (PeerLostError, MismatchError, CommTimeoutError,
 AbortedError) when the group has failed: the buffers are then undefined.)";
 
@@ -26,7 +30,7 @@ inline constexpr const char* kAllReduceInit =
 Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.)";
 
 inline constexpr const char* kReduceScatter =
-    R"(reduce_scatter($self, x, *, out=None, counts=None, op='sum', algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)
+    R"(reduce_scatter($self, x, *, out=None, counts=None, op='sum', algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None, codec=None, step=None)
 --
 
 Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
@@ -34,7 +38,7 @@ Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (
 `out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.)";
 
 inline constexpr const char* kAllGather =
-    R"(all_gather($self, x, *, out=None, counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+    R"(all_gather($self, x, *, out=None, counts=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None, codec=None, step=None)
 --
 
 Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.

@@ -124,6 +124,10 @@ py::object make_persistent(PyCommunicator& comm, Invocation& call) {
 py::object start(PyCommunicator& comm, Invocation& call) {
   Bound bound = comm->bind(call.request);
   bound.then = call.then;
+  return start(comm, call, std::move(bound));
+}
+
+py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {
   bound.keeps_alive = exports_of(call, keep_alive(py::make_tuple(call.x, call.result)));
   return py::cast(PyWork(comm->submit(std::move(bound)), comm.handle, call.result));
 }

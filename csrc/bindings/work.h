@@ -11,6 +11,7 @@ namespace pycomm::bindings {
 
 // Both keep the call's buffers and its group alive.
 pybind11::object start(PyCommunicator& comm, Invocation& call);  // a Work
+pybind11::object start(PyCommunicator& comm, Invocation& call, runtime::Bound bound);
 pybind11::object make_persistent(PyCommunicator& comm, Invocation& call);
 
 void add_work(pybind11::module_& module);

@@ -21,25 +21,24 @@ struct IsaList {
   }
 };
 
+#define PYCOMM_KERNELS(set) \
+  Isa { #set, set::find, &set::codec_kernels, &set::pack_kernels, &set::topk_kernels }
+
 // Those that this machine can run, the best one first.
 const IsaList& available() {
   static const IsaList list = [] {
     IsaList found;
 #if defined(__x86_64__)
-    found.add({"avx512", avx512::find, &avx512::codec_kernels, &avx512::pack_kernels, &avx512::topk_kernels},
+    found.add(PYCOMM_KERNELS(avx512),
               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
-    found.add({"avx2", avx2::find, &avx2::codec_kernels, &avx2::pack_kernels, &avx2::topk_kernels},
+    found.add(PYCOMM_KERNELS(avx2),
               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
-    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels,
-               &baseline::topk_kernels},
-              true);
+    found.add(PYCOMM_KERNELS(baseline), true);
 #elif defined(__aarch64__)
-    found.add({"neon", neon::find, &neon::codec_kernels, &neon::pack_kernels, &neon::topk_kernels}, true);
+    found.add(PYCOMM_KERNELS(neon), true);
 #else
-    found.add({"baseline", baseline::find, &baseline::codec_kernels, &baseline::pack_kernels,
-               &baseline::topk_kernels},
-              true);
+    found.add(PYCOMM_KERNELS(baseline), true);
 #endif
     return found;
   }();

@@ -38,9 +38,13 @@ struct Request {
   schedule::Call call;  // placement is found by the communicator
   const void* in = nullptr;
   void* out = nullptr;
-  std::string algorithm;  // empty: the library chooses
+  std::shared_ptr<const Coding> coding;  // with a codec
+  std::string algorithm;                 // empty: the library chooses
   std::string tag;
   double timeout_s = -1;  // negative: the communicator's
+  // What mismatches and errors shall tell: the call that this one is made for, where it is made by the
+  // library.
+  std::optional<CallRecord> part_of;
 };
 
 // A request with its plan, ready to run again and again.
@@ -51,6 +55,8 @@ struct Bound {
   double timeout_s = 0;
   int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
   std::pair<int, int> sequence() const { return {src, dst}; }
+  std::shared_ptr<const Coding> coding;
+  std::function<void()> before;       // by whichever thread runs the call, before anything moves
   std::function<void()> then;         // after success, by whichever thread completes the call
   std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
   std::shared_ptr<struct Agreement> agreement;
@@ -103,6 +109,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     Request mine = request;
     return bind(mine);
   }
+  // An all_reduce by other means, bound in the same way (communicator_codecs.cc). `topk`: the k largest of
+  // every rank; of request.coding only the residuals count. `shared_int`: integers of `width` bits under
+  // scales that the ranks share.
+  Bound bind_topk(const Request& request, int64_t k);
+  Bound bind_shared_int(const Request& request, int width);
+  // The step of the next call with a codec whose caller names none.
+  uint32_t codec_step() const { return codec_step_.load(std::memory_order_relaxed); }
+  uint32_t take_codec_step() { return codec_step_.fetch_add(1, std::memory_order_relaxed); }
   void run(const Bound& bound, Patience& patience);
   std::shared_ptr<Work> submit(Bound bound);
   void execute(Request request, Patience& patience) { run(bind(request), patience); }
@@ -169,6 +183,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void refuse_reentry() const;
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
+  void check_coding(const Request& request) const;
+  void finish_coding(Bound& bound) const;
+  CallRecord record_of_whole(const Request& request, const std::string& codec) const;
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();
   void learn_single_copy();
@@ -181,6 +198,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   bool single_copy_ = false;  // all ranks can read each other's memory through the kernel
   std::shared_ptr<Heap> heap_;
   std::atomic<bool> closed_{false};
+  std::atomic<uint32_t> codec_step_{0};
 
   // The executor's state, under the token.
   Token token_;

@@ -33,8 +33,19 @@ uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int r
   h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
   h.add(call.dtype).add(call.op).add(call.in).add(call.out).add(call.in_place).add(call.deterministic);
   h.add(call.prescale).add(call.ragged).add(algorithm).add(rank);
+  h.add(call.codec.kind).add(call.codec.rounding).add(call.codec.ceil_scale).add(call.codec.hadamard);
   for (int64_t count : call.counts) h.add(count);
   return h.digest();
+}
+
+// Throws ValueError that says which algorithms can.
+void require_codecs(Collective collective, const std::string& algorithm) {
+  if (schedule::find_algorithm(collective, algorithm).codecs != schedule::Algorithm::Codecs::none) return;
+  const std::string others = schedule::codec_algorithms(collective, schedule::Algorithm::Codecs::any);
+  throw ValueError(std::string(schedule::name(collective)) + " algorithm \"" + algorithm +
+                   "\" carries no codec; " +
+                   (others.empty() ? "all_reduce, reduce_scatter and all_gather have algorithms that do"
+                                   : "those that do are " + others));
 }
 
 }  // namespace
@@ -57,6 +68,7 @@ schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::st
                      "\" does not sum in the balanced order that deterministic=True "
                      "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
   }
+  if (call.coded() && !write) require_codecs(call.world.collective, algorithm);
   const bool prove = write || env().verify;
   schedule::Plan plan = write
                             ? schedule::lower(write(call.world), algorithm, call, geometry, prove ? -1 : rank)
@@ -158,6 +170,13 @@ Bound Communicator::bind(Request& request) {
   bound.timeout_s = request.timeout_s < 0 ? timeout_s_ : request.timeout_s;
   bound.buffers = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
   schedule::Call& call = request.call;
+  if (request.coding) {
+    check_coding(request);
+    call.codec = request.coding->codec;
+    call.codec.seed = 0;
+    bound.coding = request.coding;
+    bound.buffers.coding = bound.coding.get();
+  }
   int plan_rank = rank();
   Heap::Place in, out;
   if (call.world.collective == Collective::send_recv) {
@@ -167,7 +186,7 @@ Bound Communicator::bind(Request& request) {
     call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1};
   } else {
     call.world.size = size();
-    if (!heap_->empty() && size() > 1) {
+    if (!heap_->empty() && size() > 1 && !call.coded()) {
       find_symmetric(request, in, out);
       if (in.distance) call.in = schedule::Placement::symmetric;
       if (out.distance) call.out = schedule::Placement::symmetric;
@@ -177,6 +196,12 @@ Bound Communicator::bind(Request& request) {
   }
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
+  if (request.coding) finish_coding(bound);
+  if (request.part_of) {
+    const uint64_t fingerprint = bound.record.fingerprint;
+    bound.record = *request.part_of;
+    bound.record.fingerprint = Hasher(bound.record.fingerprint).add(fingerprint).digest() | 1;
+  }
   if (bound.src >= 0) {
     const bool sends = rank() == bound.src;
     bound.record.side = sends ? CallRecord::Side::sends : CallRecord::Side::receives;
@@ -245,7 +270,8 @@ std::shared_ptr<Agreement> Communicator::agree_on_counts(const Bound& bound, con
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
 std::shared_ptr<const Prepared> Communicator::prepare_reading(const schedule::Call& call,
                                                               const std::string& algorithm, int rank) {
-  if (!single_copy_ || call.in != schedule::Placement::plain || !single_copy_pays(call)) return nullptr;
+  if (!single_copy_ || call.coded() || call.in != schedule::Placement::plain || !single_copy_pays(call))
+    return nullptr;
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;
   auto prepared = prepare(other, algorithm, rank);

@@ -31,6 +31,7 @@ void Communicator::refuse_reentry() const {
 void Communicator::run_alone(const Bound& asked, Patience& patience) {
   check_usable();
   const Bound* bound = &asked;
+  if (asked.before) asked.before();
   if (Agreement* agreement = asked.agreement.get()) {
     if (agreement->ask) agreement->ask(asked);
     run_alone(agreement->exchange, patience);
@@ -59,6 +60,7 @@ void Communicator::join_queue(const Bound& bound, Sequence& sequence, const Pend
   work->owner_ = this;
   work->bound_ = bound;
   work->bound_.agreement = nullptr;  // that is done
+  work->bound_.before = nullptr;
   work->bound_.then = nullptr;
   work->taken_up_ = true;
   active_.push_back({work, &work->bound_, &sequence, pending});
@@ -157,6 +159,7 @@ uint64_t Communicator::take_up() {
     Active active{work, nullptr, nullptr, {}};
     try {
       if (domain_->failed()) domain_->raise_failure(Domain::Caller::under_way);  // it was made before that
+      if (work->bound_.before) work->bound_.before();
       Agreement* agreement = work->bound_.agreement.get();
       if (agreement && agreement->ask) agreement->ask(work->bound_);
       start(active, agreement ? agreement->exchange : work->bound_);

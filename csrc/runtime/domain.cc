@@ -39,6 +39,7 @@ std::string describe(const CallRecord& record) {
       default:
         break;
     }
+    if (record.codec[0]) text += std::string(", codec=") + record.codec;
     if (record.prescale != 1.0) text += ", scaled by " + std::to_string(record.prescale);
     switch (record.collective) {
       case Collective::broadcast:

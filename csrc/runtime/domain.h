@@ -58,6 +58,7 @@ struct CallRecord {
   int16_t peer = 0;
   char algorithm[24] = {};
   char tag[48] = {};
+  char codec[80] = {};  // its name and options, and the call's step
 };
 static_assert(sizeof(CallRecord) % 8 == 0);
 std::string describe(const CallRecord& record);

@@ -52,6 +52,7 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   mismatched_ = -1;
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;
+  coding_ = buffers.coding;
 }
 
 bool Run::entered() {
@@ -73,6 +74,36 @@ bool Run::entered() {
   domain_->enter(call_, *record_);
   ++next_entry_;
   return true;
+}
+
+// combine() has put the operands' addresses in pointers_.
+void Run::transcode(const schedule::Step& step, int64_t trip) {
+  const schedule::Plan& plan = prepared_->plan;
+  const schedule::Transcode& how = program_->transcodes[step.transcode];
+  const double divisor = how.divides ? plan.divisor : 1.0;
+  const int64_t shift = trip * how.stride;
+  kernels::Encoding encoding{.step = coding_->step,
+                             .stage = how.stage,
+                             .rank = static_cast<uint32_t>(domain_->rank()),
+                             .index = how.index + shift,
+                             .segments = coding_->segments};
+  if (coding_->residual) {
+    encoding.residual = coding_->residual + how.element + shift;
+    encoding.next_residual = coding_->next_residual + how.element + shift;
+    encoding.residual_scale = coding_->residual_scale / static_cast<float>(divisor);
+  }
+  kernels::transcode({.codec = &coding_->codec,
+                      .dtype = plan.call.dtype,
+                      .dsts = pointers_.data(),
+                      .srcs = pointers_.data() + step.num_dsts,
+                      .src_formats = &prepared_->formats[step.operand + step.num_dsts],
+                      .num_dsts = step.num_dsts,
+                      .num_srcs = step.num_srcs,
+                      .dst_format = step.dst_format,
+                      .count = static_cast<size_t>(step.count),
+                      .prescale = plan.call.prescale,
+                      .divisor = divisor,
+                      .encoding = encoding});
 }
 
 bool Run::read(const schedule::Step& step, int64_t trip) {

@@ -14,6 +14,7 @@
 #include <array>
 #include <vector>
 
+#include "kernels/codec.h"
 #include "kernels/combine.h"
 #include "runtime/domain.h"
 #include "schedule/plan.h"
@@ -32,6 +33,17 @@ struct Prepared {
   const schedule::Program& program(int rank) const { return plan.programs[rank]; }
 };
 
+// What the encodes of a call with a codec depend on besides its plan.
+struct Coding {
+  kernels::Codec codec;  // with its seed
+  uint32_t step = 0;
+  std::vector<kernels::Segment> segments;
+  // As long as the rank's `in`; both or neither. The scale is that of values that are not divided yet.
+  const float* residual = nullptr;
+  float* next_residual = nullptr;
+  float residual_scale = 1;
+};
+
 // The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones
 // are used.
 struct Buffers {
@@ -39,6 +51,7 @@ struct Buffers {
   char* out = nullptr;
   // Symmetric: rank r's buffer is at own + (r - rank) * distance. 0: plain.
   int64_t in_distance = 0, out_distance = 0;
+  const Coding* coding = nullptr;  // of a call with a codec
 };
 
 struct NoObserver {
@@ -92,6 +105,7 @@ class Run {
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
   void combine(const schedule::Step& step, int64_t trip);
+  void transcode(const schedule::Step& step, int64_t trip);
   bool reads_peer(const schedule::Step& step) const {
     const schedule::Operand& source = program_->operands[step.operand + step.num_dsts];
     return source.space == schedule::Space::in && source.rank != domain_->rank();
@@ -109,6 +123,7 @@ class Run {
   Cell *outgoing_ = nullptr, *incoming_ = nullptr;  // of rank 0
   int64_t next_outgoing_ = 0, next_incoming_ = 0;
   const CallRecord* record_ = nullptr;
+  const Coding* coding_ = nullptr;
   int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
   int64_t iteration_ = 0;
@@ -129,6 +144,8 @@ inline void Run::combine(const schedule::Step& step, int64_t trip) {
     pointers[i] = bases_[space] + operand.rank * distances_[space] + operand.offset +
                   (operand.space == schedule::Space::window ? slot : trip * operand.stride);
   }
+  if (step.transcode >= 0) [[unlikely]]
+    return transcode(step, trip);
   prepared_->combine({.dsts = pointers,
                       .srcs = pointers + step.num_dsts,
                       .src_formats = &prepared_->formats[step.operand + step.num_dsts],

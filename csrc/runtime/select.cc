@@ -37,6 +37,10 @@ Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded
 Choice select(const schedule::Call& call, bool crowded) {
   const int64_t bytes = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0}) *
                         static_cast<int64_t>(size_of(call.dtype));
+  if (call.coded() && call.world.collective == Collective::all_reduce) {
+    return {"two_shot",
+            "of all that carry codecs it encodes least: an element twice, whatever the number of ranks"};
+  }
   switch (call.world.collective) {
     case Collective::all_reduce:
       return select_all_reduce(call, bytes, crowded);

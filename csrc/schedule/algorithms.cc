@@ -7,34 +7,35 @@ namespace pycomm::schedule {
 
 namespace {
 using enum Collective;
+using enum Algorithm::Codecs;
 // Where nothing is summed, nothing is out of balance.
 constexpr Algorithm kAlgorithms[] = {
-    // name, collective, function, balanced
-    {"one_shot", all_reduce, one_shot, true},
-    {"two_shot", all_reduce, two_shot, true},
-    {"ring", all_reduce, ring, false},
-    {"tree", all_reduce, tree, false},
-    {"recursive_doubling", all_reduce, recursive_doubling, true},
-    {"halving_doubling", all_reduce, halving_doubling, true},
-    {"direct", reduce_scatter, direct, true},
-    {"ring", reduce_scatter, ring, false},
-    {"recursive_halving", reduce_scatter, recursive_halving, false},
-    {"direct", all_gather, direct, true},
-    {"ring", all_gather, ring, true},
-    {"recursive_doubling", all_gather, recursive_doubling, true},
-    {"direct", broadcast, direct, true},
-    {"binomial", broadcast, binomial, true},
-    {"pipelined_tree", broadcast, pipelined_tree, true},
-    {"direct", reduce, direct, true},
-    {"two_shot", reduce, two_shot, true},
-    {"binomial", reduce, binomial, false},
-    {"pipelined_tree", reduce, pipelined_tree, false},
-    {"direct", gather, direct, true},
-    {"direct", scatter, direct, true},
-    {"direct", all_to_all, direct, true},
-    {"pairwise", all_to_all, pairwise, true},
-    {"dissemination", barrier, dissemination, true},
-    {"direct", send_recv, direct, true},
+    // name, collective, function, balanced, codecs
+    {"one_shot", all_reduce, one_shot, true, any_once},
+    {"two_shot", all_reduce, two_shot, true, any_once},
+    {"ring", all_reduce, ring, false, any_once},
+    {"tree", all_reduce, tree, false, any_once},
+    {"recursive_doubling", all_reduce, recursive_doubling, true, none},
+    {"halving_doubling", all_reduce, halving_doubling, true, any},
+    {"direct", reduce_scatter, direct, true, any_once},
+    {"ring", reduce_scatter, ring, false, any_once},
+    {"recursive_halving", reduce_scatter, recursive_halving, false, any},
+    {"direct", all_gather, direct, true, any_once},
+    {"ring", all_gather, ring, true, any_once},
+    {"recursive_doubling", all_gather, recursive_doubling, true, any_once},
+    {"direct", broadcast, direct, true, none},
+    {"binomial", broadcast, binomial, true, none},
+    {"pipelined_tree", broadcast, pipelined_tree, true, none},
+    {"direct", reduce, direct, true, none},
+    {"two_shot", reduce, two_shot, true, none},
+    {"binomial", reduce, binomial, false, none},
+    {"pipelined_tree", reduce, pipelined_tree, false, none},
+    {"direct", gather, direct, true, none},
+    {"direct", scatter, direct, true, none},
+    {"direct", all_to_all, direct, true, none},
+    {"pairwise", all_to_all, pairwise, true, none},
+    {"dissemination", barrier, dissemination, true, none},
+    {"direct", send_recv, direct, true, none},
 };
 }  // namespace
 
@@ -44,6 +45,15 @@ std::vector<std::string> algorithm_names(Collective collective) {
   std::vector<std::string> names;
   for (const Algorithm& algorithm : kAlgorithms)
     if (algorithm.collective == collective) names.push_back(algorithm.name);
+  return names;
+}
+
+std::string codec_algorithms(Collective collective, Algorithm::Codecs at_least) {
+  std::string names;
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (algorithm.collective != collective || algorithm.codecs < at_least) continue;
+    names += std::string(names.empty() ? "" : ", ") + algorithm.name;
+  }
   return names;
 }
 

@@ -2,6 +2,7 @@
 // algorithms.cc.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <vector>
@@ -19,10 +20,16 @@ struct Algorithm {
   AlgorithmFn write;
   // Sums associate as the balanced binary tree over ranks, so `deterministic=True` may choose it.
   bool balanced;
+  // Whether plans of it are proved with codecs, and with each element encoded at most once by a rank, which
+  // error feedback needs.
+  enum class Codecs : uint8_t { none, any, any_once };
+  Codecs codecs;
 };
 
 std::span<const Algorithm> algorithms();
 std::vector<std::string> algorithm_names(Collective collective);
+// Of those that carry codecs: "two_shot, ring".
+std::string codec_algorithms(Collective collective, Algorithm::Codecs at_least);
 // Throws ValueError that lists what this collective has.
 const Algorithm& find_algorithm(Collective collective, const std::string& name);
 

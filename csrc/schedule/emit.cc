@@ -1,213 +1,211 @@
 // Writes a rank's program from what Lowering knows.
+#include "schedule/emit.h"
+
 #include <algorithm>
 #include <iterator>
-
-#include "schedule/lowering.h"
 
 namespace pycomm::schedule {
 
 namespace {
+
 using Kind = ScheduleStep::Kind;
+
+Format format_of(const Ref& ref) { return ref.buffer == Buffer::scratch ? Format::partial : Format::raw; }
+
 }  // namespace
 
-// Writes one rank's steps for the trips of one loop: within them all lengths are the same.
-class Emitter {
- public:
-  Emitter(const Lowering& lowering, int rank, int64_t trip, Program& program)
-      : l_(lowering), rank_(rank), trip_(trip), program_(program) {}
-
-  void run() {
-    for (int id : l_.waits_at_top_[rank_]) {
-      const Offer& offer = l_.offers_[id];
-      if (alive(offer)) {
-        wait(offer.peer, offer.done, 0, -l_.layout_.slots * l_.per_trip(offer.peer, rank_, offer.done.cell));
-      }
-    }
-    for (const Item& item : l_.items_[rank_]) {
-      const ScheduleStep& step = l_.schedule_.ranks[rank_][item.step];
-      switch (item.kind) {
-        case Kind::offer:
-          show(item, step.stage);
-          break;
-        case Kind::combine:
-          if (!l_.idle_[rank_].contains(item.step)) combine(item, step);
-          break;
-        case Kind::accept:
-          accept(l_.offers_[item.offers[0]], step.stage);
-          break;
-      }
+void Emitter::run() {
+  for (int id : l_.waits_at_top_[rank_]) {
+    const Offer& offer = l_.offers_[id];
+    if (alive(offer)) {
+      wait(offer.peer, offer.done, 0, -l_.layout_.slots * l_.per_trip(offer.peer, rank_, offer.done.cell));
     }
   }
-
- private:
-  // Ragged trips beyond the first leave out the pairs that have nothing more to exchange.
-  bool alive(const Offer& offer) const {
-    return !l_.layout_.ragged || trip_ == 0 || l_.length_of(offer.ref, trip_) > 0;
-  }
-
-  void signal(int peer, Event event, int stage) {
-    push({.kind = Step::Kind::signal,
-          .stage = static_cast<uint8_t>(stage),
-          .cell = static_cast<uint8_t>(event.cell),
-          .peer = peer,
-          .value = event.index,
-          .per_trip = l_.per_trip(rank_, peer, event.cell)});
-  }
-
-  void wait(int peer, Event event, int stage, int64_t shift = 0) {
-    int64_t& reached = reached_.try_emplace({peer, event.cell, stage}, INT64_MIN).first->second;
-    if (reached >= event.index + shift) return;
-    reached = event.index + shift;
-    push({.kind = Step::Kind::wait,
-          .stage = static_cast<uint8_t>(stage),
-          .cell = static_cast<uint8_t>(event.cell),
-          .peer = peer,
-          .value = reached,
-          .per_trip = l_.per_trip(peer, rank_, event.cell)});
-  }
-
-  void push(const Step& step) { program_.steps.push_back(step); }
-
-  static Format format_of(const Ref& ref) {
-    return ref.buffer == Buffer::scratch ? Format::partial : Format::raw;
-  }
-
-  Operand operand(const Ref& ref, bool window, Format format) const {
-    const int64_t block = block_length(l_.call_, ref.rank, ref.buffer, ref.chunk.block);
-    const Layout& layout = l_.layout_;
-    const int64_t begin = layout.chunk_range(ref.chunk, layout.trip_length(block, trip_)).begin;
-    if (ref.buffer == Buffer::scratch) {
-      return {Space::window, format, ref.rank, layout.scratch_bytes(ref.chunk.block, begin), 0};
-    }
-    if (window || ref.buffer == Buffer::image) {
-      return {Space::window, format, ref.rank, layout.image_bytes(ref.chunk.block, begin), 0};
-    }
-    const int64_t base = block_offset(l_.call_, ref.rank, ref.buffer, ref.chunk.block);
-    return {ref.buffer == Buffer::in ? Space::in : Space::out, format, ref.rank, (base + begin) * layout.item,
-            layout.trips > 1 || layout.ragged ? layout.width * layout.item : 0};
-  }
-
-  void move(const Operand& dst, const Operand& src, int64_t count, int stage, bool stream) {
-    emit({dst}, {src}, count, stage, stream);
-  }
-
-  void emit(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count, int stage,
-            bool stream) {
-    if (count == 0) return;
-    push({.kind = Step::Kind::combine,
-          .stage = static_cast<uint8_t>(stage),
-          .stream = stream,
-          .dst_format = dsts[0].format,
-          .num_dsts = static_cast<int32_t>(dsts.size()),
-          .num_srcs = static_cast<int32_t>(srcs.size()),
-          .operand = static_cast<int32_t>(program_.operands.size()),
-          .count = count});
-    program_.operands.insert(program_.operands.end(), dsts.begin(), dsts.end());
-    program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
-  }
-
-  // Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this
-  // call.
-  bool streams(const Ref& out) const {
-    const auto& read = l_.blocks_read_[rank_];
-    return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&
-           !read.count({Buffer::out, out.chunk.block}) &&
-           !(l_.call_.in_place && read.count({Buffer::in, out.chunk.block}));
-  }
-
-  void show(const Item& item, int stage) {
-    bool any = false;
-    for (int id : item.offers) {
-      const Offer& offer = l_.offers_[id];
-      if (!alive(offer)) continue;
-      any = true;
-      if (offer.rides) {
-        const Operand from = operand(offer.from, false, format_of(offer.ref));
-        move({Space::outgoing, from.format, offer.peer, offer.shown.cell * kCellBytes}, from,
-             l_.length_of(offer.ref, trip_), stage, false);
-      } else if (offer.copy) {
-        move(operand(offer.ref, true, Format::raw), operand(offer.ref, false, Format::raw),
-             l_.length_of(offer.ref, trip_), stage, false);
-      }
-    }
-    const Offer& first = l_.offers_[item.offers[0]];
-    if (any) signal(first.peer, first.shown, stage);
-  }
-
-  void accept(const Offer& offer, int stage) {
-    if (l_.deferred(offer) || !alive(offer)) return;
-    wait(offer.peer, offer.done, stage);
-    if (offer.written && l_.staged(offer.ref)) {
-      move(operand(offer.ref, false, Format::raw), operand(offer.ref, true, Format::raw),
-           l_.length_of(offer.ref, trip_), stage, streams(offer.ref));
+  for (const Item& item : l_.items_[rank_]) {
+    const ScheduleStep& step = l_.schedule_.ranks[rank_][item.step];
+    switch (item.kind) {
+      case Kind::offer:
+        show(item, step.stage);
+        break;
+      case Kind::combine:
+        if (!l_.idle_[rank_].contains(item.step)) combine(item, step);
+        break;
+      case Kind::accept:
+        accept(l_.offers_[item.offers[0]], step.stage);
+        break;
     }
   }
+}
 
-  void combine(const Item& item, const ScheduleStep& step) {
-    std::map<int, Event> shown, done;  // by peer: the last signal to wait for, the one to give
-    for (int id : item.offers) {
-      const Offer& offer = l_.offers_[id];
-      if (!alive(offer)) continue;
-      Event& last = shown[offer.owner];
-      if (offer.shown.index > last.index) last = offer.shown;
-      if (offer.done.index) done[offer.owner] = offer.done;
-    }
-    for (const auto& [peer, event] : shown) wait(peer, event, step.stage);
+void Emitter::signal(int peer, Event event, int stage) {
+  push({.kind = Step::Kind::signal,
+        .stage = static_cast<uint8_t>(stage),
+        .cell = static_cast<uint8_t>(event.cell),
+        .peer = peer,
+        .value = event.index,
+        .per_trip = l_.per_trip(rank_, peer, event.cell)});
+}
 
-    const int64_t count = l_.length_of(step.dsts[0], trip_);
-    const bool is_copy = !step.final && step.srcs.size() == 1 &&
-                         (step.dsts[0].buffer == Buffer::scratch) == (step.srcs[0].buffer == Buffer::scratch);
-    auto check = [&](const Ref& ref) {
-      if (l_.length_of(ref, trip_) == count) return;
-      malformed(rank_, item.step, words(ref) + " is not as long as " + words(step.dsts[0]));
-    };
-    std::vector<Operand> dsts, srcs;
-    bool to_user = true;
-    for (int d = 0; d < static_cast<int>(step.dsts.size()); ++d) {
-      const Ref& ref = step.dsts[d];
-      check(ref);
-      const bool partial = ref.buffer == Buffer::scratch;
-      if (ref.buffer == Buffer::in) malformed(rank_, item.step, "writes " + words(ref));
-      if (!is_copy && partial == step.final) {
-        malformed(rank_, item.step,
-                  step.final ? "a final result cannot go to scratch"
-                             : "a partial result can go to scratch only: " + words(ref));
-      }
-      const Format format = step.final ? Format::final : partial ? Format::partial : Format::raw;
-      const bool window = l_.in_window(ref) && ref.rank != rank_;
-      // In place, a rank's `out` holds what its `in` does.
-      const bool there = l_.call_.in_place && is_copy && ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
-                         step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
-      if (!there) dsts.push_back(operand(ref, window, format));
-      to_user = to_user && !there && dsts.back().space == Space::out;
-      if (l_.window_copies_[rank_].count({item.step, d})) {
-        dsts.push_back(operand(ref, true, format));
-        to_user = false;
-      }
-    }
-    for (const Ref& ref : step.srcs) {
-      check(ref);
-      if (!is_copy && ref.buffer == Buffer::out) malformed(rank_, item.step, "reduces " + words(ref));
-      const auto rider = std::find_if(item.offers.begin(), item.offers.end(), [&](int id) {
-        return l_.offers_[id].rides && l_.offers_[id].ref == ref;
-      });
-      if (rider != item.offers.end()) {
-        srcs.push_back(
-            {Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
-      } else {
-        srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_, format_of(ref)));
-      }
-    }
-    if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));
-    for (const auto& [peer, event] : done) signal(peer, event, step.stage);
+void Emitter::wait(int peer, Event event, int stage, int64_t shift) {
+  int64_t& reached = reached_.try_emplace({peer, event.cell, stage}, INT64_MIN).first->second;
+  if (reached >= event.index + shift) return;
+  reached = event.index + shift;
+  push({.kind = Step::Kind::wait,
+        .stage = static_cast<uint8_t>(stage),
+        .cell = static_cast<uint8_t>(event.cell),
+        .peer = peer,
+        .value = reached,
+        .per_trip = l_.per_trip(peer, rank_, event.cell)});
+}
+
+Operand Emitter::operand(const Ref& ref, bool window, Format format) const {
+  const int64_t block = block_length(l_.call_, ref.rank, ref.buffer, ref.chunk.block);
+  const Layout& layout = l_.layout_;
+  const int64_t begin = layout.chunk_range(ref.chunk, layout.trip_length(block, trip_)).begin;
+  if (ref.buffer == Buffer::scratch) {
+    return {Space::window, format, ref.rank, layout.scratch_bytes(ref.chunk.block, begin), 0};
   }
+  if (window || ref.buffer == Buffer::image) {
+    return {Space::window, format, ref.rank, layout.image_bytes(ref.chunk.block, begin), 0};
+  }
+  const int64_t base = block_offset(l_.call_, ref.rank, ref.buffer, ref.chunk.block);
+  return {ref.buffer == Buffer::in ? Space::in : Space::out, format, ref.rank, (base + begin) * layout.item,
+          layout.trips > 1 || layout.ragged ? layout.width * layout.item : 0};
+}
 
-  const Lowering& l_;
-  const int rank_;
-  const int64_t trip_;
-  Program& program_;
-  std::map<std::tuple<int, int, int>, int64_t> reached_;  // (peer, cell, stage): what has been waited for
-};
+void Emitter::emit(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
+                   int stage, bool stream) {
+  if (count == 0) return;
+  push({.kind = Step::Kind::combine,
+        .stage = static_cast<uint8_t>(stage),
+        .stream = stream,
+        .dst_format = dsts[0].format,
+        .num_dsts = static_cast<int32_t>(dsts.size()),
+        .num_srcs = static_cast<int32_t>(srcs.size()),
+        .operand = static_cast<int32_t>(program_.operands.size()),
+        .count = count});
+  program_.operands.insert(program_.operands.end(), dsts.begin(), dsts.end());
+  program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
+}
+
+// Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this
+// call.
+bool Emitter::streams(const Ref& out) const {
+  const auto& read = l_.blocks_read_[rank_];
+  return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&
+         !read.count({Buffer::out, out.chunk.block}) &&
+         !(l_.call_.in_place && read.count({Buffer::in, out.chunk.block}));
+}
+
+void Emitter::show(const Item& item, int stage) {
+  bool any = false;
+  for (int id : item.offers) {
+    const Offer& offer = l_.offers_[id];
+    if (!alive(offer)) continue;
+    any = true;
+    if (offer.rides) {
+      const Operand from = operand(offer.from, false, format_of(offer.ref));
+      move({Space::outgoing, from.format, offer.peer, offer.shown.cell * kCellBytes}, from,
+           l_.length_of(offer.ref, trip_), stage, false);
+    } else if (offer.copy && l_.call_.coded()) {
+      encode_offer(offer, stage);
+    } else if (offer.copy) {
+      move(operand(offer.ref, true, Format::raw), operand(offer.ref, false, Format::raw),
+           l_.length_of(offer.ref, trip_), stage, false);
+    }
+  }
+  const Offer& first = l_.offers_[item.offers[0]];
+  if (any) signal(first.peer, first.shown, stage);
+}
+
+void Emitter::accept(const Offer& offer, int stage) {
+  if (l_.deferred(offer) || !alive(offer)) return;
+  wait(offer.peer, offer.done, stage);
+  if (!offer.written || !l_.staged(offer.ref)) return;
+  const int64_t count = l_.length_of(offer.ref, trip_);
+  if (l_.call_.coded()) {
+    emit_coded({operand(offer.ref, false, Format::final)}, {wire(offer.ref)}, count, stage, {});
+  } else {
+    move(operand(offer.ref, false, Format::raw), operand(offer.ref, true, Format::raw), count, stage,
+         streams(offer.ref));
+  }
+}
+
+void Emitter::combine(const Item& item, const ScheduleStep& step) {
+  std::map<int, Event> shown, done;  // by peer: the last signal to wait for, the one to give
+  for (int id : item.offers) {
+    const Offer& offer = l_.offers_[id];
+    if (!alive(offer)) continue;
+    Event& last = shown[offer.owner];
+    if (offer.shown.index > last.index) last = offer.shown;
+    if (offer.done.index) done[offer.owner] = offer.done;
+  }
+  for (const auto& [peer, event] : shown) wait(peer, event, step.stage);
+  const bool is_copy = !step.final && step.srcs.size() == 1 &&
+                       (step.dsts[0].buffer == Buffer::scratch) == (step.srcs[0].buffer == Buffer::scratch);
+  const int64_t count = checked_length(item, step, is_copy);
+  if (l_.call_.coded()) {
+    combine_coded(item, step, count, is_copy);
+  } else {
+    combine_plain(item, step, count, is_copy);
+  }
+  for (const auto& [peer, event] : done) signal(peer, event, step.stage);
+}
+
+// The length that all its chunks have.
+int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool is_copy) const {
+  const int64_t count = l_.length_of(step.dsts[0], trip_);
+  const auto check = [&](const Ref& ref) {
+    if (l_.length_of(ref, trip_) == count) return;
+    malformed(rank_, item.step, words(ref) + " is not as long as " + words(step.dsts[0]));
+  };
+  for (const Ref& ref : step.dsts) {
+    check(ref);
+    if (ref.buffer == Buffer::in) malformed(rank_, item.step, "writes " + words(ref));
+    if (!is_copy && (ref.buffer == Buffer::scratch) == step.final) {
+      malformed(rank_, item.step,
+                step.final ? "a final result cannot go to scratch"
+                           : "a partial result can go to scratch only: " + words(ref));
+    }
+  }
+  for (const Ref& ref : step.srcs) {
+    check(ref);
+    if (!is_copy && ref.buffer == Buffer::out) malformed(rank_, item.step, "reduces " + words(ref));
+  }
+  return count;
+}
+
+void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy) {
+  std::vector<Operand> dsts, srcs;
+  bool to_user = true;
+  for (int d = 0; d < static_cast<int>(step.dsts.size()); ++d) {
+    const Ref& ref = step.dsts[d];
+    const Format format = step.final                      ? Format::final
+                          : ref.buffer == Buffer::scratch ? Format::partial
+                                                          : Format::raw;
+    const bool window = l_.in_window(ref) && ref.rank != rank_;
+    // In place, a rank's `out` holds what its `in` does.
+    const bool there = l_.call_.in_place && is_copy && ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
+                       step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
+    if (!there) dsts.push_back(operand(ref, window, format));
+    to_user = to_user && !there && dsts.back().space == Space::out;
+    if (l_.window_copies_[rank_].count({item.step, d})) {
+      dsts.push_back(operand(ref, true, format));
+      to_user = false;
+    }
+  }
+  for (const Ref& ref : step.srcs) {
+    const auto rider = std::find_if(item.offers.begin(), item.offers.end(), [&](int id) {
+      return l_.offers_[id].rides && l_.offers_[id].ref == ref;
+    });
+    if (rider != item.offers.end()) {
+      srcs.push_back({Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
+    } else {
+      srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_, format_of(ref)));
+    }
+  }
+  if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));
+}
 
 Program Lowering::emit(int rank) const {
   // Lengths change only where some block that this rank touches has its last full trip or its tail.

@@ -62,11 +62,23 @@ int64_t block_offset(const Call& call, int rank, Buffer buffer, int block) {
   return offset;
 }
 
+int64_t data_index(const Call& call, int block, int64_t element) {
+  if (call.world.collective != Collective::reduce_scatter) return element;
+  for (int b = 0; b < block; ++b) element += round_up(call.counts[b], kernels::kTile);
+  return element;
+}
+
 Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
                int scratch_blocks) {
   item = static_cast<int64_t>(size_of(call.dtype));
-  partial_item = static_cast<int64_t>(size_of(accumulator(call.dtype)));
-  grain = std::max<int64_t>(1, 64 / item);
+  if (call.coded()) {
+    unit = grain = kernels::kTile;
+    image_unit = scratch_unit = kernels::tile_bytes(call.codec.kind);
+  } else {
+    image_unit = item;
+    scratch_unit = static_cast<int64_t>(size_of(accumulator(call.dtype)));
+    grain = std::max<int64_t>(1, 64 / item);
+  }
   ragged = is_ragged(call);
   const int blocks = num_blocks(call.world);
   const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
@@ -75,12 +87,12 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   // A trip's data: what the cache holds, less where the algorithm pipelines, and what the bank holds.
   int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
-  const int64_t bytes_per_element = (uses_image ? blocks * item : 0) + scratch_blocks * partial_item;
+  const int64_t unit_bytes = (uses_image ? blocks * image_unit : 0) + scratch_blocks * scratch_unit;
   const int32_t many_slots = schedule.stages + 1;
   int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * item);
   if (uses_window) {
     const int64_t room = geometry.bank_bytes / many_slots - 64;  // 64: the scratch part starts on a line
-    widest = std::max(grain, std::min(widest, room / bytes_per_element));
+    widest = std::max(grain, std::min(widest, room / unit_bytes * unit));
   }
   if (widest != INT64_MAX) widest = std::max(grain, widest / grain * grain);
 
@@ -96,8 +108,8 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
     slots = many_slots;
   }
   if (!uses_window) slots = 1;
-  scratch_offset = uses_image ? round_up(blocks * width * item, 64) : 0;
-  slot_bytes = uses_window ? round_up(scratch_offset + scratch_blocks * width * partial_item, 64) : 0;
+  scratch_offset = uses_image ? round_up(image_bytes(blocks, 0), 64) : 0;
+  slot_bytes = uses_window ? round_up(scratch_bytes(scratch_blocks, 0), 64) : 0;
   if (slots * slot_bytes > geometry.bank_bytes) {
     throw ValueError("the window's bank of " + std::to_string(geometry.bank_bytes) + " bytes cannot hold " +
                      std::to_string(slots) + " slots of " + std::to_string(slot_bytes) +

@@ -16,6 +16,11 @@ int64_t block_length(const Call& call, int rank, Buffer buffer, int block);
 // block.
 int64_t block_offset(const Call& call, int rank, Buffer buffer, int block);
 
+// Where encodes count from: the index, in the data that a codec sees, of an element of a block. That data has
+// the caller's order, but every block of a reduce_scatter begins with a tile; the blocks of an all_gather are
+// data of their own.
+int64_t data_index(const Call& call, int block, int64_t element);
+
 // all_to_all with unequal counts: a rank knows its own row and column alone, so nothing may depend on the
 // rest.
 bool is_ragged(const Call& call);
@@ -27,8 +32,10 @@ struct Range {
 
 // Trips of `width` elements a block; image and scratch blocks lie one after the other in a slot.
 struct Layout {
-  int64_t item = 4, partial_item = 4;  // bytes of an element, of a partial result
-  int64_t grain = 16;                  // chunk boundaries are multiples of it: a cache line of elements
+  int64_t item = 4;  // bytes of an element in the caller's buffers
+  int64_t unit = 1;  // elements that lie together in windows: of a codec a tile, else one
+  int64_t image_unit = 4, scratch_unit = 4;  // bytes of a unit in the image, of partial results
+  int64_t grain = 16;  // chunk boundaries are multiples of it: a cache line of elements, a tile
   int64_t width = 0;
   int64_t trips = 1;
   int32_t slots = 1;
@@ -41,9 +48,11 @@ struct Layout {
   int64_t trip_length(int64_t length, int64_t trip) const;
   // The chunk's elements, relative to the trip's part of the block.
   Range chunk_range(const Chunk& chunk, int64_t trip_length) const;
-  int64_t image_bytes(int block, int64_t element) const { return (block * width + element) * item; }
+  int64_t image_bytes(int block, int64_t element) const {
+    return (block * width + element) / unit * image_unit;
+  }
   int64_t scratch_bytes(int block, int64_t element) const {
-    return scratch_offset + (block * width + element) * partial_item;
+    return scratch_offset + (block * width + element) / unit * scratch_unit;
   }
 };
 

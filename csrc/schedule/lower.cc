@@ -49,6 +49,7 @@ uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout
   h.add(static_cast<int>(call.out));
   h.add(layout.ragged);
   h.add(call.prescale).add(plan.algorithm);
+  h.add(call.codec.kind).add(call.codec.rounding).add(call.codec.ceil_scale).add(call.codec.hadamard);
   for (int64_t v : {layout.width, int64_t{plan.slots}, plan.slot_bytes, int64_t{plan.cells}}) h.add(v);
   // Of the steps too: users may have written two algorithms of one name.
   for (const std::vector<ScheduleStep>& program : schedule.ranks) {
@@ -73,6 +74,19 @@ Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& a
   Call call = asked;
   if (call.out == Placement::reachable) throw ValueError("`out` cannot be reachable: peers may only read it");
   if (call.in == Placement::reachable && !only_copies_in(schedule)) call.in = Placement::plain;
+  if (call.coded()) {
+    switch (call.world.collective) {
+      case Collective::all_reduce:
+      case Collective::reduce_scatter:
+      case Collective::all_gather:
+        break;
+      default:
+        throw ValueError(std::string(name(call.world.collective)) +
+                         " takes no codec: all_reduce, reduce_scatter and all_gather do");
+    }
+    call.in = call.out = Placement::plain;
+    call.codec.seed = 0;
+  }
   if (schedule.stages > geometry.max_cells) {
     throw ValueError("the schedule uses " + std::to_string(schedule.stages) +
                      " stages; there are cells for " + std::to_string(geometry.max_cells));
@@ -88,6 +102,7 @@ Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& a
   plan.bank_bytes = layout.slots * layout.slot_bytes;
   plan.divisor = call.op == Op::avg ? call.world.size : 1.0;
   plan.full_exchange = lowering.full_exchange();
+  plan.encodes_once = call.coded() && lowering.encodes_once();
   plan.programs.resize(call.world.size);
   for (int rank = 0; rank < call.world.size; ++rank) {
     if (only_rank < 0 || rank == only_rank) plan.programs[rank] = lowering.emit(rank);

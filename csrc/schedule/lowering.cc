@@ -156,6 +156,41 @@ void Lowering::find_copies() {
   }
 }
 
+// Which combines encode, in which stage, and whether an element is ever encoded twice. A bare encode of `in`
+// has stage 0, as an offer's has: those of one element give the same bits.
+void Lowering::find_encodes() {
+  if (!call_.coded()) return;
+  for (int rank = 0; rank < n_; ++rank) {
+    std::vector<Ref> encoded;
+    const auto note = [&](Ref ref) {
+      ref = {rank, Buffer::scratch, ref.chunk};
+      if (ref.chunk.block >= num_blocks(call_.world)) ref.chunk.block = 0;
+      encodes_once_ = encodes_once_ &&
+                      std::ranges::none_of(encoded, [&](const Ref& other) { return overlap(ref, other); });
+      encoded.push_back(ref);
+    };
+    for (const Offer& offer : offers_) {
+      if (offer.owner == rank && offer.copy) note(offer.ref);
+    }
+    const auto in_buffers = [&](const Ref& ref) {
+      return ref.rank == rank && (ref.buffer == Buffer::in || ref.buffer == Buffer::out);
+    };
+    int stage = 0;
+    const auto& program = schedule_.ranks[rank];
+    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
+      const ScheduleStep& step = program[i];
+      if (step.kind != Kind::combine) continue;
+      const bool copied =
+          window_copies_[rank].lower_bound({i, 0}) != window_copies_[rank].lower_bound({i + 1, 0});
+      const bool to_wire = copied || !std::ranges::all_of(step.dsts, in_buffers);
+      const bool bare = step.srcs.size() == 1;
+      if (!to_wire || (bare && !in_buffers(step.srcs[0]))) continue;
+      encode_stages_[rank][i] = bare ? 0 : static_cast<uint8_t>(++stage);
+      note(step.dsts[0]);
+    }
+  }
+}
+
 // What each rank's call reads of its own caller's memory, by itself or through peers.
 void Lowering::find_reads() {
   for (int rank = 0; rank < n_; ++rank) {
@@ -235,11 +270,11 @@ void Lowering::number_events() {
 // A chunk that its owner would show in the window rides with the signal instead if it fits, and if the cell
 // has no other signal in the call, which would write over it.
 void Lowering::find_riders(int64_t room) {
-  if (reuses_slots() || layout_.trips > 1) return;
+  if (reuses_slots() || layout_.trips > 1 || call_.coded()) return;
   std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
   for (const Offer& offer : offers_) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
   for (Offer& offer : offers_) {
-    const int64_t item = offer.ref.buffer == Buffer::scratch ? layout_.partial_item : layout_.item;
+    const int64_t item = offer.ref.buffer == Buffer::scratch ? layout_.scratch_unit : layout_.item;
     const int64_t bytes = length_of(offer.ref, 0) * item;
     offer.rides = offer.read && deferred(offer) && bytes <= room &&
                   offers[{offer.owner, offer.peer, offer.shown.cell}] == 1 &&

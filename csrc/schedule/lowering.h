@@ -1,6 +1,6 @@
 // What lower() knows of a schedule for a call before it writes steps: which offer meets which use, how each
-// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc and
-// emit.cc.
+// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc
+// and emit*.cc.
 #pragma once
 
 #include <map>
@@ -57,17 +57,20 @@ class Lowering {
         waits_at_top_(n_),
         window_copies_(n_),
         idle_(n_),
+        encode_stages_(n_),
         blocks_read_(n_),
         layout_(match(geometry)) {
     number_events();
     find_riders(geometry.payload_bytes);
     find_idle_copies();
     find_copies();
+    find_encodes();
     find_reads();
   }
 
   Program emit(int rank) const;
   bool full_exchange() const;
+  bool encodes_once() const { return encodes_once_; }
   const Layout& layout() const { return layout_; }
   int cells() const { return schedule_.stages; }
 
@@ -77,6 +80,7 @@ class Lowering {
   void find_riders(int64_t room);
   void find_idle_copies();
   void find_copies();
+  void find_encodes();
   void find_reads();
 
   bool staged(const Ref& ref) const {
@@ -113,6 +117,8 @@ class Lowering {
   std::vector<std::set<std::pair<int, int>>>
       window_copies_;                // rank -> (combine step, dst) also written to the window
   std::vector<std::set<int>> idle_;  // rank -> steps that need not be done
+  std::vector<std::map<int, uint8_t>> encode_stages_;  // rank -> combines that encode, and their stages
+  bool encodes_once_ = true;
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
   std::map<std::tuple<int, int, int>, int> num_events_;        // (from, to, cell)
   Layout layout_;

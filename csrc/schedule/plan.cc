@@ -12,24 +12,46 @@ int64_t total(const Call& call) {
 
 std::string describe_operand(const Plan& plan, int rank, const Operand& operand, int64_t count) {
   const char* spaces[] = {"in", "out", "window", "outgoing", "incoming"};
-  const DType stored = operand.format == Format::partial ? accumulator(plan.call.dtype) : plan.call.dtype;
   std::string text = spaces[static_cast<int>(operand.space)];
   if (operand.rank != rank) text += "@" + std::to_string(operand.rank);
   text += "[" + std::to_string(operand.offset) + ":" +
-          std::to_string(operand.offset + count * static_cast<int64_t>(size_of(stored))) + "]";
+          std::to_string(operand.offset + operand_bytes(plan.call, operand.format, count)) + "]";
   if (operand.format == Format::partial) text += " partial";
+  if (operand.format == Format::wire) text += " wire";
   if (operand.stride != 0) text += " + " + std::to_string(operand.stride) + "w";
   return text;
 }
 
 }  // namespace
 
+bool takes_codec(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
+}
+
 bool Call::operator==(const Call& other) const {
   return world.collective == other.world.collective && world.size == other.world.size &&
          world.root == other.world.root && world.peer == other.world.peer && dtype == other.dtype &&
          op == other.op && counts == other.counts && in == other.in && out == other.out &&
          in_place == other.in_place && prescale == other.prescale && deterministic == other.deterministic &&
-         ragged == other.ragged;
+         ragged == other.ragged && codec == other.codec;
+}
+
+bool encodes(const Program& program, const Step& step) {
+  return step.dst_format == Format::wire &&
+         (step.num_srcs > 1 || program.operands[step.operand + step.num_dsts].format != Format::wire);
+}
+
+int64_t operand_bytes(const Call& call, Format format, int64_t count) {
+  switch (format) {
+    case Format::raw:
+    case Format::final:
+      return count * static_cast<int64_t>(size_of(call.dtype));
+    case Format::partial:
+      return count * static_cast<int64_t>(size_of(accumulator(call.dtype)));
+    case Format::wire:
+      return (count + kernels::kTile - 1) / kernels::kTile * kernels::tile_bytes(call.codec.kind);
+  }
+  return 0;
 }
 
 std::string describe(const Plan& plan, int rank, const Step& step) {
@@ -44,6 +66,15 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
     for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
       if (i == step.num_dsts) text += " <-";
       text += " " + describe_operand(plan, rank, program.operands.at(step.operand + i), step.count);
+    }
+    if (step.transcode >= 0) {
+      const Transcode& transcode = program.transcodes.at(step.transcode);
+      if (transcode.divides) text += ", finished";
+      if (encodes(program, step)) {
+        text += ", encoded from element " + std::to_string(transcode.index);
+        if (transcode.stride != 0) text += " + " + std::to_string(transcode.stride) + "w";
+        text += " in stage " + std::to_string(transcode.stage);
+      }
     }
     return text;
   }

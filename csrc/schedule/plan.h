@@ -28,6 +28,11 @@
 //
 //   outgoing, incoming:  base[space][rank] + offset; cell i's data is [i * kCellBytes, + kPayloadBytes)
 //
+// A call with a codec (kernels/codec.h). What lies in windows is in wire form, what lies in the caller's
+// buffers is not: combines between the two encode and decode. Windows hold whole tiles; every operand starts
+// at a tile's begin, and a wire operand of `count` elements has the bytes of as many tiles as hold them, of
+// which a last, short one is not used in full. All buffers are plain.
+//
 // Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c
 // - 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
 // one); else the executor waits on the entry records.
@@ -38,6 +43,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "kernels/codec.h"
 #include "kernels/combine.h"
 #include "schedule/schedule.h"
 
@@ -72,6 +78,17 @@ struct Step {
   int32_t peer = -1;                // signal, wait
   int64_t value = 0, per_trip = 0;  // signal, wait
   int64_t count = 0;                // combine: elements
+  int32_t transcode = -1;           // combine with wire operands: its entry of Program::transcodes
+};
+
+// What a combine with wire operands needs besides: kernels::transcode() in place of combine().
+struct Transcode {
+  bool divides = false;  // by Plan::divisor: what was partial before is finished after
+  // Of an encode. All encodes that a rank makes of one element differ in `stage`.
+  uint8_t stage = 0;
+  int64_t index = 0;    // kernels::Encoding::index at trip 0: see data_index() in layout.h
+  int64_t element = 0;  // at trip 0, of the rank's `in`: where its residual is
+  int64_t stride = 0;   // of both, from one trip to the next
 };
 
 // Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that lies
@@ -86,6 +103,7 @@ struct Program {
   std::vector<Operand> operands;
   std::vector<Step> steps;
   std::vector<Loop> loops;
+  std::vector<Transcode> transcodes;
 };
 
 // What is called: all that a plan depends on, besides the rank's own pointers.
@@ -104,8 +122,14 @@ struct Call {
   // all_to_all with a count for each pair: a rank knows its own row and column alone, the rest may hold
   // anything.
   bool ragged = false;
+  // Of all_reduce, reduce_scatter and all_gather of floats. A plan does not depend on its seed.
+  kernels::Codec codec;
+  bool coded() const { return codec.kind != kernels::CodecKind::none; }
   bool operator==(const Call&) const;
 };
+
+// The element types that codecs take.
+bool takes_codec(DType dtype);
 
 // Where a plan may run.
 struct Geometry {
@@ -125,6 +149,7 @@ struct Plan {
   int64_t slot_bytes = 0, bank_bytes = 0;
   double divisor = 1.0;  // avg
   bool full_exchange = false;
+  bool encodes_once = false;  // no rank encodes an element twice: one residual for each holds its error
   // Hash of all that ranks must agree on (not of in_place, nor of the counts when they differ by rank).
   uint64_t fingerprint = 0;
 };
@@ -133,7 +158,12 @@ struct Plan {
 // window@1[0:512]".
 std::string describe(const Plan& plan, int rank, const Step& step);
 
-// Bytes of the caller's buffers for this call on one rank.
+// Whether the combine encodes; one wire source and wire destinations are a copy.
+bool encodes(const Program& program, const Step& step);
+// Bytes of an operand of `count` elements, whole tiles of them where it is a wire one.
+int64_t operand_bytes(const Call& call, Format format, int64_t count);
+
+// Elements of the caller's buffers for this call on one rank.
 int64_t in_elements(const Call& call, int rank);
 int64_t out_elements(const Call& call, int rank);
 

@@ -22,6 +22,9 @@ std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& st
   if (step.operand < 0 || step.operand + operands > static_cast<int64_t>(program.operands.size())) {
     return "its operands are not in the program";
   }
+  if (step.transcode >= static_cast<int64_t>(program.transcodes.size())) {
+    return "what it transcodes is not in the program";
+  }
   for (int64_t i = 0; i < operands; ++i) {
     const int owner = program.operands[step.operand + i].rank;
     if (owner < 0 || owner >= n) return "an operand belongs to rank " + std::to_string(owner);

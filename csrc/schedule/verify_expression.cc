@@ -2,7 +2,11 @@
 
 #include <bit>
 
+#include "kernels/codec.h"
+
 namespace pycomm::schedule {
+
+using kernels::kTile;
 
 size_t Expressions::Hash::operator()(const Node& node) const {
   uint64_t h = static_cast<uint64_t>(node.kind);
@@ -25,6 +29,53 @@ Term Expressions::wrap(Kind kind, Term term) {
   return {intern({kind, {term.expr, 0}, {}}), term.delta};
 }
 
+// Where tiles begin among the leaves' elements is a part of what an encode is.
+Term Expressions::encode(Term term, int rank, int stage) {
+  if (is_garbage(term.expr)) return term;
+  const int64_t phase = (term.delta % kTile + kTile) % kTile;
+  return {intern({Kind::encode, {term.expr, phase}, {rank, stage}}), (term.delta - phase) / kTile};
+}
+
+Term Expressions::decode(Term term) {
+  if (is_garbage(term.expr)) return term;
+  return {intern({Kind::decode, {term.expr, 0}, {}}), first_element(term)};
+}
+
+int64_t Expressions::first_element(Term tiles) const {
+  return tiles.delta * kTile + nodes_[tiles.expr].first.delta;
+}
+
+ExprId Expressions::stripped(ExprId id) {
+  const auto known = stripped_.find(id);
+  return known != stripped_.end() ? known->second : stripped_[id] = find_stripped(id);
+}
+
+ExprId Expressions::find_stripped(ExprId id) {
+  const Node node = nodes_[id];
+  const auto operand = [&](Term term) { return Term{stripped(term.expr), term.delta}; };
+  switch (node.kind) {
+    case Kind::leaf:
+    case Kind::garbage:
+    case Kind::encode:
+      return id;
+    case Kind::lift:
+    case Kind::finish:
+    case Kind::divide:
+      return intern({node.kind, operand(node.first), {}});
+    case Kind::combine:
+      return intern({Kind::combine, operand(node.first), operand(node.second)});
+    case Kind::decode:
+      return stripped(nodes_[node.first.expr].first.expr);
+    case Kind::round: {
+      const Term whole = operand(node.first);
+      const Node& inner = nodes_[whole.expr];
+      if (inner.kind == Kind::divide) return intern({Kind::finish, inner.first, {}});
+      return inner.kind == Kind::lift ? inner.first.expr : intern({Kind::round, whole, {}});
+    }
+  }
+  return id;
+}
+
 Term Expressions::combine(Term a, Term b) {
   if (is_garbage(a.expr)) return a;
   if (is_garbage(b.expr)) return b;
@@ -41,6 +92,11 @@ Term Expressions::balanced(const Term* terms, size_t count) {
   if (count == 1) return terms[0];
   const size_t half = std::bit_floor(count - 1);
   return combine(balanced(terms, half), balanced(terms + half, count - half));
+}
+
+int Expressions::some_rank(ExprId id) const {
+  while (nodes_[id].kind != Kind::leaf) id = nodes_[id].first.expr;
+  return nodes_[id].first.expr;
 }
 
 const std::string& Expressions::reduction_fault(ExprId id, int num_ranks) {
@@ -81,6 +137,13 @@ std::string Expressions::words(Term term, int64_t index) const {
   return text;
 }
 
+// An element in an encode: "stage 1 of rank 0(in@0[7])".
+void Expressions::write_code(std::string& text, const Node& node, int64_t element, int budget) const {
+  text += "stage " + std::to_string(node.second.delta) + " of rank " + std::to_string(node.second.expr) + "(";
+  write(text, {node.first.expr, 0}, element, budget);
+  text += ")";
+}
+
 void Expressions::write(std::string& text, Term term, int64_t index, int budget) const {
   if (static_cast<int>(text.size()) > budget) {
     if (!text.ends_with("...")) text += "...";
@@ -94,9 +157,17 @@ void Expressions::write(std::string& text, Term term, int64_t index, int budget)
       break;
     case Kind::lift:
     case Kind::finish:
-      text += node.kind == Kind::lift ? "(" : "round(";
+    case Kind::divide:
+    case Kind::round:
+      text += node.kind == Kind::lift ? "(" : node.kind == Kind::divide ? "divided(" : "round(";
       write(text, node.first, i, budget);
       text += ")";
+      break;
+    case Kind::encode:
+      write_code(text, node, i * kTile + node.first.delta, budget);
+      break;
+    case Kind::decode:
+      write_code(text, nodes_[node.first.expr], i, budget);
       break;
     case Kind::combine:
       text += "(";

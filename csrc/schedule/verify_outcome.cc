@@ -21,6 +21,7 @@ void SymbolicRun::leave(int rank) {
   take_back("out", buffers.out_begin, buffers.out_bytes);
   if (fault_) return;
   check_exchange(rank);
+  check_encodes(rank);
   check_input(rank);
   check_output(rank);
   const Term after =
@@ -87,7 +88,7 @@ void SymbolicRun::check_output(int rank) {
       for (Elements& part : held)
         part = {part.begin + begin, part.end + begin, {part.term.expr, part.term.delta - begin}};
       check_required(rank, required, held);
-      if (required.source == Required::kReduced) {
+      if (required.source == Required::kReduced || call.plan->call.coded()) {
         call.results[rank].insert(call.results[rank].end(), held.begin(), held.end());
       }
     };
@@ -112,15 +113,16 @@ void SymbolicRun::check_required(int rank, const Required& required, const std::
   for (const Elements& part : held) {
     std::string fault;
     bool right = part.term.delta == required.shift;
+    const ExprId expr = expressions_.stripped(part.term.expr);
     if (reduced) {
-      fault = expressions_.reduction_fault(part.term.expr, n_);
+      fault = expressions_.reduction_fault(expr, n_);
       if (fault.empty() && options_.balanced &&
-          part.term.expr != expressions_.finish(expressions_.balanced(leaves.data(), leaves.size())).expr) {
+          expr != expressions_.finish(expressions_.balanced(leaves.data(), leaves.size())).expr) {
         fault = "it does not associate as the balanced tree over ranks";
       }
       right = right && fault.empty();
     } else {
-      right = right && part.term.expr == expressions_.leaf(required.source).expr;
+      right = right && expr == expressions_.leaf(required.source).expr;
     }
     if (right) continue;
     const std::string index = std::to_string(part.begin + required.shift);
@@ -134,10 +136,11 @@ void SymbolicRun::check_required(int rank, const Required& required, const std::
   }
 }
 
-// Every rank's all_reduce associates alike, element by element.
+// What all ranks get, associates alike and was encoded alike, element by element.
 void SymbolicRun::check_same_results(int call_index) {
   CallState& call = calls_[call_index];
-  if (call.plan->call.world.collective != Collective::all_reduce) return;
+  const Collective kind = call.plan->call.world.collective;
+  if (kind != Collective::all_reduce && kind != Collective::all_gather) return;
   for (int rank = 1; rank < n_; ++rank) {
     const auto &ours = call.results[rank], &first = call.results[0];
     for (size_t a = 0, b = 0; a < ours.size() && b < first.size();) {

@@ -133,6 +133,19 @@ std::optional<std::string> call_fault(const Call& call) {
     }
   }
   if (call.out == Placement::reachable) return "a reachable `out`: peers can only read such memory";
+  if (call.coded()) {
+    const Collective kind = world.collective;
+    if (kind != Collective::all_reduce && kind != Collective::reduce_scatter &&
+        kind != Collective::all_gather) {
+      return std::string("a codec in ") + name(kind);
+    }
+    if (!takes_codec(call.dtype) || (call.op != Op::sum && call.op != Op::avg)) {
+      return std::string("a codec of ") + name(call.dtype) + ", " + name(call.op);
+    }
+    if (call.in != Placement::plain || call.out != Placement::plain) {
+      return "a codec, and buffers that are not plain";
+    }
+  }
   if (call.prescale != 1.0 && !reduces(world.collective)) {
     return std::string(name(world.collective)) + " does not scale";
   }

@@ -15,6 +15,7 @@ SymbolicRun::SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions
     call.entry_epoch.assign(n_, -1);
     call.entry_clock.resize(n_);
     call.results.resize(n_);
+    call.encoded.resize(n_);
     num_cells_ = std::max(num_cells_, plan->cells);
   }
   for (int rank = 0; rank < n_; ++rank) {
@@ -195,9 +196,11 @@ void SymbolicRun::combine(int rank, const Step& step, int64_t trip) {
     if (auto conflict = span.memory->read(span.begin, span.end, access, state.clock, pieces)) {
       return race(rank, &step, where, span.begin, false, *conflict);
     }
-    sources.push_back(elements(pieces, span.begin, span.item, step.count, state.call, where));
+    sources.push_back(elements(pieces, span.begin, span.item, span.count, state.call, where));
   }
-  const std::vector<Elements> result = compute(step, operands, sources);
+  const std::vector<Elements> result = step.transcode < 0
+                                           ? compute(step, operands, sources)
+                                           : compute_coded(rank, step, trip, std::move(sources));
   for (int32_t d = 0; d < step.num_dsts; ++d) {
     const Span& span = spans[d];
     if (auto conflict = span.memory->check_write(span.begin, span.end, access, state.clock)) {
@@ -217,10 +220,14 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
   const Operand* operands = &program.operands[step.operand];
   const bool copy = step.num_srcs == 1 && operands[step.num_dsts].format == step.dst_format;
   bool allowed = copy || step.dst_format != Format::raw;
+  bool wire = false, partial = false;
   for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
     const Format format = operands[i].format;
     allowed = allowed && (i < step.num_dsts ? format == step.dst_format : copy || format != Format::final);
+    wire = wire || format == Format::wire;
+    partial = partial || format == Format::partial;
   }
+  allowed = allowed && wire == (step.transcode >= 0) && !(wire && (partial || !call.plan->call.coded()));
   if (!allowed) {
     fail(Kind::malformed, rank, static_cast<int>(&step - program.steps.data()),
          at(rank, &step) + ": no kernel takes these formats");
@@ -244,11 +251,10 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
   CallState& call = call_of(rank);
   const Plan& plan = *call.plan;
   const Program& program = plan.programs[rank];
-  const auto item = static_cast<int64_t>(size_of(plan.call.dtype));
-  const auto partial = static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
   for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
     const Operand& operand = program.operands[step.operand + i];
-    const int64_t size = operand.format == Format::partial ? partial : item;
+    const bool wire = operand.format == Format::wire;
+    const int64_t size = operand_bytes(plan.call, operand.format, 1);
     auto refuse = [&](Kind kind, const std::string& why) {
       fail(kind, rank, static_cast<int>(&step - program.steps.data()), at(rank, &step) + ": " + why);
       return false;
@@ -267,6 +273,7 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
       base = trip % plan.slots * plan.slot_bytes;
     } else {
       const bool is_in = operand.space == Space::in;
+      if (wire) return refuse(Kind::malformed, "the caller's buffers hold no wire form");
       const Placement placement = is_in ? plan.call.in : plan.call.out;
       if (operand.rank != rank && placement == Placement::plain) {
         return refuse(Kind::bounds, place(rank, operand) + " is not symmetric: other ranks cannot reach it");
@@ -281,7 +288,7 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
       room = is_in ? buffers.in_bytes : buffers.out_bytes;
       base = is_in ? buffers.in_begin : buffers.out_begin;
     }
-    const int64_t end = begin + step.count * size;
+    const int64_t bytes = operand_bytes(plan.call, operand.format, step.count), end = begin + bytes;
     if (begin < 0 || end > room) {
       return refuse(Kind::bounds, "bytes [" + std::to_string(begin) + ", " + std::to_string(end) + ") of " +
                                       place(rank, operand) + ", which has " + std::to_string(room) +
@@ -300,7 +307,7 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
                           "'s caller may still be writing it (no signal says that it has entered)");
       }
     }
-    spans.push_back({memory, base + begin, base + end, size, &operand});
+    spans.push_back({memory, base + begin, base + end, size, bytes / size, &operand});
   }
   return true;
 }
@@ -356,6 +363,16 @@ std::vector<SymbolicRun::Elements> SymbolicRun::elements(const std::vector<Memor
 std::vector<SymbolicRun::Elements> SymbolicRun::compute(const Step& step, const Operand* operands,
                                                         const std::vector<std::vector<Elements>>& sources) {
   const bool copy = step.num_srcs == 1 && operands[0].format == step.dst_format;
+  if (copy) return sources[0];
+  std::vector<Elements> result = combined(step, operands, sources);
+  for (Elements& part : result) {
+    if (step.dst_format == Format::final) part.term = expressions_.finish(part.term);
+  }
+  return result;
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::combined(const Step& step, const Operand* operands,
+                                                         const std::vector<std::vector<Elements>>& sources) {
   std::vector<Elements> result;
   std::vector<size_t> at(sources.size(), 0);
   std::vector<Term> terms(sources.size());
@@ -365,11 +382,9 @@ std::vector<SymbolicRun::Elements> SymbolicRun::compute(const Step& step, const 
       while (sources[s][at[s]].end <= begin) ++at[s];
       end = std::min(end, sources[s][at[s]].end);
       terms[s] = sources[s][at[s]].term;
-      if (!copy && operands[s].format == Format::raw) terms[s] = expressions_.lift(terms[s]);
+      if (operands[s].format == Format::raw) terms[s] = expressions_.lift(terms[s]);
     }
-    Term term = expressions_.balanced(terms.data(), terms.size());
-    if (!copy && step.dst_format == Format::final) term = expressions_.finish(term);
-    result.push_back({begin, end, term});
+    result.push_back({begin, end, expressions_.balanced(terms.data(), terms.size())});
     begin = end;
   }
   return result;

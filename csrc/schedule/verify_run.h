@@ -27,6 +27,12 @@ class SymbolicRun {
     int64_t begin, end;
     Term term;
   };
+  struct Encoded {
+    int64_t begin, end;  // elements of the rank's `in`
+    int stage;
+    ExprId expr;
+    int step;
+  };
   struct CallState {
     const Plan* plan;
     TripSelection trips;
@@ -34,7 +40,8 @@ class SymbolicRun {
     std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
     std::vector<int32_t> entry_epoch;             // -1: not entered
     std::vector<Clock> entry_clock;
-    std::vector<std::vector<Elements>> results;  // reductions that all ranks must hold alike
+    std::vector<std::vector<Elements>> results;  // what all ranks must hold alike
+    std::vector<std::vector<Encoded>> encoded;   // by rank
     int ended = 0;
   };
   struct Signal {
@@ -55,7 +62,8 @@ class SymbolicRun {
   struct Span {
     Memory* memory;
     int64_t begin, end;
-    int64_t item;
+    int64_t item;   // bytes of an element, or of a tile where the operand is a wire one
+    int64_t count;  // of these
     const Operand* operand;
   };
 
@@ -77,6 +85,17 @@ class SymbolicRun {
                                  int64_t count, int32_t call, const std::string& where);
   std::vector<Elements> compute(const Step& step, const Operand* operands,
                                 const std::vector<std::vector<Elements>>& sources);
+  std::vector<Elements> combined(const Step& step, const Operand* operands,
+                                 const std::vector<std::vector<Elements>>& sources);
+  // With a codec (verify_codec.cc).
+  std::vector<Elements> compute_coded(int rank, const Step& step, int64_t trip,
+                                      std::vector<std::vector<Elements>> sources);
+  std::vector<Elements> copied_tiles(const Call& call, const std::vector<Elements>& tiles, int64_t count);
+  std::vector<Elements> decoded(const Call& call, const std::vector<Elements>& tiles, int64_t count);
+  std::vector<Elements> encoded(int rank, const Step& step, int64_t trip,
+                                const std::vector<Elements>& elements);
+  int64_t tile_length(const Call& call, Term tile) const;
+  void check_encodes(int rank);
   void check_exchange(int rank);
   void check_output(int rank);
   void check_input(int rank);

@@ -1,9 +1,10 @@
 #include "explore.h"
 
 #include <algorithm>
-#include <map>
 #include <unordered_set>
 #include <utility>
+
+#include "symbols.h"
 
 namespace explore {
 
@@ -11,66 +12,6 @@ namespace {
 
 using namespace pycomm;
 using namespace pycomm::schedule;
-
-// ---- Values ----
-
-// What an element holds. Two elements are equal in bits if they are the same value.
-struct Symbol {
-  enum class Type : uint8_t { nothing, raw, partial, final };
-  Type type = Type::nothing;
-  int64_t bytes = 1;
-  std::vector<std::pair<int, int64_t>> terms;  // (rank, element) summed, sorted
-  bool sane = true;                            // converted, scaled and divided as the call asks
-};
-
-class Symbols {
- public:
-  static constexpr int kNothing = 0;
-  Symbols() { all_.emplace_back(); }
-  const Symbol& operator[](int id) const { return all_[id]; }
-
-  int raw(int rank, int64_t element, int64_t bytes) {
-    return make({'r', rank, element}, {Symbol::Type::raw, bytes, {{rank, element}}, true});
-  }
-  int lift(int id, int64_t bytes) {
-    Symbol result = all_[id];
-    result.sane = result.sane && result.type == Symbol::Type::raw;
-    result.type = Symbol::Type::partial;
-    result.bytes = bytes;
-    return make({'l', id, 0}, result);
-  }
-  int sum(int a, int b) {
-    if (a == kNothing || b == kNothing) return kNothing;
-    Symbol result = all_[a];
-    const Symbol& other = all_[b];
-    result.terms.insert(result.terms.end(), other.terms.begin(), other.terms.end());
-    std::sort(result.terms.begin(), result.terms.end());
-    result.sane = result.sane && other.sane && result.type == Symbol::Type::partial &&
-                  other.type == Symbol::Type::partial;
-    return make({'s', a, b}, result);
-  }
-  int finish(int id, int64_t bytes, bool right_divisor) {
-    Symbol result = all_[id];
-    result.sane = result.sane && result.type == Symbol::Type::partial && right_divisor;
-    result.type = Symbol::Type::final;
-    result.bytes = bytes;
-    return make({'f', id, right_divisor}, result);
-  }
-
- private:
-  struct Key {
-    char how;
-    int64_t a, b;
-    auto operator<=>(const Key&) const = default;
-  };
-  int make(const Key& key, const Symbol& symbol) {
-    const auto [at, fresh] = ids_.try_emplace(key, static_cast<int>(all_.size()));
-    if (fresh) all_.push_back(symbol);
-    return at->second;
-  }
-  std::vector<Symbol> all_;
-  std::map<Key, int> ids_;
-};
 
 // ---- Programs, written out ----
 
@@ -87,7 +28,9 @@ struct Move {
   const Step* step = nullptr;
   const Operand* operands = nullptr;
   int cell = 0;
-  int64_t word = 0;                // signal, wait; a wait for nothing has -1
+  int64_t word = 0;  // signal, wait; a wait for nothing has -1
+  int64_t trip = 0;  // combine
+  const Transcode* transcode = nullptr;
   std::vector<int> last_conflict;  // by rank: its last move whose order with this one matters, -1 if none
 };
 
@@ -126,6 +69,10 @@ class Search {
   }
 
  private:
+  struct Encoded {
+    int64_t begin, end;  // elements of the rank's input
+    int stage, symbol;
+  };
   struct Place {
     int64_t in = 0, in_bytes = 0, out = 0, out_bytes = 0;  // addresses
   };
@@ -133,6 +80,12 @@ class Search {
   static int64_t item(const Plan& plan) { return static_cast<int64_t>(size_of(plan.call.dtype)); }
   static int64_t partial(const Plan& plan) {
     return static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
+  }
+  static constexpr int64_t kTile = 1024;
+  static int64_t tile(const Plan& plan) { return kernels::tile_bytes(plan.call.codec.kind); }
+  static int64_t bytes_of(const Plan& plan, Format format, int64_t count) {
+    if (format == Format::wire) return (count + kTile - 1) / kTile * tile(plan);
+    return count * (format == Format::partial ? partial(plan) : item(plan));
   }
   static int64_t before(const Call& call, int block) {
     int64_t sum = 0;
@@ -171,6 +124,7 @@ class Search {
         top = std::max(place.in + place.in_bytes, place.out + place.out_bytes);
         places.push_back(place);
       }
+      encoded_.emplace_back(n_);
       entered_.emplace_back(n_, false);
       results_.emplace_back(n_);
     }
@@ -230,7 +184,20 @@ class Search {
       throw Impossible{"a combine without operands"};
     }
     move.operands = &program.operands[step.operand];
+    move.trip = trip;
+    if (step.transcode >= 0) {
+      if (step.transcode >= static_cast<int>(program.transcodes.size())) throw Impossible{"no transcode"};
+      move.transcode = &program.transcodes[step.transcode];
+    }
     if (step.count == 0) return move;
+    bool wire = false, partials = false;
+    for (int i = 0; i < operands; ++i) {
+      wire = wire || move.operands[i].format == Format::wire;
+      partials = partials || move.operands[i].format == Format::partial;
+    }
+    if (wire != (move.transcode != nullptr) || (wire && (partials || tile(plan) == 0))) {
+      throw Impossible{"wire form where none can be"};
+    }
     const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
     if (!copy && step.dst_format == Format::raw) throw Impossible{"formats"};
     for (int i = 0; i < operands; ++i) {
@@ -241,8 +208,9 @@ class Search {
       }
       if (operand.rank < 0 || operand.rank >= n_) throw Impossible{"no such rank"};
       const Place& place = places_[c][operand.rank];
-      const int64_t bytes = step.count * (operand.format == Format::partial ? partial(plan) : item(plan));
+      const int64_t bytes = bytes_of(plan, operand.format, step.count);
       int64_t base = 0, offset = operand.offset, room = 0;
+      if (operand.format == Format::wire && operand.space != Space::window) throw Impossible{"wire form"};
       switch (operand.space) {
         case Space::in:
           base = place.in, room = place.in_bytes, offset += trip * operand.stride;
@@ -367,12 +335,14 @@ class Search {
     size_t memory, cells;
     std::vector<size_t> at;
     std::vector<std::vector<bool>> entered;
+    std::vector<std::vector<std::vector<Encoded>>> encoded;
     uint64_t hash;
   };
+  Undo now() const { return {written_.size(), stored_.size(), at_, entered_, encoded_, hash_}; }
 
   // Tries every order from the present state on, and restores it.
   void visit() {
-    const Undo undo{written_.size(), stored_.size(), at_, entered_, hash_};
+    const Undo undo = now();
     while (!verdict_.wrong && verdict_.complete) {
       int choice = -1, able = 0;
       for (int rank = 0; rank < n_; ++rank) {
@@ -404,7 +374,7 @@ class Search {
       }
       for (int rank = 0; rank < n_ && !verdict_.wrong && verdict_.complete; ++rank) {
         if (!enabled(rank)) continue;
-        const Undo here{written_.size(), stored_.size(), at_, entered_, hash_};
+        const Undo here = now();
         move(rank);
         visit();
         restore(here);
@@ -420,14 +390,14 @@ class Search {
     return k ^ (k >> 31);
   }
 
-  static uint64_t mark(int64_t address, uint32_t code) {
-    uint64_t x = (static_cast<uint64_t>(address) << 32 | code) * 0xbf58476d1ce4e5b9;
+  static uint64_t mark(int64_t address, uint64_t code) {
+    uint64_t x = (static_cast<uint64_t>(address) * 0x9e3779b97f4a7c15 ^ code) * 0xbf58476d1ce4e5b9;
     x ^= x >> 27;
     x *= 0x94d049bb133111eb;
     return x ^ (x >> 31);
   }
 
-  void put(int64_t address, uint32_t code) {
+  void put(int64_t address, uint64_t code) {
     if (memory_[address] == code) return;
     written_.push_back({address, memory_[address]});
     hash_ ^= mark(address, memory_[address]) ^ mark(address, code);
@@ -445,23 +415,23 @@ class Search {
     }
     at_ = undo.at;
     entered_ = undo.entered;
+    encoded_ = undo.encoded;
     hash_ = undo.hash;
   }
 
   // A byte holds a symbol and which of its bytes.
+  static uint64_t code(int symbol, int64_t byte) {
+    return symbol == Symbols::kNothing ? 0
+                                       : static_cast<uint64_t>(symbol) << 16 | static_cast<uint64_t>(byte);
+  }
   void store(int64_t address, int symbol, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; ++b) {
-      put(address + b,
-          symbol == Symbols::kNothing ? 0 : static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b));
-    }
+    for (int64_t b = 0; b < bytes; ++b) put(address + b, code(symbol, b));
   }
   int load(int64_t address, int64_t bytes) const {
-    const int symbol = static_cast<int>(memory_[address] >> 4);
+    const int symbol = static_cast<int>(memory_[address] >> 16);
     if (symbols_[symbol].bytes != bytes) return Symbols::kNothing;
     for (int64_t b = 0; b < bytes; ++b) {
-      if (memory_[address + b] != (static_cast<uint32_t>(symbol) << 4 | static_cast<uint32_t>(b))) {
-        return Symbols::kNothing;
-      }
+      if (memory_[address + b] != code(symbol, b)) return Symbols::kNothing;
     }
     return symbol;
   }
@@ -479,7 +449,7 @@ class Search {
       case Move::Kind::wait:
         break;
       case Move::Kind::combine:
-        combine(move);
+        combine(rank, move);
         break;
       case Move::Kind::signal:
         stored_.push_back({move.cell, cells_[move.cell]});
@@ -501,26 +471,103 @@ class Search {
     }
   }
 
-  void combine(const Move& move) {
+  void combine(int rank, const Move& move) {
     const Step& step = *move.step;
     if (step.count == 0) return;
     const Plan& plan = *calls_[move.call];
-    const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
+    const Format from = move.operands[step.num_dsts].format;
+    if (step.dst_format == Format::wire && step.num_srcs == 1 && from == Format::wire)
+      return copy_tiles(move);
+    const bool copy = step.num_srcs == 1 && from == step.dst_format;
     const bool right_divisor = plan.divisor == (plan.call.op == Op::avg ? n_ : 1);
-    std::vector<int> terms(step.num_srcs);
+    const bool divides = move.transcode ? move.transcode->divides : step.dst_format == Format::final;
+    const int64_t bytes = bytes_of(plan, step.dst_format, 1);
+    std::vector<int> terms(step.num_srcs), results;
+    std::vector<int> tiles(step.num_srcs);
     for (int64_t i = 0; i < step.count; ++i) {
       for (int s = 0; s < step.num_srcs; ++s) {
         const Format format = move.operands[step.num_dsts + s].format;
-        const int64_t bytes = format == Format::partial ? partial(plan) : item(plan);
-        terms[s] = load(move.spans[step.num_dsts + s].begin + i * bytes, bytes);
-        if (!copy && format == Format::raw && terms[s]) terms[s] = symbols_.lift(terms[s], partial(plan));
+        const int64_t source = move.spans[step.num_dsts + s].begin, size = bytes_of(plan, format, 1);
+        if (format == Format::wire) {
+          if (i % kTile == 0) tiles[s] = load(source + i / kTile * size, size);
+          terms[s] = symbols_.decode(tiles[s], i % kTile, partial(plan));
+        } else {
+          terms[s] = load(source + i * size, size);
+          if (!copy && format == Format::raw && terms[s]) terms[s] = symbols_.lift(terms[s], partial(plan));
+        }
       }
-      const int64_t bytes = step.dst_format == Format::partial ? partial(plan) : item(plan);
       int result = tree(terms, 0, step.num_srcs);
-      if (!copy && step.dst_format == Format::final && result)
-        result = symbols_.finish(result, bytes, right_divisor);
-      for (int d = 0; d < step.num_dsts; ++d) store(move.spans[d].begin + i * bytes, result, bytes);
+      if (!copy && divides && result) result = symbols_.divide(result, right_divisor);
+      if (!copy && step.dst_format == Format::final && result) result = symbols_.round(result, bytes);
+      results.push_back(result);
     }
+    if (step.dst_format == Format::wire) results = encode(rank, move, results);
+    for (int d = 0; d < step.num_dsts; ++d) {
+      for (size_t i = 0; i < results.size(); ++i) {
+        store(move.spans[d].begin + static_cast<int64_t>(i) * bytes, results[i], bytes);
+      }
+    }
+  }
+
+  void copy_tiles(const Move& move) {
+    const Step& step = *move.step;
+    const int64_t bytes = tile(*calls_[move.call]);
+    for (int64_t t = 0; t * kTile < step.count; ++t) {
+      int symbol = load(move.spans[step.num_dsts].begin + t * bytes, bytes);
+      // Elements that the tile has, and the copy leaves.
+      if (static_cast<int64_t>(symbols_[symbol].elements.size()) > step.count - t * kTile) symbol = 0;
+      for (int d = 0; d < step.num_dsts; ++d) store(move.spans[d].begin + t * bytes, symbol, bytes);
+    }
+  }
+
+  // Tiles of what is computed. An encode must know the place of each element: in the rank's input, for its
+  // residual, and in the data, for its random bits.
+  std::vector<int> encode(int rank, const Move& move, const std::vector<int>& elements) {
+    const Plan& plan = *calls_[move.call];
+    const Transcode& how = *move.transcode;
+    std::vector<int> tiles;
+    for (int64_t begin = 0; begin < static_cast<int64_t>(elements.size()); begin += kTile) {
+      const int64_t end = std::min<int64_t>(begin + kTile, static_cast<int64_t>(elements.size()));
+      const std::vector<int> part(elements.begin() + begin, elements.begin() + end);
+      const int64_t shift = move.trip * how.stride + begin;
+      bool sane = true;
+      for (size_t k = 0; k < part.size() && sane; ++k) {
+        for (const auto& [source, element] : symbols_[part[k]].terms) {
+          sane = sane && element == how.element + shift + static_cast<int64_t>(k);
+          const auto [index, last] = place_of(plan.call, source, element);
+          sane =
+              sane && index == how.index + shift + static_cast<int64_t>(k) && (k > 0 || index % kTile == 0);
+          // A tile ends where the next one begins, or the data.
+          if (k + 1 == part.size()) sane = sane && (k + 1 == kTile || last);
+        }
+      }
+      tiles.push_back(symbols_.encode(part, rank, how.stage, sane, tile(plan)));
+      note_encode(rank, move.call,
+                  {how.element + shift, how.element + shift + end - begin, how.stage, tiles.back()});
+    }
+    return tiles;
+  }
+
+  // What an element of an input is numbered in the data, and whether it is the last of its block.
+  std::pair<int64_t, bool> place_of(const Call& call, int rank, int64_t element) const {
+    if (call.world.collective == Collective::all_gather) return {element, element + 1 == call.counts[rank]};
+    if (call.world.collective == Collective::all_reduce) return {element, element + 1 == call.counts[0]};
+    int64_t tiles = 0;
+    for (int64_t count : call.counts) {
+      if (element < count) return {tiles * kTile + element, element + 1 == count};
+      element -= count;
+      tiles += (count + kTile - 1) / kTile;
+    }
+    return {-1, false};
+  }
+
+  void note_encode(int rank, int call, const Encoded& made) {
+    for (const Encoded& other : encoded_[call][rank]) {
+      if (other.begin >= made.end || made.begin >= other.end) continue;
+      if (calls_[call]->encodes_once) fail("an element encoded twice");
+      if (other.stage == made.stage && other.symbol != made.symbol) fail("random bits used twice");
+    }
+    encoded_[call][rank].push_back(made);
   }
 
   int tree(const std::vector<int>& terms, int begin, int end) {
@@ -556,7 +603,8 @@ class Search {
         break;
       }
     }
-    if (plan.call.world.collective == Collective::all_reduce) {
+    if (plan.call.world.collective == Collective::all_reduce ||
+        plan.call.world.collective == Collective::all_gather) {
       for (int other = 0; other < n_; ++other) {
         const bool done = at_[other] > 0 && other != rank && took_back(other, c);
         if (done && results_[c][other] != result) fail("ranks differ");
@@ -585,14 +633,14 @@ class Search {
     switch (world.collective) {
       case Collective::all_reduce:
       case Collective::reduce:
-        return is_sum(symbol, i, bytes);
+        return is_sum(symbol, i);
       case Collective::reduce_scatter:
-        return is_sum(symbol, before(call, rank) + i, bytes);
+        return is_sum(symbol, before(call, rank) + i);
       case Collective::all_gather:
       case Collective::gather: {
         int64_t index = i;
         const int source = block_of(index);
-        return symbol == symbols_.raw(source, index, bytes);
+        return symbol == symbols_.raw(source, index, bytes) || is_decoded(call, symbol, source, index);
       }
       case Collective::broadcast:
       case Collective::send_recv:
@@ -612,19 +660,28 @@ class Search {
     return false;
   }
 
-  bool is_sum(int id, int64_t element, int64_t bytes) {
-    const Symbol symbol = symbols_[id];
-    if (symbol.type != Symbol::Type::final || !symbol.sane) return false;
+  bool is_sum(int id, int64_t element) {
+    const Symbol& symbol = symbols_[id];
+    if (symbol.type != Symbol::Type::final || !symbol.sane || symbol.divided != 1) return false;
     if (static_cast<int>(symbol.terms.size()) != n_) return false;
     for (int rank = 0; rank < n_; ++rank) {
       if (symbol.terms[rank] != std::pair{rank, element}) return false;
     }
-    if (!balanced_) return true;
-    const int64_t partial_bytes = static_cast<int64_t>(size_of(accumulator(calls_[0]->call.dtype)));
-    std::vector<int> terms;
-    for (int rank = 0; rank < n_; ++rank)
-      terms.push_back(symbols_.lift(symbols_.raw(rank, element, bytes), partial_bytes));
-    return id == symbols_.finish(tree(terms, 0, n_), bytes, true);
+    return !balanced_ || symbol.shape == balanced_shape(0, n_);
+  }
+
+  int balanced_shape(int begin, int end) {
+    if (end - begin == 1) return -1 - begin;
+    int half = 1;
+    while (half * 2 < end - begin) half *= 2;
+    return symbols_.shape(balanced_shape(begin, begin + half), balanced_shape(begin + half, end));
+  }
+
+  // What a codec left of an element that was only moved.
+  bool is_decoded(const Call& call, int id, int rank, int64_t element) const {
+    const Symbol& symbol = symbols_[id];
+    return call.codec.kind != kernels::CodecKind::none && symbol.type == Symbol::Type::final && symbol.sane &&
+           symbol.divided == 0 && symbol.terms == std::vector{std::pair{rank, element}};
   }
 
   const std::vector<const Plan*>& calls_;
@@ -640,12 +697,13 @@ class Search {
   std::vector<bool> grows_;  // by cell
 
   std::vector<size_t> at_;
-  std::vector<uint32_t> memory_;
+  std::vector<uint64_t> memory_;
   std::vector<int64_t> cells_;
-  std::vector<std::vector<bool>> entered_;              // by call and rank
-  std::vector<std::vector<std::vector<int>>> results_;  // by call and rank, once taken back
+  std::vector<std::vector<bool>> entered_;                  // by call and rank
+  std::vector<std::vector<std::vector<Encoded>>> encoded_;  // by call and rank
+  std::vector<std::vector<std::vector<int>>> results_;      // by call and rank, once taken back
   uint64_t hash_ = 0;
-  std::vector<std::pair<int64_t, uint32_t>> written_;
+  std::vector<std::pair<int64_t, uint64_t>> written_;
   std::vector<std::pair<int, int64_t>> stored_;
   std::unordered_set<uint64_t> seen_;
   Verdict verdict_;

@@ -110,7 +110,8 @@ class Mutator {
       return;
     }
     set<int64_t>(who + "count", here(&Step::count), {step.count - 1, step.count + 1, 0, step.count / 2});
-    for (Format format : {Format::raw, Format::partial, Format::final}) {
+    if (plan_.call.coded()) mutate_transcode(i);
+    for (Format format : formats()) {
       if (format == step.dst_format) continue;
       mutant(who + "destination format", [&](Plan& plan) {
         Program& changed = plan.programs[rank_];
@@ -129,6 +130,61 @@ class Mutator {
     for (int o = 0; o < step.num_dsts + step.num_srcs; ++o) mutate_operand(step, o);
   }
 
+  std::vector<Format> formats() const {
+    std::vector<Format> all = {Format::raw, Format::partial, Format::final};
+    if (plan_.call.coded()) all.push_back(Format::wire);
+    return all;
+  }
+
+  // What goes wrong with codecs alone: where an encode is, what is encoded, and by whom it is read how.
+  void mutate_transcode(int i) {
+    const Program& program = plan_.programs[rank_];
+    const Step& step = program.steps[i];
+    const std::string who = describe(plan_, rank_, step) + ": ";
+    const auto item = static_cast<int64_t>(size_of(plan_.call.dtype));
+    set<int32_t>(who + "transcode",
+                 [&](Plan& plan) -> auto& { return plan.programs[rank_].steps[i].transcode; },
+                 {step.transcode >= 0 ? -1 : 0, static_cast<int32_t>(program.transcodes.size())});
+    if (step.transcode < 0) return;
+    const Transcode& how = program.transcodes[step.transcode];
+    auto here = [&](auto member) {
+      return [this, t = step.transcode, member](Plan& plan) -> auto& {
+        return plan.programs[rank_].transcodes[t].*member;
+      };
+    };
+    set<bool>(who + "divides", here(&Transcode::divides), {!how.divides});
+    for (int s = step.num_dsts; s < step.num_dsts + step.num_srcs; ++s) {
+      if (program.operands[step.operand + s].format != Format::wire) continue;
+      mutant(who + "a source exact", [&](Plan& plan) {
+        plan.programs[rank_].operands[step.operand + s] = {Space::in, Format::raw, rank_, how.element * item,
+                                                           how.stride * item};
+      });
+    }
+    if (step.num_dsts == 1 && step.num_srcs == 1) {
+      mutant(who + "bytes copied as they are", [&](Plan& plan) {
+        Program& changed = plan.programs[rank_];
+        changed.steps[i].transcode = -1;
+        changed.steps[i].dst_format = Format::raw;
+        changed.operands[step.operand].format = changed.operands[step.operand + 1].format = Format::raw;
+      });
+    }
+    if (!encodes(program, step)) return;
+    constexpr int64_t tile = kernels::kTile;
+    set<uint8_t>(who + "encode's stage", here(&Transcode::stage),
+                 {static_cast<uint8_t>(how.stage + 1), static_cast<uint8_t>(how.stage - 1)});
+    set<int64_t>(who + "index", here(&Transcode::index),
+                 {how.index + tile, how.index - tile, how.index + 1, 0});
+    set<int64_t>(who + "element", here(&Transcode::element), {how.element + tile, how.element + 1, 0});
+    set<int64_t>(who + "encode's stride", here(&Transcode::stride), {how.stride + tile, how.stride - 1, 0});
+    mutant(who + "again", [&](Plan& plan) {
+      duplicate_step(plan.programs[rank_], i);
+      Program& changed = plan.programs[rank_];
+      changed.transcodes.push_back(how);
+      ++changed.transcodes.back().stage;
+      changed.steps[i + 1].transcode = static_cast<int32_t>(changed.transcodes.size()) - 1;
+    });
+  }
+
   void mutate_operand(const Step& step, int o) {
     const int index = step.operand + o;
     const Operand& operand = plan_.programs[rank_].operands[index];
@@ -141,13 +197,17 @@ class Mutator {
     set<int64_t>(who + "offset", here(&Operand::offset),
                  {operand.offset + item, operand.offset - item, operand.offset + 1, operand.offset + 64,
                   operand.offset - 64, 0});
+    if (operand.format == Format::wire) {
+      const int64_t tile = kernels::tile_bytes(plan_.call.codec.kind);
+      set<int64_t>(who + "offset", here(&Operand::offset), {operand.offset + tile, operand.offset - tile});
+    }
     set<int64_t>(who + "stride", here(&Operand::stride),
                  {operand.stride + item, operand.stride - item, operand.stride * 2, 0});
     set<int32_t>(who + "rank", here(&Operand::rank), {(operand.rank + 1) % plan_.call.world.size});
     for (Space space : {Space::in, Space::out, Space::window, Space::outgoing, Space::incoming}) {
       if (space != operand.space) set<Space>(who + "space", here(&Operand::space), {space});
     }
-    for (Format format : {Format::raw, Format::partial, Format::final}) {
+    for (Format format : formats()) {
       if (format != operand.format) set<Format>(who + "format", here(&Operand::format), {format});
     }
     if (o + 1 < step.num_dsts + step.num_srcs) {
@@ -183,6 +243,9 @@ class Mutator {
     set<double>("divisor", [](Plan& plan) -> auto& { return plan.divisor; }, {plan_.divisor * 2});
     set<bool>("full exchange", [](Plan& plan) -> auto& { return plan.full_exchange; },
               {!plan_.full_exchange});
+    if (plan_.call.coded()) {
+      set<bool>("encodes once", [](Plan& plan) -> auto& { return plan.encodes_once; }, {!plan_.encodes_once});
+    }
     set<Op>("operator", [](Plan& plan) -> auto& { return plan.call.op; },
             {plan_.call.op == Op::avg ? Op::sum : Op::avg});
     for (Placement placement : {Placement::plain, Placement::symmetric, Placement::reachable}) {
@@ -360,6 +423,57 @@ TEST(every_wrong_mutant_with_wide_partial_results_is_rejected) {
   }
   tally.print("float16");
   CHECK(tally.wrong > 500);
+  CHECK_EQ(tally.rejected, tally.wrong);
+  CHECK_EQ(tally.unknown, 0);
+}
+
+// Windows hold tiles, and an encode depends on who makes it and where. sign has the smallest tiles. Two ranks
+// with a tile each and a tail; trips of a tile or two, in three slots; blocks shorter than a tile.
+TEST(every_wrong_mutant_with_a_codec_is_rejected) {
+  Tally tally;
+  const struct {
+    Collective collective;
+    const char* algorithm;
+    int n;
+    std::vector<int64_t> counts;
+    int64_t trip_tiles;
+    int every;
+  } trials[] = {
+      {Collective::all_reduce, "two_shot", 2, {2051}, 8, 1},
+      {Collective::all_reduce, "two_shot", 2, {4 * 2048 + 5}, 2, 9},
+      {Collective::all_reduce, "one_shot", 2, {5}, 8, 1},
+      {Collective::all_reduce, "one_shot", 2, {1030}, 1, 2},
+      {Collective::all_reduce, "ring", 2, {2051}, 8, 2},
+      {Collective::all_reduce, "ring", 3, {3077}, 8, 9},
+      {Collective::all_reduce, "tree", 2, {2051}, 8, 2},
+      {Collective::all_reduce, "halving_doubling", 2, {2051}, 8, 2},
+      {Collective::reduce_scatter, "direct", 2, {3, 5}, 8, 1},
+      {Collective::reduce_scatter, "direct", 2, {1030, 1027}, 1, 3},
+      {Collective::reduce_scatter, "ring", 3, {3, 5, 4}, 8, 2},
+      {Collective::reduce_scatter, "recursive_halving", 3, {3, 5, 4}, 8, 2},
+      {Collective::all_gather, "direct", 2, {3, 5}, 8, 1},
+      {Collective::all_gather, "direct", 2, {1030, 5}, 1, 3},
+      {Collective::all_gather, "ring", 3, {3, 5, 4}, 8, 2},
+      {Collective::all_gather, "recursive_doubling", 3, {3, 5, 4}, 8, 2},
+  };
+  for (const auto& trial : trials) {
+    Call call{.world = {.collective = trial.collective, .size = trial.n}, .dtype = DType::float16};
+    call.op = trial.collective == Collective::all_gather ? Op::sum : Op::avg;
+    call.counts = trial.counts;
+    call.codec.kind = kernels::CodecKind::sign;
+    Geometry geometry;
+    geometry.bank_bytes = 64 << 10;
+    const int64_t blocks = static_cast<int64_t>(trial.counts.size());
+    geometry.trip_bytes =
+        trial.trip_tiles * kernels::kTile * blocks * static_cast<int64_t>(size_of(call.dtype));
+    const Plan plan = make_plan(trial.algorithm, call, geometry);
+    const bool balanced = find_algorithm(trial.collective, trial.algorithm).balanced;
+    const long wrong = tally.wrong;
+    try_mutants({&plan}, 0, balanced, trial.every, tally);
+    CHECK(tally.wrong > wrong + 20);
+  }
+  tally.print("codecs");
+  CHECK(tally.wrong > 1500);
   CHECK_EQ(tally.rejected, tally.wrong);
   CHECK_EQ(tally.unknown, 0);
 }

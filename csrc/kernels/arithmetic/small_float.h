@@ -69,10 +69,11 @@ struct SmallFloat {
   static constexpr uint32_t kSign = 1u << (kExponent + kMantissa);
   static constexpr uint32_t kRebias = static_cast<uint32_t>(127 - kBias) << 23;
   static constexpr uint32_t kMinNormal = kRebias + (1u << 23);
+
   // 2^n as bits of a float32.
   static constexpr uint32_t power(int n) { return static_cast<uint32_t>(127 + n) << 23; }
   // A power of two whose last place is that of our subnormals: they are what is added to it.
-  static constexpr uint32_t kAnchor = static_cast<uint32_t>(127 + 1 - kBias - kMantissa + 23) << 23;
+  static constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
 
   template <class W>
   PYCOMM_INLINE static W decode_word(W code) {

@@ -16,31 +16,19 @@ struct CodecKernels;
 struct PackKernels;
 struct TopkKernels;
 
-// Each copy's kernel for a pair; null if the pair does not satisfy supports(dtype, op).
-namespace baseline {
-CombineFn find(DType dtype, Op op);
-extern const CodecKernels codec_kernels;
-extern const PackKernels pack_kernels;
-extern const TopkKernels topk_kernels;
-}  // namespace baseline
-namespace avx2 {
-CombineFn find(DType dtype, Op op);
-extern const CodecKernels codec_kernels;
-extern const PackKernels pack_kernels;
-extern const TopkKernels topk_kernels;
-}  // namespace avx2
-namespace avx512 {
-CombineFn find(DType dtype, Op op);
-extern const CodecKernels codec_kernels;
-extern const PackKernels pack_kernels;
-extern const TopkKernels topk_kernels;
-}  // namespace avx512
-namespace neon {
-CombineFn find(DType dtype, Op op);
-extern const CodecKernels codec_kernels;
-extern const PackKernels pack_kernels;
-extern const TopkKernels topk_kernels;
-}  // namespace neon
+// The kernels of one instruction set, which a copy defines. find() gives null if the pair does not satisfy
+// supports(dtype, op).
+#define PYCOMM_DECLARE_KERNELS(set)        \
+  namespace set {                          \
+  CombineFn find(DType dtype, Op op);      \
+  extern const CodecKernels codec_kernels; \
+  extern const PackKernels pack_kernels;   \
+  extern const TopkKernels topk_kernels;   \
+  }
+PYCOMM_DECLARE_KERNELS(baseline)
+PYCOMM_DECLARE_KERNELS(avx2)
+PYCOMM_DECLARE_KERNELS(avx512)
+PYCOMM_DECLARE_KERNELS(neon)
 
 struct Isa {
   const char* name;

@@ -1,0 +1,230 @@
+// Calls with codecs: what they ask for besides their plans, and those that are made of several plans.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "common/error.h"
+#include "common/hash.h"
+#include "kernels/topk.h"
+#include "runtime/communicator.h"
+#include "schedule/algorithms.h"
+
+namespace pycomm::runtime {
+
+namespace {
+
+using kernels::Rounding;
+
+void tell(CallRecord& record, const std::string& codec) {
+  std::strncpy(record.codec, codec.c_str(), sizeof record.codec - 1);
+  record.fingerprint = Hasher(record.fingerprint).add(codec).digest() | 1;
+}
+
+std::string words(const kernels::Codec& codec) {
+  std::string options;
+  const auto add = [&](const std::string& option) { options += (options.empty() ? "" : ", ") + option; };
+  if (codec.ceil_scale) add("ceil_scale");
+  if (codec.hadamard) add("hadamard");
+  if (codec.rounding == Rounding::stochastic) add("stochastic");
+  if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
+  return kernels::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
+}
+
+void check_floats(const schedule::Call& call, const std::string& codec) {
+  if (!schedule::takes_codec(call.dtype)) {
+    throw TypeError("codec " + codec + " is for float32, float16 and bfloat16; the buffer is " +
+                    name(call.dtype) + ": convert it, or leave codec out");
+  }
+  const bool sums = call.op == Op::sum || call.op == Op::avg;
+  if (schedule::reduces(call.world.collective) && !sums) {
+    throw TypeError("codec " + codec + " carries sum, avg and premul_sum; op is " +
+                    std::string(name(call.op)) + ": leave codec out");
+  }
+}
+
+// Memory that is written before it is read.
+template <class T>
+std::unique_ptr<T[]> room(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+}  // namespace
+
+void Communicator::check_coding(const Request& request) const {
+  const schedule::Call& call = request.call;
+  const Coding& coding = *request.coding;
+  check_floats(call, kernels::name(coding.codec.kind));
+  if (call.world.collective != Collective::reduce_scatter || coding.segments.empty()) return;
+  int64_t begin = 0;
+  for (const int64_t count : call.counts) {
+    if (begin % kernels::kTile != 0) {
+      throw ValueError("a block of this reduce_scatter begins at element " + std::to_string(begin) +
+                       ": with tensors in it (segments), blocks begin at multiples of " +
+                       std::to_string(kernels::kTile) + " elements; pad them");
+    }
+    begin += count;
+  }
+}
+
+// Ranks that encode in other ways, or in another step, do not make the same call.
+void Communicator::finish_coding(Bound& bound) const {
+  const schedule::Plan& plan = bound.prepared->plan;
+  if (bound.coding->residual && !plan.encodes_once) {
+    const Collective kind = plan.call.world.collective;
+    throw ValueError(
+        "algorithm \"" + plan.algorithm +
+        "\" encodes elements more than once, and error feedback keeps one residual for each: use " +
+        schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
+  }
+  tell(bound.record, words(bound.coding->codec) + ", step=" + std::to_string(bound.coding->step));
+}
+
+// What all parts of a call say that they are.
+CallRecord Communicator::record_of_whole(const Request& request, const std::string& codec) const {
+  const schedule::Call& call = request.call;
+  CallRecord record;
+  record.count = call.counts[0];
+  record.dtype = call.dtype;
+  record.op = call.op;
+  record.prescale = call.prescale;
+  record.fingerprint = Hasher().add(call.counts[0]).add(call.dtype).add(call.op).add(call.prescale).digest();
+  tell(record, codec);
+  return record;
+}
+
+// ---- topk: encode, gather all records, add them in the order of ranks ----
+
+Bound Communicator::bind_topk(const Request& request, int64_t k) {
+  const schedule::Call& call = request.call;
+  const int64_t count = call.counts[0];
+  check_floats(call, "topk");
+  if (k < 1) throw ValueError("`k` is " + std::to_string(k) + ": keep one element at least");
+  if (count >> 32) {
+    throw ValueError("topk numbers elements in 32 bits, and the buffer has " + std::to_string(count) +
+                     ": split it");
+  }
+  const int64_t capacity = std::min(k, count), bytes = kernels::topk_record_bytes(capacity);
+  struct State {
+    std::unique_ptr<char[]> records;
+    std::unique_ptr<float[]> sum;
+  };
+  auto state = std::make_shared<State>(room<char>(bytes * size()), room<float>(count));
+
+  Request gather;
+  gather.call.world.collective = Collective::all_gather;
+  gather.call.dtype = DType::uint8;
+  gather.call.counts.assign(size(), bytes);
+  gather.call.in_place = true;
+  gather.out = state->records.get();
+  gather.in = state->records.get() + rank() * bytes;
+  gather.algorithm = request.algorithm;
+  gather.tag = request.tag;
+  gather.timeout_s = request.timeout_s;
+  gather.part_of = record_of_whole(request, "topk(" + std::to_string(k) + ")");
+  std::strncpy(gather.part_of->algorithm, "direct", sizeof gather.part_of->algorithm - 1);
+  Bound bound = bind(gather);
+
+  bound.before = [=, dtype = call.dtype, prescale = static_cast<float>(call.prescale), x = request.in,
+                  coding = request.coding, mine = static_cast<char*>(const_cast<void*>(gather.in))] {
+    kernels::topk_encode({.dtype = dtype,
+                          .x = x,
+                          .count = static_cast<size_t>(count),
+                          .capacity = static_cast<size_t>(capacity),
+                          .record = mine,
+                          .residual = coding->residual,
+                          .next_residual = coding->next_residual,
+                          .residual_scale = coding->residual_scale});
+    if (prescale == 1) return;
+    auto* values = reinterpret_cast<float*>(mine + bytes) - capacity;
+    std::for_each(values, values + capacity, [&](float& value) { value *= prescale; });
+  };
+  bound.then = [=, ranks = size(), dtype = call.dtype, op = call.op, out = request.out] {
+    std::memset(state->sum.get(), 0, static_cast<size_t>(count) * sizeof(float));
+    for (int r = 0; r < ranks; ++r) {
+      kernels::topk_decode_add(state->records.get() + r * bytes, static_cast<size_t>(capacity),
+                               state->sum.get(), static_cast<size_t>(count));
+    }
+    const void* sum = state->sum.get();
+    void* to = out;
+    const kernels::Format partial = kernels::Format::partial;
+    kernels::find_combine(dtype, op)({.dsts = &to,
+                                      .srcs = &sum,
+                                      .src_formats = &partial,
+                                      .num_dsts = 1,
+                                      .num_srcs = 1,
+                                      .dst_format = kernels::Format::final,
+                                      .count = static_cast<size_t>(count),
+                                      .divisor = op == Op::avg ? static_cast<double>(ranks) : 1.0});
+  };
+  return bound;
+}
+
+// ---- shared_int: agree on every block's scale, sum integers ----
+
+Bound Communicator::bind_shared_int(const Request& request, int width) {
+  const schedule::Call& call = request.call;
+  const int64_t count = call.counts[0];
+  check_floats(call, "shared_int");
+  if (width != 8 && width != 16 && width != 32) {
+    throw ValueError("`width` is " + std::to_string(width) + ": integers of 8, 16 or 32 bits");
+  }
+  const int64_t limit = kernels::shared_limit(width, size());
+  const int64_t blocks = (count + kernels::kSharedBlock - 1) / kernels::kSharedBlock;
+  struct State {
+    std::unique_ptr<float[]> amax;
+    std::unique_ptr<char[]> q;
+  };
+  auto state = std::make_shared<State>(room<float>(blocks), room<char>(count * width / 8));
+  const Coding& coding = *request.coding;
+  std::string codec = "shared_int(" + std::to_string(width);
+  if (coding.codec.seed != 0) codec += ", seed=" + std::to_string(coding.codec.seed);
+  const CallRecord whole = record_of_whole(request, codec + "), step=" + std::to_string(coding.step));
+
+  const auto part = [&](DType dtype, Op op, int64_t elements, void* data) {
+    Request reduce;
+    reduce.call.world.collective = Collective::all_reduce;
+    reduce.call.dtype = dtype;
+    reduce.call.op = op;
+    reduce.call.counts = {elements};
+    reduce.call.in_place = true;
+    reduce.in = reduce.out = data;
+    reduce.tag = request.tag;
+    reduce.timeout_s = request.timeout_s;
+    reduce.part_of = whole;
+    return reduce;
+  };
+  Request sum = part(width == 8    ? DType::int8
+                     : width == 16 ? DType::int16
+                                   : DType::int32,
+                     Op::sum, count, state->q.get());
+  sum.algorithm = request.algorithm;
+  Bound bound = bind(sum);
+  std::memcpy(bound.record.algorithm, bound.prepared->record.algorithm, sizeof bound.record.algorithm);
+  bound.agreement = std::make_shared<Agreement>();
+  bound.agreement->exchange = bind(part(DType::float32, Op::max, blocks, state->amax.get()));
+  std::memcpy(bound.agreement->exchange.record.algorithm, bound.record.algorithm,
+              sizeof bound.record.algorithm);
+
+  const auto encoding = [rank = rank()](const Coding& of) {
+    return kernels::Encoding{.step = of.step, .rank = static_cast<uint32_t>(rank), .segments = of.segments};
+  };
+  bound.before = [=, dtype = call.dtype, x = request.in, own = request.coding] {
+    kernels::shared_amax(dtype, x, static_cast<size_t>(count), state->amax.get(), encoding(*own));
+  };
+  bound.agreement->conclude = [=, dtype = call.dtype, x = request.in,
+                               own = request.coding](const Bound& asked) -> const Bound& {
+    kernels::shared_encode(dtype, x, static_cast<size_t>(count), state->amax.get(), width, limit,
+                           own->codec.seed, encoding(*own), state->q.get());
+    return asked;
+  };
+  const double divisor = (call.op == Op::avg ? size() : 1) / call.prescale;
+  bound.then = [=, dtype = call.dtype, out = request.out] {
+    kernels::shared_decode(state->q.get(), static_cast<size_t>(count), state->amax.get(), width, limit,
+                           divisor, dtype, out);
+  };
+  return bound;
+}
+
+}  // namespace pycomm::runtime

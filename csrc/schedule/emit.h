@@ -1,0 +1,61 @@
+// Writes one rank's steps for the trips of one loop: within them all lengths are the same. Private to emit.cc
+// and emit_codec.cc.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "schedule/lowering.h"
+
+namespace pycomm::schedule {
+
+class Emitter {
+ public:
+  Emitter(const Lowering& lowering, int rank, int64_t trip, Program& program)
+      : l_(lowering), rank_(rank), trip_(trip), program_(program) {}
+
+  void run();
+
+ private:
+  // Ragged trips beyond the first leave out the pairs that have nothing more to exchange.
+  bool alive(const Offer& offer) const {
+    return !l_.layout_.ragged || trip_ == 0 || l_.length_of(offer.ref, trip_) > 0;
+  }
+  void signal(int peer, Event event, int stage);
+  void wait(int peer, Event event, int stage, int64_t shift = 0);
+  void push(const Step& step) { program_.steps.push_back(step); }
+
+  Operand operand(const Ref& ref, bool window, Format format) const;
+  void emit(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count, int stage,
+            bool stream);
+  void move(const Operand& dst, const Operand& src, int64_t count, int stage, bool stream) {
+    emit({dst}, {src}, count, stage, stream);
+  }
+  bool streams(const Ref& out) const;
+
+  void show(const Item& item, int stage);
+  void accept(const Offer& offer, int stage);
+  void combine(const Item& item, const ScheduleStep& step);
+  int64_t checked_length(const Item& item, const ScheduleStep& step, bool is_copy) const;
+  void combine_plain(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy);
+
+  // With a codec (emit_codec.cc).
+  Operand wire(const Ref& ref) const { return operand(ref, true, Format::wire); }
+  Operand coded_source(const Ref& ref, int step) const;
+  std::optional<Ref> shown_form(const Ref& ref, int step) const;
+  void emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
+                  int stage, Transcode transcode);
+  Transcode encode_of(const Chunk& chunk, uint8_t stage) const;
+  void encode_offer(const Offer& offer, int stage);
+  void combine_coded(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy);
+
+  const Lowering& l_;
+  const int rank_;
+  const int64_t trip_;
+  Program& program_;
+  std::map<std::tuple<int, int, int>, int64_t> reached_;  // (peer, cell, stage): what has been waited for
+};
+
+}  // namespace pycomm::schedule

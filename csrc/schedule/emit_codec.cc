@@ -1,0 +1,98 @@
+// The steps of calls with a codec: windows hold wire form, so that what crosses between them and the caller's
+// buffers is encoded or decoded on the way.
+//
+// * A result that several see is encoded once, into all windows that need it, the rank's own included, and
+//   every rank takes its `out` from those bytes, its maker too: all hold the same.
+// * A chunk of `in` that this rank has shown, and reads as well, it reads in the form that it showed, as the
+//   others do. What only this rank reads enters exactly.
+#include <algorithm>
+
+#include "schedule/emit.h"
+
+namespace pycomm::schedule {
+
+void Emitter::emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
+                         int stage, Transcode transcode) {
+  if (count == 0) return;
+  emit(dsts, srcs, count, stage, false);
+  const auto is_wire = [](const Operand& operand) { return operand.format == Format::wire; };
+  if (std::ranges::none_of(dsts, is_wire) && std::ranges::none_of(srcs, is_wire)) return;
+  program_.steps.back().transcode = static_cast<int32_t>(program_.transcodes.size());
+  program_.transcodes.push_back(transcode);
+}
+
+// Where an encode of this chunk counts from.
+Transcode Emitter::encode_of(const Chunk& chunk, uint8_t stage) const {
+  const Layout& layout = l_.layout_;
+  const bool further = chunk.block >= num_blocks(l_.call_.world);  // scratch images
+  const int block = further ? 0 : chunk.block;
+  const int64_t length = block_length(l_.call_, rank_, Buffer::scratch, block);
+  const int64_t begin = layout.chunk_range(chunk, layout.trip_length(length, trip_)).begin;
+  const bool one_block_in = l_.call_.world.collective == Collective::all_gather;
+  return {.stage = stage,
+          .index = data_index(l_.call_, block, begin),
+          .element = (one_block_in ? 0 : block_offset(l_.call_, rank_, Buffer::in, block)) + begin,
+          .stride = layout.trips > 1 ? layout.width : 0};
+}
+
+void Emitter::encode_offer(const Offer& offer, int stage) {
+  emit_coded({wire(offer.ref)}, {operand(offer.ref, false, Format::raw)}, l_.length_of(offer.ref, trip_),
+             stage, encode_of(offer.ref.chunk, 0));
+}
+
+// What the rank has put in its window of this chunk of `in` before this step.
+std::optional<Ref> Emitter::shown_form(const Ref& ref, int step) const {
+  for (const Offer& offer : l_.offers_) {
+    if (offer.owner == rank_ && offer.ref == ref && offer.read && offer.step < step) return ref;
+  }
+  const auto& program = l_.schedule_.ranks[rank_];
+  for (int i = 0; i < step; ++i) {
+    if (program[i].kind != ScheduleStep::Kind::combine || program[i].srcs != std::vector{ref}) continue;
+    for (const Ref& dst : program[i].dsts) {
+      if (dst == Ref{rank_, Buffer::image, ref.chunk}) return dst;
+    }
+  }
+  return std::nullopt;
+}
+
+Operand Emitter::coded_source(const Ref& ref, int step) const {
+  if (ref.rank != rank_ || !l_.staged(ref)) return wire(ref);
+  const auto shown = ref.buffer == Buffer::in ? shown_form(ref, step) : std::nullopt;
+  return shown ? wire(*shown) : operand(ref, false, Format::raw);
+}
+
+void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy) {
+  std::vector<Operand> wires, srcs;
+  std::optional<Ref> out;
+  for (int d = 0; d < static_cast<int>(step.dsts.size()); ++d) {
+    const Ref& ref = step.dsts[d];
+    const bool own_out = ref.rank == rank_ && ref.buffer == Buffer::out;
+    if (own_out) out = ref;
+    if (!own_out || l_.window_copies_[rank_].count({item.step, d})) wires.push_back(wire(ref));
+  }
+  for (const Ref& ref : step.srcs) srcs.push_back(coded_source(ref, item.step));
+  if (wires.empty()) {
+    const bool raw = std::ranges::all_of(srcs, [](const Operand& src) { return src.format == Format::raw; });
+    const Format format = raw && is_copy ? Format::raw : Format::final;
+    // In place, a rank's `out` holds what its `in` does.
+    const bool there =
+        format == Format::raw && l_.call_.in_place && step.srcs[0] == Ref{rank_, Buffer::in, out->chunk};
+    if (!there) {
+      emit_coded({operand(*out, false, format)}, srcs, count, step.stage, {.divides = step.final});
+    }
+    return;
+  }
+  if (out) {
+    const Operand own = wire(*out);
+    const auto same = [&](const Operand& dst) { return dst.rank == own.rank && dst.offset == own.offset; };
+    if (std::ranges::none_of(wires, same)) wires.insert(wires.begin(), own);
+  }
+  const auto stage = l_.encode_stages_[rank_].find(item.step);
+  Transcode transcode;
+  if (stage != l_.encode_stages_[rank_].end()) transcode = encode_of(step.dsts[0].chunk, stage->second);
+  transcode.divides = step.final;
+  emit_coded(wires, srcs, count, step.stage, transcode);
+  if (out) emit_coded({operand(*out, false, Format::final)}, {wire(*out)}, count, step.stage, {});
+}
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,149 @@
+// Codecs in a symbolic run. A wire location holds one value for each tile: what its maker encoded.
+//
+// An encode is of whole tiles of the data, the last one as long as the data is, and knows where in the data
+// and in the rank's residuals it is; else what it makes is garbage. So is what a decode reads beyond the
+// data's end.
+#include <algorithm>
+
+#include "schedule/layout.h"
+#include "schedule/verify_run.h"
+
+namespace pycomm::schedule {
+
+using kernels::kTile;
+
+namespace {
+
+// The part of the data, in elements of the inputs, that tiles are cut from.
+struct Section {
+  int64_t begin = 0, end = 0;
+  int64_t index = 0;  // data_index() of its begin
+};
+
+Section section_of(const Call& call, int rank, int64_t element) {
+  if (call.world.collective == Collective::all_gather) return {0, call.counts[rank], 0};
+  if (call.world.collective == Collective::all_reduce) return {0, call.counts[0], 0};
+  int64_t begin = 0;
+  for (int block = 0; block < call.world.size; begin += call.counts[block++]) {
+    const int64_t end = begin + call.counts[block];
+    if (element >= begin && element < end) return {begin, end, data_index(call, block, 0)};
+  }
+  return {};
+}
+
+}  // namespace
+
+// Elements in the tile that begins at tile.delta's.
+int64_t SymbolicRun::tile_length(const Call& call, Term tile) const {
+  const int64_t first = expressions_.first_element(tile);
+  const Section section = section_of(call, expressions_.some_rank(tile.expr), first);
+  return std::clamp<int64_t>(section.end - first, 0, kTile);
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::copied_tiles(const Call& call,
+                                                             const std::vector<Elements>& tiles,
+                                                             int64_t count) {
+  std::vector<Elements> result;
+  for (const Elements& part : tiles) {
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      const Term tile{part.term.expr, part.term.delta + t};
+      const bool whole = expressions_.is_garbage(tile.expr) || count - t * kTile >= tile_length(call, tile);
+      result.push_back({t, t + 1, whole ? part.term : expressions_.garbage("a part of a tile")});
+    }
+  }
+  return result;
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::decoded(const Call& call, const std::vector<Elements>& tiles,
+                                                        int64_t count) {
+  std::vector<Elements> result;
+  for (const Elements& part : tiles) {
+    const Term elements = expressions_.decode(part.term);
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      const int64_t begin = t * kTile, end = std::min(begin + kTile, count);
+      const int64_t length = expressions_.is_garbage(part.term.expr)
+                                 ? kTile
+                                 : tile_length(call, {part.term.expr, part.term.delta + t});
+      if (length > 0) result.push_back({begin, std::min(begin + length, end), elements});
+      if (begin + length < end) {
+        result.push_back({begin + length, end, expressions_.garbage("elements beyond the data's end")});
+      }
+    }
+  }
+  return result;
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::encoded(int rank, const Step& step, int64_t trip,
+                                                        const std::vector<Elements>& elements) {
+  CallState& call = call_of(rank);
+  const Program& program = call.plan->programs[rank];
+  const Transcode& how = program.transcodes[step.transcode];
+  const auto step_index = static_cast<int>(&step - program.steps.data());
+  std::vector<Elements> result;
+  size_t part = 0;
+  for (int64_t t = 0; t * kTile < step.count; ++t) {
+    const int64_t begin = t * kTile, end = std::min(begin + kTile, step.count);
+    while (elements[part].end <= begin) ++part;
+    size_t last = part;
+    while (elements[last].end < end && elements[last + 1].term == elements[part].term) ++last;
+    const Term term = elements[part].term;
+    Term tiles = expressions_.garbage("an encode of several things in one tile");
+    if (elements[last].end >= end) tiles = expressions_.encode(term, rank, how.stage);
+    const int64_t shift = trip * how.stride + begin;
+    if (!expressions_.is_garbage(tiles.expr)) {
+      const int64_t first = term.delta + begin;
+      const Section section = section_of(call.plan->call, expressions_.some_rank(term.expr), first);
+      if (first < section.begin || first >= section.end || (first - section.begin) % kTile != 0 ||
+          end - begin != std::min(kTile, section.end - first)) {
+        tiles = expressions_.garbage("an encode of what is no tile of the data");
+      } else if (how.index + shift != section.index + first - section.begin || how.element + shift != first) {
+        tiles = expressions_.garbage("an encode that takes element " + std::to_string(first) +
+                                     " for another one");
+      }
+    }
+    const int64_t at = how.element + shift;  // a residual is used there, right or wrong
+    call.encoded[rank].push_back({at, at + end - begin, how.stage, tiles.expr, step_index});
+    result.push_back({t, t + 1, tiles});
+  }
+  return result;
+}
+
+std::vector<SymbolicRun::Elements> SymbolicRun::compute_coded(int rank, const Step& step, int64_t trip,
+                                                              std::vector<std::vector<Elements>> sources) {
+  const Plan& plan = *call_of(rank).plan;
+  const Program& program = plan.programs[rank];
+  const Operand* operands = &program.operands[step.operand + step.num_dsts];
+  if (step.dst_format == Format::wire && !encodes(program, step)) {
+    return copied_tiles(plan.call, sources[0], step.count);
+  }
+  for (int32_t s = 0; s < step.num_srcs; ++s) {
+    if (operands[s].format == Format::wire) sources[s] = decoded(plan.call, sources[s], step.count);
+  }
+  std::vector<Elements> result = combined(step, operands, sources);
+  const bool divides = program.transcodes[step.transcode].divides, wire = step.dst_format == Format::wire;
+  for (Elements& part : result) {
+    if (!wire) part.term = divides ? expressions_.finish(part.term) : expressions_.round(part.term);
+    if (wire && divides) part.term = expressions_.divide(part.term);
+  }
+  return wire ? encoded(rank, step, trip, result) : result;
+}
+
+// What the plan claims of its encodes, and that no two of an element have the same random bits.
+void SymbolicRun::check_encodes(int rank) {
+  const CallState& call = call_of(rank);
+  std::vector<Encoded> encoded = call.encoded[rank];
+  std::ranges::sort(encoded, {}, &Encoded::begin);
+  for (size_t a = 0; a < encoded.size(); ++a) {
+    for (size_t b = a + 1; b < encoded.size() && encoded[b].begin < encoded[a].end; ++b) {
+      const bool clash = encoded[a].stage == encoded[b].stage && encoded[a].expr != encoded[b].expr;
+      if (!call.plan->encodes_once && !clash) continue;
+      return fail(Kind::malformed, rank, encoded[b].step,
+                  at_end(rank, ranks_[rank].call) + "element " + std::to_string(encoded[b].begin) +
+                      " was encoded twice" +
+                      (clash ? " in stage " + std::to_string(encoded[a].stage)
+                             : ", but the plan claims that each is encoded once"));
+    }
+  }
+}
+
+}  // namespace pycomm::schedule

@@ -1,0 +1,105 @@
+// The values of explore.cc.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
+
+namespace explore {
+
+// What an element holds, or a tile in wire form. Two are equal in bits if they are the same symbol.
+struct Symbol {
+  enum class Type : uint8_t { nothing, raw, partial, final, tile };
+  Type type = Type::nothing;
+  int64_t bytes = 1;
+  std::vector<std::pair<int, int64_t>> terms;  // (rank, element) summed, sorted
+  bool sane = true;                            // converted, scaled and encoded as the call asks
+  int divided = 0;                             // times
+  int shape = 0;                               // of the sum: how it associates
+  std::vector<int> elements;                   // of a tile, as they were encoded
+};
+
+class Symbols {
+ public:
+  static constexpr int kNothing = 0;
+  Symbols() { all_.emplace_back(); }
+  const Symbol& operator[](int id) const { return all_[id]; }
+
+  int raw(int rank, int64_t element, int64_t bytes) {
+    return make({'r', {rank, element}},
+                {.type = Symbol::Type::raw, .bytes = bytes, .terms = {{rank, element}}, .shape = -1 - rank});
+  }
+  int lift(int id, int64_t bytes) {
+    Symbol result = all_[id];
+    result.sane = result.sane && result.type == Symbol::Type::raw;
+    result.type = Symbol::Type::partial;
+    result.bytes = bytes;
+    return make({'l', {id}}, result);
+  }
+  int sum(int a, int b) {
+    if (a == kNothing || b == kNothing) return kNothing;
+    Symbol result = all_[a];
+    const Symbol& other = all_[b];
+    result.terms.insert(result.terms.end(), other.terms.begin(), other.terms.end());
+    std::sort(result.terms.begin(), result.terms.end());
+    result.sane = result.sane && other.sane && result.type == Symbol::Type::partial &&
+                  other.type == Symbol::Type::partial && result.divided == 0 && other.divided == 0;
+    result.shape = shape(result.shape, other.shape);
+    return make({'s', {a, b}}, result);
+  }
+  int divide(int id, bool right_divisor) {
+    Symbol result = all_[id];
+    result.sane = result.sane && result.type == Symbol::Type::partial && right_divisor;
+    ++result.divided;
+    return make({'v', {id, right_divisor}}, result);
+  }
+  int round(int id, int64_t bytes) {
+    Symbol result = all_[id];
+    result.sane = result.sane && result.type == Symbol::Type::partial;
+    result.type = Symbol::Type::final;
+    result.bytes = bytes;
+    return make({'f', {id}}, result);
+  }
+  // `sane`: it knows where in the data it is.
+  int encode(const std::vector<int>& elements, int rank, int stage, bool sane, int64_t bytes) {
+    std::vector<int64_t> key = {rank, stage, sane};
+    key.insert(key.end(), elements.begin(), elements.end());
+    return make(
+        {'e', std::move(key)},
+        {.type = Symbol::Type::tile, .bytes = bytes, .terms = {}, .sane = sane, .elements = elements});
+  }
+  int decode(int tile, size_t element, int64_t bytes) {
+    const Symbol& code = all_[tile];
+    if (code.type != Symbol::Type::tile || element >= code.elements.size()) return kNothing;
+    const int encoded = code.elements[element];
+    if (encoded == kNothing) return kNothing;
+    Symbol result = all_[encoded];
+    result.sane = result.sane && code.sane && result.type == Symbol::Type::partial;
+    result.type = Symbol::Type::partial;
+    result.bytes = bytes;
+    return make({'d', {tile, static_cast<int64_t>(element)}}, result);
+  }
+  int shape(int a, int b) {
+    return shapes_.try_emplace({a, b}, static_cast<int>(shapes_.size()) + 1).first->second;
+  }
+
+ private:
+  struct Key {
+    char how;
+    std::vector<int64_t> of;
+    auto operator<=>(const Key&) const = default;
+  };
+  int make(Key key, const Symbol& symbol) {
+    const auto [at, fresh] = ids_.try_emplace(std::move(key), static_cast<int>(all_.size()));
+    if (fresh) all_.push_back(symbol);
+    return at->second;
+  }
+  std::vector<Symbol> all_;
+  std::map<Key, int> ids_;
+  std::map<std::pair<int, int>, int> shapes_;
+};
+
+}  // namespace explore

@@ -1,0 +1,238 @@
+// Plans of calls with codecs: what every algorithm is lowered to is proved, and the table of algorithms says
+// neither more nor less than what is.
+#include <algorithm>
+#include <set>
+
+#include "check.h"
+#include "common/error.h"
+#include "schedule/algorithms.h"
+#include "schedule/layout.h"
+#include "schedule/lower.h"
+#include "schedule/verify.h"
+
+using namespace pycomm;
+using namespace pycomm::schedule;
+using kernels::CodecKind;
+using kernels::kTile;
+
+namespace {
+
+// Every placement that a caller may have; lowering takes them all for plain.
+struct Buffers {
+  Placement in, out;
+  bool in_place;
+};
+constexpr Buffers kBuffers[] = {{Placement::plain, Placement::plain, false},
+                                {Placement::plain, Placement::plain, true},
+                                {Placement::symmetric, Placement::symmetric, true},
+                                {Placement::reachable, Placement::plain, false}};
+constexpr int kWorlds[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 24, 32};
+
+bool takes_codecs(Collective collective) {
+  return collective == Collective::all_reduce || collective == Collective::reduce_scatter ||
+         collective == Collective::all_gather;
+}
+
+Call call_of(const Algorithm& algorithm, int n, CodecKind kind, int64_t count,
+             const Buffers& buffers = kBuffers[0]) {
+  Call call{.world = {.collective = algorithm.collective, .size = n},
+            .counts = {},
+            .in = buffers.in,
+            .out = buffers.out,
+            .in_place = buffers.in_place};
+  call.counts = uniform_counts(call.world, count);
+  call.codec.kind = kind;
+  return call;
+}
+
+// Counts that differ from block to block, none a number of tiles, some zero.
+void make_uneven(Call& call) {
+  for (size_t b = 0; b < call.counts.size(); ++b) {
+    call.counts[b] =
+        b % 5 == 1 ? 0 : call.counts[b] * static_cast<int64_t>(b % 3 + 1) / 3 + static_cast<int64_t>(b % 4);
+  }
+}
+
+// `tiles` of a block go through the window in one trip.
+Geometry trips_of(const Call& call, int64_t tiles) {
+  Geometry geometry;
+  geometry.trip_bytes = tiles * kTile * num_blocks(call.world) * static_cast<int64_t>(size_of(call.dtype));
+  geometry.bank_bytes = int64_t{1} << 40;
+  geometry.payload_bytes = kPayloadBytes;
+  return geometry;
+}
+
+std::string title(const Call& call, const std::string& algorithm, const Geometry& geometry) {
+  return algorithm + " " + name(call.world.collective) + ", " + name(call.codec.kind) + ", " +
+         std::to_string(call.world.size) + " ranks, " + std::to_string(call.counts[0]) +
+         " elements, trips of " + std::to_string(geometry.trip_bytes) + " bytes" +
+         (call.in_place ? ", in place" : "");
+}
+
+// Proves one plan, or says what is wrong. Returns its trips.
+int64_t prove(const Algorithm& algorithm, const Call& call, const Geometry& geometry) {
+  const Plan plan = make_plan(algorithm.name, call, geometry);
+  const auto wrong = verify(plan, {.balanced = algorithm.balanced});
+  if (wrong) check::fail(__FILE__, __LINE__, title(call, algorithm.name, geometry) + ": " + wrong->what);
+  if (call.world.size > 1 && algorithm.codecs == Algorithm::Codecs::any_once) CHECK(plan.encodes_once);
+  int64_t trips = 0;
+  for (const Loop& loop : plan.programs[0].loops) trips += loop.trips;
+  return trips;
+}
+
+void prove_all(const Algorithm& algorithm, int n) {
+  for (CodecKind kind : {CodecKind::bf16, CodecKind::int8, CodecKind::int4}) {
+    for (const Buffers& buffers : kBuffers) {
+      if (n > 8 && buffers.in != Placement::plain) continue;
+      Call call = call_of(algorithm, n, kind, 0, buffers);
+      const bool blocks = num_blocks(call.world) > 1;
+      const int64_t share = blocks ? 1 : n;  // of a block, in parts that algorithms may cut it into
+      for (int64_t count : {int64_t{0}, int64_t{1}, kTile, kTile * share + 5, 3 * kTile * share - 7}) {
+        if (n > 17 && count < kTile) continue;
+        call.counts = uniform_counts(call.world, count);
+        prove(algorithm, call, trips_of(call, 8 * share));
+      }
+      call.counts = uniform_counts(call.world, 12 * kTile * share + 37);
+      const int64_t trips = prove(algorithm, call, trips_of(call, share));
+      if (n > 1) CHECK(trips > 6);  // more than there are slots, so that each is used again
+      call.counts = uniform_counts(call.world, 5 * kTile * share + 1000);
+      prove(algorithm, call, trips_of(call, share + 1));
+      if (!blocks) continue;
+      call.counts = uniform_counts(call.world, 3 * kTile + 5);
+      make_uneven(call);
+      prove(algorithm, call, trips_of(call, 8));
+      prove(algorithm, call, trips_of(call, 1));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(codec_plans_are_proved) {
+  for (const Algorithm& algorithm : algorithms()) {
+    if (algorithm.codecs == Algorithm::Codecs::none) continue;
+    for (int n : kWorlds) prove_all(algorithm, n);
+  }
+}
+
+// What the table does not promise, some plan breaks.
+TEST(the_table_leaves_nothing_out) {
+  for (const Algorithm& algorithm : algorithms()) {
+    if (!takes_codecs(algorithm.collective)) {
+      CHECK(algorithm.codecs == Algorithm::Codecs::none);
+      Call call = call_of(algorithm, 2, CodecKind::int8, 3000);
+      CHECK_THROWS(ValueError, make_plan(algorithm.name, call, trips_of(call, 8)));
+      continue;
+    }
+    bool carried = true, once = true;
+    for (int n = 2; n <= 9; ++n) {
+      const Call call = call_of(algorithm, n, CodecKind::int8, kTile * n);
+      const Plan plan = make_plan(algorithm.name, call, trips_of(call, 2 * n));
+      carried = carried && !verify(plan);
+      once = once && plan.encodes_once;
+    }
+    CHECK_EQ(carried, algorithm.codecs != Algorithm::Codecs::none);
+    CHECK_EQ(carried && once, algorithm.codecs == Algorithm::Codecs::any_once);
+    const std::string names = codec_algorithms(algorithm.collective, Algorithm::Codecs::any);
+    CHECK_EQ(carried, names.find(algorithm.name) != std::string::npos);
+  }
+}
+
+// All pairs with plain calls and with each other, since they share windows.
+TEST(sequences_with_codecs_are_proved) {
+  for (int n : {2, 3, 5}) {
+    std::vector<Plan> coded, all;
+    for (const Algorithm& algorithm : algorithms()) {
+      Call call = call_of(algorithm, n, CodecKind::int8, 5 * kTile * n + 9);
+      const Geometry geometry = trips_of(call, n);
+      if (algorithm.codecs != Algorithm::Codecs::none)
+        coded.push_back(make_plan(algorithm.name, call, geometry));
+      call.codec = {};
+      call.counts = uniform_counts(call.world, 1000);
+      all.push_back(make_plan(algorithm.name, call, {.bank_bytes = int64_t{1} << 40, .trip_bytes = 240 * n}));
+    }
+    const auto check_sequence = [&](const std::vector<const Plan*>& calls) {
+      const auto wrong = verify_sequence(calls);
+      if (!wrong) return;
+      std::string names;
+      for (const Plan* plan : calls) names += title(plan->call, plan->algorithm, {}) + "; ";
+      check::fail(__FILE__, __LINE__, names + "call " + std::to_string(wrong->call) + ": " + wrong->what);
+    };
+    for (const Plan& a : coded) {
+      for (const Plan& b : coded) check_sequence({&a, &b, &a});
+      for (const Plan& b : all) {
+        check_sequence({&a, &b, &a});
+        check_sequence({&b, &a, &b});
+      }
+    }
+  }
+}
+
+// A window holds the wire form, and a rank as much of it as the algorithm promises.
+TEST(windows_hold_wire_form) {
+  for (const Algorithm& algorithm : algorithms()) {
+    if (algorithm.codecs == Algorithm::Codecs::none) continue;
+    for (CodecKind kind : {CodecKind::fp16, CodecKind::int8, CodecKind::sign}) {
+      const Call call = call_of(algorithm, 4, kind, 64 * kTile);
+      const Plan plan = make_plan(algorithm.name, call, trips_of(call, 16));
+      CHECK(plan.slot_bytes % kernels::tile_bytes(kind) < 64);
+      for (const Program& program : plan.programs) {
+        for (const Operand& operand : program.operands) {
+          CHECK_EQ(operand.format == Format::wire, operand.space == Space::window);
+          if (operand.format == Format::wire) CHECK_EQ(operand.offset % kernels::tile_bytes(kind), 0);
+        }
+      }
+    }
+  }
+}
+
+// Of two_shot's encodes: those of shown chunks in stage 0, the owner's in stage 1; each counts from where its
+// chunk is.
+TEST(encodes_know_where_they_are) {
+  const Call call =
+      call_of(find_algorithm(Collective::all_reduce, "two_shot"), 2, CodecKind::int8, 7 * kTile);
+  const Plan plan = make_plan("two_shot", call, trips_of(call, 4));
+  for (int rank = 0; rank < 2; ++rank) {
+    const Program& program = plan.programs[rank];
+    std::set<std::vector<int64_t>> found;  // stage, trip, index
+    for (const Loop& loop : program.loops) {
+      for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
+        const Step& step = program.steps[s];
+        if (step.kind != Step::Kind::combine || !encodes(program, step)) continue;
+        const Transcode& how = program.transcodes[step.transcode];
+        CHECK_EQ(how.divides, how.stage == 1);
+        CHECK_EQ(how.index, how.element);
+        for (int64_t trip = loop.first; trip < loop.first + loop.trips; ++trip)
+          found.insert({how.stage, trip, how.index + trip * how.stride});
+      }
+    }
+    // Trips of four tiles and three; rank 0 owns the first two and the first one.
+    const int64_t own[2][2] = {{0, 4 * kTile}, {2 * kTile, 5 * kTile}};
+    CHECK(found == std::set<std::vector<int64_t>>{{0, 0, own[1 - rank][0]},
+                                                  {0, 1, own[1 - rank][1]},
+                                                  {1, 0, own[rank][0]},
+                                                  {1, 1, own[rank][1]}});
+  }
+}
+
+// Blocks of a reduce_scatter begin with a tile in what codecs see, wherever they lie.
+TEST(blocks_begin_with_tiles) {
+  Call call = call_of(find_algorithm(Collective::reduce_scatter, "direct"), 3, CodecKind::int8, 0);
+  call.counts = {5, 1024, 3000};
+  CHECK_EQ(data_index(call, 0, 3), 3);
+  CHECK_EQ(data_index(call, 1, 0), 1024);
+  CHECK_EQ(data_index(call, 2, 1024), 3072);
+  call.world.collective = Collective::all_gather;
+  CHECK_EQ(data_index(call, 2, 1024), 1024);
+}
+
+TEST(codec_steps_are_told_in_words) {
+  const Call call =
+      call_of(find_algorithm(Collective::all_reduce, "two_shot"), 2, CodecKind::int8, 8 * kTile);
+  const Plan plan = make_plan("two_shot", call, trips_of(call, 4));
+  const auto words = [&](int step) { return describe(plan, 0, plan.programs[0].steps[step]); };
+  CHECK_EQ(
+      words(0),
+      "rank 0 step 0: combine window[2080:4160] wire <- in[8192:16384] + 16384w, encoded from element 2048 + "
+      "4096w in stage 0");
+}

@@ -1,0 +1,436 @@
+"""The codecs once more, in NumPy, written from the contracts in csrc/kernels/codec.h and topk.h alone.
+
+Slow and plain: a codec is anything with the attributes kind, rounding, seed, ceil_scale and hadamard. Where
+the contract decides bits, these are the bits; where it does not (the order of a block's sum for `sign`, of a
+rotation's for int4), float64 says what the bits must be near to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Segments = Sequence[tuple[int, int, int]]
+F32 = np.float32
+
+KINDS = ["fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "sign"]
+TILE = 1024
+BLOCK = dict(zip(KINDS, (1, 1, 256, 256, 32, 128, 32, 128), strict=True))
+SCALE_BYTES = dict(zip(KINDS, (0, 0, 4, 4, 1, 2, 2, 4), strict=True))
+ELEMENT_BITS = dict(zip(KINDS, (16, 16, 8, 8, 8, 8, 4, 1), strict=True))
+LARGEST = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "mxfp8": 448.0, "int8": 127.0, "int4": 7.0}
+TYPE: dict[str, Any] = {
+    "fp16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+    "fp8_e4m3": ml_dtypes.float8_e4m3fn,
+    "fp8_e5m2": ml_dtypes.float8_e5m2,
+    "mxfp8": ml_dtypes.float8_e4m3fn,
+}
+MIN_NORMAL = F32(2.0**-126)
+NAN = np.uint32(0x7FC00000).view(F32)
+
+
+@dataclass(frozen=True)
+class Codec:
+    kind: str
+    rounding: str = "nearest"
+    seed: int = 0
+    ceil_scale: bool = False
+    hadamard: bool = False
+
+
+class Encoded(NamedTuple):
+    wire: Array  # uint8
+    decoded: Array  # float32, what the wire decodes to
+    next_residual: Array  # float32
+
+
+# ---- random bits: Philox 4x32-10, Salmon et al., SC 2011 ----
+
+
+def philox(key: int, low: Array, high: int) -> Array:
+    """uint32 (n, 4) for n counters whose low halves are given."""
+    mask = np.uint64(0xFFFFFFFF)
+    thirty_two = np.uint64(32)
+    counters = [low & mask, low >> thirty_two]
+    counters += [np.full_like(low, high & 0xFFFFFFFF), np.full_like(low, high >> 32)]
+    keys = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a = counters[0] * np.uint64(0xD2511F53)
+        b = counters[2] * np.uint64(0xCD9E8D57)
+        counters = [
+            (b >> thirty_two) ^ counters[1] ^ np.uint64(keys[0]),
+            b & mask,
+            (a >> thirty_two) ^ counters[3] ^ np.uint64(keys[1]),
+            a & mask,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(counters, axis=1).astype("<u4")
+
+
+def random_bits(bits: int, seed: int, stream: tuple[int, int, int], places: Array) -> Array:
+    """`bits` (8 or 16) for each element, whose `places` are tensor << 40 | offset."""
+    step, stage, rank = stream
+    per_counter = 128 // bits
+    groups, where = np.unique(places // np.uint64(per_counter), return_inverse=True)
+    words = philox(seed, groups, step << 32 | (stage & 0xFF) << 24 | rank & 0xFFFFFF)
+    drawn = words.view(np.uint8 if bits == 8 else "<u2")
+    return drawn[where.ravel(), (places % np.uint64(per_counter)).astype(np.int64)].astype(np.int64)
+
+
+# ---- one element ----
+
+
+def round_float(y: Array, dtype: Any, r: Array | None, bits: int = 8) -> Array:
+    """Finite float32 to the nearest value of a small float, or to one of its neighbours; saturates."""
+    info = ml_dtypes.finfo(dtype)
+    largest = F32(info.max)
+    if r is None:
+        return np.clip(y, -largest, largest).astype(dtype)
+    magnitude = np.abs(y).astype(np.float64)
+    _, exponent = np.frexp(magnitude)  # magnitude = m 2^exponent with m in [1/2, 1)
+    ulp = np.ldexp(1.0, np.maximum(exponent - 1, info.minexp) - info.nmant)
+    ulps = np.floor(magnitude / ulp + (2 * r + 1) / 2.0 ** (bits + 1))  # exact: float64
+    return np.copysign(np.minimum(ulps * ulp, float(largest)), y).astype(dtype)
+
+
+def round_integer(y: Array, limit: float, r: Array | None) -> Array:
+    with np.errstate(over="ignore"):
+        rounded = np.rint(y) if r is None else np.floor(y + (2 * r + 1).astype(F32) / F32(512))
+    return np.clip(rounded, -limit, limit).astype(np.int64)
+
+
+# ---- blocks ----
+
+
+def bfloat16_up(s: Array) -> Array:
+    """The least bfloat16 that is not below a positive float32, as float32."""
+    return (((s.view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16 << 16).astype(np.uint32)).view(F32)
+
+
+def block_scales(codec: Any, amax: Array) -> Array:
+    """Of blocks that are finite: 0 for those that decode to zeros."""
+    kind = codec.kind
+    top = F32(LARGEST[kind])
+    if kind == "mxfp8":
+        _, exponent = np.frexp(amax)
+        exponent = exponent - 1 - 8
+        if codec.ceil_scale:
+            exponent = np.where(amax.astype(np.float64) > 448 * np.ldexp(1.0, exponent), exponent + 1, exponent)
+        exponent = np.minimum(exponent, 119)  # 448 * 2^119 is finite
+        return np.where((amax == 0) | (exponent < -126), 0, np.ldexp(1.0, exponent)).astype(F32)
+    scales = amax / top
+    if kind in ("int8", "int4"):
+        scales = bfloat16_up(scales)
+    # The largest scale, of the type on the wire, with which the largest code is finite.
+    step = np.uint32(1 << 16) if kind in ("int8", "int4") else np.uint32(1)
+    with np.errstate(over="ignore"):
+        while (too_large := np.isinf(top * scales)).any():
+            scales = np.where(too_large, (scales.view(np.uint32) - step).view(F32), scales)
+    return np.where(scales < MIN_NORMAL, F32(0), scales)
+
+
+def hadamard(blocks: Array) -> Array:
+    """Rows of 32 rotated by Sylvester's matrix over sqrt(32), in float64: its own inverse."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < 32:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rotated: Array = blocks.astype(np.float64) @ matrix / np.sqrt(32.0)
+    return rotated
+
+
+def encode(
+    codec: Any,
+    x: Array,
+    *,
+    step: int = 0,
+    stage: int = 0,
+    rank: int = 0,
+    index: int = 0,
+    segments: Segments | None = None,
+    residual: Array | None = None,
+    residual_scale: float = 1.0,
+) -> Encoded:
+    """Elements [index, index + len(x)) of the data; `index` is a multiple of TILE."""
+    kind, count, block = codec.kind, len(x), BLOCK[codec.kind]
+    padded = -(-count // TILE) * TILE
+    v, e = np.zeros(padded, F32), np.zeros(padded, F32)
+    v[:count] = x.astype(F32)
+    k = F32(residual_scale)
+    if residual is not None:
+        e[:count] = residual
+        with np.errstate(all="ignore"):
+            v[:count] += k * e[:count]
+    given = v.copy()
+
+    # Each element's tensor and its offset there; what lies in no tensor counts as zero.
+    position = np.arange(index, index + padded)
+    tensor, begin = np.full(padded, -1), np.zeros(padded, np.int64)
+    for first, last, name in [(0, index + count, 0)] if segments is None else segments:
+        inside = (first <= position) & (position < min(last, index + count))
+        tensor[inside], begin[inside] = name, first
+    v[tensor < 0] = 0
+    r = None
+    if codec.rounding == "stochastic" and kind != "sign":
+        places = np.where(tensor < 0, 0, tensor << 40 | (position - begin)).astype(np.uint64)
+        r = random_bits(16 if kind == "bf16" else 8, codec.seed, (step, stage, rank), places)
+
+    blocks = v.reshape(-1, block)
+    good = np.isfinite(blocks).all(axis=1)
+    with np.errstate(all="ignore"):
+        if kind in ("fp16", "bf16"):
+            passed = np.where(np.isnan(v), NAN, v).astype(TYPE[kind])
+            finite = np.where(np.isfinite(v), v, 0).astype(F32)
+            codes = np.where(np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed)
+            words, decoded = codes.view(np.uint16), codes.astype(F32)
+            scales: Array = np.zeros(0, F32)
+        else:
+            finite = np.where(good[:, None], blocks, F32(0))
+            scales, words, decoded = _encode_blocks(codec, finite, tensor.reshape(-1, block) >= 0, r)
+            scales = np.where(good, scales, NAN)
+            decoded = np.where(good[:, None], decoded, NAN).ravel()
+        kept = np.where(np.repeat(good, block), (given - decoded) / k, e).astype(F32)
+    return Encoded(pack_wire(kind, scales, words, count), decoded[:count].astype(F32), kept[:count])
+
+
+def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) -> tuple[Array, Array, Array]:
+    """Scales, words on the wire and decoded values of finite blocks."""
+    kind = codec.kind
+    if kind == "sign":
+        counts = np.maximum(inside.sum(axis=1), 1)
+        scales = (np.abs(blocks).astype(np.float64).sum(axis=1) / counts).astype(F32)
+        scales = np.where(scales < MIN_NORMAL, F32(0), scales)
+        negative = (blocks < 0) & (scales[:, None] > 0)
+        return scales, negative, np.where(negative, -scales[:, None], scales[:, None])
+    rotated = hadamard(blocks).astype(F32) if codec.hadamard else blocks
+    scales = block_scales(codec, np.abs(rotated).max(axis=1))
+    zero = scales == 0
+    y = np.where(zero[:, None], F32(0), rotated / np.where(zero, F32(1), scales)[:, None]).astype(F32)
+    if r is not None:
+        r = r.reshape(y.shape)
+    if kind in TYPE:
+        codes = round_float(y, TYPE[kind], r)
+        words, values = codes.view(np.uint8), codes.astype(F32)
+    else:
+        integers = round_integer(y, LARGEST[kind], r)
+        words, values = integers.astype(np.int8).view(np.uint8), integers.astype(F32)
+    decoded = values * scales[:, None]
+    if codec.hadamard:
+        decoded = hadamard(decoded).astype(F32)
+    words = np.where(zero[:, None], 0, words).astype(np.uint8)
+    return scales, words, np.where(zero[:, None], F32(0), decoded)
+
+
+# ---- the wire ----
+
+
+def scale_words(kind: str, scales: Array) -> Array:
+    if kind == "mxfp8":
+        exponents = np.frexp(np.where(np.isnan(scales), F32(1), scales))[1] - 1 + 127
+        return np.where(np.isnan(scales), 255, np.where(scales == 0, 0, exponents)).astype(np.uint8)
+    if kind in ("int8", "int4"):
+        return (scales.view(np.uint32) >> 16).astype("<u2")
+    return scales.astype("<f4")
+
+
+def pack_wire(kind: str, scales: Array, words: Array, count: int) -> Array:
+    """Tiles: scales, then elements; the last tile's elements end at a multiple of 16 bytes."""
+    if kind == "sign":
+        elements = np.packbits(words.ravel(), bitorder="little")
+    elif kind == "int4":
+        nibbles = words.ravel() & 0xF
+        elements = nibbles[0::2] | nibbles[1::2] << 4
+    else:
+        elements = np.ascontiguousarray(words).ravel().astype("<u2" if kind in ("fp16", "bf16") else "u1")
+    elements = elements.view(np.uint8).reshape(-1, TILE * ELEMENT_BITS[kind] // 8)
+    parts = scale_words(kind, scales).view(np.uint8).reshape(len(elements), -1)
+    wire = np.concatenate([parts, elements], axis=1).ravel()
+    return wire[: wire_bytes(kind, count)]
+
+
+def wire_bytes(kind: str, count: int) -> int:
+    scales = SCALE_BYTES[kind] * TILE // BLOCK[kind]
+    full, rest = divmod(count, TILE)
+    size = full * (scales + TILE * ELEMENT_BITS[kind] // 8)
+    if rest:
+        size += scales + -(-rest * ELEMENT_BITS[kind] // 128) * 16
+    return size
+
+
+def decode(codec: Any, wire: Array, count: int) -> Array:
+    """float32; by the layout alone, so that it is a test of `encode` as well."""
+    kind, block = codec.kind, BLOCK[codec.kind]
+    tiles = -(-count // TILE)
+    whole = np.zeros(wire_bytes(kind, tiles * TILE), np.uint8)
+    whole[: len(wire)] = wire
+    whole = whole.reshape(tiles, -1)
+    cut = SCALE_BYTES[kind] * TILE // block
+    parts, elements = np.ascontiguousarray(whole[:, :cut]), np.ascontiguousarray(whole[:, cut:])
+    if kind in ("fp16", "bf16"):
+        return elements.view(TYPE[kind]).ravel()[:count].astype(F32)
+    if kind == "mxfp8":
+        scales = np.where(parts == 255, NAN, np.ldexp(1.0, parts.astype(np.int64) - 127)).astype(F32).ravel()
+        scales = np.where(scales < MIN_NORMAL, F32(0), scales)
+    elif kind in ("int8", "int4"):
+        scales = (parts.view("<u2").astype(np.uint32) << 16).view(F32).ravel()
+    else:
+        scales = parts.view("<f4").ravel()
+    if kind == "sign":
+        values = 1 - 2 * np.unpackbits(elements.ravel(), bitorder="little").astype(F32)
+    elif kind == "int4":
+        nibbles = np.stack([elements.ravel() & 0xF, elements.ravel() >> 4], axis=1).ravel().astype(np.int64)
+        values = (nibbles - 16 * (nibbles > 7)).astype(F32)
+    elif kind == "int8":
+        values = elements.ravel().view(np.int8).astype(F32)
+    else:
+        values = elements.ravel().view(TYPE[kind]).astype(F32)
+    with np.errstate(all="ignore"):
+        decoded = values.reshape(-1, block) * scales[:, None]
+        if codec.hadamard:
+            decoded = hadamard(decoded).astype(F32)
+        decoded = np.where(np.isnan(scales)[:, None], NAN, np.where(scales[:, None] == 0, F32(0), decoded))
+    return decoded.ravel()[:count].astype(F32)
+
+
+# ---- top-k ----
+
+
+def topk_record_bytes(capacity: int) -> int:
+    return 16 + 8 * capacity
+
+
+def topk(v: Array, k: int) -> Array:
+    """Indices, ascending, of the k largest of float32: NaN before Inf, ties to the lowest index."""
+    keys = np.where(np.isnan(v), np.int64(1) << 40, (v.view(np.uint32) & 0x7FFFFFFF).astype(np.int64))
+    return np.sort(np.argsort(-keys, kind="stable")[:k])
+
+
+def topk_record(v: Array, indices: Array, capacity: int) -> Array:
+    record = np.zeros(topk_record_bytes(capacity), np.uint8)
+    record[:4] = np.array([len(indices)], "<u4").view(np.uint8)
+    record[16 : 16 + 4 * len(indices)] = indices.astype("<u4").view(np.uint8)
+    start = 16 + 4 * capacity
+    record[start : start + 4 * len(indices)] = v[indices].astype("<f4").view(np.uint8)
+    return record
+
+
+# ---- shared_int ----
+
+
+def shared_int(
+    xs: Sequence[Array],
+    width: int,
+    seed: int,
+    step: int,
+    *,
+    divisor: float = 1.0,
+    segments: Segments | None = None,
+) -> Array:
+    """What an all_reduce of all ranks' `xs` leaves, in float32."""
+    count, block = len(xs[0]), 128
+    padded = -(-count // block) * block
+    limit = (2 ** (width - 1) - 1) // len(xs)
+    position = np.arange(padded)
+    places, inside = np.zeros(padded, np.uint64), np.zeros(padded, bool)
+    for first, last, name in [(0, count, 0)] if segments is None else segments:
+        here = (first <= position) & (position < last)
+        places[here] = np.uint64(name << 40) | (position[here] - first).astype(np.uint64)
+        inside |= here
+    blocks = []
+    for x in xs:
+        v = np.zeros(padded, F32)
+        v[:count] = x.astype(F32)
+        v[~inside] = 0
+        blocks.append(v.reshape(-1, block))
+    amax = np.max([np.abs(b).max(axis=1) for b in blocks], axis=0)  # NaN propagates
+    finite = np.isfinite(amax)
+    scales = np.where(finite, amax, F32(0)) / F32(limit)
+    scales = np.where(scales < MIN_NORMAL, F32(0), scales).astype(F32)
+    total = np.zeros((len(amax), block), np.int64)
+    for rank, b in enumerate(blocks):
+        r = random_bits(8, seed, (step, 0, rank), places).reshape(b.shape)
+        used = finite & (scales > 0)
+        with np.errstate(all="ignore"):
+            y = np.where(used[:, None], b / np.where(used, scales, F32(1))[:, None], F32(0)).astype(F32)
+        total += round_integer(y, limit, r) * used[:, None]
+    with np.errstate(all="ignore"):
+        decoded = total.astype(F32) * scales[:, None] / F32(divisor)
+    return np.where(finite[:, None], decoded, NAN).ravel()[:count].astype(F32)
+
+
+# ---- routes: what the collectives make of it ----
+
+
+def two_shot(
+    codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None
+) -> Array:
+    """The average: chunks' owners sum what the others encoded, and encode the average once.
+
+    `feedback`, of a residual for each rank, is updated in place: in units of the sum.
+    """
+    n, count = len(xs), len(xs[0])
+    out = np.empty(count, F32)
+    for owner, chunk in enumerate(chunks(count, n)):
+        total = xs[owner][chunk].astype(F32)
+        for rank in range(n):
+            if rank == owner:
+                continue
+            e = None if feedback is None else feedback[rank][chunk]
+            sent = encode(codec, xs[rank][chunk], step=step, rank=rank, index=chunk.start, residual=e)
+            if feedback is not None:
+                feedback[rank][chunk] = sent.next_residual
+            total = total + sent.decoded
+        e = None if feedback is None else feedback[owner][chunk]
+        sent = encode(
+            codec, total / F32(n), step=step, stage=1, rank=owner, index=chunk.start, residual=e, residual_scale=1 / n
+        )
+        if feedback is not None:
+            feedback[owner][chunk] = sent.next_residual
+        out[chunk] = sent.decoded
+    return out
+
+
+def ring(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None) -> Array:
+    """The average: a partial sum is decoded, added to and encoded again on every hop."""
+    n, count = len(xs), len(xs[0])
+    out = np.empty(count, F32)
+    for owner, chunk in enumerate(chunks(count, n)):
+        total = np.zeros(chunk.stop - chunk.start, F32)
+        for hop in range(n):
+            rank = (owner + 1 + hop) % n
+            total = total + xs[rank][chunk].astype(F32)
+            last = hop == n - 1
+            e = None if feedback is None else feedback[rank][chunk]
+            sent = encode(
+                codec,
+                total / F32(n) if last else total,
+                step=step,
+                stage=1 if hop else 0,
+                rank=rank,
+                index=chunk.start,
+                residual=e,
+                residual_scale=1 / n if last else 1,
+            )
+            if feedback is not None:
+                feedback[rank][chunk] = sent.next_residual
+            total = sent.decoded
+        out[chunk] = total
+    return out
+
+
+def chunks(count: int, n: int) -> list[slice]:
+    tiles = -(-count // TILE)
+    edges = [min(tiles * rank // n * TILE, count) for rank in range(n + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def vnmse(got: Array, exact: Array) -> float:
+    """|got - exact|^2 / |exact|^2, vector normalised mean square error."""
+    exact = exact.astype(np.float64)
+    return float(np.sum((got - exact) ** 2) / np.sum(exact**2))
