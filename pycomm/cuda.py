@@ -15,7 +15,8 @@ import functools
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from pycomm import _native
 from pycomm.bucket import Stats
@@ -55,8 +56,8 @@ def native() -> Any:
         if error.name != "pycomm._cuda":
             raise
         raise RuntimeError(
-            "pycomm was built without CUDA kernels: install the CUDA toolkit (12.4 or newer, nvcc on the PATH) "
-            "and build pycomm again, with PYCOMM_CUDA=ON to be told what is wrong"
+            "pycomm was built without CUDA kernels: install the CUDA toolkit (12.4 or newer, nvcc on the "
+            "PATH) and build pycomm again, with PYCOMM_CUDA=ON to be told what is wrong"
         ) from None
     devices, reason = module.device_count()
     if devices == 0:
@@ -73,7 +74,8 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-class Array(NamedTuple):
+@dataclass(frozen=True)
+class Array:
     """What a kernel needs to know of an argument."""
 
     address: int
