@@ -1,7 +1,7 @@
 """The GPU's kernels at sizes past its cache, and on real models' tensors, beside torch's ways.
 
-Bytes are those read and written. Large arrays are past the cache by themselves; lists of tensors take turns among
-as many copies as are.
+Bytes are those read and written. Large arrays are past the cache by themselves; lists of tensors take turns
+among as many copies as are.
 """
 
 from __future__ import annotations
