@@ -1,9 +1,9 @@
 """The inner loops, in turn with a copy of as many bytes by the same core and with others' ways to do it.
 
 A family of kernels is a module with `cases(device, workloads)`, named in FAMILIES. Within a repetition the
-copies, the kernel and its rivals have their turn, in an order that is shuffled anew, on the same memory. Shares
-and speedups are medians over repetitions of the ratio within one, so that a machine that grows slower is slower
-for all. Of several copies, or rivals, the one with the least time counts.
+copies, the kernel and its rivals have their turn, in an order that is shuffled anew, on the same memory.
+Shares and speedups are medians over repetitions of the ratio within one, so that a machine that grows slower
+is slower for all. Of several copies, or rivals, the one with the least time counts.
 """
 
 from __future__ import annotations
