@@ -25,10 +25,14 @@ build: $(VENV)/.dev
 	$(call install,ON)
 
 # An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or
-# OFF) link the very library that the module is made of.
+# OFF) link the very library that the module is made of. Where nvcc is, the CUDA kernels are built with the tests, for one
+# kind of GPU, which takes a minute or two; a wheel has them for all.
+CUDA_ARCHITECTURES := 90
 define install
 @echo "== build"
-@SKBUILD_BUILD_DIR=build SKBUILD_CMAKE_DEFINE=PYCOMM_TESTS=$(1) $(PIP) install --no-build-isolation --no-deps -e .
+@SKBUILD_BUILD_DIR=build $(PIP) install --no-build-isolation --no-deps -e . \
+  -C cmake.define.PYCOMM_TESTS=$(1) -C cmake.define.PYCOMM_CUDA=$(if $(filter ON,$(1)),AUTO,OFF) \
+  -C cmake.define.PYCOMM_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
 endef
 
 # ---- the environment: made anew when pyproject.toml changes ----

@@ -262,10 +262,11 @@ void translate(std::exception_ptr error) {
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The GPU kernels of pycomm, on addresses: see pycomm.cuda.";
+  // Types are this module's own: pycomm._native has a Codec of the same C++ type.
   py::register_local_exception_translator(translate);
-  py::class_<Where>(module, "Where")
+  py::class_<Where>(module, "Where", py::module_local())
       .def(py::init(&where), py::arg("device"), py::arg("stream"), py::arg("blocks") = 0);
-  py::class_<Packing>(module, "Packing")
+  py::class_<Packing>(module, "Packing", py::module_local())
       .def(py::init<uintptr_t, const std::string&, const std::vector<Packing::Item>&>(), py::arg("bucket"),
            py::arg("dtype"), py::arg("items"))
       .def_property_readonly("workspace_bytes", &Packing::workspace_bytes)
@@ -274,10 +275,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("combine", &combine, py::arg("where"), py::arg("dtype"), py::arg("op"), py::arg("srcs"),
              py::arg("formats"), py::arg("dsts"), py::arg("dst_format"), py::arg("count"),
              py::arg("prescale"), py::arg("divisor"));
-  py::class_<kernels::Codec>(module, "Codec")
+  py::class_<kernels::Codec>(module, "Codec", py::module_local())
       .def(py::init(&make_codec), py::arg("kind"), py::arg("rounding"), py::arg("seed"),
            py::arg("ceil_scale"), py::arg("hadamard"));
-  py::class_<PyEncoding>(module, "Encoding")
+  py::class_<PyEncoding>(module, "Encoding", py::module_local())
       .def(py::init<uint32_t, uint32_t, uint32_t, int64_t, const Segments&, uintptr_t, uintptr_t, float>(),
            py::arg("step") = 0, py::arg("stage") = 0, py::arg("rank") = 0, py::arg("index") = 0,
            py::arg("segments") = Segments{}, py::arg("residual") = 0, py::arg("next_residual") = 0,
