@@ -190,7 +190,7 @@ def stream_handle(stream: Any, like: Any, device: int) -> int:
     raise TypeError(f"`stream` is a {type(stream).__name__}: pass a stream of torch or CuPy, or a handle")
 
 
-def _new_bytes(size: int, like: Any, device: int, stream: int) -> Any:
+def new_bytes(size: int, like: Any, device: int, stream: int) -> Any:
     """Device memory that lives in the order of `stream`, from the library that `like` is of."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(like, torch.Tensor):
@@ -241,7 +241,7 @@ class _Call:
         return self.found[name][0].address if self.found[name] else 0
 
     def new_bytes(self, size: int) -> Any:
-        return _new_bytes(size, self.like, self.device or 0, self.stream)
+        return new_bytes(size, self.like, self.device or 0, self.stream)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -374,7 +374,7 @@ class Packing:
             method(where, scale, 0)
             return None
         if self._workspace is None:
-            self._workspace = _new_bytes(self._list.workspace_bytes, like, self._device, handle)
+            self._workspace = new_bytes(self._list.workspace_bytes, like, self._device, handle)
         method(where, scale, describe(self._workspace).address)
         return DeviceStats(where, self._workspace)
 
@@ -476,7 +476,7 @@ def encode(codec: Any, x: Any, out: Any = None, *, stream: Any = None, **options
     if out is None:
         found = describe(x)
         size = _codec(codec)[0].wire_bytes(found.count)
-        out = _new_bytes(size, x, found.device, stream_handle(stream, x, found.device))
+        out = new_bytes(size, x, found.device, stream_handle(stream, x, found.device))
     return transcode(codec, [x], out, stream=stream, **options)
 
 

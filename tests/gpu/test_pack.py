@@ -88,3 +88,24 @@ def test_errors() -> None:
         pycomm.cuda.Packing([bucket.clone()[:60]], [50], bucket)
     with pytest.raises(TypeError, match="8 to 32 bits"):
         pycomm.cuda.Packing([bucket.double()], [0], bucket).pack()
+
+
+def test_a_bucket_of_tensors_on_the_gpu() -> None:
+    arrays = [
+        values("float32", n, n).reshape(shape) for n, shape in ((4099, (4099,)), (12, (3, 4)), (0, (0,)))
+    ]
+    tensors = [to_gpu(x.reshape(-1)).reshape(x.shape) for x in arrays]
+    theirs, ours = pycomm.Bucket(arrays, "bfloat16"), pycomm.Bucket(tensors, "bfloat16")
+    assert ours.data.is_cuda and ours.segments == theirs.segments
+    want, got = theirs.pack(0.5), ours.pack(0.5)
+    assert same(ours.data, theirs.data)
+    assert (got.sum_squares, got.max_abs, got.nans, got.infs) == tuple(want) and got.norm == want.norm
+    theirs.unpack(4.0)
+    ours.unpack(4.0)
+    assert all(same(x, y) for x, y in zip(tensors, arrays, strict=True))
+    before = ours.data.clone()
+    ours.tensors = ours.views
+    ours.pack()
+    assert torch.equal(ours.data, before)
+    with pytest.raises(TypeError, match="not on a GPU"):
+        pycomm.Bucket([tensors[0], arrays[0]])
