@@ -9,6 +9,7 @@ several copies, or rivals, the fastest counts.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 import statistics
@@ -24,6 +25,8 @@ from pycomm.bench.report import machine
 from pycomm.bench.workers.data import plain
 
 FAMILIES = {"pack": "pycomm.bench.pack_cases"}
+CUDA_FAMILIES = dict.fromkeys(("reduce", "pack", "codec", "topk"), "pycomm.bench.cuda_cases")
+CACHE_BYTES = 512 << 20  # more than any GPU's cache: buffers in rotation are as large together
 REPETITION_S = 0.004  # what a repetition of one turn takes at least
 CASE_S = 2.0  # after this long a case's fewest repetitions are enough
 REPETITIONS = (11, 40)
@@ -85,7 +88,53 @@ class Cpu:
         return time.perf_counter() - begin
 
 
-DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu}
+class Cuda:
+    """The current GPU, timed by its events. Copies go round among buffers that the cache does not hold."""
+
+    def __init__(self) -> None:
+        import torch
+
+        import pycomm.cuda
+
+        pycomm.cuda.native()  # says what is missing
+        self._torch = torch
+        self._buffers = torch.empty(0, dtype=torch.uint8, device="cuda")
+
+    def describe(self) -> str:
+        torch = self._torch
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return f"{found.name}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+    def copies(self, size: int) -> dict[str, Call]:
+        torch = self._torch
+        pairs = max(2, -(-CACHE_BYTES // (2 * size)))
+        if self._buffers.numel() < 2 * pairs * size:
+            self._buffers = torch.ones(2 * pairs * size, dtype=torch.uint8, device="cuda")
+        parts = [self._buffers[i * size : (i + 1) * size] for i in range(2 * pairs)]
+        turn = itertools.cycle(zip(parts[::2], parts[1::2], strict=True))
+
+        def copy() -> object:
+            dst, src = next(turn)
+            return dst.copy_(src)
+
+        return {"copy_": copy}
+
+    def seconds(self, call: Call, calls: int) -> float:
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
+
+
+def families(device: str) -> dict[str, str]:
+    """Of the kernels that run on it, by name, the modules with their cases."""
+    return {"cpu": FAMILIES, "cuda": CUDA_FAMILIES}[device]
 
 
 @dataclass(frozen=True)
@@ -135,10 +184,17 @@ class Row:
         }
 
 
-def measure(device: Device, families: Sequence[str], workloads: Sequence[str]) -> Iterator[Row]:
-    for family in families:
-        for case in importlib.import_module(FAMILIES[family]).cases(device, workloads):
-            yield measure_case(device, case)
+def measure(
+    device: Device,
+    families: Sequence[str],
+    workloads: Sequence[str],
+    modules: Mapping[str, str] | None = None,
+) -> Iterator[Row]:
+    """`modules`: where the families' cases are; FAMILIES by default."""
+    for module in dict.fromkeys((modules or FAMILIES)[family] for family in families):
+        for case in importlib.import_module(module).cases(device, workloads):
+            if case.family in families:
+                yield measure_case(device, case)
 
 
 def measure_case(device: Device, case: Case) -> Row:

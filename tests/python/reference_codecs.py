@@ -122,7 +122,9 @@ def block_scales(codec: Any, amax: Array) -> Array:
         _, exponent = np.frexp(amax)
         exponent = exponent - 1 - 8
         if codec.ceil_scale:
-            exponent = np.where(amax.astype(np.float64) > 448 * np.ldexp(1.0, exponent), exponent + 1, exponent)
+            exponent = np.where(
+                amax.astype(np.float64) > 448 * np.ldexp(1.0, exponent), exponent + 1, exponent
+            )
         exponent = np.minimum(exponent, 119)  # 448 * 2^119 is finite
         return np.where((amax == 0) | (exponent < -126), 0, np.ldexp(1.0, exponent)).astype(F32)
     scales = amax / top
@@ -187,7 +189,9 @@ def encode(
         if kind in ("fp16", "bf16"):
             passed = np.where(np.isnan(v), NAN, v).astype(TYPE[kind])
             finite = np.where(np.isfinite(v), v, 0).astype(F32)
-            codes = np.where(np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed)
+            codes = np.where(
+                np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed
+            )
             words, decoded = codes.view(np.uint16), codes.astype(F32)
             scales: Array = np.zeros(0, F32)
         else:
@@ -367,9 +371,7 @@ def shared_int(
 # ---- routes: what the collectives make of it ----
 
 
-def two_shot(
-    codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None
-) -> Array:
+def two_shot(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None) -> Array:
     """The average: chunks' owners sum what the others encoded, and encode the average once.
 
     `feedback`, of a residual for each rank, is updated in place: in units of the sum.
@@ -388,7 +390,14 @@ def two_shot(
             total = total + sent.decoded
         e = None if feedback is None else feedback[owner][chunk]
         sent = encode(
-            codec, total / F32(n), step=step, stage=1, rank=owner, index=chunk.start, residual=e, residual_scale=1 / n
+            codec,
+            total / F32(n),
+            step=step,
+            stage=1,
+            rank=owner,
+            index=chunk.start,
+            residual=e,
+            residual_scale=1 / n,
         )
         if feedback is not None:
             feedback[owner][chunk] = sent.next_residual
