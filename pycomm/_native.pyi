@@ -19,14 +19,21 @@ __all__: list[str] = [
     "PeerLostError",
     "PersistentOp",
     "Ref",
+    "SEGMENT_ALIGN",
     "Work",
     "World",
     "add_algorithm",
     "algorithms",
     "available_isas",
+    "copy_bytes",
+    "describe_packable",
     "isa",
     "join",
     "join_threads",
+    "numpy_dtype",
+    "pack",
+    "packable_dtype",
+    "unpack",
     "verify",
     "version",
 ]
@@ -465,6 +472,16 @@ def algorithms(collective: str) -> list[str]:
     """
 
 def available_isas() -> list[str]: ...
+def copy_bytes(out: typing.Any, x: typing.Any, stream: bool = False) -> None:
+    """
+    A plain copy between buffers that do not overlap: what the kernels are measured against.
+    """
+
+def describe_packable(x: typing.Any, what: str) -> tuple[str, list[int]]:
+    """
+    The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be packed.
+    """
+
 def isa() -> str:
     """
     The instruction set of the kernels in use.
@@ -478,6 +495,44 @@ def join(rank: int, size: int, address: str, timeout: float | None = None) -> Co
 def join_threads(size: int, timeout: float | None = None) -> list[Communicator]:
     """
     The communicators of `size` rank threads of this process.
+    """
+
+def numpy_dtype(name: str) -> typing.Any:
+    """
+    NumPy's or ml_dtypes' dtype of this name.
+    """
+
+def pack(
+    bucket: typing.Any,
+    tensors: collections.abc.Sequence[typing.Any],
+    offsets: collections.abc.Sequence[int],
+    counts: collections.abc.Sequence[int],
+    scale: float = 1.0,
+    *,
+    stats: bool = True,
+    isa: str | None = None,
+) -> typing.Any:
+    """
+    Copies tensors to their offsets in a bucket, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None.
+    """
+
+def packable_dtype(dtype: typing.Any) -> tuple[str, int]:
+    """
+    The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
+    """
+
+def unpack(
+    bucket: typing.Any,
+    tensors: collections.abc.Sequence[typing.Any],
+    offsets: collections.abc.Sequence[int],
+    counts: collections.abc.Sequence[int],
+    scale: float = 1.0,
+    *,
+    stats: bool = True,
+    isa: str | None = None,
+) -> typing.Any:
+    """
+    The way back: see pack.
     """
 
 def verify(
@@ -497,4 +552,5 @@ def verify(
     Proves the plan of this call on all ranks; returns the first counterexample in words, or None. `write`: a function (builder, world) that writes the program, instead of a known algorithm's.
     """
 
+SEGMENT_ALIGN: int = 256
 version: str = "0.1.0"

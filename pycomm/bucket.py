@@ -40,7 +40,7 @@ class Stats(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A tensor's place in its bucket: elements [begin, end), and the number that its random bits depend on."""
+    """A tensor's place in its bucket: elements [begin, end), and what its random bits depend on."""
 
     begin: int
     end: int
@@ -51,9 +51,9 @@ class Bucket:
     """A buffer with a place for each of several tensors; `comm.all_reduce(bucket)` reduces all of them.
 
     `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. `dtype`:
-    the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the buffer
-    into that group's symmetric memory (a collective call), so that packing is the copy into the window.
-    `names`: of the tensors; "0", "1", ... by default.
+    the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the
+    buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
+    window. `names`: of the tensors; "0", "1", ... by default.
 
     Every tensor starts at a multiple of 256 elements; what lies between is zero.
     """
@@ -73,7 +73,7 @@ class Bucket:
         if dtype is None:
             dtype = _common_dtype([name for name, _ in described])
         self._dtype, self._itemsize = _native.packable_dtype(dtype)
-        self._shapes = [shape for _, shape in described]
+        self._shapes = [tuple(shape) for _, shape in described]
         self._counts = [math.prod(shape) for shape in self._shapes]
         self._offsets, total = _layout(self._counts)
         ends = [offset + count for offset, count in zip(self._offsets, self._counts, strict=True)]
@@ -133,8 +133,8 @@ class Bucket:
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
             _, has = _native.describe_packable(x, f"tensors[{i}]")
-            if has != shape:
-                raise ValueError(f"`tensors[{i}]` has shape {has} where the bucket has {shape}")
+            if tuple(has) != shape:
+                raise ValueError(f"`tensors[{i}]` has shape {tuple(has)} where the bucket has {shape}")
         self._tensors = found
 
     def pack(self, scale: float = 1.0) -> Stats:

@@ -8,6 +8,7 @@
 #include "bindings/python.h"
 #include "common/error.h"
 #include "kernels/codec.h"
+#include "kernels/combine.h"
 #include "kernels/pack.h"
 
 namespace py = pybind11;
@@ -71,8 +72,8 @@ struct List {
   std::vector<Buffer> buffers;
   std::vector<kernels::PackItem> items;
 
-  List(const py::sequence& tensors, const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts,
-       const Buffer& bucket, bool packs) {
+  List(const std::vector<py::object>& tensors, const std::vector<int64_t>& offsets,
+       const std::vector<int64_t>& counts, const Buffer& bucket, bool packs) {
     const size_t n = tensors.size();
     if (offsets.size() != n || counts.size() != n) {
       throw ValueError("there are " + std::to_string(n) + " tensors, " + std::to_string(offsets.size()) +
@@ -81,7 +82,7 @@ struct List {
     std::vector<Extent> extents;
     for (size_t i = 0; i < n; ++i) {
       const std::string name = ordinal(i);
-      const Buffer& tensor = buffers.emplace_back(get_buffer(py::object(tensors[i]).ptr(), name.c_str()));
+      const Buffer& tensor = buffers.emplace_back(get_buffer(tensors[i].ptr(), name.c_str()));
       require_packable(tensor.dtype, "`" + name + "`");
       if (!packs) require_writable(tensor, name.c_str());
       if (tensor.count != counts[i]) {
@@ -116,7 +117,7 @@ struct List {
   }
 };
 
-py::object run(bool packs, const py::object& bucket, const py::sequence& tensors,
+py::object run(bool packs, const py::object& bucket, const std::vector<py::object>& tensors,
                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, double scale,
                bool stats, const std::optional<std::string>& isa) {
   const Buffer storage = get_buffer(bucket.ptr(), "bucket");
@@ -134,6 +135,17 @@ py::object run(bool packs, const py::object& bucket, const py::sequence& tensors
   return py::make_tuple(found.sum_squares, found.max_abs, found.nans, found.infs);
 }
 
+void copy(const py::object& out, const py::object& x, bool stream) {
+  const Buffer to = get_buffer(out.ptr(), "out"), from = get_buffer(x.ptr(), "x");
+  require_writable(to, "out");
+  if (to.bytes() != from.bytes()) {
+    throw ValueError("`out` has " + std::to_string(to.bytes()) + " bytes and `x` " +
+                     std::to_string(from.bytes()));
+  }
+  const py::gil_scoped_release release;
+  kernels::copy_bytes(to.data, from.data, static_cast<size_t>(to.bytes()), stream);
+}
+
 }  // namespace
 
 void add_bucket(py::module_& module) {
@@ -144,7 +156,7 @@ void add_bucket(py::module_& module) {
         const Buffer buffer = get_buffer(x.ptr(), what.c_str());
         require_packable(buffer.dtype, "`" + what + "`");
         const std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
-        return std::pair(std::string(name(buffer.dtype)), py::tuple(py::cast(shape)));
+        return std::pair(std::string(name(buffer.dtype)), shape);
       },
       py::arg("x"), py::arg("what"),
       "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be packed.");
@@ -160,12 +172,14 @@ void add_bucket(py::module_& module) {
   module.def(
       "numpy_dtype", [](const std::string& name) { return numpy_dtype(parse_dtype(name)); }, py::arg("name"),
       "NumPy's or ml_dtypes' dtype of this name.");
+  module.def("copy_bytes", &copy, py::arg("out"), py::arg("x"), py::arg("stream") = false,
+             "A plain copy between buffers that do not overlap: what the kernels are measured against.");
   const auto define = [&](const char* name, bool packs, const char* doc) {
     module.def(
         name,
-        [packs](const py::object& bucket, const py::sequence& tensors, const std::vector<int64_t>& offsets,
-                const std::vector<int64_t>& counts, double scale, bool stats,
-                const std::optional<std::string>& isa) {
+        [packs](const py::object& bucket, const std::vector<py::object>& tensors,
+                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, double scale,
+                bool stats, const std::optional<std::string>& isa) {
           return run(packs, bucket, tensors, offsets, counts, scale, stats, isa);
         },
         py::arg("bucket"), py::arg("tensors"), py::arg("offsets"), py::arg("counts"), py::arg("scale") = 1.0,

@@ -65,75 +65,149 @@ class Transcoder {
         random_(kernels, args.codec->seed, args.codec->kind == CodecKind::bf16 ? 16 : 8, args.encoding) {}
 
   void run() {
-    for (begin_ = 0; begin_ < static_cast<int64_t>(args_.count); begin_ += kTile) {
-      n_ = std::min(static_cast<int64_t>(args_.count) - begin_, kTile);
-      sum();
+    for (begin_ = 0; begin_ < count(); begin_ += kTile) {
+      n_ = std::min(count() - begin_, kTile);
+      const float* v = sum(direct());
+      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + kTile);
       if (args_.dst_format != Format::partial && args_.divisor != 1) {
-        kernels_.divide(stack_[0].x, static_cast<float>(args_.divisor));
+        kernels_.divide(buffers_[0].x, v, static_cast<float>(args_.divisor));
+        v = buffers_[0].x;
       }
       if (args_.dst_format == Format::wire) {
-        encode();
+        encode(v);
       } else {
-        const DType dtype = args_.dst_format == Format::final ? args_.dtype : DType::float32;
-        for (int d = 0; d < args_.num_dsts; ++d) {
-          kernels_.store(at(args_.dsts[d], begin_ * static_cast<int64_t>(size_of(dtype))), dtype, stack_[0].x,
-                         static_cast<size_t>(n_));
-        }
+        store(v);
       }
     }
+    if (args_.stream) stream_fence();
   }
 
  private:
+  int64_t count() const { return static_cast<int64_t>(args_.count); }
+  size_t elements() const { return static_cast<size_t>(n_); }
+  DType type_of(Format format) const { return format == Format::partial ? DType::float32 : args_.dtype; }
+  template <class Pointer>
+  Pointer here(Pointer p, Format format) const {
+    if (format == Format::wire) return at(p, begin_ / kTile * tile_bytes_);
+    return at(p, begin_ * static_cast<int64_t>(size_of(type_of(format))));
+  }
+
+  // The next tile comes while this one is encoded.
+  static void prefetch(const float* x) {
+    for (int64_t i = 0; i < kTile; i += kLine / sizeof *x) __builtin_prefetch(x + i);
+  }
+
+  // The destination, where the last sum can be written as it is.
+  float* direct() const {
+    const bool plain = n_ == kTile && args_.num_dsts == 1 && !args_.stream && args_.num_srcs <= 2 &&
+                       args_.src_formats[args_.num_srcs - 1] == Format::wire;
+    if (!plain || args_.dst_format == Format::wire || type_of(args_.dst_format) != DType::float32)
+      return nullptr;
+    if (args_.dst_format == Format::final && args_.divisor != 1) return nullptr;
+    return static_cast<float*>(here(args_.dsts[0], args_.dst_format));
+  }
+
   // Of the sources, as the bits of a counter: after leaf j as many pairs merge as j has trailing ones, the
   // first of them as the leaf is read.
-  void sum() {
+  const float* sum(float* last) {
+    const float* stack[kMaxDepth];
     int depth = 0;
     for (int j = 0; j < args_.num_srcs; ++j) {
-      int merges = j + 1 < args_.num_srcs ? std::countr_one(static_cast<unsigned>(j)) : depth;
-      const bool add = merges > 0;
-      if (!add) ++depth;
-      read(j, stack_[depth - 1].x, add);
+      const bool root = j + 1 == args_.num_srcs;
+      int merges = root ? depth : std::countr_one(static_cast<unsigned>(j));
+      if (merges == 0) {
+        stack[depth] = leaf(j, root && last ? last : buffers_[depth].x);
+        ++depth;
+        continue;
+      }
+      float* to = root && last ? last : buffers_[depth - 1].x;
+      read(j, to, stack[depth - 1]);
+      stack[depth - 1] = to;
       for (; merges > 1; --merges) {
         --depth;
-        kernels_.add(stack_[depth - 1].x, stack_[depth].x);
+        kernels_.sum(buffers_[depth - 1].x, stack[depth - 1], stack[depth]);
+        stack[depth - 1] = buffers_[depth - 1].x;
+      }
+    }
+    return stack[0];
+  }
+
+  // Where the source's values lie, which may be where they are already.
+  const float* leaf(int source, float* to) {
+    const Format format = args_.src_formats[source];
+    const bool as_is = format == Format::partial || (format == Format::raw && args_.prescale == 1);
+    if (as_is && n_ == kTile && type_of(format) == DType::float32) {
+      return static_cast<const float*>(here(args_.srcs[source], format));
+    }
+    read(source, to, nullptr);
+    return to;
+  }
+
+  void read(int source, float* to, const float* from) {
+    const Format format = args_.src_formats[source];
+    const void* src = here(args_.srcs[source], format);
+    if (format != Format::wire) {
+      const float prescale = format == Format::partial ? 1 : static_cast<float>(args_.prescale);
+      return kernels_.sum_load(to, from, src, type_of(format), elements(), prescale);
+    }
+    const auto* wire = static_cast<const uint8_t*>(src);
+    if (n_ < kTile) {
+      const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
+      std::memcpy(wire_.bytes, wire, bytes);
+      std::memset(wire_.bytes + bytes, 0, sizeof wire_.bytes - bytes);
+      wire = wire_.bytes;
+    }
+    kernels_.sum_decode[code_](to, from, wire);
+  }
+
+  void store(const float* v) {
+    const DType dtype = type_of(args_.dst_format);
+    for (int d = 0; d < args_.num_dsts; ++d) {
+      void* dst = here(args_.dsts[d], args_.dst_format);
+      if (dst == v) continue;
+      if (args_.stream) {
+        kernels_.store(wire_.bytes, dtype, v, elements());
+        stream_copy(dst, wire_.bytes, elements() * size_of(dtype));
+      } else {
+        kernels_.store(dst, dtype, v, elements());
       }
     }
   }
 
-  void read(int source, float* tile, bool add) {
-    const Format format = args_.src_formats[source];
-    if (format == Format::wire) {
-      const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
-      std::memcpy(wire_.bytes, at(args_.srcs[source], begin_ / kTile * tile_bytes_), bytes);
-      if (n_ < kTile) std::memset(wire_.bytes + bytes, 0, sizeof wire_.bytes - bytes);
-      return kernels_.decode[code_][add](tile, wire_.bytes);
-    }
-    const bool partial = format == Format::partial;
-    const DType dtype = partial ? DType::float32 : args_.dtype;
-    kernels_.load(tile, at(args_.srcs[source], begin_ * static_cast<int64_t>(size_of(dtype))), dtype,
-                  static_cast<size_t>(n_), partial ? 1 : static_cast<float>(args_.prescale), add);
-  }
-
-  void encode() {
+  void encode(const float* v) {
     const Encoding& encoding = args_.encoding;
-    float* v = stack_[0].x;
+    float* own = buffers_[0].x;
     if (encoding.residual) {
-      kernels_.add_residual(v, encoding.residual + begin_, static_cast<size_t>(n_), encoding.residual_scale);
+      kernels_.add_residual(own, v, encoding.residual + begin_, elements(), encoding.residual_scale);
+      if (n_ < kTile) std::memset(own + n_, 0, static_cast<size_t>(kTile - n_) * sizeof *own);
+      v = own;
     }
     pieces_.enter(encoding.index + begin_, n_);
-    pieces_.clear_gaps(v);
-    kernels_.encode[code_][stochastic_](v, pieces_.counts, stochastic_ ? random_.draw(pieces_) : nullptr,
-                                        wire_.bytes);
+    if (!pieces_.whole()) {
+      if (v != own) std::memcpy(own, v, sizeof buffers_[0]);
+      pieces_.clear_gaps(own);
+      v = own;
+    }
+    const uint8_t* random = stochastic_ ? random_.draw(pieces_) : nullptr;
+    if (n_ == kTile && args_.num_dsts == 1) {
+      wire_written(v, random, static_cast<uint8_t*>(here(args_.dsts[0], Format::wire)));
+      return;
+    }
+    wire_written(v, random, wire_.bytes);
     const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
-    for (int d = 0; d < args_.num_dsts; ++d) {
-      std::memcpy(at(args_.dsts[d], begin_ / kTile * tile_bytes_), wire_.bytes, bytes);
-    }
-    if (encoding.next_residual) {
-      kernels_.decode[code_][false](stack_[1].x, wire_.bytes);
-      pieces_.clear_gaps(stack_[1].x);
-      kernels_.keep_residual(encoding.next_residual + begin_, v, stack_[1].x, encoding.residual + begin_,
-                             static_cast<size_t>(n_), encoding.residual_scale);
-    }
+    for (int d = 0; d < args_.num_dsts; ++d)
+      std::memcpy(here(args_.dsts[d], Format::wire), wire_.bytes, bytes);
+  }
+
+  void wire_written(const float* v, const uint8_t* random, uint8_t* wire) {
+    const Encoding& encoding = args_.encoding;
+    kernels_.encode[code_][stochastic_](v, pieces_.counts, random, wire);
+    if (!encoding.next_residual) return;
+    float* decoded = buffers_[1].x;
+    kernels_.sum_decode[code_](decoded, nullptr, wire);
+    pieces_.clear_gaps(decoded);
+    kernels_.keep_residual(encoding.next_residual + begin_, v, decoded, encoding.residual + begin_,
+                           elements(), encoding.residual_scale);
   }
 
   const TranscodeArgs& args_;
@@ -145,7 +219,7 @@ class Transcoder {
   Pieces pieces_;
   Random random_;
   WireTile wire_;
-  FloatTile stack_[kMaxDepth];
+  FloatTile buffers_[kMaxDepth];
 };
 
 void copy(const TranscodeArgs& args) {

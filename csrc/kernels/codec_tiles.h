@@ -16,9 +16,9 @@ inline constexpr size_t kLine = 64;
 struct alignas(kLine) FloatTile {
   float x[kTile];
 };
-// The longest wire tile, fp16's.
+// A tile on the wire, 2 bytes an element at most, or of results.
 struct alignas(kLine) WireTile {
-  uint8_t bytes[2 * kTile];
+  uint8_t bytes[4 * kTile];
 };
 struct alignas(kLine) RandomTile {
   uint8_t bytes[2 * kTile];
@@ -46,6 +46,18 @@ class Pieces {
       tensors[p] = segment.id;
       offsets[p] = static_cast<uint64_t>(begin - segment.begin);
     }
+  }
+
+  // Whether a piece goes on in the tensor of the one before it.
+  bool follows(int p) const {
+    return counts[p - 1] == kSegmentAlign && counts[p] > 0 && tensors[p] == tensors[p - 1] &&
+           offsets[p] == offsets[p - 1] + static_cast<uint64_t>(kSegmentAlign);
+  }
+
+  bool whole() const {
+    int64_t all = 0;
+    for (const int32_t count : counts) all += count;
+    return all == kTile;
   }
 
   void clear_gaps(float* tile) const {
@@ -78,11 +90,14 @@ class Random {
 
   const uint8_t* draw(const Pieces& pieces) {
     const int per_counter = 128 / bits_, counters = static_cast<int>(kSegmentAlign) / per_counter;
-    for (int p = 0; p < kPieces; ++p) {
+    for (int p = 0, end; p < kPieces; p = end) {
+      // Pieces of a tensor that follow each other are one run.
+      for (end = p + 1; end < kPieces && pieces.follows(end); ++end) {
+      }
       if (pieces.counts[p] == 0) continue;
       const uint64_t first =
           (pieces.tensors[p] << 40 | pieces.offsets[p]) / static_cast<uint64_t>(per_counter);
-      kernels_.random(tile_.bytes + 16 * counters * p, counters, seed_, first, stream_);
+      kernels_.random(tile_.bytes + 16 * counters * p, counters * (end - p), seed_, first, stream_);
     }
     return tile_.bytes;
   }

@@ -14,9 +14,9 @@ constexpr int64_t kBlocks = kTile / kSharedBlock;
 void load_tile(const CodecKernels& kernels, FloatTile& tile, Pieces& pieces, DType dtype, const void* x,
                int64_t begin, int64_t n, const Encoding& encoding) {
   const auto count = static_cast<size_t>(n);
-  kernels.load(tile.x, at(x, begin * static_cast<int64_t>(size_of(dtype))), dtype, count, 1, false);
+  kernels.sum_load(tile.x, nullptr, at(x, begin * static_cast<int64_t>(size_of(dtype))), dtype, count, 1);
   if (encoding.residual) {
-    kernels.add_residual(tile.x, encoding.residual + begin, count, encoding.residual_scale);
+    kernels.add_residual(tile.x, tile.x, encoding.residual + begin, count, encoding.residual_scale);
   }
   pieces.enter(encoding.index + begin, n);
   pieces.clear_gaps(tile.x);
@@ -91,7 +91,7 @@ void shared_decode(const void* q, size_t count, const float* amax, int width, in
     load_amax(most, amax, begin, n);
     kernels.shared_widen(integers, width, at(q, begin * width / 8), static_cast<size_t>(n));
     kernels.shared_decode(tile.x, integers, most, static_cast<int32_t>(limit));
-    if (divisor != 1) kernels.divide(tile.x, static_cast<float>(divisor));
+    if (divisor != 1) kernels.divide(tile.x, tile.x, static_cast<float>(divisor));
     kernels.store(at(x, begin * static_cast<int64_t>(size_of(dtype))), dtype, tile.x, static_cast<size_t>(n));
   }
 }

@@ -102,9 +102,10 @@ class Values {
   Values(const TopkArgs& args, const Isa& isa) : args_(args), isa_(isa) {}
 
   const float* load(size_t begin, size_t n) {
-    isa_.codec->load(tile_.x, at(args_.x, static_cast<int64_t>(begin * size_of(args_.dtype))), args_.dtype, n,
-                     1, false);
-    if (args_.residual) isa_.codec->add_residual(tile_.x, args_.residual + begin, n, args_.residual_scale);
+    isa_.codec->sum_load(tile_.x, nullptr, at(args_.x, static_cast<int64_t>(begin * size_of(args_.dtype))),
+                         args_.dtype, n, 1);
+    if (args_.residual)
+      isa_.codec->add_residual(tile_.x, tile_.x, args_.residual + begin, n, args_.residual_scale);
     return tile_.x;
   }
 

@@ -1,15 +1,16 @@
-"""The tensors of real models, which kernels are measured and tested on: bench/shapes/ holds a table for each."""
+"""The tensors of real models, which kernels are measured and tested on: a table for each in bench/shapes/."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 MODELS = {"resnet50": "ResNet-50", "gpt2_small": "GPT-2 small"}
 
 
-class Parameter(NamedTuple):
+@dataclass(frozen=True)
+class Parameter:
     name: str
     shape: tuple[int, ...]
 

@@ -12,6 +12,7 @@ import pycomm
 COMMANDS = {
     "run": "start the ranks of a job on this machine",
     "bench": "measure the collectives, beside MPI and Gloo where they are installed",
+    "bench kernels": "measure the inner loops against the bandwidth of a copy, beside torch's ways",
     "verify": "prove that the plans of an algorithm are right",
     "explain": "say which plan a call would run, and why",
     "info": "say what this machine and this installation have",
@@ -19,14 +20,16 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(argv[:2]) in COMMANDS:
+        argv[:2] = [" ".join(argv[:2])]
     parser = argparse.ArgumentParser(prog="pycomm", description="Collective communication for training.")
     parser.add_argument("--version", action="version", version=f"pycomm {pycomm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
         if argv and argv[0] == name:
-            module = importlib.import_module(f"pycomm.cli.{name}")
+            module = importlib.import_module(f"pycomm.cli.{name.replace(' ', '_')}")
             module.configure(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)

@@ -49,25 +49,26 @@ struct SaturatingFloat {
   // The largest finite value as a float32.
   static constexpr uint32_t kMax = (kLargest << F::kShift) + F::kRebias;
 
+  // Added to the power of two whose last place is that of our results, a float is rounded by the hardware,
+  // and what is added up there counts places. A power more is 2^kMantissa more of them in the code.
   PYCOMM_INLINE static uint32_t nearest(float x) {
-    const uint32_t magnitude = if_less(magnitude_of(x), kMax, magnitude_of(x), kMax);
-    const uint32_t normal =
-        (magnitude - F::kRebias + ((1u << (F::kShift - 1)) - 1) + (magnitude >> F::kShift & 1)) >> F::kShift;
-    constexpr uint32_t kAnchor = F::power(1 - F::kBias - kMantissa + 23);
-    const uint32_t subnormal = as_bits(as_float(magnitude) + as_float(kAnchor)) - kAnchor;
-    return signed_code(x, if_less(magnitude, F::kMinNormal, subnormal, normal));
+    const uint32_t magnitude = magnitude_of(x) < kMax ? magnitude_of(x) : kMax;
+    const uint32_t power = magnitude & kFloatInf;
+    const uint32_t least = power < F::kMinNormal ? F::kMinNormal : power;
+    const uint32_t anchor = least + (static_cast<uint32_t>(F::kShift) << 23);
+    const uint32_t places = as_bits(as_float(magnitude) + as_float(anchor)) - anchor;
+    return signed_code(x, places + ((least - F::kMinNormal) >> F::kShift));
   }
 
+  // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
   PYCOMM_INLINE static uint32_t stochastic(float x, uint32_t random) {
-    const uint32_t magnitude = if_less(magnitude_of(x), kMax, magnitude_of(x), kMax);
-    const auto dither = static_cast<uint32_t>(dither_of(random));
-    const uint32_t normal = (magnitude - F::kRebias + (dither << (F::kShift - kDitherBits))) >> F::kShift;
-    const float unit = as_float(F::power(kDitherBits - (1 - F::kBias - kMantissa)));
-    // Of what is not subnormal, the smallest normal: a product that fits an integer.
-    const uint32_t small = if_less(magnitude, F::kMinNormal, magnitude, F::kMinNormal);
-    const auto fixed = static_cast<uint32_t>(static_cast<int32_t>(as_float(small) * unit));
-    const uint32_t subnormal = (fixed + dither) >> kDitherBits;
-    return signed_code(x, if_less(magnitude, F::kMinNormal, subnormal, normal));
+    const uint32_t magnitude = magnitude_of(x) < kMax ? magnitude_of(x) : kMax;
+    const int32_t dither = dither_of(random) << (F::kShift - kDitherBits);
+    const int32_t normal = (static_cast<int32_t>(magnitude - F::kRebias) + dither) >> F::kShift;
+    const uint32_t small = magnitude < F::kMinNormal ? magnitude : F::kMinNormal;
+    const float unit = as_float(F::power(F::kShift - (1 - F::kBias - kMantissa)));
+    const int32_t places = (static_cast<int32_t>(as_float(small) * unit) + dither) >> F::kShift;
+    return signed_code(x, static_cast<uint32_t>(normal > places ? normal : places));
   }
 
   PYCOMM_INLINE static uint32_t signed_code(float x, uint32_t magnitude) {

@@ -8,8 +8,9 @@
 //   where the
 //                         block has one: then the scale is a NaN; 0 for a block of zeros
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
-//   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
-//   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
+//   encode(t, random)     an element's bits, t being x * inverse(s), where s is a number but 0; otherwise
+//   they are zero decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result
+//   makes it canonical
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,12 @@ namespace pycomm::kernels::PYCOMM_ISA {
 
 inline constexpr uint32_t kMinNormalBits = 0x00800000;
 
-// Neither zero nor NaN: what a block's elements are divided by.
+// Neither zero nor NaN.
 PYCOMM_INLINE bool is_scale(float s) { return s == s && s != 0; }
+
+// What a block's elements are multiplied by, rounded: one division for a block, and the same bits on any
+// hardware.
+PYCOMM_INLINE float inverse(float s) { return 1.0f / s; }
 
 // ---- without scales: NaN and Inf pass ----
 
@@ -78,8 +83,8 @@ struct ScaledFloat {
   PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
-    return kStochastic ? Rounded::stochastic(x / s, random) : Rounded::nearest(x / s);
+  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+    return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
   }
   PYCOMM_INLINE static float decode(uint32_t bits, float s) {
     return F::decode(static_cast<typename F::Raw>(bits)) * s;
@@ -109,8 +114,8 @@ struct Mxfp8Code {
   }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
-    return kStochastic ? Rounded::stochastic(x / s, random) : Rounded::nearest(x / s);
+  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+    return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
   }
   PYCOMM_INLINE static float decode(uint32_t bits, float s) {
     return Float8E4M3::decode(static_cast<uint8_t>(bits)) * s;
@@ -130,8 +135,8 @@ struct IntegerCode {
   PYCOMM_INLINE static float value(Scale scale) { return BFloat16::decode(scale); }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
-    const int32_t q = kStochastic ? round_stochastic(x / s, random) : round_even(x / s);
+  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+    const int32_t q = kStochastic ? round_stochastic(t, random) : round_even(t);
     return static_cast<uint32_t>(clamp(q, kLimit)) & ((1u << kBits) - 1);
   }
   PYCOMM_INLINE static int32_t integer(uint32_t bits) {
@@ -182,13 +187,12 @@ struct Hadamard {
 class SharedCode {
  public:
   PYCOMM_INLINE explicit SharedCode(int32_t limit) : limit_(static_cast<float>(limit)) {
-    // A float32 that is not above the limit: where it is below, x / s has no fraction there.
+    // A float32 that is not above the limit: where it is below, t has no fraction there.
     if (limit_ > 2147483520.0f || static_cast<int32_t>(limit_) > limit)
       limit_ = as_float(as_bits(limit_) - 1);
   }
   PYCOMM_INLINE float scale(float amax) const { return as_float(scale_bits(amax)); }
-  PYCOMM_INLINE int32_t encode(float x, float s, uint32_t random) const {
-    const float t = x / s;
+  PYCOMM_INLINE int32_t encode(float t, uint32_t random) const {
     const float y = as_float(if_less(magnitude_of(t), as_bits(limit_), magnitude_of(t), as_bits(limit_)) |
                              (as_bits(t) & 0x80000000));
     const int32_t below = floor_of(y);

@@ -11,12 +11,16 @@
 #include "kernels/codec.h"
 #include "kernels/cpu/codec_kernels.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/philox_vector.h"
+#include "kernels/cpu/reduce_vector.h"
 
 #if defined(__clang__)
 #define PYCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define PYCOMM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
+
+#define PYCOMM_LAMBDA __attribute__((always_inline))
 
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
@@ -37,203 +41,323 @@ Unaligned<T>* out(void* p) {
   return static_cast<Unaligned<T>*>(p);
 }
 
+constexpr size_t kCount = kElements;
+
+// to = from + value(i); without `from` where that is null
+template <class Value>
+PYCOMM_INLINE void sum_each(float* to, const float* from, size_t n, Value value) {
+  auto* result = out<float>(to);
+  const auto* before = in<float>(from);
+  if (from) {
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) result[i].value = canonical(before[i].value + value(i));
+  } else {
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) result[i].value = canonical(value(i));
+  }
+}
+
 // ---- floats ----
 
-template <class F, bool kAdd, bool kScale>
-void load_as(float* tile, const void* src, size_t n, float prescale) {
+template <class F>
+void sum_load_as(float* to, const float* from, const void* src, size_t n, float prescale) {
   const auto* x = in<typename F::Raw>(src);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) {
-    float value = F::decode(x[i].value);
-    if constexpr (kScale) value *= prescale;
-    tile[i] = kAdd ? tile[i] + value : value;
+  if (prescale == 1) {
+    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value); });
+  } else {
+    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value) * prescale; });
   }
-  if (!kAdd && n < static_cast<size_t>(kElements)) std::memset(tile + n, 0, (kElements - n) * sizeof(float));
+  if (n < kCount) std::memset(to + n, 0, (kCount - n) * sizeof *to);
+}
+
+void sum_load(float* to, const float* from, const void* x, DType dtype, size_t n, float prescale) {
+  if (dtype == DType::float16) return sum_load_as<Float16>(to, from, x, n, prescale);
+  if (dtype == DType::bfloat16) return sum_load_as<BFloat16>(to, from, x, n, prescale);
+  sum_load_as<Wide<float>>(to, from, x, n, prescale);
+}
+
+void sum(float* to, const float* from, const float* x) {
+  const auto* other = in<float>(x);
+  sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return other[i].value; });
 }
 
 template <class F>
-void load_from(float* tile, const void* x, size_t n, float prescale, bool add) {
-  if (prescale != 1) {
-    return add ? load_as<F, true, true>(tile, x, n, prescale) : load_as<F, false, true>(tile, x, n, prescale);
-  }
-  return add ? load_as<F, true, false>(tile, x, n, 1) : load_as<F, false, false>(tile, x, n, 1);
-}
-
-void load(float* tile, const void* x, DType dtype, size_t n, float prescale, bool add) {
-  if (dtype == DType::float16) return load_from<Float16>(tile, x, n, prescale, add);
-  if (dtype == DType::bfloat16) return load_from<BFloat16>(tile, x, n, prescale, add);
-  load_from<Wide<float>>(tile, x, n, prescale, add);
-}
-
-template <class F>
-void store_as(void* dst, const float* tile, size_t n) {
+void store_as(void* dst, const float* from, size_t n) {
   auto* x = out<typename F::Raw>(dst);
+  const auto* value = in<float>(from);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) x[i].value = F::encode(tile[i]);
+  for (size_t i = 0; i < n; ++i) x[i].value = F::encode(value[i].value);
 }
 
-void store(void* x, DType dtype, const float* tile, size_t n) {
-  if (dtype == DType::float16) return store_as<Float16>(x, tile, n);
-  if (dtype == DType::bfloat16) return store_as<BFloat16>(x, tile, n);
-  store_as<Wide<float>>(x, tile, n);
+void store(void* x, DType dtype, const float* from, size_t n) {
+  if (dtype == DType::float16) return store_as<Float16>(x, from, n);
+  if (dtype == DType::bfloat16) return store_as<BFloat16>(x, from, n);
+  store_as<Wide<float>>(x, from, n);
 }
 
-void add(float* tile, const float* other) {
+void divide(float* to, const float* from, float divisor) {
+  auto* result = out<float>(to);
+  const auto* x = in<float>(from);
   PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements; ++i) tile[i] += other[i];
-}
-
-void divide(float* tile, float divisor) {
-  for (int i = 0; i < kElements; ++i) tile[i] /= divisor;
+  for (size_t i = 0; i < kCount; ++i) result[i].value = x[i].value / divisor;
 }
 
 // ---- random bits ----
 
 void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream) {
-  for (int i = 0; i < counters; ++i) {
-    const Philox bits = philox(seed, first + static_cast<uint64_t>(i), stream);
-    std::memcpy(bytes + 16 * i, bits.word, 16);  // little endian
-  }
+  philox_run(bytes, counters / 16, seed, first, stream);
 }
 
 // ---- codecs without scales ----
 
 template <class C, bool kStochastic>
-void encode_plain(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
+void encode_plain(const float* x, const int32_t*, const uint8_t* random, uint8_t* wire) {
+  const auto* from = in<float>(x);
   auto* to = out<uint16_t>(wire);
   const auto* wide = in<uint16_t>(random);
   PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements; ++i) {
     const uint32_t bits = !kStochastic ? 0 : C::kRandomBits == 16 ? wide[i].value : random[i];
-    to[i].value = C::template encode<kStochastic>(tile[i], bits);
+    to[i].value = C::template encode<kStochastic>(from[i].value, bits);
   }
 }
 
-template <class C, bool kAdd>
-void decode_plain(float* tile, const uint8_t* wire) {
-  const auto* from = in<uint16_t>(wire);
-  PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements; ++i) {
-    const float value = C::decode(from[i].value);
-    tile[i] = kAdd ? tile[i] + value : value;
-  }
+template <class C>
+void decode_plain(float* to, const float* from, const uint8_t* wire) {
+  const auto* x = in<uint16_t>(wire);
+  sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return C::decode(x[i].value); });
 }
 
 // ---- codecs with scales ----
 
+// A block's elements over each lane.
+template <class O, int kBlock, class V, class Load>
+PYCOMM_INLINE V over_lanes(Load load) {
+  V of_half[kBlock / kWide];
+  for (int i = 0; i < kBlock / kWide; ++i) of_half[i] = load(i * kWide);
+  for (int half = kBlock / kWide / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) of_half[i] = O::apply(of_half[i], of_half[i + half]);
+  }
+  return of_half[0];
+}
+
 template <int kBlock>
 void find_amax(const float* tile, uint32_t* amax) {
-  for (int b = 0; b < kElements / kBlock; ++b) {
-    uint32_t most = 0;
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t magnitude = magnitude_of(tile[b * kBlock + i]);
-      most = most < magnitude ? magnitude : most;
+  constexpr int kBlocks = kElements / kBlock;
+  if constexpr (kBlocks < kWide) {
+    const auto* x = in<float>(tile);
+    for (int b = 0; b < kBlocks; ++b) {
+      uint32_t most = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        const uint32_t magnitude = magnitude_of(x[b * kBlock + i].value);
+        most = most < magnitude ? magnitude : most;
+      }
+      amax[b] = most;
     }
-    amax[b] = most;
+  } else {
+    for (int b = 0; b < kBlocks; b += kWide) {
+      Words lanes[kWide];
+      for (int i = 0; i < kWide; ++i) {
+        const float* x = tile + (b + i) * kBlock;
+        lanes[i] = over_lanes<Largest, kBlock, Words>([=](int at) PYCOMM_LAMBDA {
+          Words bits;
+          std::memcpy(&bits, x + at, sizeof bits);
+          return bits & 0x7fffffff;
+        });
+      }
+      const Words most = reduce_each<Largest>(lanes);
+      std::memcpy(amax + b, &most, sizeof most);
+    }
+  }
+}
+
+void find_sums(const float* tile, float* sums) {
+  constexpr int kBlock = SignCode::kBlock, kBlocks = kElements / kBlock;
+  for (int b = 0; b < kBlocks; b += kWide) {
+    Floats lanes[kWide] = {};
+    for (int i = 0; i < kWide && b + i < kBlocks; ++i) {
+      const float* x = tile + (b + i) * kBlock;
+      lanes[i] = over_lanes<Total, kBlock, Floats>([=](int at) PYCOMM_LAMBDA {
+        Words bits;
+        std::memcpy(&bits, x + at, sizeof bits);
+        return reinterpret_cast<Floats>(bits & 0x7fffffff) * (1.0f / kBlock);
+      });
+    }
+    const Floats total = reduce_each<Total>(lanes);
+    std::memcpy(sums + b, &total, sizeof(float) * (kBlocks < kWide ? kBlocks : kWide));
+  }
+}
+
+// Each block's value for each of its elements.
+template <int kBlock>
+void spread(const float* of_blocks, float* of_elements) {
+  for (int b = 0; b < kElements / kBlock; ++b) {
+    for (int i = 0; i < kBlock; ++i) of_elements[b * kBlock + i] = of_blocks[b];
   }
 }
 
 // Elements of 4 bits go through bytes.
 void pack_nibbles(uint8_t* to, const uint8_t* codes) {
-  for (int i = 0; i < kElements / 2; ++i) {
-    to[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
-  }
+  const auto* pairs = in<uint16_t>(codes);
+  PYCOMM_INDEPENDENT
+  for (int i = 0; i < kElements / 2; ++i) to[i] = static_cast<uint8_t>(pairs[i].value | pairs[i].value >> 4);
 }
 void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
+  auto* pairs = out<uint16_t>(codes);
+  PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements / 2; ++i) {
-    codes[2 * i] = from[i] & 15;
-    codes[2 * i + 1] = from[i] >> 4;
+    const uint32_t both = from[i];
+    pairs[i].value = static_cast<uint16_t>((both | both << 4) & 0x0f0f);
+  }
+}
+
+// What a block's elements are multiplied by; true if all blocks are to be encoded so.
+template <class C>
+bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
+  constexpr int kBlocks = kElements / C::kBlock;
+  auto* to = out<typename C::Scale>(scales);
+  for (int b = 0; b < kBlocks; ++b) to[b].value = C::scale(amax[b]);
+  uint32_t unusual = 0;
+  for (int b = 0; b < kBlocks; ++b) {
+    const float s = C::value(C::scale(amax[b]));
+    unusual |= static_cast<uint32_t>(!is_scale(s));
+    factors[b] = inverse(s);
+  }
+  return unusual == 0;
+}
+
+template <class C, bool kStochastic>
+PYCOMM_INLINE void encode_block(uint8_t* codes, const Unaligned<float>* x, float factor,
+                                const uint8_t* random) {
+  PYCOMM_INDEPENDENT
+  for (int i = 0; i < C::kBlock; ++i) {
+    codes[i] = static_cast<uint8_t>(
+        C::template encode<kStochastic>(x[i].value * factor, kStochastic ? random[i] : 0));
   }
 }
 
 template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
   constexpr int kBlocks = kElements / C::kBlock;
+  const auto* x = in<float>(tile);
   alignas(64) uint32_t amax[kBlocks];
-  find_amax<C::kBlock>(tile, amax);
-  auto* scales = out<typename C::Scale>(wire);
-  for (int b = 0; b < kBlocks; ++b) scales[b].value = C::scale(amax[b]);
+  alignas(64) float factors[kBlocks];
+  alignas(64) uint8_t bytes[kElements];
   uint8_t* elements = wire + kBlocks * sizeof(typename C::Scale);
-  alignas(64) uint8_t bytes[C::kBits == 8 ? 1 : kElements];
   uint8_t* codes = C::kBits == 8 ? elements : bytes;
-  for (int b = 0; b < kBlocks; ++b) {
-    const float s = C::value(C::scale(amax[b]));
-    const float* x = tile + b * C::kBlock;
-    uint8_t* to = codes + b * C::kBlock;
-    if (!is_scale(s)) {
-      std::memset(to, 0, C::kBlock);
-      continue;
+  find_amax<C::kBlock>(tile, amax);
+  if (!find_factors<C>(amax, factors, wire)) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int i = b * C::kBlock;
+      if (is_scale(C::value(C::scale(amax[b])))) {
+        encode_block<C, kStochastic>(codes + i, x + i, factors[b], random + i);
+      } else {
+        std::memset(codes + i, 0, C::kBlock);
+      }
     }
-    const uint8_t* r = random + b * C::kBlock;
+  } else if constexpr (C::kBlock >= 128) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int i = b * C::kBlock;
+      encode_block<C, kStochastic>(codes + i, x + i, factors[b], random + i);
+    }
+  } else {  // short blocks leave vectors of bytes half empty
+    alignas(64) float spread_out[kElements];
+    spread<C::kBlock>(factors, spread_out);
     PYCOMM_INDEPENDENT
-    for (int i = 0; i < C::kBlock; ++i) {
-      to[i] = static_cast<uint8_t>(C::template encode<kStochastic>(x[i], s, kStochastic ? r[i] : 0));
+    for (int i = 0; i < kElements; ++i) {
+      codes[i] = static_cast<uint8_t>(
+          C::template encode<kStochastic>(x[i].value * spread_out[i], kStochastic ? random[i] : 0));
     }
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
 }
 
-template <class C, bool kAdd>
-void decode_blocks(float* tile, const uint8_t* wire) {
-  constexpr int kBlocks = kElements / C::kBlock;
-  const auto* scales = in<typename C::Scale>(wire);
-  const uint8_t* elements = wire + kBlocks * sizeof(typename C::Scale);
-  alignas(64) uint8_t bytes[C::kBits == 8 ? 1 : kElements];
-  if constexpr (C::kBits == 4) unpack_nibbles(bytes, elements);
-  const uint8_t* codes = C::kBits == 8 ? elements : bytes;
-  for (int b = 0; b < kBlocks; ++b) {
-    const float s = C::value(scales[b].value);
-    PYCOMM_INDEPENDENT
-    for (int i = b * C::kBlock; i < (b + 1) * C::kBlock; ++i) {
-      const float value = C::decode(codes[i], s);
-      tile[i] = kAdd ? tile[i] + value : value;
+// The sums of a tile whose elements are bytes: decode(code, the block's scale).
+template <int kBlock, class Decode>
+PYCOMM_INLINE void sum_blocks(float* to, const float* from, const uint8_t* codes, const float* scales,
+                              Decode decode) {
+  if constexpr (kBlock >= 128) {
+    for (int b = 0; b < kElements / kBlock; ++b) {
+      const float s = scales[b];
+      const uint8_t* x = codes + b * kBlock;
+      sum_each(to + b * kBlock, from ? from + b * kBlock : nullptr, kBlock,
+               [=](size_t i) PYCOMM_LAMBDA { return decode(x[i], s); });
     }
+  } else {
+    alignas(64) float spread_out[kElements];
+    spread<kBlock>(scales, spread_out);
+    const float* s = spread_out;
+    sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return decode(codes[i], s[i]); });
   }
+}
+
+template <class C>
+void decode_blocks(float* to, const float* from, const uint8_t* wire) {
+  constexpr int kBlocks = kElements / C::kBlock;
+  alignas(64) float scales[kBlocks];
+  const auto* x = in<typename C::Scale>(wire);
+  for (int b = 0; b < kBlocks; ++b) scales[b] = C::value(x[b].value);
+  const uint8_t* codes = wire + kBlocks * sizeof(typename C::Scale);
+  alignas(64) uint8_t bytes[kElements];
+  if constexpr (C::kBits == 4) {
+    unpack_nibbles(bytes, codes);
+    codes = bytes;
+  }
+  sum_blocks<C::kBlock>(to, from, codes, scales,
+                        [](uint8_t code, float s) PYCOMM_LAMBDA { return C::decode(code, s); });
 }
 
 // ---- sign ----
 
-void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8_t* wire) {
-  using C = SignCode;
-  constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
-  alignas(64) uint32_t amax[kBlocks];
-  find_amax<C::kBlock>(tile, amax);
-  auto* scales = out<C::Scale>(wire);
-  uint8_t* elements = wire + kBlocks * sizeof(C::Scale);
-  for (int b = 0; b < kBlocks; ++b) {
-    const float* x = tile + b * C::kBlock;
-    alignas(64) float sums[C::kBlock];
-    for (int i = 0; i < C::kBlock; ++i) sums[i] = C::share(x[i]);
-    for (int half = C::kBlock / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-    }
-    int32_t count = counts[b / kBlocksOfPiece] - b % kBlocksOfPiece * C::kBlock;
-    count = count < 0 ? 0 : count > C::kBlock ? C::kBlock : count;
-    const C::Scale scale = C::scale(amax[b], sums[0], count);
-    scales[b].value = scale;
-    uint8_t* to = elements + b * (C::kBlock / 8);
-    const bool empty = !is_scale(C::value(scale));
-    for (int byte = 0; byte < C::kBlock / 8; ++byte) {
-      uint32_t bits = 0;
-      for (int i = 0; i < 8; ++i) bits |= C::encode(x[8 * byte + i]) << i;
-      to[byte] = empty ? 0 : static_cast<uint8_t>(bits);
-    }
+// Elements of a bit go through bytes that are 0 or 1, eight of them at once.
+void pack_bits(uint8_t* to, const uint8_t* codes) {
+  const auto* eights = in<uint64_t>(codes);
+  PYCOMM_INDEPENDENT
+  for (int i = 0; i < kElements / 8; ++i) {
+    to[i] = static_cast<uint8_t>(eights[i].value * 0x0102040810204080 >> 56);  // byte j goes to bit 56 + j
+  }
+}
+void unpack_bits(uint8_t* codes, const uint8_t* from) {
+  auto* eights = out<uint64_t>(codes);
+  PYCOMM_INDEPENDENT
+  for (int i = 0; i < kElements / 8; ++i) {
+    // Bit j alone in byte j; it carries into the highest bit.
+    const uint64_t bits = (from[i] * 0x0101010101010101) & 0x8040201008040201;
+    eights[i].value = ((bits + 0x7f7f7f7f7f7f7f7f) | bits) >> 7 & 0x0101010101010101;
   }
 }
 
-template <bool kAdd>
-void decode_sign(float* tile, const uint8_t* wire) {
+void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8_t* wire) {
+  using C = SignCode;
+  constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
+  const auto* x = in<float>(tile);
+  alignas(64) uint32_t amax[kBlocks];
+  alignas(64) float sums[kBlocks];
+  alignas(64) uint8_t negative[kElements];
+  find_amax<C::kBlock>(tile, amax);
+  find_sums(tile, sums);
+  for (int i = 0; i < kElements; ++i) negative[i] = static_cast<uint8_t>(C::encode(x[i].value));
+  auto* scales = out<C::Scale>(wire);
+  for (int b = 0; b < kBlocks; ++b) {
+    int32_t count = counts[b / kBlocksOfPiece] - b % kBlocksOfPiece * C::kBlock;
+    count = count < 0 ? 0 : count > C::kBlock ? C::kBlock : count;
+    const C::Scale scale = C::scale(amax[b], sums[b], count);
+    scales[b].value = scale;
+    if (!is_scale(C::value(scale))) std::memset(negative + b * C::kBlock, 0, C::kBlock);
+  }
+  pack_bits(wire + kBlocks * sizeof(C::Scale), negative);
+}
+
+void decode_sign(float* to, const float* from, const uint8_t* wire) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock;
-  const auto* scales = in<C::Scale>(wire);
-  const uint8_t* elements = wire + kBlocks * sizeof(C::Scale);
-  for (int b = 0; b < kBlocks; ++b) {
-    const float s = C::value(scales[b].value);
-    for (int i = b * C::kBlock; i < (b + 1) * C::kBlock; ++i) {
-      const float value = C::decode(elements[i / 8] >> i % 8 & 1, s);
-      tile[i] = kAdd ? tile[i] + value : value;
-    }
-  }
+  alignas(64) uint8_t negative[kElements];
+  alignas(64) float scales[kBlocks];
+  const auto* x = in<C::Scale>(wire);
+  for (int b = 0; b < kBlocks; ++b) scales[b] = C::value(x[b].value);
+  unpack_bits(negative, wire + kBlocks * sizeof(C::Scale));
+  sum_blocks<C::kBlock>(to, from, negative, scales,
+                        [](uint8_t bit, float s) PYCOMM_LAMBDA { return C::decode(bit, s); });
 }
 
 // ---- int4 rotated ----
@@ -259,14 +383,14 @@ PYCOMM_INLINE void rotate(T* x) {
 
 template <bool kStochastic>
 void encode_rotated(const float* tile, const int32_t* counts, const uint8_t* random, uint8_t* wire) {
+  const auto* x = in<float>(tile);
   alignas(64) float rotated[kElements];
-  for (int i = 0; i < kElements; ++i) rotated[i] = Hadamard::share(tile[i]);
+  for (int i = 0; i < kElements; ++i) rotated[i] = Hadamard::share(x[i].value);
   for (int b = 0; b < kElements; b += Hadamard::kBlock) rotate(rotated + b);
   encode_blocks<Int4Code, kStochastic>(rotated, counts, random, wire);
 }
 
-template <bool kAdd>
-void decode_rotated(float* tile, const uint8_t* wire) {
+void decode_rotated(float* to, const float* from, const uint8_t* wire) {
   using C = Int4Code;
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
@@ -274,29 +398,40 @@ void decode_rotated(float* tile, const uint8_t* wire) {
   unpack_nibbles(codes, wire + kBlocks * sizeof(C::Scale));
   alignas(64) int16_t sums[kElements];
   for (int i = 0; i < kElements; ++i) sums[i] = static_cast<int16_t>(C::integer(codes[i]));
+  for (int b = 0; b < kBlocks; ++b) rotate(sums + b * C::kBlock);
   for (int b = 0; b < kBlocks; ++b) {
-    rotate(sums + b * C::kBlock);
     const float s = C::value(scales[b].value);
-    for (int i = b * C::kBlock; i < (b + 1) * C::kBlock; ++i) {
-      const float value = Hadamard::decode(sums[i], s);
-      tile[i] = kAdd ? tile[i] + value : value;
-    }
+    const int16_t* x = sums + b * C::kBlock;
+    sum_each(to + b * C::kBlock, from ? from + b * C::kBlock : nullptr, C::kBlock,
+             [=](size_t i) PYCOMM_LAMBDA { return Hadamard::decode(x[i], s); });
   }
 }
 
 // ---- error feedback ----
 
-void add_residual(float* tile, const float* e, size_t n, float k) {
-  const auto* from = in<float>(e);
+void add_residual(float* to, const float* x, const float* e, size_t n, float k) {
+  auto* v = out<float>(to);
+  const auto* value = in<float>(x);
+  const auto* residual = in<float>(e);
   PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) tile[i] += k * from[i].value;
+  for (size_t i = 0; i < n; ++i) v[i].value = value[i].value + k * residual[i].value;
+}
+
+template <bool kDivide>
+void keep_residual_of(float* next, const float* v, const float* decoded, const float* e, size_t n, float k) {
+  auto* to = out<float>(next);
+  const auto* value = in<float>(v);
+  const auto* sent = in<float>(decoded);
+  const auto* before = in<float>(e);
+  PYCOMM_INDEPENDENT
+  for (size_t i = 0; i < n; ++i) {
+    to[i].value = next_residual(value[i].value, sent[i].value, before[i].value, kDivide ? k : 1);
+  }
 }
 
 void keep_residual(float* next, const float* v, const float* decoded, const float* e, size_t n, float k) {
-  const auto* from = in<float>(e);
-  auto* to = out<float>(next);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) to[i].value = next_residual(v[i], decoded[i], from[i].value, k);
+  if (k == 1) return keep_residual_of<false>(next, v, decoded, e, n, k);
+  keep_residual_of<true>(next, v, decoded, e, n, k);
 }
 
 // ---- shared_int ----
@@ -319,8 +454,9 @@ void shared_encode(const float* tile, const float* amax, int32_t limit, const ui
       continue;
     }
     const float* x = tile + b * kShared;
+    const float factor = inverse(s);
     const uint8_t* r = random + b * kShared;
-    for (int i = 0; i < kShared; ++i) to[i] = code.encode(x[i], s, r[i]);
+    for (int i = 0; i < kShared; ++i) to[i] = code.encode(x[i] * factor, r[i]);
   }
 }
 
@@ -360,11 +496,14 @@ void shared_widen(int32_t* q, int width, const void* from, size_t n) {
 }  // namespace
 
 #define PYCOMM_BLOCKS(...) {encode_blocks<__VA_ARGS__, false>, encode_blocks<__VA_ARGS__, true>}
-#define PYCOMM_DECODES(...) {decode_blocks<__VA_ARGS__, false>, decode_blocks<__VA_ARGS__, true>}
 const CodecKernels codec_kernels = {
-    .load = load,
+    .sum_load = sum_load,
+    .sum = sum,
+    .sum_decode = {decode_plain<Float16Code>, decode_plain<BFloat16Code>, decode_blocks<Float8E4M3Code>,
+                   decode_blocks<Float8E5M2Code>, decode_blocks<Mxfp8Code<false>>,
+                   decode_blocks<Mxfp8Code<true>>, decode_blocks<Int8Code>, decode_blocks<Int4Code>,
+                   decode_rotated, decode_sign},
     .store = store,
-    .add = add,
     .divide = divide,
     .random = random,
     .encode = {{encode_plain<Float16Code, false>, encode_plain<Float16Code, true>},
@@ -377,16 +516,6 @@ const CodecKernels codec_kernels = {
                PYCOMM_BLOCKS(Int4Code),
                {encode_rotated<false>, encode_rotated<true>},
                {encode_sign, encode_sign}},
-    .decode = {{decode_plain<Float16Code, false>, decode_plain<Float16Code, true>},
-               {decode_plain<BFloat16Code, false>, decode_plain<BFloat16Code, true>},
-               PYCOMM_DECODES(Float8E4M3Code),
-               PYCOMM_DECODES(Float8E5M2Code),
-               PYCOMM_DECODES(Mxfp8Code<false>),
-               PYCOMM_DECODES(Mxfp8Code<true>),
-               PYCOMM_DECODES(Int8Code),
-               PYCOMM_DECODES(Int4Code),
-               {decode_rotated<false>, decode_rotated<true>},
-               {decode_sign<false>, decode_sign<true>}},
     .add_residual = add_residual,
     .keep_residual = keep_residual,
     .shared_amax = shared_amax,

@@ -1,6 +1,8 @@
-// The codecs' inner loops, over one tile of kTile elements in the first-level cache. Float tiles and wire
-// tiles are the caller's own, whole and aligned to cache lines; what is short is filled up with zeros, which
-// are zeros on the wire as well. Other pointers are the user's, of any alignment.
+// The codecs' inner loops, over one tile of kTile elements in the first-level cache.
+//
+// Floats and wire tiles lie at any address; what is short of a tile is the caller's to fill up, with zeros,
+// which are zeros on the wire as well. `sum` kernels make to = from + what they read, NaN canonical; null
+// `from`: without it. `to` may be `from`.
 #pragma once
 
 #include <cstddef>
@@ -25,20 +27,21 @@ enum class TileCode : uint8_t {
 inline constexpr int kNumTileCodes = 10;
 
 struct CodecKernels {
-  // tile = x * prescale, or tile += x * prescale; x is float32, float16 or bfloat16
-  void (*load)(float* tile, const void* x, DType dtype, size_t n, float prescale, bool add);
-  void (*store)(void* x, DType dtype, const float* tile, size_t n);  // rounds once, NaN is canonical
-  void (*add)(float* tile, const float* other);                      // tile += other
-  void (*divide)(float* tile, float divisor);
+  // x * prescale; n elements of float32, float16 or bfloat16, zeros after them
+  void (*sum_load)(float* to, const float* from, const void* x, DType dtype, size_t n, float prescale);
+  void (*sum)(float* to, const float* from, const float* x);
+  void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire);
+
+  void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical
+  void (*divide)(float* to, const float* from, float divisor);
 
   // 16 bytes for each counter from `first` on
   void (*random)(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream);
-  // counts: the elements that each kSegmentAlign of the tile has
-  void (*encode[kNumTileCodes][2])(const float* tile, const int32_t* counts, const uint8_t* random,
+  // [1] stochastic; counts: the elements that each kSegmentAlign of the tile has
+  void (*encode[kNumTileCodes][2])(const float* x, const int32_t* counts, const uint8_t* random,
                                    uint8_t* wire);
-  void (*decode[kNumTileCodes][2])(float* tile, const uint8_t* wire);  // [1]: tile +=
 
-  void (*add_residual)(float* tile, const float* e, size_t n, float k);  // v = x + k e
+  void (*add_residual)(float* to, const float* x, const float* e, size_t n, float k);  // v = x + k e
   void (*keep_residual)(float* next, const float* v, const float* decoded, const float* e, size_t n, float k);
 
   // shared_int, in blocks of kSharedBlock

@@ -1,0 +1,137 @@
+"""Pack and unpack of real models' tensors, beside torch's ways."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pycomm import _native
+from pycomm.bench import shapes
+from pycomm.bench.kernels import Call, Case, Device
+from pycomm.bench.workers.data import Array, plain
+from pycomm.bucket import Bucket
+
+SCALE = 0.125
+CASTS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+
+
+def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
+    for model in workloads:
+        yield from _cases_of(model)
+
+
+def _cases_of(model: str) -> Iterator[Case]:
+    tensors = [numbers(parameter.count, i) for i, parameter in enumerate(shapes.parameters(model))]
+    outs = [plain(x.size, x.dtype) for x in tensors]
+    for dtype in CASTS:
+        bucket = Bucket(tensors, dtype)
+        bucket.pack()  # so that there is something to unpack
+        torch = TorchWays(bucket, outs) if importlib.util.find_spec("torch") else None
+        elements = sum(x.size for x in tensors)
+        moved = elements * (4 + _native.packable_dtype(dtype)[1])
+
+        def case(kernel: str, run: Call, rivals: dict[str, Call], moved: int = moved) -> Case:
+            return Case("pack", kernel, model, moved, run, rivals)
+
+        pack = _without_statistics(_native.pack, bucket, tensors)
+        unpack = _without_statistics(_native.unpack, bucket, outs)
+        to, back = f"float32 to {dtype}", f"{dtype} to float32"
+        yield case(f"pack {to}", pack, torch.pack() if torch else {})
+        yield case(f"pack {to}, scale", partial(pack, scale=SCALE), {})
+        rivals = torch.pack_scale_norm() if torch else {}
+        yield case(f"pack {to}, scale, statistics", partial(bucket.pack, SCALE), rivals)
+        yield case(f"unpack {back}", unpack, torch.unpack() if torch else {})
+        rivals = torch.unpack_scale() if torch else {}
+        yield case(f"unpack {back}, scale", partial(unpack, scale=SCALE), rivals)
+
+
+def numbers(count: int, seed: int) -> Array:
+    """Such as every type holds, in memory as pycomm bench has it."""
+    x = plain(count, np.dtype(np.float32))
+    x[:] = np.random.default_rng(seed).standard_normal(count, np.float32)
+    return x
+
+
+def _without_statistics(native: Callable[..., Any], bucket: Bucket, tensors: list[Array]) -> partial[object]:
+    places = [segment.begin for segment in bucket.segments]
+    counts = [segment.end - segment.begin for segment in bucket.segments]
+    return partial(native, bucket.data, tensors, places, counts, stats=False)
+
+
+class TorchWays:
+    """torch's ways to do what a bucket does, on the same memory and one thread."""
+
+    def __init__(self, bucket: Bucket, outs: list[Array]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.torch = torch
+        self.tensors = [torch.from_numpy(x) for x in bucket.tensors]
+        self.outs = [torch.from_numpy(x) for x in outs]
+        name = _native.describe_packable(bucket.data, "data")[0]
+        self.dtype = getattr(torch, name)
+        self.flat = torch.from_numpy(bucket.data.view(np.uint8)).view(self.dtype)
+        self.views = [self.flat[segment.begin : segment.end] for segment in bucket.segments]
+        self.tight = torch.empty(sum(x.numel() for x in self.tensors), dtype=self.dtype)  # as cat leaves it
+        self.eight_bits = self.flat.element_size() == 1  # for which torch has copies alone
+
+    def pack(self) -> dict[str, Call]:
+        torch = self.torch
+        found: dict[str, Call] = {"_foreach_copy_": lambda: torch._foreach_copy_(self.views, self.tensors)}
+        if self.dtype == torch.float32:
+            found["cat"] = lambda: torch.cat(self.tensors, out=self.tight)
+        else:
+            found["_flatten_dense_tensors, to"] = self._flatten
+            found["cat, copy_"] = lambda: self.tight.copy_(torch.cat(self.tensors))
+        return found
+
+    def pack_scale_norm(self) -> dict[str, Call]:
+        torch = self.torch
+
+        def copy_scale_norm() -> object:
+            torch._foreach_copy_(self.views, self.tensors)
+            self.flat.mul_(SCALE)
+            return torch.linalg.vector_norm(self.flat, dtype=torch.float32)
+
+        def copy_scale_foreach_norm() -> object:
+            torch._foreach_copy_(self.views, self.tensors)
+            self.flat.mul_(SCALE)
+            return torch.stack(torch._foreach_norm(self.tensors)).norm() * SCALE
+
+        def scale_copy_norm() -> object:
+            scaled = torch._foreach_mul(self.tensors, SCALE)
+            torch._foreach_copy_(self.views, scaled)
+            return torch.stack(torch._foreach_norm(scaled)).norm()
+
+        def flatten_scale_norm() -> object:
+            flat = torch._utils._flatten_dense_tensors(self.tensors).mul_(SCALE)
+            self.tight.copy_(flat)
+            return flat.norm()
+
+        found: dict[str, Call] = {
+            "_foreach_mul, _foreach_copy_, _foreach_norm": scale_copy_norm,
+            "_flatten_dense_tensors, mul_, copy_, norm": flatten_scale_norm,
+        }
+        if not self.eight_bits:
+            found["_foreach_copy_, mul_, vector_norm"] = copy_scale_norm
+            found["_foreach_copy_, mul_, _foreach_norm"] = copy_scale_foreach_norm
+        return found
+
+    def unpack(self) -> dict[str, Call]:
+        return {"_foreach_copy_": lambda: self.torch._foreach_copy_(self.outs, self.views)}
+
+    def unpack_scale(self) -> dict[str, Call]:
+        torch = self.torch
+
+        def copy_scale() -> object:
+            torch._foreach_copy_(self.outs, self.views)
+            return torch._foreach_mul_(self.outs, SCALE)
+
+        return {"_foreach_copy_, _foreach_mul_": copy_scale}
+
+    def _flatten(self) -> object:
+        return self.torch._utils._flatten_dense_tensors(self.tensors).to(self.dtype)

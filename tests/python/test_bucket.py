@@ -1,0 +1,375 @@
+"""Buckets against NumPy in float64, and what they refuse."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pycomm
+from pycomm import Bucket, Communicator, _native
+from pycomm.bench import shapes
+from pycomm.bucket import segment_ids
+
+Ranks = Callable[..., list[Any]]
+Array = np.ndarray[Any, Any]
+
+DTYPES = [
+    np.dtype(t)
+    for t in (
+        np.float32,
+        np.float16,
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e5m2,
+    )
+]
+NAN = {
+    "float32": 0x7FC00000,
+    "float16": 0x7E00,
+    "bfloat16": 0x7FC0,
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7E,
+}
+ISAS = _native.available_isas()
+
+
+def codes(x: Array) -> Array:
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def any_bits(dtype: np.dtype[Any], count: int, seed: int) -> Array:
+    return np.frombuffer(np.random.default_rng(seed).bytes(count * dtype.itemsize), dtype).copy()
+
+
+def ordinary(dtype: np.dtype[Any], count: int, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(count) * 2.0 ** rng.integers(-6, 4, count)).astype(dtype)
+
+
+def scaled(x: Array, scale: float) -> Array:
+    """The float32 values before they are rounded to the bucket's type; their product is exact in float64."""
+    with np.errstate(all="ignore"):
+        return (x.astype(np.float64) * np.float64(np.float32(scale))).astype(np.float32)
+
+
+def cast(x: Array, dtype: np.dtype[Any], scale: float) -> Array:
+    if x.dtype == dtype and scale == 1:
+        return x
+    with np.errstate(all="ignore"):
+        result = scaled(x, scale).astype(dtype)
+    bits = codes(result)
+    bits[np.isnan(result.astype(np.float32))] = NAN[dtype.name]
+    return bits.view(dtype)
+
+
+def same_bits(got: Array, want: Array) -> None:
+    assert got.dtype == want.dtype and got.shape == want.shape
+    wrong = np.flatnonzero(codes(got).ravel() != codes(want).ravel())
+    assert wrong.size == 0, (wrong[:5], got.ravel()[wrong[:5]], want.ravel()[wrong[:5]])
+
+
+def check_stats(stats: pycomm.Stats, inputs: list[Array], outputs: list[Array], scale: float) -> None:
+    values = np.concatenate([scaled(x, scale).ravel() for x in inputs]).astype(np.float64)
+    values = np.abs(values[~np.isnan(values)])
+    written = np.concatenate([y.astype(np.float32).ravel() for y in outputs])
+    assert stats.nans == np.isnan(written).sum()
+    assert stats.infs == np.isinf(written).sum()
+    assert stats.max_abs == values.max(initial=0)
+    assert stats.finite == bool(np.isfinite(written).all())
+    want = math.fsum(values * values) if np.isfinite(values).all() else math.inf
+    assert stats.sum_squares == pytest.approx(want, rel=1e-13)
+    assert stats.norm == pytest.approx(math.sqrt(want), rel=1e-13)
+
+
+@pytest.mark.parametrize(("source", "target"), [*itertools.product(DTYPES, DTYPES)], ids=str)
+def test_every_pair_of_types(source: np.dtype[Any], target: np.dtype[Any]) -> None:
+    inputs = [any_bits(source, 4099, 1), np.zeros((0, 3), source), ordinary(source, 1000, 2).reshape(10, 100)]
+    for scale in (1.0, 0.37, -300.0):
+        tensors = [x.copy() for x in inputs]
+        bucket = Bucket(tensors, target)
+        stats = bucket.pack(scale)
+        want = [cast(x, target, scale) for x in inputs]
+        for view, expected in zip(bucket.views, want, strict=True):
+            same_bits(view, expected)
+        check_stats(stats, inputs, want, scale)
+        back = bucket.unpack(1 / scale)
+        returned = [cast(x, source, 1 / scale) for x in want]
+        for x, expected in zip(tensors, returned, strict=True):
+            same_bits(x, expected)
+        check_stats(back, want, returned, 1 / scale)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_list_of_tensors(data: st.DataObject) -> None:
+    """Lengths, alignments, types, scales and instruction sets as they come."""
+    count = st.integers(0, 4099) | st.sampled_from([0, 1, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 2048])
+    lengths = data.draw(st.lists(count, min_size=1, max_size=9))
+    target = data.draw(st.sampled_from(DTYPES))
+    scale = data.draw(
+        st.sampled_from([1.0, 0.5, 1e-3, -0.0]) | st.floats(width=32, allow_nan=False, allow_infinity=False)
+    )
+    inputs, tensors = [], []
+    for i, length in enumerate(lengths):
+        dtype = data.draw(st.sampled_from(DTYPES))
+        make = data.draw(st.sampled_from([any_bits, ordinary]))
+        misplaced = data.draw(st.integers(0, 63))
+        memory = np.zeros(length * dtype.itemsize + misplaced, np.uint8)
+        tensor = memory[misplaced:].view(dtype)
+        tensor[:] = make(dtype, length, i)
+        tensors.append(tensor)
+        inputs.append(tensor.copy())
+    bucket = Bucket(tensors, target)
+    offsets = [segment.begin for segment in bucket.segments]
+    want = [cast(x, target, scale) for x in inputs]
+    found = set()
+    for isa in ISAS:
+        codes(bucket.data)[:] = 0
+        found.add(_native.pack(bucket.data, tensors, offsets, lengths, scale, isa=isa))
+        for view, expected in zip(bucket.views, want, strict=True):
+            same_bits(view, expected)
+        rest = codes(bucket.data).copy()
+        for segment in bucket.segments:
+            rest[segment.begin : segment.end] = 0
+        assert not rest.any()  # what lies between stays zero
+    assert len({repr(stats) for stats in found}) == 1
+    check_stats(bucket.pack(scale), inputs, want, scale)
+    returned = [cast(y, x.dtype, scale) for x, y in zip(inputs, want, strict=True)]
+    found = set()
+    for isa in ISAS:
+        found.add(repr(_native.unpack(bucket.data, tensors, offsets, lengths, scale, isa=isa)))
+        for x, expected in zip(tensors, returned, strict=True):
+            same_bits(x, expected)
+    assert len(found) == 1
+
+
+def test_special_values() -> None:
+    special = np.array(
+        [
+            0.0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            1e-45,
+            -1e-40,
+            65504,
+            65520,
+            3.4e38,
+            448,
+            464,
+            465,
+            2**-24,
+            2**-25,
+        ],
+        np.float32,
+    )
+    payload = np.array([0x7FC00001, 0xFFC12345, 0x7F800001], np.uint32).view(np.float32)
+    x = np.concatenate([special, payload])
+    for dtype in DTYPES:
+        bucket = Bucket([x], dtype)
+        stats = bucket.pack()
+        same_bits(bucket.views[0], cast(x, dtype, 1))
+        check_stats(stats, [x], [bucket.views[0]], 1)
+    assert codes(Bucket([x]).data).size == 256
+
+
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_the_workloads_are_the_models(model: str) -> None:
+    """Their parameters, counted once more from what the papers say."""
+    found = shapes.parameters(model)
+    if model == "resnet50":
+        total, tensors, width = 64 * 3 * 49 + 2 * 64, 3, 64
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            inner = 64 << stage
+            outer = 4 * inner
+            for block in range(blocks):
+                total += inner * width + 9 * inner * inner + outer * inner + 2 * (inner + inner + outer)
+                tensors += 9
+                if block == 0:
+                    total += outer * width + 2 * outer
+                    tensors += 3
+                width = outer
+        total += 1000 * 2048 + 1000
+        tensors += 2
+        assert (tensors, round(total / 1e6, 1)) == (161, 25.6)
+    else:
+        d, layers = 768, 12
+        total = (50257 + 1024) * d + layers * (12 * d * d + 13 * d) + 2 * d
+        tensors = 2 + 12 * layers + 2
+        assert (tensors, round(total / 1e6)) == (148, 124)
+    assert len(found) == tensors
+    assert sum(parameter.count for parameter in found) == total
+    assert len({parameter.name for parameter in found}) == tensors
+
+
+def test_a_model_goes_through() -> None:
+    parameters = shapes.parameters("resnet50")
+    rng = np.random.default_rng(0)
+    tensors = [rng.standard_normal(p.shape, np.float32) for p in parameters]
+    bucket = Bucket(tensors, "bfloat16", names=[p.name for p in parameters])
+    stats = bucket.pack(0.125)
+    copies = [x.copy() for x in tensors]
+    for x, view in zip(tensors, bucket.views, strict=True):
+        same_bits(view, cast(x, view.dtype, 0.125))
+    check_stats(stats, tensors, list(bucket.views), 0.125)
+    bucket.unpack(8)
+    for x, copy in zip(tensors, copies, strict=True):
+        assert np.allclose(x, copy, rtol=2**-8, atol=0)
+
+
+def test_layout() -> None:
+    bucket = Bucket([np.ones(256, "f"), np.ones(257, "f"), np.ones(0, "f"), np.ones((), "f")])
+    assert [(s.begin, s.end) for s in bucket.segments] == [(0, 256), (256, 513), (768, 768), (768, 769)]
+    assert bucket.data.shape == (1024,) and bucket.data.ctypes.data % 64 == 0
+    assert bucket.names == ("0", "1", "2", "3")
+    assert [view.shape for view in bucket.views] == [(256,), (257,), (0,), ()]
+    assert all(np.shares_memory(view, bucket.data) for view in bucket.views if view.size)
+    assert len(bucket) == 4
+    assert not bucket.data.any()
+    bucket.pack()
+    assert bucket.data.sum() == 256 + 257 + 1
+
+
+def test_ids_depend_on_names_alone() -> None:
+    names = [p.name for p in shapes.parameters("gpt2_small")]
+    ids = segment_ids(names)
+    assert len(set(ids)) == len(ids) and all(0 <= i < 1 << 24 for i in ids)
+    alone = [segment_ids([name])[0] for name in names]
+    assert alone == ids  # none of these collide
+    assert segment_ids(names[::-1]) == ids[::-1]
+    assert segment_ids(["wte.weight"]) == [int.from_bytes(_blake(b"wte.weight"), "big") >> 40]
+
+
+def _blake(name: bytes) -> bytes:
+    import hashlib
+
+    return hashlib.blake2b(name, digest_size=8).digest()
+
+
+def test_ids_that_collide_are_told_apart() -> None:
+    seen: dict[int, str] = {}
+    for i in itertools.count():  # a pair is found after some thousands
+        first = seen.setdefault(segment_ids([str(i)])[0], str(i))
+        if first != str(i):
+            break
+    one, other = segment_ids([first, str(i)])
+    assert other == (one + 1) % (1 << 24)
+    assert segment_ids([str(i), first]) == [one, other]
+
+
+def test_tensors_that_are_their_views() -> None:
+    inputs = [ordinary(np.dtype(np.float32), n, n) for n in (700, 3)]
+    bucket = Bucket(inputs)
+    first = bucket.pack()
+    bucket.tensors = bucket.views
+    assert bucket.pack() == first == bucket.unpack()
+    for x, view in zip(inputs, bucket.views, strict=True):
+        same_bits(view, x)
+    bucket.pack(2)
+    for x, view in zip(inputs, bucket.views, strict=True):
+        same_bits(view, 2 * x)
+    with pytest.raises(ValueError, match=r"tensors\[1\].*not where its view is"):
+        _native.pack(bucket.data, [inputs[0], bucket.data[:3]], [0, 768], [700, 3])
+    with pytest.raises(ValueError, match=r"tensors\[0\].*shape \(3,\)"):
+        bucket.tensors = bucket.views[::-1]
+    with pytest.raises(ValueError, match="1 tensors where the bucket has 2"):
+        bucket.tensors = bucket.views[:1]
+
+
+def test_what_is_refused() -> None:
+    f, h = np.ones(3, "f"), np.ones(3, np.float16)
+    cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (TypeError, "float32, float16: say with dtype=", lambda: Bucket([f, h])),
+        (ValueError, "empty: say with dtype=", lambda: Bucket([])),
+        (TypeError, r"`tensors\[1\]` is int32: buckets hold float32", lambda: Bucket([f, np.ones(3, "i4")])),
+        (TypeError, r"`tensors\[0\]` is float64", lambda: Bucket([np.ones(3)])),
+        (TypeError, "`dtype` is int8", lambda: Bucket([f], "int8")),
+        (TypeError, "float31", lambda: Bucket([f], "float31")),
+        (ValueError, r"`tensors\[0\]` is not contiguous", lambda: Bucket([np.ones((4, 4), "f").T])),
+        (TypeError, r"`tensors\[0\]` is a str", lambda: Bucket(["x"])),
+        (TypeError, "pass a list", lambda: Bucket(f)),
+        (ValueError, "2 names for 1", lambda: Bucket([f], names=["a", "b"])),
+        (ValueError, "'a' twice", lambda: Bucket([f, f], names=["a", "a"])),
+        (TypeError, "names are strings", lambda: Bucket([f], names=[1])),  # type: ignore[list-item]
+        (TypeError, "pass a list of strings", lambda: Bucket([f], names="a")),
+        (ValueError, "`scale` is inf", lambda: Bucket([f]).pack(math.inf)),
+        (ValueError, "`scale` is 1e\\+39", lambda: Bucket([f]).unpack(1e39)),
+        (ValueError, "overlap", lambda: Bucket([f, f[1:]]).unpack()),
+    ]
+    for kind, match, call in cases:
+        with pytest.raises(kind, match=match):
+            call()
+    frozen = f.copy()
+    frozen.flags.writeable = False
+    bucket = Bucket([f, frozen])
+    bucket.pack()
+    f[:] = 7
+    with pytest.raises(ValueError, match=r"`tensors\[1\]` is read-only"):
+        bucket.unpack()
+    assert (f == 7).all()  # nothing has moved
+    bucket = Bucket([f])
+    f.resize(5, refcheck=False)
+    with pytest.raises(ValueError, match="5 elements where the bucket has 3"):
+        bucket.pack()
+    assert Bucket([], "float16").pack() == (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="avx3"):
+        _native.pack(bucket.data, [], [], [], isa="avx3")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_collectives_take_buckets(ranks: Ranks, symmetric: bool) -> None:
+    def fn(comm: Communicator) -> None:
+        tensors = [np.full(1000, comm.rank + 1, "f"), np.full((3, 5), 2 * comm.rank, "f"), np.zeros(0, "f")]
+        bucket = Bucket(tensors, "bfloat16", comm if symmetric else None)
+        stats = bucket.pack(0.5)
+        assert stats.max_abs == max(comm.rank, (comm.rank + 1) / 2)
+        assert comm.all_reduce(bucket) is bucket
+        bucket.unpack(2)
+        n = comm.size
+        assert (tensors[0] == n * (n + 1) / 2).all() and (tensors[1] == n * (n - 1)).all()
+        work = comm.all_reduce(bucket, op="avg", async_op=True)
+        assert work.result() is bucket
+        assert comm.broadcast(bucket, root=1) is bucket
+        part = comm.reduce_scatter(bucket.data[: 256 * n])
+        assert part.size == 256
+
+    ranks(fn, 2)
+
+
+def test_symmetric_buckets_of_different_sizes(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        with pytest.raises(ValueError, match="rank . asked for"):
+            Bucket([np.zeros(300 * (comm.rank + 1), "f")], comm=comm)
+        assert comm.all_reduce(np.ones(1)) == [2]
+
+    ranks(fn, 2)
+
+
+def test_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    for name in ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        dtype = getattr(torch, name)
+        tensors = [torch.randn(300).to(dtype), torch.ones(4, 7).to(dtype)]
+        kept = [x.clone() for x in tensors]
+        bucket = Bucket(tensors)
+        bucket.pack()
+        assert isinstance(bucket.data, torch.Tensor) and bucket.data.dtype == dtype
+        for x, view in zip(tensors, bucket.views, strict=True):
+            assert view.shape == x.shape and torch.equal(view.float(), x.float())
+            x.zero_()
+        bucket.unpack()
+        assert all(torch.equal(x.float(), y.float()) for x, y in zip(tensors, kept, strict=True))
+    gradients = [torch.ones(5, requires_grad=True), np.ones(3, "f")]
+    bucket = Bucket(gradients, "bfloat16")
+    bucket.pack(3)
+    assert isinstance(bucket.data, np.ndarray)
+    assert isinstance(bucket.views[0], torch.Tensor) and bucket.views[0].tolist() == [3] * 5
+    assert isinstance(bucket.views[1], np.ndarray) and bucket.views[1].tolist() == [3] * 3
+    assert Bucket([torch.ones(3)], torch.float16).data.dtype == torch.float16
