@@ -68,7 +68,7 @@ class Transcoder {
     for (begin_ = 0; begin_ < count(); begin_ += kTile) {
       n_ = std::min(count() - begin_, kTile);
       const float* v = sum(direct());
-      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + kTile);
+      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + 2 * kTile);
       if (args_.dst_format != Format::partial && args_.divisor != 1) {
         kernels_.divide(buffers_[0].x, v, static_cast<float>(args_.divisor));
         v = buffers_[0].x;
