@@ -23,6 +23,7 @@
 #include "kernels/codec.h"
 #include "kernels/combine.h"
 #include "kernels/pack.h"
+#include "kernels/topk.h"
 
 namespace pycomm::kernels::cuda {
 
@@ -45,6 +46,18 @@ Stats read_stats(const void* workspace, const Launch& launch);
 
 // codec.h
 void transcode(const TranscodeArgs& args, const Launch& launch);
+void shared_amax(DType dtype, const void* x, size_t count, float* amax, const Encoding& encoding,
+                 const Launch& launch);
+void shared_encode(DType dtype, const void* x, size_t count, const float* amax, int width, int64_t limit,
+                   uint64_t seed, const Encoding& encoding, void* q, const Launch& launch);
+void shared_decode(const void* q, size_t count, const float* amax, int width, int64_t limit, double divisor,
+                   DType dtype, void* x, const Launch& launch);
+
+// topk.h. `workspace`: device memory of topk_workspace_bytes() at a multiple of 16. A record's entries that
+// do not fit `count` elements are left out: to say so would be to wait.
+int64_t topk_workspace_bytes(size_t count);
+void topk_encode(const TopkArgs& args, void* workspace, const Launch& launch);
+void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count, const Launch& launch);
 
 // The device that the memory at `pointer` belongs to. Throws ValueError if it is not memory of a CUDA device
 // (or managed memory).

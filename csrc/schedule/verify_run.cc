@@ -273,7 +273,7 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
       base = trip % plan.slots * plan.slot_bytes;
     } else {
       const bool is_in = operand.space == Space::in;
-      if (wire) return refuse(Kind::malformed, "the caller's buffers hold no wire form");
+      if (wire) return refuse(Kind::malformed, "callers' buffers hold no wire form");
       const Placement placement = is_in ? plan.call.in : plan.call.out;
       if (operand.rank != rank && placement == Placement::plain) {
         return refuse(Kind::bounds, place(rank, operand) + " is not symmetric: other ranks cannot reach it");

@@ -1,5 +1,6 @@
 // Plans really executed, by rank threads and by processes, and compared with what the collective means.
-// Values are small integers, so that every sum is exact in every dtype and order.
+// Values are small integers, so that every sum is exact in every dtype and order, and in the codecs that are
+// used here.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -34,6 +35,9 @@ constexpr schedule::Geometry kGeometry = {.bank_bytes = 64 << 10,
                                           .stream_bytes = 20 << 10,
                                           .max_cells = kCellsPerPair,
                                           .payload_bytes = schedule::kPayloadBytes};
+// Trips of a few tiles.
+constexpr schedule::Geometry kCodecGeometry = {
+    .bank_bytes = 64 << 10, .trip_bytes = 16 << 10, .max_cells = kCellsPerPair};
 constexpr int64_t kGuard = 64;
 constexpr char kUntouched = 0x5a;
 
@@ -130,6 +134,7 @@ struct Scenario {
   Call call;
   std::string algorithm;
   int salt;
+  Coding coding;
   std::vector<std::shared_ptr<Prepared>> plans;
   int64_t in_extent = 0, out_extent = 0;  // offsets in the node's file
 
@@ -139,9 +144,10 @@ struct Scenario {
     if (call.in_place && own_slot_in(call.world.collective) && call.in == Placement::symmetric)
       call.in = Placement::plain;
     if (call.in_place && own_slot_out(call.world.collective)) call.out = Placement::plain;
+    coding.codec = call.codec;
+    const schedule::Geometry& geometry = call.coded() ? kCodecGeometry : kGeometry;
     for (int rank = 0; rank < call.world.size; ++rank) {
-      plans.push_back(
-          std::make_shared<Prepared>(schedule::make_plan(algorithm, call, kGeometry, rank), rank));
+      plans.push_back(std::make_shared<Prepared>(schedule::make_plan(algorithm, call, geometry, rank), rank));
     }
   }
   int64_t item() const { return static_cast<int64_t>(size_of(call.dtype)); }
@@ -162,7 +168,8 @@ struct Scenario {
     return algorithm + " " + name(call.world.collective) + ", " + std::to_string(call.world.size) +
            " ranks, counts " + counts + ", " + name(call.dtype) + " " + name(call.op) + ", root " +
            std::to_string(call.world.root) + ", peer " + std::to_string(call.world.peer) + ", in " +
-           placed(call.in) + ", out " + placed(call.out) + (call.in_place ? ", in place" : "");
+           placed(call.in) + ", out " + placed(call.out) + (call.in_place ? ", in place" : "") +
+           (call.coded() ? std::string(", ") + kernels::name(call.codec.kind) : "");
   }
 };
 
@@ -205,6 +212,7 @@ class Rank {
     buffers.in = in;
     buffers.out = out;
     buffers.in_distance = in_memory.distance;
+    buffers.coding = &s.coding;
 
     const Prepared& prepared = *s.plans[rank_];
     calls_->complete(prepared, buffers, policy_, 60, patience_);
@@ -399,10 +407,29 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
   }
 }
 
+// Codecs that leave integers below 256 as they are.
+void add_codec_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algorithm, int n) {
+  if (algorithm.codecs == schedule::Algorithm::Codecs::none) return;
+  const schedule::World world{.collective = algorithm.collective, .size = n};
+  for (const int64_t count : {0, 1, 1000, 3072, 20011}) {
+    for (const bool in_place : {false, true}) {
+      for (const bool uneven : {false, true}) {
+        if (uneven && schedule::num_blocks(world) == 1) continue;
+        const bool averages = (n & (n - 1)) == 0 && all.size() % 2 == 0;
+        Call call{.world = world, .counts = counts_of(world, count, uneven), .in_place = in_place};
+        if (schedule::reduces(world.collective) && averages) call.op = Op::avg;
+        call.codec.kind = all.size() % 3 == 0 ? kernels::CodecKind::fp16 : kernels::CodecKind::bf16;
+        all.emplace_back(std::move(call), algorithm.name, static_cast<int>(all.size() % 13));
+      }
+    }
+  }
+}
+
 void every_algorithm(int n, const std::function<void(int, std::vector<Scenario>&)>& run) {
   for (const schedule::Algorithm& algorithm : schedule::algorithms()) {
     std::vector<Scenario> scenarios;
     add_scenarios(scenarios, algorithm, n);
+    add_codec_scenarios(scenarios, algorithm, n);
     run(n, scenarios);
   }
 }
@@ -436,6 +463,11 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
               .in_place = in_place};
     if (in_place && !own_slot_in(world.collective) && !own_slot_out(world.collective))
       call.out = call.in == Placement::reachable ? Placement::plain : call.in;
+    if (algorithm.codecs != schedule::Algorithm::Codecs::none && draw(2) == 0) {
+      call.codec.kind = kernels::CodecKind::bf16;
+      call.dtype = DType::float32;
+      call.in = call.out = Placement::plain;
+    }
     all.emplace_back(std::move(call), algorithm.name, static_cast<int>(draw(13)));
   }
   return all;

@@ -472,6 +472,19 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
     try_mutants({&plan}, 0, balanced, trial.every, tally);
     CHECK(tally.wrong > wrong + 20);
   }
+  // Between plain calls on the same windows; both ways.
+  Geometry geometry;
+  geometry.bank_bytes = 64 << 10;
+  Call gather{
+      .world = {.collective = Collective::all_gather, .size = 2}, .dtype = DType::float16, .counts = {3, 5}};
+  gather.codec.kind = kernels::CodecKind::sign;
+  const Call broadcast{
+      .world = {.collective = Collective::broadcast, .size = 2}, .dtype = DType::float16, .counts = {40}};
+  const Plan coded = make_plan("direct", gather, geometry), plain = make_plan("direct", broadcast, geometry);
+  for (size_t target : {0, 1}) {
+    try_mutants({&coded, &plain, &coded}, target, true, 2, tally);
+    try_mutants({&plain, &coded, &plain}, target, true, 2, tally);
+  }
   tally.print("codecs");
   CHECK(tally.wrong > 1500);
   CHECK_EQ(tally.rejected, tally.wrong);

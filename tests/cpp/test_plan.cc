@@ -60,6 +60,8 @@ TEST(calls_are_equal_in_all_that_a_plan_depends_on) {
   CHECK(differs([](Call& c) { c.in_place = true; }));
   CHECK(differs([](Call& c) { c.prescale = 0.5; }));
   CHECK(differs([](Call& c) { c.deterministic = true; }));
+  CHECK(differs([](Call& c) { c.codec.kind = kernels::CodecKind::int8; }));
+  CHECK(differs([](Call& c) { c.codec.rounding = kernels::Rounding::stochastic; }));
 }
 
 TEST(steps_are_told_in_words) {

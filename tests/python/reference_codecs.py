@@ -7,6 +7,7 @@ rotation's for int4), float64 says what the bits must be near to.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,7 +123,9 @@ def block_scales(codec: Any, amax: Array) -> Array:
         _, exponent = np.frexp(amax)
         exponent = exponent - 1 - 8
         if codec.ceil_scale:
-            exponent = np.where(amax.astype(np.float64) > 448 * np.ldexp(1.0, exponent), exponent + 1, exponent)
+            exponent = np.where(
+                amax.astype(np.float64) > 448 * np.ldexp(1.0, exponent), exponent + 1, exponent
+            )
         exponent = np.minimum(exponent, 119)  # 448 * 2^119 is finite
         return np.where((amax == 0) | (exponent < -126), 0, np.ldexp(1.0, exponent)).astype(F32)
     scales = amax / top
@@ -137,11 +140,11 @@ def block_scales(codec: Any, amax: Array) -> Array:
 
 
 def hadamard(blocks: Array) -> Array:
-    """Rows of 32 rotated by Sylvester's matrix over sqrt(32), in float64: its own inverse."""
+    """Rows of 32 times Sylvester's matrix, in float64: twice that is 32 times the rows."""
     matrix = np.ones((1, 1))
     while len(matrix) < 32:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    rotated: Array = blocks.astype(np.float64) @ matrix / np.sqrt(32.0)
+    rotated: Array = blocks.astype(np.float64) @ matrix
     return rotated
 
 
@@ -187,7 +190,9 @@ def encode(
         if kind in ("fp16", "bf16"):
             passed = np.where(np.isnan(v), NAN, v).astype(TYPE[kind])
             finite = np.where(np.isfinite(v), v, 0).astype(F32)
-            codes = np.where(np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed)
+            codes = np.where(
+                np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed
+            )
             words, decoded = codes.view(np.uint16), codes.astype(F32)
             scales: Array = np.zeros(0, F32)
         else:
@@ -208,7 +213,7 @@ def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) ->
         scales = np.where(scales < MIN_NORMAL, F32(0), scales)
         negative = (blocks < 0) & (scales[:, None] > 0)
         return scales, negative, np.where(negative, -scales[:, None], scales[:, None])
-    rotated = hadamard(blocks).astype(F32) if codec.hadamard else blocks
+    rotated = (hadamard(blocks) / 32).astype(F32) if codec.hadamard else blocks
     scales = block_scales(codec, np.abs(rotated).max(axis=1))
     zero = scales == 0
     y = np.where(zero[:, None], F32(0), rotated / np.where(zero, F32(1), scales)[:, None]).astype(F32)
@@ -367,9 +372,7 @@ def shared_int(
 # ---- routes: what the collectives make of it ----
 
 
-def two_shot(
-    codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None
-) -> Array:
+def two_shot(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None) -> Array:
     """The average: chunks' owners sum what the others encoded, and encode the average once.
 
     `feedback`, of a residual for each rank, is updated in place: in units of the sum.
@@ -388,7 +391,14 @@ def two_shot(
             total = total + sent.decoded
         e = None if feedback is None else feedback[owner][chunk]
         sent = encode(
-            codec, total / F32(n), step=step, stage=1, rank=owner, index=chunk.start, residual=e, residual_scale=1 / n
+            codec,
+            total / F32(n),
+            step=step,
+            stage=1,
+            rank=owner,
+            index=chunk.start,
+            residual=e,
+            residual_scale=1 / n,
         )
         if feedback is not None:
             feedback[owner][chunk] = sent.next_residual
@@ -427,7 +437,7 @@ def ring(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array
 def chunks(count: int, n: int) -> list[slice]:
     tiles = -(-count // TILE)
     edges = [min(tiles * rank // n * TILE, count) for rank in range(n + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def vnmse(got: Array, exact: Array) -> float:

@@ -37,6 +37,14 @@ using Floats = VectorOf<float, kWidth>::type;
 using Halves = VectorOf<float, kWidth / 2>::type;
 using Doubles = VectorOf<double, kWidth / 2>::type;
 
+// For the operators of ops.h.
+template <>
+struct Bits<Floats> {
+  using type = Words;
+};
+template <>
+inline constexpr bool kIsFloat<Floats> = true;
+
 template <>
 struct Lane<Words> {
   PYCOMM_INLINE static Floats to_float(Words bits) { return __builtin_bit_cast(Floats, bits); }
@@ -113,39 +121,57 @@ PYCOMM_INLINE void encode(void* to, Floats x, F) {
   narrow(to, F::encode_word(Lane<Words>::to_bits(x)), typename F::Raw{});
 }
 
+PYCOMM_INLINE Floats decode(const void* from, Plain<float>) { return load<Floats>(from); }
+PYCOMM_INLINE void encode(void* to, Floats x, Plain<float>) { store(to, x); }
 PYCOMM_INLINE Floats decode(const void* from, Wide<float>) { return load<Floats>(from); }
 PYCOMM_INLINE void encode(void* to, Floats x, Wide<float>) {
   store(to, x == x ? x : Lane<Words>::to_float(fill<Words>(kFloatNan)));
 }
 
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 
-// A NaN comes quiet, and keeps its sign without its payload: as Float16::decode has it.
-PYCOMM_INLINE Floats decode(const void* from, Float16) {
-  const __m512 x = _mm512_cvtph_ps(load<__m256i>(from));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i bits = _mm512_castps_si512(x);
-  return __builtin_bit_cast(Floats, _mm512_mask_and_epi32(bits, nan, bits, _mm512_set1_epi32(~0x3fffff)));
+// The processor's own float16, of which float8_e5m2 is the upper half.
+#if defined(__AVX512F__)
+using HalfCodes = __m256i;
+PYCOMM_INLINE HalfCodes upper_halves(const void* bytes) {
+  return _mm256_slli_epi16(_mm256_cvtepu8_epi16(load<__m128i>(bytes)), 8);
 }
+PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm512_cvtph_ps(x)); }
+#else
+using HalfCodes = __m128i;
+PYCOMM_INLINE HalfCodes upper_halves(const void* bytes) {
+  return _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+}
+PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm256_cvtph_ps(x)); }
+#endif
+
+// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it.
+PYCOMM_INLINE Floats without_payload(Floats x) {
+  const Words bits = Lane<Words>::to_bits(x);
+  return Lane<Words>::to_float(x == x ? bits : bits & ~0x3fffffu);
+}
+
+PYCOMM_INLINE Floats decode(const void* from, Float16) {
+  return without_payload(from_halves(load<HalfCodes>(from)));
+}
+PYCOMM_INLINE Floats decode(const void* from, Float8E5M2) {
+  return without_payload(from_halves(upper_halves(from)));
+}
+
+#if defined(__AVX512F__)
 PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m256i codes = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   store(to, _mm256_mask_mov_epi16(codes, nan, _mm256_set1_epi16(0x7e00)));
 }
-
-#elif defined(__F16C__)
-
-PYCOMM_INLINE Floats decode(const void* from, Float16) {  // NaNs as above
-  const __m256 x = _mm256_cvtph_ps(load<__m128i>(from));
-  const __m256 payload = _mm256_castsi256_ps(_mm256_set1_epi32(0x3fffff));
-  return _mm256_andnot_ps(_mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), payload), x);
-}
+#else
 PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m128i narrow_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
   const __m128i codes = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   store(to, _mm_blendv_epi8(codes, _mm_set1_epi16(0x7e00), narrow_nan));
 }
+#endif
 
 #endif
 
