@@ -24,7 +24,11 @@ from pycomm import _native
 from pycomm.bench.report import machine
 from pycomm.bench.workers.data import plain
 
-FAMILIES = {"pack": "pycomm.bench.pack_cases"}
+FAMILIES = {
+    "pack": "pycomm.bench.pack_cases",
+    "codec": "pycomm.bench.codec_cases",
+    "topk": "pycomm.bench.topk_cases",
+}
 CUDA_FAMILIES = dict.fromkeys(("reduce", "pack", "codec", "topk"), "pycomm.bench.cuda_cases")
 CACHE_BYTES = 512 << 20  # more than any GPU's cache: buffers in rotation are as large together
 REPETITION_S = 0.004  # what a repetition of one turn takes at least

@@ -323,7 +323,7 @@ void unpack_bits(uint8_t* codes, const uint8_t* from) {
   PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements / 8; ++i) {
     // Bit j alone in byte j; it carries into the highest bit.
-    const uint64_t bits = (from[i] * 0x0101010101010101) & 0x8040201008040201;
+    const uint64_t bits = (uint64_t{from[i]} * 0x0101010101010101) & 0x8040201008040201;
     eights[i].value = ((bits + 0x7f7f7f7f7f7f7f7f) | bits) >> 7 & 0x0101010101010101;
   }
 }
