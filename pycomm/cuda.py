@@ -244,6 +244,20 @@ class _Call:
         return new_bytes(size, self.like, self.device or 0, self.stream)
 
 
+def _segments(segments: Sequence[tuple[int, int, int]] | None) -> list[tuple[int, int, int]]:
+    """As the codecs need them: in order, at multiples of 256, and numbered below 2^24."""
+    found = [(int(begin), int(end), int(number)) for begin, end, number in segments or ()]
+    last = 0
+    for i, (begin, end, number) in enumerate(found):
+        _require(
+            begin % _native.SEGMENT_ALIGN == 0 and last <= begin <= end and 0 <= number < 1 << 24,
+            f"`segments[{i}]` is {(begin, end, number)}: tensors follow each other, begin at multiples of "
+            f"{_native.SEGMENT_ALIGN}, and have numbers below 2^24",
+        )
+        last = end
+    return found
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -450,7 +464,7 @@ def transcode(
         stage,
         rank,
         index,
-        list(segments or ()),
+        _segments(segments),
         call.address("residual"),
         call.address("next_residual"),
         residual_scale,
@@ -504,7 +518,7 @@ def shared_amax(
         call.one("amax").count == -(-found.count // 128), "`amax` must have an element for each 128 of `x`"
     )
     encoding = call.module.Encoding(
-        segments=list(segments or ()), residual=call.address("residual"), residual_scale=residual_scale
+        segments=_segments(segments), residual=call.address("residual"), residual_scale=residual_scale
     )
     call.module.shared_amax(
         call.where, found.dtype, found.address, found.count, call.address("amax"), encoding
@@ -537,7 +551,7 @@ def shared_encode(
         0,
         rank,
         0,
-        list(segments or ()),
+        _segments(segments),
         call.address("residual"),
         call.address("next_residual"),
         residual_scale,
