@@ -186,6 +186,43 @@ TEST(windows_hold_wire_form) {
   }
 }
 
+// What crosses is what docs/algorithms.md says, in wire bytes.
+TEST(wire_bytes_cross) {
+  const struct {
+    Collective collective;
+    const char* algorithm;
+    int64_t shares;  // of n, each way together
+  } cases[] = {{Collective::all_reduce, "two_shot", 2 * 3},
+               {Collective::all_reduce, "one_shot", 4 * 3},
+               {Collective::all_reduce, "ring", 2 * 3},
+               {Collective::reduce_scatter, "direct", 3},
+               {Collective::all_gather, "direct", 3}};
+  constexpr int n = 4;
+  constexpr int64_t share = 32 * kTile;
+  for (const auto& c : cases) {
+    for (CodecKind kind : {CodecKind::bf16, CodecKind::int8, CodecKind::int4}) {
+      const bool blocks = c.collective != Collective::all_reduce;
+      const Call call =
+          call_of(find_algorithm(c.collective, c.algorithm), n, kind, blocks ? share : n * share);
+      const Plan plan = make_plan(c.algorithm, call, trips_of(call, 16));
+      for (int rank = 0; rank < n; ++rank) {
+        const Program& program = plan.programs[rank];
+        int64_t bytes = 0;
+        for (const Loop& loop : program.loops) {
+          for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
+            const Step& step = program.steps[s];
+            for (int o = step.operand; o < step.operand + step.num_dsts + step.num_srcs; ++o) {
+              const Operand& operand = program.operands[o];
+              if (operand.rank != rank) bytes += loop.trips * operand_bytes(call, operand.format, step.count);
+            }
+          }
+        }
+        CHECK_EQ(bytes, c.shares * kernels::wire_bytes(kind, share));
+      }
+    }
+  }
+}
+
 // Of two_shot's encodes: those of shown chunks in stage 0, the owner's in stage 1; each counts from where its
 // chunk is.
 TEST(encodes_know_where_they_are) {

@@ -7,6 +7,7 @@ rotation's for int4), float64 says what the bits must be near to.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -139,11 +140,11 @@ def block_scales(codec: Any, amax: Array) -> Array:
 
 
 def hadamard(blocks: Array) -> Array:
-    """Rows of 32 rotated by Sylvester's matrix over sqrt(32), in float64: its own inverse."""
+    """Rows of 32 times Sylvester's matrix, in float64: twice that is 32 times the rows."""
     matrix = np.ones((1, 1))
     while len(matrix) < 32:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    rotated: Array = blocks.astype(np.float64) @ matrix / np.sqrt(32.0)
+    rotated: Array = blocks.astype(np.float64) @ matrix
     return rotated
 
 
@@ -212,7 +213,7 @@ def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) ->
         scales = np.where(scales < MIN_NORMAL, F32(0), scales)
         negative = (blocks < 0) & (scales[:, None] > 0)
         return scales, negative, np.where(negative, -scales[:, None], scales[:, None])
-    rotated = hadamard(blocks).astype(F32) if codec.hadamard else blocks
+    rotated = (hadamard(blocks) / 32).astype(F32) if codec.hadamard else blocks
     scales = block_scales(codec, np.abs(rotated).max(axis=1))
     zero = scales == 0
     y = np.where(zero[:, None], F32(0), rotated / np.where(zero, F32(1), scales)[:, None]).astype(F32)
@@ -436,7 +437,7 @@ def ring(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array
 def chunks(count: int, n: int) -> list[slice]:
     tiles = -(-count // TILE)
     edges = [min(tiles * rank // n * TILE, count) for rank in range(n + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def vnmse(got: Array, exact: Array) -> float:

@@ -1,0 +1,193 @@
+"""Error feedback: what a codec lost is added to what is encoded next."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pycomm import _native
+
+Residual = npt.NDArray[np.float32]
+Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
+Rule = Callable[[str, tuple[int, ...]], bool]
+
+
+def one_dimensional(name: str, shape: tuple[int, ...]) -> bool:
+    """The rule that exempts biases and the gains of norms: small, and sensitive to what a codec loses."""
+    return len(shape) <= 1
+
+
+class ErrorFeedback:
+    """The residuals of one rank: what its encodes lost, kept for the next call, a parameter at a time.
+
+    Each encode of v = g + e sends Q(v) and leaves e = v - D(Q(v)), for every encode that the plan contains:
+    the ones of a rank's own values, an owner's of the average, a ring's hops. So the errors of many steps
+    cancel instead of adding up. (Seide et al., 1-bit stochastic gradient descent, Interspeech 2014;
+    Karimireddy et al., Error feedback fixes signSGD, ICML 2019.)
+
+    `exempt(name, shape)` says which tensors of a bucket or list are reduced as they are, uncompressed and
+    without a residual: by default those of at most one dimension. A rule that also spares embeddings, whose
+    rows seldom have a gradient and would be sent residuals long after: `lambda name, shape: len(shape) < 2 or
+    "embed" in name`. It is asked by all_reduce alone, and not about an array by itself, which may well be
+    many parameters laid flat.
+
+    Residuals are float32, of as many elements as the parameter, in units of the sum over ranks with the loss
+    scale divided out: set `scale` to the loss scale that the gradients of the next calls carry, whenever it
+    changes. They belong to one communicator; each rank has its own object.
+
+    A call whose result holds NaN or Inf leaves them untouched. All ranks see the same result of an
+    all_reduce, so that all decide alike; a rank of a reduce_scatter sees its own part alone, so call skip()
+    on all ranks when one of them found such a value, as for every other step that the optimizer leaves out.
+    """
+
+    scale: float
+    exempt: Rule
+
+    def __init__(self, exempt: Rule = one_dimensional) -> None:
+        self.scale = 1.0
+        self.exempt = exempt
+        self._layouts: dict[Places, Layout] = {}
+        self._where: dict[str, Layout] = {}
+        self._loaded: dict[str, Residual] = {}
+        self._round: set[str] = set()  # who was called about in this step
+        self._of_round: list[Layout] = []
+        self._comm: weakref.ref[_native.Communicator] | None = None
+
+    def skip(self) -> None:
+        """Takes the last step's changes back: for a step whose result the optimizer does not use.
+
+        A step is a round of calls in which no name comes twice. Called a second time it does nothing.
+        """
+        for layout in self._of_round:
+            layout.settle()
+            layout.take_back()
+        self._of_round.clear()
+        self._round.clear()
+
+    def state_dict(self) -> dict[str, Residual]:
+        """This rank's residuals by name, copied, 1-D. Waits for calls that are under way."""
+        for layout in self._layouts.values():
+            layout.settle()
+        found = {name: layout.part(name).copy() for name, layout in self._where.items()}
+        return {name: residual.copy() for name, residual in self._loaded.items()} | found
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Takes the place of all residuals: `state` is this rank's state_dict(), or a list of all old ranks'.
+
+        The list is for another number of ranks: each of them gets the mean over the old ones, so that the
+        mean over ranks, which is what an average still owes, stays as it was. Raises ValueError if the states
+        of a list differ in names or lengths.
+        """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        if not states:
+            raise ValueError("`state` is an empty list: pass the state_dict() of every old rank")
+        residuals: dict[str, Residual] = {}
+        for name in states[0]:
+            found = [np.asarray(each[name], np.float32).ravel() for each in states if name in each]
+            if len(found) != len(states) or len({part.size for part in found}) != 1:
+                raise ValueError(
+                    f"`state`: the old ranks' residuals of {name!r} differ in length, or some have none"
+                )
+            residuals[name] = np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
+        extra = set().union(*states) - set(residuals)
+        if extra:
+            raise ValueError(f"`state`: only some of the old ranks have a residual of {min(extra)!r}")
+        for layout in self._layouts.values():
+            layout.settle()
+        self._layouts.clear()
+        self._where.clear()
+        self._of_round.clear()
+        self._round.clear()
+        self._loaded = residuals
+
+    def __repr__(self) -> str:
+        return f"<pycomm.codecs.ErrorFeedback of {len(self._where.keys() | self._loaded.keys())} parameters>"
+
+    # ---- for pycomm.codecs.call ----
+
+    def begin(self, comm: _native.Communicator, places: Places, count: int) -> Layout:
+        """The residuals for a call on `count` elements in which parameters lie at `places`."""
+        owner = self._comm and self._comm()
+        if owner is not None and owner is not comm:
+            raise ValueError(
+                "this ErrorFeedback holds the residuals of another communicator: make one for each, on each"
+                " rank; state_dict() and load_state_dict() take residuals along"
+            )
+        layout = self._layouts.get(places)
+        if layout is not None:
+            layout.settle()
+        else:
+            layout = Layout(places, count)
+        moving = [name for name, _, _ in places if self._where.get(name) is not layout]
+        parts = {name: self._find(name, layout) for name in moving}  # may raise: nothing has changed yet
+        for name, part in parts.items():
+            layout.part(name)[:] = 0 if part is None else part
+        self._comm = weakref.ref(comm)
+        self._layouts[places] = layout
+        for name in moving:
+            self._loaded.pop(name, None)
+            self._where[name] = layout
+        if moving:
+            held = set(map(id, self._where.values()))
+            self._layouts = {key: kept for key, kept in self._layouts.items() if id(kept) in held}
+        names = {name for name, _, _ in places}
+        if not self._round.isdisjoint(names):
+            self._round.clear()
+            self._of_round.clear()
+        layout.end(False)  # so far nothing has changed that skip() could take back
+        self._round |= names
+        self._of_round.append(layout)
+        return layout
+
+    def _find(self, name: str, layout: Layout) -> Residual | None:
+        source = self._where.get(name)
+        if source is not None:
+            source.settle()
+        found = self._loaded.get(name) if source is None else source.part(name)
+        wanted = layout.part(name).size
+        if found is not None and found.size != wanted:
+            raise ValueError(
+                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one parameter"
+            )
+        return found
+
+
+class Layout:
+    """Residuals of parameters that one call is about, in one piece, laid out like its data, twice.
+
+    A call reads `now` and writes `next`; they change places if its result is finite.
+    """
+
+    def __init__(self, places: Places, count: int) -> None:
+        self.now: Residual = np.zeros(count, np.float32)
+        self.next: Residual = np.zeros(count, np.float32)
+        self._places = {name: slice(begin, end) for name, begin, end in places}
+        self._may_take_back = False
+        self._under_way: Callable[[], object] | None = None
+
+    def part(self, name: str) -> Residual:
+        return self.now[self._places[name]]
+
+    def start(self, wait: Callable[[], object]) -> None:
+        """`wait` returns when the asynchronous call that writes `next` has ended, one way or the other."""
+        self._under_way = wait
+
+    def settle(self) -> None:
+        wait, self._under_way = self._under_way, None
+        if wait is not None:
+            wait()
+
+    def end(self, finite: bool) -> None:
+        self._under_way = None
+        self._may_take_back = finite
+        if finite:
+            self.now, self.next = self.next, self.now
+
+    def take_back(self) -> None:
+        if self._may_take_back:
+            self.now, self.next = self.next, self.now
+        self._may_take_back = False
