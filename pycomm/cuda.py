@@ -65,7 +65,7 @@ def native() -> Any:
         found = f"the driver has CUDA {_version(driver)}" if driver else "there is no NVIDIA driver"
         raise RuntimeError(
             f"no CUDA device: {reason or 'none is visible'} (built with CUDA {_version(built)}, {found}): "
-            "install a driver for CUDA 12.4 or newer, and look at CUDA_VISIBLE_DEVICES"
+            f"install a driver for CUDA {built // 1000} or newer, and look at CUDA_VISIBLE_DEVICES"
         )
     return module
 
