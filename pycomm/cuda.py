@@ -393,20 +393,14 @@ class Packing:
         return DeviceStats(where, self._workspace)
 
 
-def _codec(codec: Any) -> tuple[Any, Any]:
-    """The codec of _native and of _cuda. `codec`: a name, or anything with the attributes of a codec."""
+def _codec(codec: Any) -> tuple[_native.Codec, Any]:
+    """The codec of _native and of _cuda. `codec`: of pycomm.codecs or _native, or a name: nearest."""
     if isinstance(codec, str):
         codec = _native.Codec(codec)
-    options = {
-        name: getattr(codec, name, default)
-        for name, default in (
-            ("rounding", "nearest"),
-            ("seed", 0),
-            ("ceil_scale", False),
-            ("hadamard", False),
-        )
-    }
-    return _native.Codec(codec.kind, **options), native().Codec(codec.kind, **options)
+    host: _native.Codec = codec.native() if hasattr(codec, "native") else codec
+    if not isinstance(host, _native.Codec):
+        raise TypeError(f"`codec` is a {type(codec).__name__}: pass a name, or a codec of pycomm.codecs")
+    return host, native().Codec(host.kind, host.rounding, host.seed, host.ceil_scale, host.hadamard)
 
 
 def transcode(
