@@ -225,9 +225,6 @@ class TopK(Codec):
         return min(count, max(1, round(self.ratio * count)) if self.k is None else self.k)
 
 
-_DEFAULTS: dict[str, Codec] = {
-    kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
-}
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
 
 
@@ -518,7 +515,8 @@ def _data(x: Any) -> Any:
 
 def _count(x: Any) -> int:
     data = _data(x)
-    return math.prod(data.shape if hasattr(data, "shape") else memoryview(data).shape)
+    shape: tuple[int, ...] = data.shape if hasattr(data, "shape") else memoryview(data).shape
+    return math.prod(shape)
 
 
 def _is_finite(x: Any) -> bool:
@@ -538,6 +536,10 @@ def _check_feedback(feedback: Any) -> None:
             f"error_feedback={feedback!r}: an ErrorFeedback, True, False, or None for the codec's default"
         )
 
+
+_DEFAULTS: dict[str, Codec] = {
+    kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
+}
 
 # Residuals of codecs that have no ErrorFeedback of their own.
 _kept: WeakKeyDictionary[_native.Communicator, dict[Codec, ErrorFeedback]] = WeakKeyDictionary()

@@ -170,7 +170,6 @@ def encode(
         e[:count] = residual
         with np.errstate(all="ignore"):
             v[:count] += k * e[:count]
-    given = v.copy()
 
     # Each element's tensor and its offset there; what lies in no tensor counts as zero.
     position = np.arange(index, index + padded)
@@ -200,7 +199,8 @@ def encode(
             scales, words, decoded = _encode_blocks(codec, finite, tensor.reshape(-1, block) >= 0, r)
             scales = np.where(good, scales, NAN)
             decoded = np.where(good[:, None], decoded, NAN).ravel()
-        kept = np.where(np.repeat(good, block), (given - decoded) / k, e).astype(F32)
+        kept = np.where(np.repeat(good, block), (v - decoded) / k, e).astype(F32)
+    kept[tensor < 0] = 0
     return Encoded(pack_wire(kind, scales, words, count), decoded[:count].astype(F32), kept[:count])
 
 
@@ -216,7 +216,8 @@ def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) ->
     rotated = (hadamard(blocks) / 32).astype(F32) if codec.hadamard else blocks
     scales = block_scales(codec, np.abs(rotated).max(axis=1))
     zero = scales == 0
-    y = np.where(zero[:, None], F32(0), rotated / np.where(zero, F32(1), scales)[:, None]).astype(F32)
+    inverse = F32(1) / np.where(zero, F32(1), scales)
+    y = np.where(zero[:, None], F32(0), rotated * inverse[:, None])
     if r is not None:
         r = r.reshape(y.shape)
     if kind in TYPE:
@@ -362,7 +363,7 @@ def shared_int(
         r = random_bits(8, seed, (step, 0, rank), places).reshape(b.shape)
         used = finite & (scales > 0)
         with np.errstate(all="ignore"):
-            y = np.where(used[:, None], b / np.where(used, scales, F32(1))[:, None], F32(0)).astype(F32)
+            y = np.where(used[:, None], b * (F32(1) / np.where(used, scales, F32(1)))[:, None], F32(0))
         total += round_integer(y, limit, r) * used[:, None]
     with np.errstate(all="ignore"):
         decoded = total.astype(F32) * scales[:, None] / F32(divisor)
