@@ -1,0 +1,253 @@
+"""What codecs do to a result: the error of one call, the drift of many, and the bytes that cross.
+
+vNMSE is |x' - x|^2 / |x|^2 of the averaged vector, the mean over the steps. Over the steps' sums S' and S,
+drift is |S' - S| / |S|, and bias the part of it along S, with its sign: (S' - S) . S / |S|^2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+import pycomm
+from pycomm import codecs
+
+Vector = npt.NDArray[np.float32]
+Kind = Callable[..., codecs.Codec]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """`of(step, rank)` is a rank's gradient, `shapes` the parameters whose elements it holds in order."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    steps: int
+    ranks: int
+    of: Callable[[int, int], Vector]
+
+
+@dataclass(frozen=True)
+class Drift:
+    bias: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Row:
+    data: str
+    codec: str
+    ranks: int
+    algorithm: str
+    bytes_per_element: float  # of one encode, block scales counted in
+    vnmse: dict[str, float]  # rounding -> error of a call
+    without: dict[str, Drift]  # rounding -> over all steps
+    with_feedback: Drift | None
+
+
+def gaussian(count: int, steps: int) -> Gradients:
+    """A mean that stays and noise of its size that is every rank's and step's own, both normal."""
+    kept = np.random.default_rng(0).standard_normal(count, np.float32)
+
+    def of(step: int, rank: int) -> Vector:
+        noise = np.random.default_rng([1, step, rank]).standard_normal(count, np.float32)
+        return (kept + noise).astype(np.float32)
+
+    return Gradients("Gaussian", {"x": (count,)}, steps, 1 << 30, of)
+
+
+def recorded(path: str, steps: int) -> Gradients:
+    """What examples/record_gradients.py wrote. ValueError if it holds something else."""
+    try:
+        with np.load(path) as file:
+            gradients = file["gradients"]
+            shapes = {str(name): tuple(json.loads(shape)) for name, shape in file["shapes"].tolist()}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no gradients ({error}): examples/record_gradients.py records some"
+        ) from None
+    return Gradients(
+        "recorded",
+        shapes,
+        min(steps, len(gradients)),
+        gradients.shape[1],
+        lambda step, rank: gradients[step, rank],
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "fp16": codecs.FP16,
+    "bf16": codecs.BF16,
+    "fp8_e4m3": codecs.FP8E4M3,
+    "fp8_e5m2": codecs.FP8E5M2,
+    "mxfp8": codecs.MXFP8,
+    "mxfp8 ceil": lambda **options: codecs.MXFP8(scale="ceil", **options),
+    "int8": codecs.Int8,
+    "int4": codecs.Int4,
+    "int4 hadamard": lambda **options: codecs.Int4(hadamard=True, **options),
+    "shared_int 8": codecs.SharedInt,
+    "shared_int 16": lambda **options: codecs.SharedInt(width=16, **options),
+    "sign": codecs.Sign,
+    "topk 1%": codecs.TopK,
+}
+
+
+def measure(data: Gradients, ranks: Sequence[int], algorithms: Sequence[str]) -> Iterator[Row]:
+    for size in ranks:
+        for algorithm in algorithms:
+            for name, kind in KINDS.items():
+                of_all_reduce = name.startswith(("topk", "shared_int"))
+                if of_all_reduce and algorithm != algorithms[0]:
+                    continue
+                row = _row(name, kind, data, size, None if of_all_reduce else algorithm)
+                yield replace(row, algorithm="its own") if of_all_reduce else row
+
+
+def _row(name: str, kind: Kind, data: Gradients, size: int, algorithm: str | None) -> Row:
+    if name.startswith("shared_int"):
+        plain: dict[str, codecs.Codec] = {"stochastic": kind()}
+        fed = False
+    elif name.startswith(("sign", "topk")):
+        plain, fed = {"nearest": kind(error_feedback=False)}, True
+    else:
+        plain, fed = {rounding: kind(rounding=rounding) for rounding in ("nearest", "stochastic")}, True
+    vnmse, without = {}, {}
+    for rounding, codec in plain.items():
+        vnmse[rounding], without[rounding] = _run(data, size, algorithm, lambda codec=codec: codec)
+    feedback = lambda: kind(error_feedback=codecs.ErrorFeedback(exempt=lambda *_: False))  # noqa: E731
+    with_feedback = _run(data, size, algorithm, feedback)[1] if fed else None
+    count = sum(int(np.prod(shape)) for shape in data.shapes.values())
+    return Row(
+        data.name,
+        name,
+        size,
+        algorithm or "",
+        wire_bytes(next(iter(plain.values())), count) / count,
+        vnmse,
+        without,
+        with_feedback,
+    )
+
+
+def wire_bytes(codec: codecs.Codec, count: int) -> int:
+    """What one encode of `count` elements puts on the wire."""
+    if isinstance(codec, codecs.TopK):
+        return 16 + 8 * codec.kept(count)
+    if isinstance(codec, codecs.SharedInt):
+        return codec.width // 8 * count + 4 * -(-count // 128)  # and the agreement about magnitudes
+    size: int = codec.native().wire_bytes(count)  # type: ignore[attr-defined]
+    return size
+
+
+def _run(
+    data: Gradients, size: int, algorithm: str | None, make: Callable[[], codecs.Codec]
+) -> tuple[float, Drift]:
+    def fn(comm: pycomm.Communicator) -> tuple[float, Drift] | None:
+        codec = make()  # one for each rank: residuals are a rank's own
+        parts = _split(data.of(0, comm.rank).copy(), data.shapes)
+        bucket = pycomm.Bucket(parts, names=data.shapes)
+        errors, got_sum, exact_sum = [], np.zeros(1), np.zeros(1)
+        for step in range(data.steps):
+            bucket.tensors = _split(data.of(step, comm.rank), data.shapes)
+            bucket.pack()
+            comm.all_reduce(bucket, op="avg", codec=codec, algorithm=algorithm, step=step)
+            if comm.rank == 0:
+                exact = np.mean([data.of(step, rank) for rank in range(size)], axis=0, dtype=np.float64)
+                got = np.concatenate([np.asarray(view).ravel() for view in bucket.views])
+                errors.append(np.sum((got - exact) ** 2) / max(np.sum(exact**2), 1e-300))
+                got_sum, exact_sum = got_sum + got, exact_sum + exact
+        if comm.rank:
+            return None
+        off, square = got_sum - exact_sum, np.sum(exact_sum**2)
+        return float(np.mean(errors)), Drift(
+            float(off @ exact_sum / square), float(np.sqrt(np.sum(off**2) / square))
+        )
+
+    found = pycomm.run_local(fn, size)[0]
+    assert found is not None
+    return found
+
+
+def _split(flat: Vector, shapes: dict[str, tuple[int, ...]]) -> list[Vector]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    return [
+        part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes.values(), strict=True)
+    ]
+
+
+# ---- for people and for programs ----
+
+
+def table(rows: Sequence[Row], steps: int) -> Table:
+    shown = Table(
+        title=f"bias and drift of the sum of {steps} steps, in percent",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("data", "codec", "ranks", "algorithm"):
+        shown.add_column(name)
+    columns = ("B/element", "nearest\nvNMSE", "\nbias", "\ndrift", "stochastic\nvNMSE", "\nbias", "\ndrift")
+    for name in (*columns, "with feedback\nbias", "\ndrift"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        cells = [row.data, row.codec, str(row.ranks), row.algorithm, f"{row.bytes_per_element:.4g}"]
+        for rounding in ("nearest", "stochastic"):
+            error = row.vnmse.get(rounding)
+            cells.append("-" if error is None else f"{error:.2g}")
+            cells += _cells(row.without.get(rounding))
+        shown.add_row(*cells, *_cells(row.with_feedback))
+    return shown
+
+
+def _cells(drift: Drift | None) -> list[str]:
+    return ["-", "-"] if drift is None else [f"{100 * drift.bias:+.2g}", f"{100 * drift.drift:.2g}"]
+
+
+def as_json(rows: Sequence[Row], machine: str, steps: int) -> str:
+    return json.dumps({"machine": machine, "steps": steps, "rows": [asdict(row) for row in rows]}, indent=1)
+
+
+def plot(rows: Sequence[Row], path: str, machine: str) -> None:
+    """vNMSE over bytes, and drift without and with feedback."""
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys((row.data, row.ranks, row.algorithm) for row in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    for n, kind in enumerate(kinds):
+        found = [row for row in rows if (row.data, row.ranks, row.algorithm) == kind]
+        label = f"{kind[0]}, {kind[1]} ranks, {kind[2]}"
+        errors = [min(row.vnmse.values()) for row in found]
+        left.scatter([row.bytes_per_element for row in found], errors, s=16, color=f"C{n}", label=label)
+        for row, error in zip(found, errors, strict=True):
+            if n == 0:
+                left.annotate(row.codec, (row.bytes_per_element, error), fontsize=7)
+        places = np.arange(len(found)) + 0.8 * n / len(kinds)
+        least = [100 * min(drift.drift for drift in row.without.values()) for row in found]
+        names = [row.codec for row in found]
+        right.scatter(places, least, marker="_", color=f"C{n}")
+        fed = [np.nan if row.with_feedback is None else 100 * row.with_feedback.drift for row in found]
+        right.scatter(places, fed, marker="o", s=14, color=f"C{n}")
+        if n == 0:
+            right.set_xticks(places, names, rotation=60, fontsize=7)
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    left.set_xscale("log", base=2)
+    left.set_xlabel("bytes an element")
+    left.set_ylabel("vNMSE of one call, the better rounding")
+    left.legend(fontsize=7)
+    right.axhline(0.4, color="black", linewidth=0.8)
+    right.set_ylabel("drift, %")
+    right.set_title("dashes: without error feedback; dots: with; line: 0.4 %", fontsize=9)
+    figure.suptitle(machine, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
