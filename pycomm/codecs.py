@@ -221,8 +221,8 @@ class TopK(Codec):
         _check_feedback(self.error_feedback)
 
     def kept(self, count: int) -> int:
-        """How many of `count` elements are sent."""
-        return min(count, max(1, round(self.ratio * count)) if self.k is None else self.k)
+        """How many of `count` elements there is room for: at least one."""
+        return max(1, min(count, round(self.ratio * count) if self.k is None else self.k))
 
 
 _ALL_REDUCE_ALONE = (SharedInt, TopK)

@@ -123,7 +123,7 @@ def check_nearly(codec: Any, x: Array, got: Array, want: Array, *context: object
     spread = np.zeros_like(padded)
     spread[: len(x)][good] = np.abs(want[good])
     moved = padded.reshape(-1, 32).max(axis=1) > 1e-5 * spread.reshape(-1, 32).max(axis=1)
-    assert moved.mean() < 0.02 or moved.sum() <= 1, context
+    assert moved.sum() <= max(2, 0.05 * len(moved)), context
 
 
 # Every length to beyond a tile, then every one that is near a block's or a tile's end.
@@ -225,7 +225,9 @@ def test_the_error_does_not_depend_on_the_magnitude(codec: Any) -> None:
     for magnitude in (1e-30, 1e-20, 1e-5, 1e10, 1e30):
         scaled = (x * F32(magnitude)).astype(F32)
         got = decoded(codec, _native.encode(codec, scaled), len(x))
-        assert 0.9 < reference.vnmse(got, scaled) / at_one < 1.1, magnitude
+        # Powers of two as scales: it matters how far below the next one a block's magnitude is.
+        slack = 1.25 if codec.kind == "mxfp8" else 1.05
+        assert 1 / slack < reference.vnmse(got, scaled) / at_one < slack, magnitude
 
 
 @every_codec
@@ -288,17 +290,19 @@ def test_stochastic_rounding_has_no_bias(codec: Any) -> None:
     if codec.rounding == "nearest":
         pytest.skip("nothing random")
     x = np.random.default_rng(6).standard_normal(1024).astype(F32)
-    total = np.zeros(len(x))
     steps = 2000
-    squares = np.zeros(len(x))
-    for step in range(steps):
-        error = decoded(codec, _native.encode(codec, x, step=step), len(x)).astype(np.float64) - x
-        total += error
-        squares += error**2
-    # Means of independent errors: within 5 deviations each; mxfp8's floor scale saturates some on purpose.
-    deviation = np.sqrt(squares / steps / steps) + 1e-12
-    beyond = np.abs(total / steps) > 5 * deviation + 2**-9 * np.sqrt(squares / steps)
-    saturating = codec.kind == "mxfp8" and not codec.ceil_scale
+    errors = (
+        np.array(
+            [decoded(codec, _native.encode(codec, x, step=step), len(x)) for step in range(steps)], np.float64
+        )
+        - x
+    )
+    # A mean of independent errors is within 5 deviations; 8 bits tell probabilities apart to 1/256, so that
+    # up to half of that remains, of the distance between neighbours.
+    distance = np.ptp(errors, axis=0).reshape(-1, min(reference.BLOCK[codec.kind], 32)).max(axis=1)
+    distance = np.repeat(distance, len(x) // len(distance)) if len(distance) < len(x) else distance.max()
+    beyond = np.abs(errors.mean(axis=0)) > 5 * errors.std(axis=0) / np.sqrt(steps) + distance / 512
+    saturating = codec.kind == "mxfp8" and not codec.ceil_scale  # the largest of a block, on purpose
     assert beyond.sum() <= (len(x) // 20 if saturating else 0), np.flatnonzero(beyond)
 
 

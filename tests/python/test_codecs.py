@@ -168,7 +168,7 @@ def test_shared_int_is_exact(ranks: Ranks) -> None:
                     codec = codecs.SharedInt(width=width, seed=4)
                     got = comm.all_reduce(xs[comm.rank].copy(), op=op, codec=codec, step=2)
                     want = reference.shared_int(xs, width, 4, 2, divisor=divisor)
-                    np.testing.assert_array_max_ulp(got, want, 1)
+                    assert (got == want).all(), (width, count, op)
         x = gaussian(comm.rank, 300)
         x[5] = np.nan if comm.rank == 1 else x[5]
         got = comm.all_reduce(x, codec="shared_int")
@@ -245,7 +245,7 @@ def test_what_needs_feedback_has_it(ranks: Ranks, name: str) -> None:
                 call()
         fed = drift(comm, name, 100)
         plain = drift(comm, without_feedback(name), 100)
-        assert fed < plain / 3
+        assert fed < plain / 2
 
     ranks(fn, 2)
 
@@ -457,7 +457,7 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (TypeError, "`codec` is 8", lambda: reduce(x, codec=8)),
             (TypeError, "step", lambda: reduce(x, step=3)),
             (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
-            (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="tree")),
+            (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
             (
                 ValueError,
                 "algorithm='ring'.*topk",
@@ -509,4 +509,4 @@ def test_codecs_are_values() -> None:
         codecs.Int8(error_feedback=codecs.ErrorFeedback(), rounding="stochastic").native().rounding,
     ]
     assert roundings == ["stochastic", "nearest", "stochastic"]
-    assert [codecs.TopK().kept(n) for n in (0, 1, 40, 1000)] == [0, 1, 1, 10]
+    assert [codecs.TopK().kept(n) for n in (0, 1, 40, 1000)] == [1, 1, 1, 10]
