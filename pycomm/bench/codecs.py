@@ -24,13 +24,23 @@ Kind = Callable[..., codecs.Codec]
 
 @dataclass(frozen=True)
 class Gradients:
-    """`of(step, rank)` is a rank's gradient, `shapes` the parameters whose elements it holds in order."""
+    """`values` is (steps, ranks, elements); `shapes` are the parameters whose elements they are, in order."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
-    steps: int
-    ranks: int
-    of: Callable[[int, int], Vector]
+    values: Vector
+
+    @property
+    def steps(self) -> int:
+        return len(self.values)
+
+    @property
+    def ranks(self) -> int:
+        return self.values.shape[1]
+
+    def mean(self, step: int, ranks: int) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = np.mean(self.values[step, :ranks], axis=0, dtype=np.float64)
+        return found
 
 
 @dataclass(frozen=True)
@@ -51,34 +61,26 @@ class Row:
     with_feedback: Drift | None
 
 
-def gaussian(count: int, steps: int) -> Gradients:
+def gaussian(count: int, steps: int, ranks: int) -> Gradients:
     """A mean that stays and noise of its size that is every rank's and step's own, both normal."""
-    kept = np.random.default_rng(0).standard_normal(count, np.float32)
-
-    def of(step: int, rank: int) -> Vector:
-        noise = np.random.default_rng([1, step, rank]).standard_normal(count, np.float32)
-        return (kept + noise).astype(np.float32)
-
-    return Gradients("Gaussian", {"x": (count,)}, steps, 1 << 30, of)
+    rng = np.random.default_rng(0)
+    kept = rng.standard_normal(count, np.float32)
+    values = rng.standard_normal((steps, ranks, count), np.float32)
+    values += kept
+    return Gradients("Gaussian", {"x": (count,)}, values)
 
 
 def recorded(path: str, steps: int) -> Gradients:
     """What examples/record_gradients.py wrote. ValueError if it holds something else."""
     try:
         with np.load(path) as file:
-            gradients = file["gradients"]
+            values = file["gradients"][:steps]
             shapes = {str(name): tuple(json.loads(shape)) for name, shape in file["shapes"].tolist()}
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} holds no gradients ({error}): examples/record_gradients.py records some"
         ) from None
-    return Gradients(
-        "recorded",
-        shapes,
-        min(steps, len(gradients)),
-        gradients.shape[1],
-        lambda step, rank: gradients[step, rank],
-    )
+    return Gradients("recorded", shapes, values)
 
 
 KINDS: dict[str, Kind] = {
@@ -150,15 +152,15 @@ def _run(
 ) -> tuple[float, Drift]:
     def fn(comm: pycomm.Communicator) -> tuple[float, Drift] | None:
         codec = make()  # one for each rank: residuals are a rank's own
-        parts = _split(data.of(0, comm.rank).copy(), data.shapes)
+        parts = _split(data.values[0, comm.rank], data.shapes)
         bucket = pycomm.Bucket(parts, names=data.shapes)
         errors, got_sum, exact_sum = [], np.zeros(1), np.zeros(1)
         for step in range(data.steps):
-            bucket.tensors = _split(data.of(step, comm.rank), data.shapes)
+            bucket.tensors = _split(data.values[step, comm.rank], data.shapes)
             bucket.pack()
             comm.all_reduce(bucket, op="avg", codec=codec, algorithm=algorithm, step=step)
             if comm.rank == 0:
-                exact = np.mean([data.of(step, rank) for rank in range(size)], axis=0, dtype=np.float64)
+                exact = data.mean(step, size)
                 got = np.concatenate([np.asarray(view).ravel() for view in bucket.views])
                 errors.append(np.sum((got - exact) ** 2) / max(np.sum(exact**2), 1e-300))
                 got_sum, exact_sum = got_sum + got, exact_sum + exact

@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--algorithms", default="two_shot,ring", metavar="NAMES", help="routes (two_shot,ring)"
     )
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="calls that are summed up (300)")
-    parser.add_argument("--count", type=int, default=32768, metavar="N", help="Gaussian elements (32768)")
+    parser.add_argument("--count", type=int, default=8192, metavar="N", help="Gaussian elements (8192)")
     parser.add_argument(
         "--gradients",
         metavar="PATH",
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         for name in algorithms:
             if name not in ALGORITHMS:
                 raise ValueError(f"--algorithms {name}: {', '.join(ALGORITHMS)} carry codecs")
-        data = [c.gaussian(args.count, args.steps)]
+        data = [c.gaussian(args.count, args.steps, max(ranks))]
         if args.gradients:
             data.append(c.recorded(args.gradients, args.steps))
             if max(ranks) > data[-1].ranks:
