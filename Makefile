@@ -1,14 +1,14 @@
-# make demo | test | lint | format | stubs | check-stubs | sanitize | build | clean
+# make demo | test | lint | format | stubs | check-stubs | sanitize | build | clean | test-gpu | bench-gpu
 # A machine with Python >= 3.10, a C++20 compiler and make is enough; the rest is installed into .venv.
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
-CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h')
+CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test build lint format stubs check-stubs sanitize clean
+.PHONY: demo test build lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -25,10 +25,14 @@ build: $(VENV)/.dev
 	$(call install,ON)
 
 # An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or
-# OFF) link the very library that the module is made of.
+# OFF) link the very library that the module is made of. Where nvcc is, the CUDA kernels are built with the tests, for one
+# kind of GPU, which takes a minute or two; a wheel has them for all.
+CUDA_ARCHITECTURES := 90
 define install
 @echo "== build"
-@SKBUILD_BUILD_DIR=build SKBUILD_CMAKE_DEFINE=PYCOMM_TESTS=$(1) $(PIP) install --no-build-isolation --no-deps -e .
+@SKBUILD_BUILD_DIR=build $(PIP) install --no-build-isolation --no-deps -e . \
+  -C cmake.define.PYCOMM_TESTS=$(1) -C cmake.define.PYCOMM_CUDA=$(if $(filter ON,$(1)),AUTO,OFF) \
+  -C cmake.define.PYCOMM_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
 endef
 
 # ---- the environment: made anew when pyproject.toml changes ----
@@ -73,6 +77,36 @@ sanitize: $(VENV)/.dev
 	@scripts/ctest build-thread 'transport|runtime' -DPYCOMM_SANITIZE=thread
 	@echo "== C++ tests, address and undefined-behaviour sanitizers"
 	@scripts/ctest build-address 'common|kernels|transport|runtime' -DPYCOMM_SANITIZE=address
+
+# ---- on a machine with a GPU. No environment is made and nothing is fetched: its own Python must have NumPy, ml_dtypes,
+# torch, pybind11, CMake, pytest, pytest-benchmark, pytest-timeout, hypothesis and rich (CuPy too, to test it). The
+# modules are built into pycomm/, for the GPU that is there. OUT: where bench-gpu writes gpu.json and gpu.png.
+GPU_PYTHON := python3
+GPU_RUN := PYTHONPATH=$(CURDIR):$(CURDIR)/tests/gpu $(GPU_PYTHON)
+SANITIZED := places or mixed or residuals or fused or shared or topk
+OUT ?= .
+
+test-gpu: build-gpu-modules
+	@echo "== GPU tests"
+	@$(GPU_RUN) -m pytest tests/gpu -p no:cacheprovider
+	@command -v compute-sanitizer >/dev/null || echo "== skipped: no compute-sanitizer on this machine"
+	@for tool in $$(command -v compute-sanitizer >/dev/null && echo memcheck racecheck); do \
+	  echo "== compute-sanitizer, $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests/gpu compute-sanitizer --tool $$tool \
+	    --report-api-errors no --error-exitcode 1 --print-limit 5 $(GPU_PYTHON) -m pytest tests/gpu \
+	    -p no:cacheprovider -o timeout=1800 -k '($(SANITIZED)) and not graph' || exit 1; \
+	done
+
+bench-gpu: build-gpu-modules
+	@$(GPU_RUN) -m pycomm bench kernels --device cuda --json $(OUT)/gpu.json --plot $(OUT)/gpu.png
+
+build-gpu-modules:
+	@echo "== build, for the GPU that is there"
+	@cmake -S . -B build-gpu -DCMAKE_BUILD_TYPE=Release -DPYCOMM_CUDA=ON \
+	  -DPYCOMM_CUDA_ARCHITECTURES=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .) \
+	  -DPython_EXECUTABLE=$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)') \
+	  -Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/pycomm >/dev/null
+	@cmake --build build-gpu --parallel $$(nproc) --target _native _cuda
 
 clean:
 	rm -rf build build-* $(VENV)

@@ -6,12 +6,16 @@ The native part of pycomm: communicators, plans, kernels.
 import collections.abc
 import typing
 
+import numpy
+import numpy.typing
+
 from pycomm.group import premul_sum
 
 __all__: list[str] = [
     "AbortedError",
     "Builder",
     "Chunk",
+    "Codec",
     "CommError",
     "CommTimeoutError",
     "Communicator",
@@ -26,13 +30,20 @@ __all__: list[str] = [
     "algorithms",
     "available_isas",
     "copy_bytes",
+    "decode",
     "describe_packable",
+    "encode",
     "isa",
     "join",
     "join_threads",
     "numpy_dtype",
     "pack",
     "packable_dtype",
+    "run_codec",
+    "run_shared_int",
+    "run_topk",
+    "topk_decode_add",
+    "topk_encode",
     "unpack",
     "verify",
     "version",
@@ -85,6 +96,8 @@ class Communicator:
         tag: str | None = None,
         async_op: bool = False,
         stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
     ) -> typing.Any:
         """
         Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
@@ -105,6 +118,8 @@ class Communicator:
         tag: str | None = None,
         async_op: bool = False,
         stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
     ) -> typing.Any:
         """
         Combines `x` of all ranks element by element; every rank gets the result, with the same bits.
@@ -115,6 +130,10 @@ class Communicator:
         float16, bfloat16 and float8 are summed in float32 and rounded once. `deterministic`: sums associate as the balanced
         binary tree over ranks, whatever the size. `algorithm`: a name from docs/algorithms.md; the library chooses
         otherwise. `timeout`: seconds, for this call. `tag`: a name that all ranks must agree on. `async_op`: returns a Work.
+
+        `codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
+        an object of pycomm.codecs, the same on all ranks. `step` numbers the calls for stochastic rounding: the same call with
+        the same step gives the same bits; it defaults to `codec_step`, which counts.
 
         Raises TypeError or ValueError before any rank has moved; CommError (PeerLostError, MismatchError, CommTimeoutError,
         AbortedError) when the group has failed: the buffers are then undefined.
@@ -273,6 +292,8 @@ class Communicator:
         tag: str | None = None,
         async_op: bool = False,
         stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
     ) -> typing.Any:
         """
         Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
@@ -324,6 +345,12 @@ class Communicator:
     def split(self, color: int, key: int = 0) -> Communicator | None:
         """
         Collective. The group of the ranks that gave the same color, ordered by key and then by rank; None for a negative color.
+        """
+
+    @property
+    def codec_step(self) -> int:
+        """
+        How many calls with a codec were made without step=: the step of the next one.
         """
 
     @property
@@ -459,6 +486,36 @@ class Builder:
     @property
     def rank(self) -> int: ...
 
+class Codec:
+    """
+    What turns gradients into wire bytes and back, see pycomm.codecs.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+        ceil_scale: bool = False,
+        hadamard: bool = False,
+    ) -> None: ...
+    def wire_bytes(self, count: int) -> int:
+        """
+        Bytes that `count` elements take on the wire.
+        """
+
+    @property
+    def ceil_scale(self) -> bool: ...
+    @property
+    def hadamard(self) -> bool: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def rounding(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
 def add_algorithm(
     comm: Communicator, collective: str, name: str, write: collections.abc.Callable[[Builder, World], object]
 ) -> None:
@@ -477,9 +534,33 @@ def copy_bytes(out: typing.Any, x: typing.Any, stream: bool = False) -> None:
     A plain copy between buffers that do not overlap: what the kernels are measured against.
     """
 
+def decode(
+    codec: Codec, wire: typing.Any, out: typing.Any, *, add: bool = False, isa: str | None = None
+) -> None:
+    """
+    Into `out`, or added to it.
+    """
+
 def describe_packable(x: typing.Any, what: str) -> tuple[str, list[int]]:
     """
     The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be packed.
+    """
+
+def encode(
+    codec: Codec,
+    x: typing.Any,
+    *,
+    step: int = 0,
+    stage: int = 0,
+    rank: int = 0,
+    segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
+    residual: typing.Any = None,
+    next_residual: typing.Any = None,
+    residual_scale: float = 1.0,
+    isa: str | None = None,
+) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.
     """
 
 def isa() -> str:
@@ -519,6 +600,86 @@ def pack(
 def packable_dtype(dtype: typing.Any) -> tuple[str, int]:
     """
     The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
+    """
+
+def run_codec(
+    comm: Communicator,
+    collective: str,
+    x: typing.Any,
+    codec: Codec,
+    *,
+    out: typing.Any = None,
+    op: str | premul_sum = "sum",
+    algorithm: str | None = None,
+    timeout: float | None = None,
+    tag: str | None = None,
+    async_op: bool = False,
+    deterministic: bool = False,
+    counts: collections.abc.Sequence[int] | None = None,
+    step: int | None = None,
+    segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
+    residual: typing.Any = None,
+    next_residual: typing.Any = None,
+    residual_scale: float = 1.0,
+) -> typing.Any:
+    """
+    A collective whose windows hold what `codec` makes of the elements. `step`: None counts it.
+    """
+
+def run_shared_int(
+    comm: Communicator,
+    x: typing.Any,
+    width: int,
+    *,
+    seed: int = 0,
+    out: typing.Any = None,
+    op: str | premul_sum = "sum",
+    algorithm: str | None = None,
+    timeout: float | None = None,
+    tag: str | None = None,
+    async_op: bool = False,
+    step: int | None = None,
+    segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
+) -> typing.Any:
+    """
+    An all_reduce of integers of `width` bits under scales that the ranks share.
+    """
+
+def run_topk(
+    comm: Communicator,
+    x: typing.Any,
+    k: int,
+    *,
+    out: typing.Any = None,
+    op: str | premul_sum = "sum",
+    algorithm: str | None = None,
+    timeout: float | None = None,
+    tag: str | None = None,
+    async_op: bool = False,
+    residual: typing.Any = None,
+    next_residual: typing.Any = None,
+    residual_scale: float = 1.0,
+) -> typing.Any:
+    """
+    An all_reduce of each rank's `k` largest elements.
+    """
+
+def topk_decode_add(record: typing.Any, k: int, sum: typing.Any) -> None:
+    """
+    Adds a record's entries to `sum`.
+    """
+
+def topk_encode(
+    x: typing.Any,
+    k: int,
+    *,
+    residual: typing.Any = None,
+    next_residual: typing.Any = None,
+    residual_scale: float = 1.0,
+    isa: str | None = None,
+) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the others.
     """
 
 def unpack(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,8 @@ class Bucket:
         if hasattr(tensors, "shape"):
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
         found = list(tensors)
-        described = [_native.describe_packable(x, f"tensors[{i}]") for i, x in enumerate(found)]
+        self._memory = _memory_of(found, comm)
+        described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
         self._names = _checked_names(names, len(found))
         if dtype is None:
             dtype = _common_dtype([name for name, _ in described])
@@ -80,7 +81,7 @@ class Bucket:
         self._segments = [
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
-        self._storage = _allocate(total * self._itemsize, comm)
+        self._storage = self._memory.allocate(total * self._itemsize, comm)
         self._tensors = found
         torch = sys.modules.get("torch")
         of_torch = [torch is not None and isinstance(x, torch.Tensor) for x in found]
@@ -132,18 +133,18 @@ class Bucket:
         if len(found) != len(self._counts):
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
-            _, has = _native.describe_packable(x, f"tensors[{i}]")
-            if tuple(has) != shape:
-                raise ValueError(f"`tensors[{i}]` has shape {tuple(has)} where the bucket has {shape}")
+            _, has = self._memory.describe(x, f"tensors[{i}]")
+            if has != shape:
+                raise ValueError(f"`tensors[{i}]` has shape {has} where the bucket has {shape}")
         self._tensors = found
 
     def pack(self, scale: float = 1.0) -> Stats:
         """Copies the tensors to the buffer, each value times `scale`, cast to its type."""
-        return Stats(*_native.pack(self._data, self._tensors, self._offsets, self._counts, scale))
+        return self._memory.pack(self._data, self._tensors, self._offsets, self._counts, scale)
 
     def unpack(self, scale: float = 1.0) -> Stats:
         """Copies the buffer to the tensors, each value times `scale`, cast to theirs."""
-        return Stats(*_native.unpack(self._data, self._tensors, self._offsets, self._counts, scale))
+        return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, scale)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -153,11 +154,74 @@ class Bucket:
 
     def _part(self, begin: int, end: int, as_tensor: bool) -> Any:
         raw = self._storage[begin * self._itemsize : end * self._itemsize]
+        return self._memory.typed(raw, self._dtype, as_tensor)
+
+
+class Memory(Protocol):
+    """Where tensors and their bucket lie."""
+
+    def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
+        """A tensor's type and shape; TypeError or ValueError for what cannot be packed."""
+
+    def allocate(self, size: int, comm: Communicator | None) -> Any:
+        """Bytes, zero, at the begin of a cache line."""
+
+    def typed(self, raw: Any, dtype: str, as_tensor: bool) -> Any:
+        """The bytes `raw` as elements."""
+
+    def pack(
+        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
+    ) -> Stats: ...
+
+    def unpack(
+        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
+    ) -> Stats: ...
+
+
+class _Host:
+    def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
+        dtype, shape = _native.describe_packable(x, name)
+        return dtype, tuple(shape)
+
+    def allocate(self, size: int, comm: Communicator | None) -> npt.NDArray[np.uint8]:
+        if comm is not None:
+            array: npt.NDArray[np.uint8] = comm.empty(size, "uint8")
+            return array
+        memory = np.zeros(size + _LINE, np.uint8)
+        start = -memory.ctypes.data % _LINE
+        return memory[start : start + size]
+
+    def typed(self, raw: Any, dtype: str, as_tensor: bool) -> Any:
         if not as_tensor:
-            return raw.view(_native.numpy_dtype(self._dtype))
+            return raw.view(_native.numpy_dtype(dtype))
         import torch
 
-        return torch.from_numpy(raw).view(getattr(torch, self._dtype))
+        return torch.from_numpy(raw).view(getattr(torch, dtype))
+
+    def pack(
+        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
+    ) -> Stats:
+        return Stats(*_native.pack(data, tensors, offsets, counts, scale))
+
+    def unpack(
+        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
+    ) -> Stats:
+        return Stats(*_native.unpack(data, tensors, offsets, counts, scale))
+
+
+def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
+    on_gpu = [bool(getattr(x, "is_cuda", False)) or hasattr(x, "__cuda_array_interface__") for x in tensors]
+    if not any(on_gpu):
+        return _Host()
+    if not all(on_gpu):
+        raise TypeError(
+            f"`tensors[{on_gpu.index(False)}]` is not on a GPU, and others are: put them together"
+        )
+    if comm is not None:
+        raise ValueError("`comm` is given for tensors on a GPU: symmetric memory is on the CPU only")
+    from pycomm.cuda_bucket import Gpu
+
+    return Gpu(tensors[0])
 
 
 def segment_ids(names: Sequence[str]) -> list[int]:
@@ -204,12 +268,3 @@ def _layout(counts: list[int]) -> tuple[list[int], int]:
         offsets.append(total)
         total += -(-count // align) * align
     return offsets, total
-
-
-def _allocate(size: int, comm: Communicator | None) -> npt.NDArray[np.uint8]:
-    if comm is not None:
-        array: npt.NDArray[np.uint8] = comm.empty(size, "uint8")
-        return array
-    memory = np.zeros(size + _LINE, np.uint8)
-    start = -memory.ctypes.data % _LINE
-    return memory[start : start + size]

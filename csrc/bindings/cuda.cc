@@ -40,25 +40,34 @@ Format parse_format(const std::string& name) {
   if (name == "raw") return Format::raw;
   if (name == "partial") return Format::partial;
   if (name == "final") return Format::final;
-  throw ValueError("format '" + name + "' is unknown; use one of raw, partial, final");
+  if (name == "wire") return Format::wire;
+  throw ValueError("format '" + name + "' is unknown; use one of raw, partial, final, wire");
 }
+
+struct Operands {
+  std::vector<const void*> srcs;
+  std::vector<Format> formats;
+  std::vector<void*> dsts;
+
+  Operands(const std::vector<uintptr_t>& from, const std::vector<std::string>& held,
+           const std::vector<uintptr_t>& to) {
+    if (held.size() != from.size()) throw ValueError("one format for each source is needed");
+    for (const uintptr_t src : from) srcs.push_back(pointer(src));
+    for (const std::string& format : held) formats.push_back(parse_format(format));
+    for (const uintptr_t dst : to) dsts.push_back(pointer(dst));
+  }
+};
 
 void combine(const Where& where, const std::string& dtype, const std::string& op,
              const std::vector<uintptr_t>& srcs, const std::vector<std::string>& formats,
              const std::vector<uintptr_t>& dsts, const std::string& dst_format, size_t count, double prescale,
              double divisor) {
-  std::vector<const void*> from;
-  std::vector<void*> to;
-  std::vector<Format> held;
-  for (const uintptr_t src : srcs) from.push_back(pointer(src));
-  for (const uintptr_t dst : dsts) to.push_back(pointer(dst));
-  for (const std::string& format : formats) held.push_back(parse_format(format));
-  if (held.size() != from.size()) throw ValueError("one format for each source is needed");
-  const kernels::CombineArgs args{.dsts = to.data(),
-                                  .srcs = from.data(),
-                                  .src_formats = held.data(),
-                                  .num_dsts = static_cast<int>(to.size()),
-                                  .num_srcs = static_cast<int>(from.size()),
+  const Operands operands(srcs, formats, dsts);
+  const kernels::CombineArgs args{.dsts = operands.dsts.data(),
+                                  .srcs = operands.srcs.data(),
+                                  .src_formats = operands.formats.data(),
+                                  .num_dsts = static_cast<int>(operands.dsts.size()),
+                                  .num_srcs = static_cast<int>(operands.srcs.size()),
                                   .dst_format = parse_format(dst_format),
                                   .count = count,
                                   .prescale = prescale,
@@ -103,6 +112,142 @@ py::tuple read_stats(const Where& where, uintptr_t workspace) {
   return py::make_tuple(stats.sum_squares, stats.max_abs, stats.nans, stats.infs);
 }
 
+// ---- codecs ----
+
+using Segments = std::vector<std::tuple<int64_t, int64_t, uint64_t>>;
+
+// What an encode depends on besides the values; keeps the segments that Encoding borrows.
+class PyEncoding {
+ public:
+  PyEncoding(uint32_t step, uint32_t stage, uint32_t rank, int64_t index, const Segments& segments,
+             uintptr_t residual, uintptr_t next_residual, float residual_scale) {
+    for (const auto& [begin, end, id] : segments) segments_.push_back({begin, end, id});
+    encoding_ = {.step = step,
+                 .stage = stage,
+                 .rank = rank,
+                 .index = index,
+                 .segments = {},
+                 .residual = static_cast<const float*>(pointer(residual)),
+                 .next_residual = static_cast<float*>(pointer(next_residual)),
+                 .residual_scale = residual_scale};
+  }
+  kernels::Encoding get() const {
+    kernels::Encoding encoding = encoding_;
+    encoding.segments = segments_;
+    return encoding;
+  }
+
+ private:
+  kernels::Encoding encoding_;
+  std::vector<kernels::Segment> segments_;
+};
+
+kernels::Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed,
+                          bool ceil_scale, bool hadamard) {
+  return {.kind = kernels::parse_codec(kind),
+          .rounding = rounding == "stochastic" ? kernels::Rounding::stochastic : kernels::Rounding::nearest,
+          .ceil_scale = ceil_scale,
+          .hadamard = hadamard,
+          .seed = seed};
+}
+
+void transcode(const Where& where, const kernels::Codec& codec, const std::string& dtype,
+               const std::vector<uintptr_t>& srcs, const std::vector<std::string>& formats,
+               const std::vector<uintptr_t>& dsts, const std::string& dst_format, size_t count,
+               double prescale, double divisor, const PyEncoding& encoding) {
+  const Operands operands(srcs, formats, dsts);
+  const kernels::TranscodeArgs args{.codec = &codec,
+                                    .dtype = parse_dtype(dtype),
+                                    .dsts = operands.dsts.data(),
+                                    .srcs = operands.srcs.data(),
+                                    .src_formats = operands.formats.data(),
+                                    .num_dsts = static_cast<int>(operands.dsts.size()),
+                                    .num_srcs = static_cast<int>(operands.srcs.size()),
+                                    .dst_format = parse_format(dst_format),
+                                    .count = count,
+                                    .prescale = prescale,
+                                    .divisor = divisor,
+                                    .encoding = encoding.get()};
+  run(where, [&](const cuda::Launch& launch) { cuda::transcode(args, launch); });
+}
+
+void shared_amax(const Where& where, const std::string& dtype, uintptr_t x, size_t count, uintptr_t amax,
+                 const PyEncoding& encoding) {
+  const DType type = parse_dtype(dtype);
+  run(where, [&](const cuda::Launch& launch) {
+    cuda::shared_amax(type, pointer(x), count, static_cast<float*>(pointer(amax)), encoding.get(), launch);
+  });
+}
+
+void shared_encode(const Where& where, const std::string& dtype, uintptr_t x, size_t count, uintptr_t amax,
+                   int width, int world, uint64_t seed, const PyEncoding& encoding, uintptr_t q) {
+  const DType type = parse_dtype(dtype);
+  const int64_t limit = kernels::shared_limit(width, world);
+  run(where, [&](const cuda::Launch& launch) {
+    cuda::shared_encode(type, pointer(x), count, static_cast<const float*>(pointer(amax)), width, limit, seed,
+                        encoding.get(), pointer(q), launch);
+  });
+}
+
+void shared_decode(const Where& where, uintptr_t q, size_t count, uintptr_t amax, int width, int world,
+                   double divisor, const std::string& dtype, uintptr_t x) {
+  const DType type = parse_dtype(dtype);
+  const int64_t limit = kernels::shared_limit(width, world);
+  run(where, [&](const cuda::Launch& launch) {
+    cuda::shared_decode(pointer(q), count, static_cast<const float*>(pointer(amax)), width, limit, divisor,
+                        type, pointer(x), launch);
+  });
+}
+
+void topk_encode(const Where& where, const std::string& dtype, uintptr_t x, size_t count, size_t capacity,
+                 uintptr_t record, uintptr_t residual, uintptr_t next_residual, float residual_scale,
+                 uintptr_t workspace) {
+  const kernels::TopkArgs args{.dtype = parse_dtype(dtype),
+                               .x = pointer(x),
+                               .count = count,
+                               .capacity = capacity,
+                               .record = pointer(record),
+                               .residual = static_cast<const float*>(pointer(residual)),
+                               .next_residual = static_cast<float*>(pointer(next_residual)),
+                               .residual_scale = residual_scale};
+  run(where, [&](const cuda::Launch& launch) { cuda::topk_encode(args, pointer(workspace), launch); });
+}
+
+void topk_decode_add(const Where& where, uintptr_t record, size_t capacity, uintptr_t sum, size_t count) {
+  run(where, [&](const cuda::Launch& launch) {
+    cuda::topk_decode_add(pointer(record), capacity, static_cast<float*>(pointer(sum)), count, launch);
+  });
+}
+
+// ---- DLPack ----
+
+// The structures of DLPack 1.0, as far as they are read here.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+// (address, code, bits, lanes, elements, whether they are contiguous in C order). The capsule keeps its
+// tensor: its consumer is the caller, who holds the object that it came from.
+py::tuple read_dlpack(const py::capsule& capsule) {
+  const auto* tensor = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (!tensor) throw py::error_already_set();
+  int64_t count = 1;
+  for (int d = 0; d < tensor->ndim; ++d) count *= tensor->shape[d];
+  bool contiguous = true;
+  int64_t expected = 1;
+  for (int d = tensor->ndim - 1; tensor->strides && count > 0 && d >= 0; --d) {
+    contiguous = contiguous && (tensor->shape[d] == 1 || tensor->strides[d] == expected);
+    expected *= tensor->shape[d];
+  }
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
+  return py::make_tuple(address, tensor->code, tensor->bits, tensor->lanes, count, contiguous);
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -117,10 +262,11 @@ void translate(std::exception_ptr error) {
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The GPU kernels of pycomm, on addresses: see pycomm.cuda.";
+  // Types are this module's own: pycomm._native has a Codec of the same C++ type.
   py::register_local_exception_translator(translate);
-  py::class_<Where>(module, "Where")
+  py::class_<Where>(module, "Where", py::module_local())
       .def(py::init(&where), py::arg("device"), py::arg("stream"), py::arg("blocks") = 0);
-  py::class_<Packing>(module, "Packing")
+  py::class_<Packing>(module, "Packing", py::module_local())
       .def(py::init<uintptr_t, const std::string&, const std::vector<Packing::Item>&>(), py::arg("bucket"),
            py::arg("dtype"), py::arg("items"))
       .def_property_readonly("workspace_bytes", &Packing::workspace_bytes)
@@ -129,7 +275,33 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("combine", &combine, py::arg("where"), py::arg("dtype"), py::arg("op"), py::arg("srcs"),
              py::arg("formats"), py::arg("dsts"), py::arg("dst_format"), py::arg("count"),
              py::arg("prescale"), py::arg("divisor"));
+  py::class_<kernels::Codec>(module, "Codec", py::module_local())
+      .def(py::init(&make_codec), py::arg("kind"), py::arg("rounding"), py::arg("seed"),
+           py::arg("ceil_scale"), py::arg("hadamard"));
+  py::class_<PyEncoding>(module, "Encoding", py::module_local())
+      .def(py::init<uint32_t, uint32_t, uint32_t, int64_t, const Segments&, uintptr_t, uintptr_t, float>(),
+           py::arg("step") = 0, py::arg("stage") = 0, py::arg("rank") = 0, py::arg("index") = 0,
+           py::arg("segments") = Segments{}, py::arg("residual") = 0, py::arg("next_residual") = 0,
+           py::arg("residual_scale") = 1.0f);
+  module.def("transcode", &transcode, py::arg("where"), py::arg("codec"), py::arg("dtype"), py::arg("srcs"),
+             py::arg("formats"), py::arg("dsts"), py::arg("dst_format"), py::arg("count"),
+             py::arg("prescale"), py::arg("divisor"), py::arg("encoding"));
+  module.def("shared_amax", &shared_amax, py::arg("where"), py::arg("dtype"), py::arg("x"), py::arg("count"),
+             py::arg("amax"), py::arg("encoding"));
+  module.def("shared_encode", &shared_encode, py::arg("where"), py::arg("dtype"), py::arg("x"),
+             py::arg("count"), py::arg("amax"), py::arg("width"), py::arg("world"), py::arg("seed"),
+             py::arg("encoding"), py::arg("q"));
+  module.def("shared_decode", &shared_decode, py::arg("where"), py::arg("q"), py::arg("count"),
+             py::arg("amax"), py::arg("width"), py::arg("world"), py::arg("divisor"), py::arg("dtype"),
+             py::arg("x"));
+  module.def("topk_workspace_bytes", &cuda::topk_workspace_bytes, py::arg("count"));
+  module.def("topk_encode", &topk_encode, py::arg("where"), py::arg("dtype"), py::arg("x"), py::arg("count"),
+             py::arg("capacity"), py::arg("record"), py::arg("residual"), py::arg("next_residual"),
+             py::arg("residual_scale"), py::arg("workspace"));
+  module.def("topk_decode_add", &topk_decode_add, py::arg("where"), py::arg("record"), py::arg("capacity"),
+             py::arg("sum"), py::arg("count"));
   module.def("read_stats", &read_stats, py::arg("where"), py::arg("workspace"));
+  module.def("read_dlpack", &read_dlpack, py::arg("capsule"));
   module.def("device_of", [](uintptr_t address) { return cuda::device_of(pointer(address), "x"); });
   module.def("device_count", [] {
     const char* reason = "";

@@ -205,10 +205,10 @@ PYBIND11_MODULE(_native, module) {
            py::arg("deterministic") = false,
            "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
   add_collectives(module, communicator);
-  add_codec_calls(module, communicator);
   add_schedules(module);
   add_bucket(module);
   add_codecs(module);
+  add_codec_calls(module, communicator);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");

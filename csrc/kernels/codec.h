@@ -30,7 +30,7 @@
 //   what is after the end of the data.
 // * Stochastic rounding takes q + 1 with probability x/s - q, resolved to 8 bits (bf16: 16) with the half bit
 //   added, so that it is unbiased and what is representable stays: floor(x/s + (2 r + 1) / 2^9). A float's
-//   magnitude is rounded so, in units of its last place; an integer is, sign and all. The bits r
+//   magnitude is rounded so, in units of its last place; an integer is, sign and all. The sum is exact. The bits r
 //   come from Philox (arithmetic/philox.h): key = seed, counter = step, stage, rank, element.
 // * Error feedback: v = x + k e is encoded in x's place, and e' = (v - decode(encode(v))) / k kept, for each
 //   element; a block that is not finite keeps e. Between segments e' is 0. k is residual_scale. e and e' may be

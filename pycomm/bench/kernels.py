@@ -1,14 +1,15 @@
 """The inner loops, in turn with a copy of as many bytes by the same core and with others' ways to do it.
 
 A family of kernels is a module with `cases(device, workloads)`, named in FAMILIES. Within a repetition the
-copies, the kernel and its rivals have their turn, in an order that is shuffled anew, on the same memory.
-Shares and speedups are medians over repetitions of the ratio within one, so that a machine that grows slower
-is slower for all. Of several copies, or rivals, the one with the least time counts.
+copies, the kernel and its rivals have their turn, in an order that is shuffled anew, on the same memory. The
+minimum over repetitions counts: these loops wait for nobody, so that what makes one slower is not theirs. Of
+several copies, or rivals, the fastest counts.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import random
 import statistics
@@ -24,9 +25,11 @@ from pycomm.bench.report import machine
 from pycomm.bench.workers.data import plain
 
 FAMILIES = {"pack": "pycomm.bench.pack_cases"}
+CUDA_FAMILIES = dict.fromkeys(("reduce", "pack", "codec", "topk"), "pycomm.bench.cuda_cases")
+CACHE_BYTES = 512 << 20  # more than any GPU's cache: buffers in rotation are as large together
 REPETITION_S = 0.004  # what a repetition of one turn takes at least
 CASE_S = 2.0  # after this long a case's fewest repetitions are enough
-REPETITIONS = (9, 25)
+REPETITIONS = (11, 40)
 
 Call = Callable[[], object]
 
@@ -85,7 +88,53 @@ class Cpu:
         return time.perf_counter() - begin
 
 
-DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu}
+class Cuda:
+    """The current GPU, timed by its events. Copies go round among buffers that the cache does not hold."""
+
+    def __init__(self) -> None:
+        import torch
+
+        import pycomm.cuda
+
+        pycomm.cuda.native()  # says what is missing
+        self._torch = torch
+        self._buffers = torch.empty(0, dtype=torch.uint8, device="cuda")
+
+    def describe(self) -> str:
+        torch = self._torch
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return f"{found.name}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+    def copies(self, size: int) -> dict[str, Call]:
+        torch = self._torch
+        pairs = max(2, -(-CACHE_BYTES // (2 * size)))
+        if self._buffers.numel() < 2 * pairs * size:
+            self._buffers = torch.ones(2 * pairs * size, dtype=torch.uint8, device="cuda")
+        parts = [self._buffers[i * size : (i + 1) * size] for i in range(2 * pairs)]
+        turn = itertools.cycle(zip(parts[::2], parts[1::2], strict=True))
+
+        def copy() -> object:
+            dst, src = next(turn)
+            return dst.copy_(src)
+
+        return {"copy_": copy}
+
+    def seconds(self, call: Call, calls: int) -> float:
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
+
+
+def families(device: str) -> dict[str, str]:
+    """Of the kernels that run on it, by name, the modules with their cases."""
+    return {"cpu": FAMILIES, "cuda": CUDA_FAMILIES}[device]
 
 
 @dataclass(frozen=True)
@@ -105,22 +154,47 @@ class Row:
     times: Times
     copies: dict[str, Times]
     rivals: dict[str, Times]
-    share: float  # of the copy's bandwidth
-    fastest_rival: str | None
-    speedup: float | None  # its time over the kernel's
 
     @property
     def gbps(self) -> float:
         return self.bytes / self.times.min_us / 1e3
 
+    @property
+    def share(self) -> float:
+        """Of the copy's bandwidth."""
+        return min(times.min_us for times in self.copies.values()) / self.times.min_us
+
+    @property
+    def fastest_rival(self) -> str | None:
+        return min(self.rivals, key=lambda name: self.rivals[name].min_us, default=None)
+
+    @property
+    def speedup(self) -> float | None:
+        """The fastest rival's time over the kernel's."""
+        name = self.fastest_rival
+        return self.rivals[name].min_us / self.times.min_us if name else None
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "gbps": self.gbps}
+        return {
+            **asdict(self),
+            "gbps": self.gbps,
+            "share": self.share,
+            "fastest_rival": self.fastest_rival,
+            "speedup": self.speedup,
+        }
 
 
-def measure(device: Device, families: Sequence[str], workloads: Sequence[str]) -> Iterator[Row]:
-    for family in families:
-        for case in importlib.import_module(FAMILIES[family]).cases(device, workloads):
-            yield measure_case(device, case)
+def measure(
+    device: Device,
+    families: Sequence[str],
+    workloads: Sequence[str],
+    modules: Mapping[str, str] | None = None,
+) -> Iterator[Row]:
+    """`modules`: where the families' cases are; FAMILIES by default."""
+    for module in dict.fromkeys((modules or FAMILIES)[family] for family in families):
+        for case in importlib.import_module(module).cases(device, workloads):
+            if case.family in families:
+                yield measure_case(device, case)
 
 
 def measure_case(device: Device, case: Case) -> Row:
@@ -144,16 +218,6 @@ def measure_case(device: Device, case: Case) -> Row:
             samples[key].append(device.seconds(turns[key], calls[key]) / calls[key] * 1e6)
     times = {key: Times(min(found), statistics.median(found)) for key, found in samples.items()}
     of = {kind: {name: t for (k, name), t in times.items() if k == kind} for kind in ("copy", "rival")}
-
-    def over_kernel(kind: str, name: str) -> float:
-        pairs = zip(samples[kind, name], samples["kernel", ""], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-
-    def fastest(kind: str) -> str | None:
-        return min(of[kind], key=lambda name: of[kind][name].min_us, default=None)
-
-    copy, rival = fastest("copy"), fastest("rival")
-    assert copy
     return Row(
         case.family,
         case.kernel,
@@ -162,7 +226,4 @@ def measure_case(device: Device, case: Case) -> Row:
         times["kernel", ""],
         of["copy"],
         of["rival"],
-        over_kernel("copy", copy),
-        rival,
-        over_kernel("rival", rival) if rival else None,
     )

@@ -14,7 +14,7 @@ from pycomm.cli.values import needs
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", nargs="*", help="families of kernels (all)")
     parser.add_argument("--workloads", metavar="NAMES", help="resnet50,gpt2_small (both)")
-    parser.add_argument("--device", default="cpu", help="where they run (cpu)")
+    parser.add_argument("--device", default="cpu", help="where they run: cpu, cuda (cpu)")
     parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
     parser.add_argument("--plot", metavar="PATH", help="a PNG")
 
@@ -32,10 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from pycomm.bench.shapes import MODELS
 
     try:
-        families = _known(args.family or list(k.FAMILIES), list(k.FAMILIES), "there is no family")
+        _known([args.device], list(k.DEVICES), "--device: there is no")
+        modules = k.families(args.device)
+        families = _known(args.family or list(modules), list(modules), "there is no family")
         workloads = args.workloads.split(",") if args.workloads else list(MODELS)
         _known(workloads, list(MODELS), "--workloads: there is no")
-        _known([args.device], list(k.DEVICES), "--device: there is no")
         for option, path in (("--json", args.json), ("--plot", args.plot)):
             if path and not Path(path).parent.is_dir():
                 raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
@@ -45,12 +46,17 @@ def run(args: argparse.Namespace) -> int:
     errors = Console(stderr=True)
     to_terminal = errors.is_terminal if args.json == "-" else sys.stdout.isatty()
     console = Console(stderr=args.json == "-", width=None if to_terminal else 200)
-    device = k.DEVICES[args.device]()
+    try:
+        device = k.DEVICES[args.device]()
+    except ImportError:
+        return fail(needs(f"pycomm bench kernels --device {args.device}", "torch"))
+    except RuntimeError as error:
+        return fail(str(error))
     console.print(device.describe(), highlight=False)
     rows: list[k.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)
-        for row in k.measure(device, families, workloads):
+        for row in k.measure(device, families, workloads, modules):
             rows.append(row)
             progress.update(task, description=f"{row.workload}: {row.kernel}", refresh=True)
     console.print(report.table(rows))

@@ -192,6 +192,8 @@ TEST(every_length_and_place) {
       check_call({dtype, op, {raw, partial}, partial, count, place, true});
     }
     for (size_t place = 0; place < 16; ++place) {
+      if (dtype != DType::bool_)
+        check_call({dtype, Op::prod, std::vector<Format>(5, raw), final, 90, place, true});
       check_call({dtype, op, std::vector<Format>(2, raw), final, 2100, place, true});
       check_call({dtype, op, std::vector<Format>(5, raw), final, 2100, place, false});
     }

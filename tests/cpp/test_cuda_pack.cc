@@ -46,7 +46,7 @@ struct Emulate {
 int emulate(bool packs, const PackArgs& args, Stats* stats, int64_t blocks = 3,
             Order order = Order::shuffled) {
   std::vector<e::ChunkStats> chunks(static_cast<size_t>(e::count_chunks(args.items)));
-  std::memset(static_cast<void*>(chunks.data()), 0x77, chunks.size() * sizeof(e::ChunkStats));
+  for (e::ChunkStats& chunk : chunks) std::memset(static_cast<void*>(&chunk), 0x77, sizeof chunk);
   auto* wanted = stats ? &chunks : nullptr;
   int launches = 0;
   CHECK(packs ? e::pick_bucket(args.dtype, Emulate<true>{args, wanted, blocks, order, &launches})

@@ -109,7 +109,7 @@ void check_case(DType dtype, size_t count, size_t capacity, Kind kind, bool resi
                                .sum = sum_got.data(),
                                .count = static_cast<int64_t>(count)},
                               2, order);
-  if (std::memcmp(sum_got.data(), sum_want.data(), 4 * count) != 0) {
+  if (count > 0 && std::memcmp(sum_got.data(), sum_want.data(), 4 * count) != 0) {
     check::fail(__FILE__, __LINE__, title + ": sums differ");
   }
 }

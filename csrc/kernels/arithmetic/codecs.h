@@ -5,12 +5,11 @@
 //   kBlock, kBits         elements that share a scale; bits of an element on the wire
 //   Scale                 the scale as it lies on the wire
 //   scale(amax)           from the bits of the block's largest magnitude, which are those of a NaN or Inf
-//   where the
-//                         block has one: then the scale is a NaN; 0 for a block of zeros
+//                         where the block has one: then the scale is a NaN; 0 for a block of zeros
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
-//   encode(t, random)     an element's bits, t being x * inverse(s), where s is a number but 0; otherwise
-//   they are zero decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result
-//   makes it canonical
+//   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
+//   round(t, random)      the same of t = x * inverse(s), for who has many elements under one scale
+//   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
 #pragma once
 
 #include <cstdint>
@@ -83,7 +82,11 @@ struct ScaledFloat {
   PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return round<kStochastic>(x * inverse(s), random);
+  }
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
     return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
   }
   PYCOMM_INLINE static float decode(uint32_t bits, float s) {
@@ -114,7 +117,11 @@ struct Mxfp8Code {
   }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return round<kStochastic>(x * inverse(s), random);
+  }
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
     return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
   }
   PYCOMM_INLINE static float decode(uint32_t bits, float s) {
@@ -135,7 +142,11 @@ struct IntegerCode {
   PYCOMM_INLINE static float value(Scale scale) { return BFloat16::decode(scale); }
 
   template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float t, uint32_t random) {
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return round<kStochastic>(x * inverse(s), random);
+  }
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
     const int32_t q = kStochastic ? round_stochastic(t, random) : round_even(t);
     return static_cast<uint32_t>(clamp(q, kLimit)) & ((1u << kBits) - 1);
   }
@@ -192,7 +203,8 @@ class SharedCode {
       limit_ = as_float(as_bits(limit_) - 1);
   }
   PYCOMM_INLINE float scale(float amax) const { return as_float(scale_bits(amax)); }
-  PYCOMM_INLINE int32_t encode(float t, uint32_t random) const {
+  PYCOMM_INLINE int32_t encode(float x, float s, uint32_t random) const {
+    const float t = x * inverse(s);
     const float y = as_float(if_less(magnitude_of(t), as_bits(limit_), magnitude_of(t), as_bits(limit_)) |
                              (as_bits(t) & 0x80000000));
     const int32_t below = floor_of(y);

@@ -232,7 +232,7 @@ PYCOMM_INLINE void encode_block(uint8_t* codes, const Unaligned<float>* x, float
   PYCOMM_INDEPENDENT
   for (int i = 0; i < C::kBlock; ++i) {
     codes[i] = static_cast<uint8_t>(
-        C::template encode<kStochastic>(x[i].value * factor, kStochastic ? random[i] : 0));
+        C::template round<kStochastic>(x[i].value * factor, kStochastic ? random[i] : 0));
   }
 }
 
@@ -266,7 +266,7 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
     PYCOMM_INDEPENDENT
     for (int i = 0; i < kElements; ++i) {
       codes[i] = static_cast<uint8_t>(
-          C::template encode<kStochastic>(x[i].value * spread_out[i], kStochastic ? random[i] : 0));
+          C::template round<kStochastic>(x[i].value * spread_out[i], kStochastic ? random[i] : 0));
     }
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
@@ -454,9 +454,8 @@ void shared_encode(const float* tile, const float* amax, int32_t limit, const ui
       continue;
     }
     const float* x = tile + b * kShared;
-    const float factor = inverse(s);
     const uint8_t* r = random + b * kShared;
-    for (int i = 0; i < kShared; ++i) to[i] = code.encode(x[i] * factor, r[i]);
+    for (int i = 0; i < kShared; ++i) to[i] = code.encode(x[i], s, r[i]);
   }
 }
 

@@ -67,9 +67,8 @@ PYCOMM_INLINE Lanes interleave(Lanes a, Lanes b) {
 
 // 16 bytes for each of 16 * n counters from `first` on.
 PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high) {
-  constexpr int kVectors = kLanes == 2   ? 4
-                           : kLanes == 8 ? 4
-                                         : 16 / kLanes;  // side by side: one alone waits for its own products
+  constexpr int kVectors =
+      kLanes == 2 ? 4 : 16 / kLanes;  // side by side: one alone would wait for its own products
   constexpr int kStep = kVectors * kLanes;
   const Lanes a = all(0xD2511F53), b = all(0xCD9E8D57);
   for (int done = 0; done < 16 * n; done += kStep) {

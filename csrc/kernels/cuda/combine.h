@@ -57,7 +57,7 @@ struct Combine {
   template <class T, int kN>
   PYCOMM_DEVICE static Run<T, kN> read(const void* base, int64_t at) {
     const void* p = static_cast<const char*>(base) + at * static_cast<int64_t>(sizeof(T));
-    if constexpr (kN == 1 && kVector != 1) {
+    if constexpr (kN == 1) {
       return {{read_element<T>(p)}};
     } else {
       return read_run<T, kN>(p);
@@ -66,7 +66,7 @@ struct Combine {
   template <class T, int kN>
   PYCOMM_DEVICE static void write(void* base, int64_t at, const Run<T, kN>& run) {
     void* p = static_cast<char*>(base) + at * static_cast<int64_t>(sizeof(T));
-    if constexpr (kN == 1 && kVector != 1) {
+    if constexpr (kN == 1) {
       write_element<T>(p, run.x[0]);
     } else {
       write_run<T, kN>(p, run);

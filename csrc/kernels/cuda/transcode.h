@@ -392,12 +392,13 @@ struct Encode {
   PYCOMM_DEVICE static Codes<C> encode_as(const Sixteen& x, [[maybe_unused]] float s,
                                           const RandomBits<Wire<C>::kRandomBits>& random) {
     Codes<C> codes{};
+    [[maybe_unused]] const float factor = inverse(s);
     PYCOMM_UNROLL
     for (int i = 0; i < kOfLane; ++i) {
       if constexpr (kSign) {
         codes.put(i, C::encode(x.x[i]));
       } else if constexpr (Scaled<C>) {
-        codes.put(i, C::template encode<kStochastic>(x.x[i], s, random.of(i)));
+        codes.put(i, C::template encode<kStochastic>(x.x[i] * factor, random.of(i)));
       } else {
         codes.put(i, C::template encode<kStochastic>(x.x[i], random.of(i)));
       }
