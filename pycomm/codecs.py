@@ -26,6 +26,7 @@ __all__ = [
     "FP8E5M2",
     "FP16",
     "MXFP8",
+    "BlockCodec",
     "Codec",
     "ErrorFeedback",
     "Int4",
@@ -54,7 +55,16 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rounded(Codec):
+class BlockCodec(Codec):
+    """A codec that makes blocks of elements into bytes, each by itself, so that plans can carry it."""
+
+    def native(self) -> _native.Codec:
+        """What the kernels know of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounded(BlockCodec):
     rounding: Rounding | None = None
     seed: int = 0
     error_feedback: ErrorFeedback | bool | None = None
@@ -180,7 +190,7 @@ class SharedInt(Codec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sign(Codec):
+class Sign(BlockCodec):
     """The sign of an element, times the mean magnitude of its block of 128: 0.156 bytes an element.
 
     Error feedback is on by default: without it this does not converge. (Seide et al., 1-bit SGD, Interspeech
@@ -379,7 +389,7 @@ class _Request:
         if isinstance(self.codec, SharedInt):  # exact sums are deterministic, whether asked for or not
             arguments |= {"seed": self.codec.seed, "algorithm": self.special["algorithm"]}
             return _native.run_shared_int(self.comm, x, self.codec.width, **arguments)
-        assert isinstance(self.codec, (_Rounded, Sign))
+        assert isinstance(self.codec, BlockCodec)
         arguments |= self.special
         return _native.run_codec(self.comm, self.collective, x, self.codec.native(), **arguments)
 
@@ -515,8 +525,7 @@ def _data(x: Any) -> Any:
 
 def _count(x: Any) -> int:
     data = _data(x)
-    shape: tuple[int, ...] = data.shape if hasattr(data, "shape") else memoryview(data).shape
-    return math.prod(shape)
+    return math.prod(data.shape if hasattr(data, "shape") else memoryview(data).shape or ())
 
 
 def _is_finite(x: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ class Gradients:
 
     @property
     def ranks(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     def mean(self, step: int, ranks: int) -> npt.NDArray[np.float64]:
         found: npt.NDArray[np.float64] = np.mean(self.values[step, :ranks], axis=0, dtype=np.float64)
@@ -121,9 +122,8 @@ def _row(name: str, kind: Kind, data: Gradients, size: int, algorithm: str | Non
         plain, fed = {rounding: kind(rounding=rounding) for rounding in ("nearest", "stochastic")}, True
     vnmse, without = {}, {}
     for rounding, codec in plain.items():
-        vnmse[rounding], without[rounding] = _run(data, size, algorithm, lambda codec=codec: codec)
-    feedback = lambda: kind(error_feedback=codecs.ErrorFeedback(exempt=lambda *_: False))  # noqa: E731
-    with_feedback = _run(data, size, algorithm, feedback)[1] if fed else None
+        vnmse[rounding], without[rounding] = _run(data, size, algorithm, partial(_same, codec))
+    with_feedback = _run(data, size, algorithm, partial(_fed, kind))[1] if fed else None
     count = sum(int(np.prod(shape)) for shape in data.shapes.values())
     return Row(
         data.name,
@@ -137,14 +137,22 @@ def _row(name: str, kind: Kind, data: Gradients, size: int, algorithm: str | Non
     )
 
 
+def _same(codec: codecs.Codec) -> codecs.Codec:
+    return codec
+
+
+def _fed(kind: Kind) -> codecs.Codec:
+    return kind(error_feedback=codecs.ErrorFeedback(exempt=lambda name, shape: False))
+
+
 def wire_bytes(codec: codecs.Codec, count: int) -> int:
     """What one encode of `count` elements puts on the wire."""
     if isinstance(codec, codecs.TopK):
         return 16 + 8 * codec.kept(count)
     if isinstance(codec, codecs.SharedInt):
         return codec.width // 8 * count + 4 * -(-count // 128)  # and the agreement about magnitudes
-    size: int = codec.native().wire_bytes(count)  # type: ignore[attr-defined]
-    return size
+    assert isinstance(codec, codecs.BlockCodec)
+    return codec.native().wire_bytes(count)
 
 
 def _run(
