@@ -226,38 +226,32 @@ def as_json(rows: Sequence[Row], machine: str, steps: int) -> str:
 
 
 def plot(rows: Sequence[Row], path: str, machine: str) -> None:
-    """vNMSE over bytes, and drift without and with feedback."""
+    """vNMSE of a call and drift of all of them, without and with feedback, by codec."""
     import matplotlib.pyplot as plt
 
-    kinds = list(dict.fromkeys((row.data, row.ranks, row.algorithm) for row in rows))
+    names = list(dict.fromkeys(row.codec for row in rows))
+    colours = {data: f"C{n}" for n, data in enumerate(dict.fromkeys(row.data for row in rows))}
+    routes = list(dict.fromkeys((row.ranks, row.algorithm) for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    for n, kind in enumerate(kinds):
-        found = [row for row in rows if (row.data, row.ranks, row.algorithm) == kind]
-        label = f"{kind[0]}, {kind[1]} ranks, {kind[2]}"
-        errors = [min(row.vnmse.values()) for row in found]
-        left.scatter([row.bytes_per_element for row in found], errors, s=16, color=f"C{n}", label=label)
-        for row, error in zip(found, errors, strict=True):
-            if n == 0:
-                left.annotate(row.codec, (row.bytes_per_element, error), fontsize=7)
-        places = np.arange(len(found)) + 0.8 * n / len(kinds)
-        least = [100 * min(drift.drift for drift in row.without.values()) for row in found]
-        names = [row.codec for row in found]
-        right.scatter(places, least, marker="_", color=f"C{n}")
-        fed = [np.nan if row.with_feedback is None else 100 * row.with_feedback.drift for row in found]
-        right.scatter(places, fed, marker="o", s=14, color=f"C{n}")
-        if n == 0:
-            right.set_xticks(places, names, rotation=60, fontsize=7)
+    for row in rows:
+        colour = colours[row.data]
+        place = names.index(row.codec) + 0.8 * (routes.index((row.ranks, row.algorithm)) / len(routes) - 0.5)
+        left.scatter(place, min(row.vnmse.values()), color=colour, s=14)
+        right.scatter(place, 100 * min(d.drift for d in row.without.values()), color=colour, marker="_")
+        if row.with_feedback is not None:
+            right.scatter(place, 100 * row.with_feedback.drift, color=colour, s=14)
     for axis in (left, right):
         axis.set_yscale("log")
+        axis.set_xticks(range(len(names)), names, rotation=60)
         axis.grid(alpha=0.3)
-    left.set_xscale("log", base=2)
-    left.set_xlabel("bytes an element")
-    left.set_ylabel("vNMSE of one call, the better rounding")
-    left.legend(fontsize=7)
+    for data, colour in colours.items():
+        left.scatter([], [], color=colour, label=data)
+    left.legend()
+    left.set_title("vNMSE of one call, the better rounding", fontsize=10)
     right.axhline(0.4, color="black", linewidth=0.8)
-    right.set_ylabel("drift, %")
-    right.set_title("dashes: without error feedback; dots: with; line: 0.4 %", fontsize=9)
-    figure.suptitle(machine, fontsize=8)
+    right.set_title("drift in %: dashes without error feedback, dots with; the line is 0.4 %", fontsize=10)
+    order = ", ".join(f"{ranks} ranks {algorithm}" for ranks, algorithm in routes)
+    figure.suptitle(f"{machine}\nfrom left to right within a codec: {order}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
