@@ -26,6 +26,7 @@ __all__ = [
     "FP8E5M2",
     "FP16",
     "MXFP8",
+    "BlockCodec",
     "Codec",
     "ErrorFeedback",
     "Int4",
@@ -54,7 +55,16 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rounded(Codec):
+class BlockCodec(Codec):
+    """A codec that makes blocks of elements into bytes, each by itself, so that plans can carry it."""
+
+    def native(self) -> _native.Codec:
+        """What the kernels know of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounded(BlockCodec):
     rounding: Rounding | None = None
     seed: int = 0
     error_feedback: ErrorFeedback | bool | None = None
@@ -180,7 +190,7 @@ class SharedInt(Codec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sign(Codec):
+class Sign(BlockCodec):
     """The sign of an element, times the mean magnitude of its block of 128: 0.156 bytes an element.
 
     Error feedback is on by default: without it this does not converge. (Seide et al., 1-bit SGD, Interspeech
@@ -221,13 +231,10 @@ class TopK(Codec):
         _check_feedback(self.error_feedback)
 
     def kept(self, count: int) -> int:
-        """How many of `count` elements are sent."""
-        return min(count, max(1, round(self.ratio * count)) if self.k is None else self.k)
+        """How many of `count` elements there is room for: at least one."""
+        return max(1, min(count, round(self.ratio * count) if self.k is None else self.k))
 
 
-_DEFAULTS: dict[str, Codec] = {
-    kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
-}
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
 
 
@@ -382,7 +389,7 @@ class _Request:
         if isinstance(self.codec, SharedInt):  # exact sums are deterministic, whether asked for or not
             arguments |= {"seed": self.codec.seed, "algorithm": self.special["algorithm"]}
             return _native.run_shared_int(self.comm, x, self.codec.width, **arguments)
-        assert isinstance(self.codec, (_Rounded, Sign))
+        assert isinstance(self.codec, BlockCodec)
         arguments |= self.special
         return _native.run_codec(self.comm, self.collective, x, self.codec.native(), **arguments)
 
@@ -518,7 +525,7 @@ def _data(x: Any) -> Any:
 
 def _count(x: Any) -> int:
     data = _data(x)
-    return math.prod(data.shape if hasattr(data, "shape") else memoryview(data).shape)
+    return math.prod(data.shape if hasattr(data, "shape") else memoryview(data).shape or ())
 
 
 def _is_finite(x: Any) -> bool:
@@ -538,6 +545,10 @@ def _check_feedback(feedback: Any) -> None:
             f"error_feedback={feedback!r}: an ErrorFeedback, True, False, or None for the codec's default"
         )
 
+
+_DEFAULTS: dict[str, Codec] = {
+    kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
+}
 
 # Residuals of codecs that have no ErrorFeedback of their own.
 _kept: WeakKeyDictionary[_native.Communicator, dict[Codec, ErrorFeedback]] = WeakKeyDictionary()

@@ -92,7 +92,7 @@ class ErrorFeedback:
                 raise ValueError(
                     f"`state`: the old ranks' residuals of {name!r} differ in length, or some have none"
                 )
-            residuals[name] = np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
+            residuals[name] = np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
         extra = set().union(*states) - set(residuals)
         if extra:
             raise ValueError(f"`state`: only some of the old ranks have a residual of {min(extra)!r}")
@@ -151,7 +151,7 @@ class ErrorFeedback:
         wanted = layout.part(name).size
         if found is not None and found.size != wanted:
             raise ValueError(
-                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one parameter"
+                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one thing"
             )
         return found
 

@@ -56,7 +56,7 @@ struct Codec {
   CodecKind kind = CodecKind::none;
   Rounding rounding = Rounding::nearest;  // sign has none: nearest
   bool ceil_scale = false;                // mxfp8
-  bool hadamard = false;                  // int4: blocks times Sylvester's matrix over 32 are coded
+  bool hadamard = false;                  // int4: blocks are rotated before and after
   uint64_t seed = 0;
   bool operator==(const Codec&) const = default;
 };

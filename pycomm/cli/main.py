@@ -13,6 +13,7 @@ COMMANDS = {
     "run": "start the ranks of a job on this machine",
     "bench": "measure the collectives, beside MPI and Gloo where they are installed",
     "bench kernels": "measure the inner loops against the bandwidth of a copy, beside torch's ways",
+    "bench codecs": "measure what gradient codecs lose, and what they send",
     "verify": "prove that the plans of an algorithm are right",
     "explain": "say which plan a call would run, and why",
     "info": "say what this machine and this installation have",

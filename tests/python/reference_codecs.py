@@ -102,8 +102,7 @@ def round_float(y: Array, dtype: Any, r: Array | None, bits: int = 8) -> Array:
 
 
 def round_integer(y: Array, limit: float, r: Array | None) -> Array:
-    with np.errstate(over="ignore"):
-        rounded = np.rint(y) if r is None else np.floor(y + (2 * r + 1).astype(F32) / F32(512))
+    rounded = np.rint(y) if r is None else np.floor(y.astype(np.float64) + (2 * r + 1) / 512)  # exact
     return np.clip(rounded, -limit, limit).astype(np.int64)
 
 
@@ -170,7 +169,6 @@ def encode(
         e[:count] = residual
         with np.errstate(all="ignore"):
             v[:count] += k * e[:count]
-    given = v.copy()
 
     # Each element's tensor and its offset there; what lies in no tensor counts as zero.
     position = np.arange(index, index + padded)
@@ -200,7 +198,8 @@ def encode(
             scales, words, decoded = _encode_blocks(codec, finite, tensor.reshape(-1, block) >= 0, r)
             scales = np.where(good, scales, NAN)
             decoded = np.where(good[:, None], decoded, NAN).ravel()
-        kept = np.where(np.repeat(good, block), (given - decoded) / k, e).astype(F32)
+        kept = np.where(np.repeat(good, block), (v - decoded) / k, e).astype(F32)
+    kept[tensor < 0] = 0
     return Encoded(pack_wire(kind, scales, words, count), decoded[:count].astype(F32), kept[:count])
 
 
@@ -216,7 +215,8 @@ def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) ->
     rotated = (hadamard(blocks) / 32).astype(F32) if codec.hadamard else blocks
     scales = block_scales(codec, np.abs(rotated).max(axis=1))
     zero = scales == 0
-    y = np.where(zero[:, None], F32(0), rotated / np.where(zero, F32(1), scales)[:, None]).astype(F32)
+    inverse = F32(1) / np.where(zero, F32(1), scales)
+    y = np.where(zero[:, None], F32(0), rotated * inverse[:, None])
     if r is not None:
         r = r.reshape(y.shape)
     if kind in TYPE:
@@ -254,7 +254,8 @@ def pack_wire(kind: str, scales: Array, words: Array, count: int) -> Array:
     else:
         elements = np.ascontiguousarray(words).ravel().astype("<u2" if kind in ("fp16", "bf16") else "u1")
     elements = elements.view(np.uint8).reshape(-1, TILE * ELEMENT_BITS[kind] // 8)
-    parts = scale_words(kind, scales).view(np.uint8).reshape(len(elements), -1)
+    parts = scale_words(kind, scales).view(np.uint8)
+    parts = parts.reshape(len(elements), SCALE_BYTES[kind] * TILE // BLOCK[kind])
     wire = np.concatenate([parts, elements], axis=1).ravel()
     return wire[: wire_bytes(kind, count)]
 
@@ -272,9 +273,9 @@ def decode(codec: Any, wire: Array, count: int) -> Array:
     """float32; by the layout alone, so that it is a test of `encode` as well."""
     kind, block = codec.kind, BLOCK[codec.kind]
     tiles = -(-count // TILE)
-    whole = np.zeros(wire_bytes(kind, tiles * TILE), np.uint8)
+    whole = np.zeros(tiles * wire_bytes(kind, TILE), np.uint8)
     whole[: len(wire)] = wire
-    whole = whole.reshape(tiles, -1)
+    whole = whole.reshape(tiles, wire_bytes(kind, TILE))
     cut = SCALE_BYTES[kind] * TILE // block
     parts, elements = np.ascontiguousarray(whole[:, :cut]), np.ascontiguousarray(whole[:, cut:])
     if kind in ("fp16", "bf16"):
@@ -341,6 +342,8 @@ def shared_int(
     count, block = len(xs[0]), 128
     padded = -(-count // block) * block
     limit = (2 ** (width - 1) - 1) // len(xs)
+    levels = F32(limit)  # not beyond the limit, or sums could overflow
+    levels = np.nextafter(levels, F32(0)) if int(levels) > limit else levels
     position = np.arange(padded)
     places, inside = np.zeros(padded, np.uint64), np.zeros(padded, bool)
     for first, last, name in [(0, count, 0)] if segments is None else segments:
@@ -355,15 +358,15 @@ def shared_int(
         blocks.append(v.reshape(-1, block))
     amax = np.max([np.abs(b).max(axis=1) for b in blocks], axis=0)  # NaN propagates
     finite = np.isfinite(amax)
-    scales = np.where(finite, amax, F32(0)) / F32(limit)
+    scales = np.where(finite, amax, F32(0)) / levels
     scales = np.where(scales < MIN_NORMAL, F32(0), scales).astype(F32)
     total = np.zeros((len(amax), block), np.int64)
     for rank, b in enumerate(blocks):
         r = random_bits(8, seed, (step, 0, rank), places).reshape(b.shape)
         used = finite & (scales > 0)
         with np.errstate(all="ignore"):
-            y = np.where(used[:, None], b / np.where(used, scales, F32(1))[:, None], F32(0)).astype(F32)
-        total += round_integer(y, limit, r) * used[:, None]
+            y = np.where(used[:, None], b * (F32(1) / np.where(used, scales, F32(1)))[:, None], F32(0))
+        total += round_integer(y, float(levels), r) * used[:, None]
     with np.errstate(all="ignore"):
         decoded = total.astype(F32) * scales[:, None] / F32(divisor)
     return np.where(finite[:, None], decoded, NAN).ravel()[:count].astype(F32)

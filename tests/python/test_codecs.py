@@ -1,0 +1,512 @@
+"""Collectives with codecs: the bounds of docs/codecs.md, the same bits everywhere, residuals, errors."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference_codecs as reference
+
+import pycomm
+from pycomm import Bucket, Communicator, codecs
+
+Ranks = Callable[..., list[Any]]
+Array = np.ndarray[Any, Any]
+F32 = np.float32
+COUNT = 1 << 17
+
+# Codec -> vNMSE of one encode, of two_shot on 2 and 8 ranks, of ring on 8. A test holds to 1.15 times that.
+BOUNDS: dict[Any, tuple[float, float, float]] = {
+    codecs.BF16(rounding="nearest"): (2.8e-6, 6e-6, 1.2e-5),
+    codecs.BF16(): (5.5e-6, 1.1e-5, 2.5e-5),
+    codecs.FP8E4M3(rounding="nearest"): (6.8e-4, 1.4e-3, 3.1e-3),
+    codecs.FP8E4M3(): (1.4e-3, 2.7e-3, 6.2e-3),
+    codecs.FP8E5M2(rounding="nearest"): (2.7e-3, 5.4e-3, 1.2e-2),
+    codecs.FP8E5M2(): (5.4e-3, 1.1e-2, 2.5e-2),
+    codecs.MXFP8(rounding="nearest"): (8.6e-4, 1.8e-3, 4.1e-3),
+    codecs.MXFP8(rounding="nearest", scale="ceil"): (7.0e-4, 1.5e-3, 3.2e-3),
+    codecs.Int8(rounding="nearest"): (4.2e-5, 8.4e-5, 1.9e-4),
+    codecs.Int8(): (8.4e-5, 1.7e-4, 3.7e-4),
+    codecs.Int4(rounding="nearest"): (9.4e-3, 1.9e-2, 4.3e-2),
+    codecs.Int4(): (1.9e-2, 3.8e-2, 8.7e-2),
+    codecs.Sign(error_feedback=False): (0.36, 0.65, 0.68),
+}
+NAMES = ["fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "shared_int", "sign", "topk"]
+
+
+def gaussian(rank: int, count: int = COUNT, dtype: Any = F32) -> Array:
+    return np.random.default_rng([rank, count]).standard_normal(count).astype(dtype)
+
+
+def mean(size: int, count: int = COUNT) -> Array:
+    return np.mean([gaussian(rank, count).astype(np.float64) for rank in range(size)], axis=0)
+
+
+def without_feedback(name: str) -> Any:
+    kinds = {"sign": codecs.Sign(error_feedback=False), "topk": codecs.TopK(error_feedback=False)}
+    return kinds.get(name, name)
+
+
+def everyone_has_the_same(comm: Communicator, x: Any, *context: object) -> None:
+    mine = np.ascontiguousarray(x).view(np.uint8).ravel()
+    everyones = comm.all_gather(mine).reshape(comm.size, -1)
+    assert (everyones == everyones[0]).all(), context
+
+
+@pytest.mark.parametrize("route", ["two_shot 2", "two_shot 8", "ring 8"])
+def test_bounds(route: str) -> None:
+    algorithm, size = route.split()
+
+    def fn(comm: Communicator) -> None:
+        exact = mean(comm.size)
+        for codec, (_, two_shot, ring) in BOUNDS.items():
+            got = comm.all_reduce(gaussian(comm.rank), op="avg", codec=codec, algorithm=algorithm)
+            bound = 1.15 * (ring if algorithm == "ring" else two_shot)
+            assert reference.vnmse(got, exact) <= bound, (codec, route)
+            everyone_has_the_same(comm, got, codec, route)
+
+    pycomm.run_local(fn, int(size))
+
+
+@pytest.mark.parametrize("codec", BOUNDS, ids=repr)
+def test_bounds_of_one_encode(codec: Any) -> None:
+    from pycomm import _native
+
+    x, got = gaussian(0), np.empty(COUNT, F32)
+    native = codec.native()
+    _native.decode(native, _native.encode(native, x), got)
+    assert reference.vnmse(got, x) <= 1.15 * BOUNDS[codec][0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_two_shot_is_what_the_reference_makes_of_it(ranks: Ranks, size: int) -> None:
+    """Values, roundings and random bits: within the rounding of a float32 sum."""
+
+    def fn(comm: Communicator) -> None:
+        count = 5000
+        for name in reference.KINDS[:-1]:
+            for rounding in ("nearest", "stochastic"):
+                kind = reference.Codec(name, rounding, seed=3)
+                xs = [gaussian(rank, count) for rank in range(size)]
+                want = reference.two_shot(kind, xs, step=11)
+                codec = type(codecs._DEFAULTS[name])(rounding=rounding, seed=3)
+                got = comm.all_reduce(
+                    xs[comm.rank].copy(), op="avg", codec=codec, step=11, algorithm="two_shot"
+                )
+                assert (np.abs(got - want) > 1e-6).mean() < 1e-3, (name, rounding)
+
+    ranks(fn, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_all_collectives_types_and_lengths(ranks: Ranks, size: int) -> None:
+    """Codecs that hardly lose anything give the sum; all ranks hold the same bits."""
+
+    def fn(comm: Communicator) -> None:
+        for name in NAMES:
+            codec = without_feedback(name)
+            for count in (0, 1, 1003, 40_000):
+                for dtype in (F32, np.float16, ml_dtypes.bfloat16):
+                    x = gaussian(comm.rank, count, dtype)
+                    xs = [gaussian(rank, count, dtype).astype(F32) for rank in range(size)]
+                    total = np.sum(xs, axis=0, dtype=F32)
+                    out = np.empty_like(x)
+                    assert comm.all_reduce(x, out=out, codec=codec) is out
+                    everyone_has_the_same(comm, out, name, count)
+                    if name in ("fp16", "bf16", "int8") and count:
+                        assert np.abs(out.astype(F32) - total).max() < 0.2, (name, count, dtype)
+                    if name in ("shared_int", "topk"):
+                        continue
+                    got = comm.all_gather(x, codec=codec)
+                    everyone_has_the_same(comm, got, name, count)
+                    if name in ("fp16", "bf16", "int8") and count:
+                        assert np.abs(got.astype(F32) - np.concatenate(xs)).max() < 0.1
+                    rows = count // size * size
+                    part = comm.reduce_scatter(x[:rows], codec=codec)
+                    mine = slice(comm.rank * rows // size, (comm.rank + 1) * rows // size)
+                    if name in ("fp16", "bf16", "int8") and count:
+                        assert np.abs(part.astype(F32) - total[mine]).max(initial=0) < 0.2
+
+    ranks(fn, size)
+
+
+def test_a_call_repeated_and_steps(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x = gaussian(comm.rank, 3000)
+        for name in NAMES:
+            codec = without_feedback(name)
+            first, again, other = (
+                comm.all_reduce(x, out=np.empty_like(x), codec=codec, step=step) for step in (5, 5, 6)
+            )
+            assert (first == again).all(), name
+            assert (first != other).any() == (name not in ("sign", "topk")), name
+        before = comm.codec_step
+        one, two = (comm.all_reduce(x, out=np.empty_like(x), codec="int8") for _ in range(2))
+        assert comm.codec_step == before + 2
+        assert (one != two).any()
+        same = comm.all_reduce(x, out=np.empty_like(x), codec="int8", step=before)
+        assert (same == one).all()
+        # A sum of integers does not depend on the algorithm.
+        exact = [
+            comm.all_reduce(x, out=np.empty_like(x), codec="shared_int", step=1, algorithm=algorithm)
+            for algorithm in ("ring", "two_shot", "recursive_doubling", None)
+        ]
+        assert all((each == exact[0]).all() for each in exact)
+
+    ranks(fn, 3)
+
+
+def test_shared_int_is_exact(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        for width in (8, 16, 32):
+            for count in (1, 127, 5000):
+                xs = [gaussian(rank, count) for rank in range(comm.size)]
+                xs[0][count // 2] *= 100
+                for op, divisor in (("sum", 1), ("avg", comm.size)):
+                    codec = codecs.SharedInt(width=width, seed=4)
+                    got = comm.all_reduce(xs[comm.rank].copy(), op=op, codec=codec, step=2)
+                    want = reference.shared_int(xs, width, 4, 2, divisor=divisor)
+                    assert (got == want).all(), (width, count, op)
+        x = gaussian(comm.rank, 300)
+        x[5] = np.nan if comm.rank == 1 else x[5]
+        got = comm.all_reduce(x, codec="shared_int")
+        assert np.isnan(got[:128]).all() and np.isfinite(got[128:]).all()
+
+    ranks(fn, 3)
+
+
+def test_topk_sums_what_each_rank_keeps(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        xs = [gaussian(rank, 4099) for rank in range(comm.size)]
+        for codec, k in (
+            (codecs.TopK(k=7, error_feedback=False), 7),
+            (codecs.TopK(ratio=0.1, error_feedback=False), 410),
+        ):
+            want = np.zeros(4099, F32)
+            for x in xs:
+                chosen = reference.topk(x, k)
+                want[chosen] += x[chosen]
+            got = comm.all_reduce(xs[comm.rank].copy(), codec=codec)
+            assert (got == want).all()
+            got = comm.all_reduce(xs[comm.rank].copy(), op="avg", codec=codec)
+            np.testing.assert_array_max_ulp(got, want / F32(comm.size), 1)
+
+    ranks(fn, 3)
+
+
+def drift(
+    comm: Communicator, codec: Any, steps: int, algorithm: str | None = None, count: int = 4096
+) -> float:
+    """|sum of the results - sum of the exact averages| / |the latter| after so many steps."""
+    got, exact = np.zeros(count), np.zeros(count)
+    bias = np.random.default_rng(99).standard_normal(count)  # gradients of a step are alike
+    for step in range(steps):
+        rng = np.random.default_rng(step)
+        xs = [(bias + rng.standard_normal(count)).astype(F32) for _ in range(comm.size)]
+        exact += np.mean(xs, axis=0, dtype=np.float64)
+        got += comm.all_reduce(xs[comm.rank], op="avg", codec=codec, algorithm=algorithm, tag="w")
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (codecs.FP8E4M3, 4e-3),
+        (codecs.FP8E5M2, 4e-3),
+        (codecs.MXFP8, 4e-3),
+        (codecs.Int8, 4e-3),
+        (codecs.Int4, 4e-3),
+    ],
+)
+def test_error_feedback_keeps_the_drift_small(kind: Any, limit: float) -> None:
+    """A sum of 300 steps; without feedback, nearest rounding drifts further."""
+
+    def fn(comm: Communicator) -> None:
+        for algorithm in ("two_shot", "ring"):
+            fed = drift(comm, kind(error_feedback=codecs.ErrorFeedback()), 300, algorithm)
+            assert fed <= limit, (kind, algorithm, fed)
+        plain = drift(comm, kind(rounding="nearest"), 300)
+        assert plain > 1.5 * fed
+
+    pycomm.run_local(fn, 2)
+
+
+@pytest.mark.parametrize("name", ["sign", "topk"])
+def test_what_needs_feedback_has_it(ranks: Ranks, name: str) -> None:
+    def fn(comm: Communicator) -> None:
+        x = gaussian(comm.rank, 1000)
+        for call in (
+            lambda: comm.all_reduce(x, codec=name),
+            lambda: comm.all_reduce([x, x.copy()], codec=name, async_op=True),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}.*tag=.*error_feedback=False"):
+                call()
+        fed = drift(comm, name, 100)
+        plain = drift(comm, without_feedback(name), 100)
+        assert fed < plain / 2
+
+    ranks(fn, 2)
+
+
+def test_residuals_that_nobody_keeps_go_with_the_communicator() -> None:
+    def fn(comm: Communicator) -> None:
+        comm.all_reduce(gaussian(comm.rank, 100), codec="sign", tag="w")
+        comm.all_reduce(gaussian(comm.rank, 100), codec=codecs.Sign(), tag="w")
+        assert list(codecs._kept[comm]) == [codecs.Sign()]
+
+    before = len(codecs._kept)
+    pycomm.run_local(fn, 2)
+    gc.collect()
+    assert len(codecs._kept) <= before
+
+
+def test_residuals_are_what_was_not_sent(ranks: Ranks) -> None:
+    """The mean over ranks of what they owe is the difference between the exact average and the result."""
+
+    def fn(comm: Communicator) -> None:
+        for algorithm in ("two_shot", "ring"):
+            for scale in (1.0, 1024.0):
+                feedback = codecs.ErrorFeedback()
+                feedback.scale = scale
+                codec = codecs.Int4(error_feedback=feedback)
+                owed = np.zeros(4096)
+                for step in range(3):
+                    xs = [gaussian(10 * step + rank, 4096) for rank in range(comm.size)]
+                    x = xs[comm.rank] * F32(scale)
+                    got = comm.all_reduce(x, op="avg", codec=codec, tag="w", algorithm=algorithm)
+                    owed += np.mean(xs, axis=0, dtype=np.float64) - got / scale
+                    mine = feedback.state_dict()["w"]
+                    residuals = comm.all_gather(mine).reshape(comm.size, -1)
+                    np.testing.assert_allclose(residuals.mean(axis=0), owed, atol=3e-6)
+
+    ranks(fn, 4)
+
+
+def test_steps_that_do_not_count_leave_residuals_alone(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+
+        def step(number: int, **options: Any) -> Array:
+            x = gaussian(10 * number + comm.rank, 500)
+            if options.pop("broken", False) and comm.rank == 1:
+                x[3] = np.inf
+            other = comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="other", **options)
+            got = comm.all_reduce(x, codec=codec, tag="w", **options)
+            if options:
+                other.wait()
+                got = got.wait()
+            return got.copy()
+
+        def state() -> dict[str, Array]:
+            return feedback.state_dict()
+
+        step(0)
+        first = state()
+        assert np.abs(first["w"]).max() > 0
+        assert np.isnan(step(1, broken=True)).any()
+        assert (state()["w"] == first["w"]).all() and (state()["other"] != first["other"]).any()
+        feedback.skip()  # the whole step, of which one call was finite
+        assert all((state()[name] == first[name]).all() for name in first)
+        feedback.skip()
+        assert all((state()[name] == first[name]).all() for name in first)
+        got = step(2)
+        second = state()
+        feedback.skip()
+        assert (step(2) == got).all()
+        assert all((state()[name] == second[name]).all() for name in first)
+        feedback.skip()
+        assert (step(2, async_op=True) == got).all()
+        assert all((state()[name] == second[name]).all() for name in first)
+
+    ranks(fn, 2)
+
+
+def test_asynchronous_calls_that_nobody_waits_for(ranks: Ranks) -> None:
+    """The next call about the same parameters comes after them, residuals and all."""
+
+    def fn(comm: Communicator) -> None:
+        def last(async_op: bool) -> Array:
+            codec = codecs.Int4(error_feedback=codecs.ErrorFeedback())
+            kept = []
+            for step in range(5):
+                x = gaussian(10 * step + comm.rank, 3000)
+                kept.append(comm.all_reduce(x, codec=codec, tag="w", async_op=async_op))
+            work = kept[-1]
+            if not async_op:
+                return work
+            assert work.exception() is None
+            result = work.result()
+            assert work.is_completed() and work.wait(5) is result
+            return result
+
+        assert (last(True) == last(False)).all()
+
+    ranks(fn, 2)
+
+
+def test_buckets_and_lists(ranks: Ranks) -> None:
+    shapes = {"embed": (50, 20), "b": (33,), "W": (64, 48), "g": (1,), "empty": (0, 3)}
+
+    def tensors(rank: int) -> list[Array]:
+        return [gaussian(rank + 100 * i, int(np.prod(s))).reshape(s) for i, s in enumerate(shapes.values())]
+
+    def fn(comm: Communicator) -> None:
+        means = [
+            np.mean([tensors(rank)[i] for rank in range(comm.size)], axis=0, dtype=np.float64)
+            for i in range(len(shapes))
+        ]
+        kinds: list[Any] = [codecs.Int8(), codecs.Int8(error_feedback=codecs.ErrorFeedback())]
+        kinds += ["sign", "topk", "shared_int"]
+        for codec in kinds:
+            mine = tensors(comm.rank)
+            bucket = Bucket(mine, names=shapes)
+            bucket.pack()
+            comm.all_reduce(bucket, op="avg", codec=codec, step=3)
+            everyone_has_the_same(comm, bucket.data, codec)
+            feeds = codec not in ("shared_int", codecs.Int8())
+            for (name, shape), view, want in zip(shapes.items(), bucket.views, means, strict=True):
+                exempt = feeds and len(shape) < 2
+                if exempt:  # uncompressed
+                    np.testing.assert_allclose(view, want, rtol=1e-6, atol=1e-7, err_msg=name)
+                elif codec in kinds[:2]:
+                    np.testing.assert_allclose(view, want, atol=0.05, err_msg=name)
+            for async_op in (False, True):
+                again = tensors(comm.rank)
+                outs = [np.empty_like(x) for x in again]
+                tag = f"list {async_op}"
+                got = comm.all_reduce(again, out=outs, op="avg", codec=codec, tag=tag, async_op=async_op)
+                assert (got.wait() if async_op else got) is outs
+                for x, old in zip(again, tensors(comm.rank), strict=True):
+                    assert (x == old).all()
+                if feeds:
+                    np.testing.assert_allclose(outs[1], means[1], rtol=1e-6, atol=1e-7)
+                if codec in kinds[:2]:
+                    np.testing.assert_allclose(outs[2], means[2], atol=0.05)
+        state = kinds[1].error_feedback.state_dict()
+        assert {"embed", "W", "empty"} <= set(state) and not {"b", "g"} & set(state)
+        assert comm.all_reduce([], codec="int8") == []
+
+    ranks(fn, 2)
+
+
+def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        shapes = {"a": (20, 30), "b": (7, 9), "c": (40, 40)}
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+
+        def reduce(*names: str) -> None:
+            bucket = Bucket(
+                [gaussian(comm.rank, int(np.prod(shapes[n]))).reshape(shapes[n]) for n in names], names=names
+            )
+            bucket.pack()
+            comm.all_reduce(bucket, codec=codec)
+
+        reduce("a", "b", "c")
+        first = feedback.state_dict()
+        other = codecs.ErrorFeedback()
+        other.load_state_dict(first)
+        reduce("c", "a")
+        second = feedback.state_dict()
+        assert (second["b"] == first["b"]).all() and (second["c"] != first["c"]).any()
+        codec, feedback = codecs.Int4(error_feedback=other), other
+        reduce("c", "a")
+        assert all((second[name] == other.state_dict()[name]).all() for name in shapes)
+        shapes["a"] = (3, 3)
+        with pytest.raises(ValueError, match="'a' has 9 elements here, and its residual 600"):
+            reduce("a")
+
+    ranks(fn, 2)
+
+
+def test_resharding_keeps_the_mean() -> None:
+    rng = np.random.default_rng(1)
+    old = [
+        {"w": rng.standard_normal(10).astype(F32), "v": rng.standard_normal(3).astype(F32)} for _ in range(3)
+    ]
+    feedback = codecs.ErrorFeedback()
+    feedback.load_state_dict(old)
+    for name, residual in feedback.state_dict().items():
+        np.testing.assert_allclose(residual, np.mean([state[name] for state in old], axis=0), rtol=1e-6)
+    for wrong in (
+        [],
+        [old[0], {"w": old[1]["w"]}],
+        [old[0], old[1] | {"u": old[0]["w"]}],
+        [old[0], old[1] | {"w": old[1]["v"]}],
+    ):
+        with pytest.raises(ValueError, match="`state`"):
+            feedback.load_state_dict(wrong)
+    assert set(feedback.state_dict()) == {"w", "v"}
+
+
+def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x = gaussian(comm.rank, 100)
+        feedback = codecs.ErrorFeedback()
+        reduce = comm.all_reduce
+        wrong = [
+            (TypeError, "'max'.*sum.*avg", lambda: reduce(x, op="max", codec="int8")),
+            (TypeError, "premul_sum", lambda: reduce(x, op=pycomm.premul_sum(0.5), codec="int8")),
+            (TypeError, "int32", lambda: reduce(x.astype(np.int32), codec="int8")),
+            (TypeError, "float64", lambda: reduce(x.astype(np.float64), codec="bf16")),
+            (TypeError, "int32", lambda: reduce([x, x.astype(np.int32)], codec="bf16")),
+            (ValueError, "'int7'.*fp16.*topk", lambda: reduce(x, codec="int7")),
+            (TypeError, "`codec` is 8", lambda: reduce(x, codec=8)),
+            (TypeError, "step", lambda: reduce(x, step=3)),
+            (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
+            (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
+            (
+                ValueError,
+                "algorithm='ring'.*topk",
+                lambda: reduce(x, codec="topk", tag="w", algorithm="ring"),
+            ),
+            (ValueError, "all_reduce can", lambda: comm.all_gather(x, codec="shared_int")),
+            (ValueError, "all_reduce can", lambda: comm.reduce_scatter(x, codec="topk", tag="w")),
+            (TypeError, "list", lambda: comm.all_gather([x], codec="int8")),
+            (ValueError, "1 buffers for 2", lambda: reduce([x, x.copy()], out=[x], codec="int8")),
+        ]
+        for error, words, call in wrong:
+            with pytest.raises(error, match=words):
+                call()
+        codec = codecs.Int8(error_feedback=feedback)
+        reduce(x, codec=codec, tag="w")
+        group = comm.split(0)
+        assert group is not None
+        with pytest.raises(ValueError, match="another communicator"):
+            group.all_reduce(x, codec=codec, tag="w")
+        comm.barrier()
+
+    ranks(fn, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "make"),
+    [
+        (ValueError, "rounding='up'", lambda: codecs.Int8(rounding="up")),
+        (ValueError, "seed=-1", lambda: codecs.Int8(seed=-1)),
+        (ValueError, "scale='round'", lambda: codecs.MXFP8(scale="round")),
+        (ValueError, "width=4", lambda: codecs.SharedInt(width=4)),
+        (ValueError, "ratio=0", lambda: codecs.TopK(ratio=0)),
+        (ValueError, "k=0", lambda: codecs.TopK(k=0)),
+        (TypeError, "error_feedback='on'", lambda: codecs.Sign(error_feedback="on")),
+        (ValueError, "empty list", lambda: codecs.ErrorFeedback().load_state_dict([])),
+    ],
+)
+def test_codecs_check_what_they_are_given(error: Any, words: str, make: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_codecs_are_values() -> None:
+    assert codecs.Int8(seed=3) == codecs.Int8(seed=3) != codecs.Int8()
+    assert len({codecs.Int4(), codecs.Int4(hadamard=True), codecs.Int4()}) == 2
+    roundings = [
+        codecs.Int8().native().rounding,
+        codecs.Int8(error_feedback=codecs.ErrorFeedback()).native().rounding,
+        codecs.Int8(error_feedback=codecs.ErrorFeedback(), rounding="stochastic").native().rounding,
+    ]
+    assert roundings == ["stochastic", "nearest", "stochastic"]
+    assert [codecs.TopK().kept(n) for n in (0, 1, 40, 1000)] == [1, 1, 1, 10]
