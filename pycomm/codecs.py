@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -268,6 +269,8 @@ def call(
         raise TypeError(
             f"`op` is {op!r}: codecs carry 'sum' and 'avg' of floats, leave out `codec` for others"
         )
+    if step is not None and not 0 <= operator.index(step) < 1 << 32:
+        raise ValueError(f"`step` is {step!r}: a number of 32 bits")
     if stream is not None:
         raise ValueError("`stream` is for GPU buffers: CPU buffers have none, leave it out")
     if collective != "all_reduce" and isinstance(chosen, _ALL_REDUCE_ALONE):

@@ -456,6 +456,9 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (ValueError, "'int7'.*fp16.*topk", lambda: reduce(x, codec="int7")),
             (TypeError, "`codec` is 8", lambda: reduce(x, codec=8)),
             (TypeError, "step", lambda: reduce(x, step=3)),
+            (ValueError, "`step` is -1", lambda: reduce(x, codec="int8", step=-1)),
+            (ValueError, "`step` is 4294967296", lambda: reduce(x, codec="topk", tag="w", step=1 << 32)),
+            (TypeError, "integer", lambda: reduce(x, codec="int8", step=1.5)),
             (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
             (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
             (
