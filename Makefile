@@ -30,9 +30,9 @@ build: $(VENV)/.dev
 CUDA_ARCHITECTURES := 90
 define install
 @echo "== build"
-@SKBUILD_BUILD_DIR=build $(PIP) install --no-build-isolation --no-deps -e . \
-  -C cmake.define.PYCOMM_TESTS=$(1) -C cmake.define.PYCOMM_CUDA=$(if $(filter ON,$(1)),AUTO,OFF) \
-  -C cmake.define.PYCOMM_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
+@SKBUILD_BUILD_DIR=build \
+  SKBUILD_CMAKE_DEFINE="PYCOMM_TESTS=$(1);PYCOMM_CUDA=$(if $(filter ON,$(1)),AUTO,OFF);PYCOMM_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" \
+  $(PIP) install --no-build-isolation --no-deps -e .
 endef
 
 # ---- the environment: made anew when pyproject.toml changes ----

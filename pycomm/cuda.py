@@ -65,7 +65,7 @@ def native() -> Any:
         found = f"the driver has CUDA {_version(driver)}" if driver else "there is no NVIDIA driver"
         raise RuntimeError(
             f"no CUDA device: {reason or 'none is visible'} (built with CUDA {_version(built)}, {found}): "
-            "install a driver for CUDA 12.4 or newer, and look at CUDA_VISIBLE_DEVICES"
+            f"install a driver for CUDA {built // 1000} or newer, and look at CUDA_VISIBLE_DEVICES"
         )
     return module
 
@@ -244,6 +244,20 @@ class _Call:
         return new_bytes(size, self.like, self.device or 0, self.stream)
 
 
+def _segments(segments: Sequence[tuple[int, int, int]] | None) -> list[tuple[int, int, int]]:
+    """As the codecs need them: in order, at multiples of 256, and numbered below 2^24."""
+    found = [(int(begin), int(end), int(number)) for begin, end, number in segments or ()]
+    last = 0
+    for i, (begin, end, number) in enumerate(found):
+        _require(
+            begin % _native.SEGMENT_ALIGN == 0 and last <= begin <= end and 0 <= number < 1 << 24,
+            f"`segments[{i}]` is {(begin, end, number)}: tensors follow each other, begin at multiples of "
+            f"{_native.SEGMENT_ALIGN}, and have numbers below 2^24",
+        )
+        last = end
+    return found
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -379,20 +393,14 @@ class Packing:
         return DeviceStats(where, self._workspace)
 
 
-def _codec(codec: Any) -> tuple[Any, Any]:
-    """The codec of _native and of _cuda. `codec`: a name, or anything with the attributes of a codec."""
+def _codec(codec: Any) -> tuple[_native.Codec, Any]:
+    """The codec of _native and of _cuda. `codec`: of pycomm.codecs or _native, or a name: nearest."""
     if isinstance(codec, str):
         codec = _native.Codec(codec)
-    options = {
-        name: getattr(codec, name, default)
-        for name, default in (
-            ("rounding", "nearest"),
-            ("seed", 0),
-            ("ceil_scale", False),
-            ("hadamard", False),
-        )
-    }
-    return _native.Codec(codec.kind, **options), native().Codec(codec.kind, **options)
+    host: _native.Codec = codec.native() if hasattr(codec, "native") else codec
+    if not isinstance(host, _native.Codec):
+        raise TypeError(f"`codec` is a {type(codec).__name__}: pass a name, or a codec of pycomm.codecs")
+    return host, native().Codec(host.kind, host.rounding, host.seed, host.ceil_scale, host.hadamard)
 
 
 def transcode(
@@ -450,7 +458,7 @@ def transcode(
         stage,
         rank,
         index,
-        list(segments or ()),
+        _segments(segments),
         call.address("residual"),
         call.address("next_residual"),
         residual_scale,
@@ -504,7 +512,7 @@ def shared_amax(
         call.one("amax").count == -(-found.count // 128), "`amax` must have an element for each 128 of `x`"
     )
     encoding = call.module.Encoding(
-        segments=list(segments or ()), residual=call.address("residual"), residual_scale=residual_scale
+        segments=_segments(segments), residual=call.address("residual"), residual_scale=residual_scale
     )
     call.module.shared_amax(
         call.where, found.dtype, found.address, found.count, call.address("amax"), encoding
@@ -537,7 +545,7 @@ def shared_encode(
         0,
         rank,
         0,
-        list(segments or ()),
+        _segments(segments),
         call.address("residual"),
         call.address("next_residual"),
         residual_scale,

@@ -1,6 +1,6 @@
 // What Python objects hold: a contiguous run of elements, from NumPy's C API (with ml_dtypes' types by name),
-// the DLPack exchange table of the object's type (torch), `__dlpack__`, the attribute `__pycomm_buffer__` of one
-// that has its elements in another (pycomm.Bucket), or the buffer protocol, in this order.
+// the DLPack exchange table of the object's type (torch), `__dlpack__`, the attribute `__pycomm_buffer__` of
+// one that has its elements in another (pycomm.Bucket), or the buffer protocol, in this order.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -22,6 +22,8 @@ using kernels::Segment;
 
 namespace {
 
+constexpr int64_t kStreamBytes = int64_t{12} << 20;  // more than caches hold: results go past them
+
 Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
                  bool hadamard) {
   Codec codec;
@@ -51,16 +53,28 @@ const kernels::Isa& isa_of(const std::optional<std::string>& name) {
   throw ValueError("`isa` is \"" + *name + "\", which this machine does not have: see available_isas()");
 }
 
-py::array_t<uint8_t> encode(const Codec& codec, const py::object& x, uint32_t step, uint32_t stage,
-                            uint32_t rank, const py::object& segments, const py::object& residual,
-                            const py::object& next_residual, double residual_scale,
-                            const std::optional<std::string>& isa) {
+// Bytes to write to: `out`, or a new array.
+py::object bytes_for(const py::object& out, int64_t bytes) {
+  if (out.is_none()) return py::array_t<uint8_t>(bytes);
+  const Buffer buffer = get_buffer(out.ptr(), "out");
+  require_writable(buffer, "out");
+  if (buffer.bytes() != bytes) {
+    throw ValueError("`out` has " + std::to_string(buffer.bytes()) + " bytes: " + std::to_string(bytes) +
+                     " are needed");
+  }
+  return out;
+}
+
+py::object encode(const Codec& codec, const py::object& x, const py::object& out, uint32_t step,
+                  uint32_t stage, uint32_t rank, const py::object& segments, const py::object& residual,
+                  const py::object& next_residual, double residual_scale,
+                  const std::optional<std::string>& isa) {
   const Buffer from = get_buffer(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   const std::vector<Segment> parsed = parse_segments(segments);
   const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
-  py::array_t<uint8_t> wire(kernels::wire_bytes(codec.kind, from.count));
-  void* const dst = wire.mutable_data();
+  py::object wire = bytes_for(out, kernels::wire_bytes(codec.kind, from.count));
+  void* const dst = get_buffer(wire.ptr(), "out").data;
   const void* const src = from.data;
   const kernels::Format format = kernels::Format::raw;
   const kernels::Isa& chosen = isa_of(isa);
@@ -113,19 +127,20 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
                       .num_dsts = 1,
                       .num_srcs = add ? 2 : 1,
                       .dst_format = kernels::Format::final,
+                      .stream = !add && to.bytes() >= kStreamBytes,
                       .count = static_cast<size_t>(to.count)},
                      chosen);
 }
 
-py::array_t<uint8_t> topk_encode(const py::object& x, int64_t k, const py::object& residual,
-                                 const py::object& next_residual, double residual_scale,
-                                 const std::optional<std::string>& isa) {
+py::object topk_encode(const py::object& x, int64_t k, const py::object& out, const py::object& residual,
+                       const py::object& next_residual, double residual_scale,
+                       const std::optional<std::string>& isa) {
   const Buffer from = get_buffer(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   require_topk(k, from.count);
   const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
-  py::array_t<uint8_t> record(kernels::topk_record_bytes(k));
-  void* const to = record.mutable_data();
+  py::object record = bytes_for(out, kernels::topk_record_bytes(k));
+  void* const to = get_buffer(record.ptr(), "out").data;
   const kernels::Isa& chosen = isa_of(isa);
   const py::gil_scoped_release release;
   kernels::topk_encode({.dtype = from.dtype,
@@ -238,15 +253,15 @@ void add_codecs(py::module_& module) {
           },
           py::arg("count"), "Bytes that `count` elements take on the wire.");
   module.def(
-      "encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("step") = 0,
-      py::arg("stage") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
+      "encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
+      py::arg("step") = 0, py::arg("stage") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
       py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
       py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
       "Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.");
   module.def("decode", &decode, py::arg("codec"), py::arg("wire"), py::arg("out"), py::kw_only(),
              py::arg("add") = false, py::arg("isa") = py::none(), "Into `out`, or added to it.");
   module.def(
-      "topk_encode", &topk_encode, py::arg("x"), py::arg("k"), py::kw_only(),
+      "topk_encode", &topk_encode, py::arg("x"), py::arg("k"), py::kw_only(), py::arg("out") = py::none(),
       py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
       py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
       "The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` "

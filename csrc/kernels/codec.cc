@@ -68,7 +68,7 @@ class Transcoder {
     for (begin_ = 0; begin_ < count(); begin_ += kTile) {
       n_ = std::min(count() - begin_, kTile);
       const float* v = sum(direct());
-      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + kTile);
+      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + 2 * kTile);
       if (args_.dst_format != Format::partial && args_.divisor != 1) {
         kernels_.divide(buffers_[0].x, v, static_cast<float>(args_.divisor));
         v = buffers_[0].x;
@@ -166,8 +166,12 @@ class Transcoder {
       void* dst = here(args_.dsts[d], args_.dst_format);
       if (dst == v) continue;
       if (args_.stream) {
-        kernels_.store(wire_.bytes, dtype, v, elements());
-        stream_copy(dst, wire_.bytes, elements() * size_of(dtype));
+        const void* from = v;
+        if (dtype != DType::float32 || v != buffers_[0].x) {  // a sum of float32 is as it has to be
+          kernels_.store(wire_.bytes, dtype, v, elements());
+          from = wire_.bytes;
+        }
+        stream_copy(dst, from, elements() * size_of(dtype));
       } else {
         kernels_.store(dst, dtype, v, elements());
       }

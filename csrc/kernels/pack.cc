@@ -17,6 +17,10 @@ void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
   const auto scale = static_cast<float>(args.scale);
   int64_t written = 0;
   for (const PackItem& item : args.items) {
+    if (!isa.pack->find(item.dtype, args.dtype, false)) {
+      throw TypeError(std::string("pack and unpack take floats of 8 to 32 bits, not ") + name(item.dtype) +
+                      " and " + name(args.dtype));
+    }
     written += item.count * static_cast<int64_t>(size_of(packs ? args.dtype : item.dtype));
   }
   const bool stream = written >= kStreamBytes;
@@ -38,10 +42,6 @@ void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
       continue;
     }
     const CastFn cast = isa.pack->find(from, to, as_is);
-    if (!cast) {
-      throw TypeError(std::string("pack and unpack take floats of 8 to 32 bits, not ") + name(from) + " to " +
-                      name(to));
-    }
     cast({src, dst, static_cast<size_t>(item.count), scale, stream && src != dst, stats ? &tally : nullptr});
   }
   if (stream) stream_fence();

@@ -100,6 +100,7 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
                       .num_dsts = step.num_dsts,
                       .num_srcs = step.num_srcs,
                       .dst_format = step.dst_format,
+                      .stream = step.stream,
                       .count = static_cast<size_t>(step.count),
                       .prescale = plan.call.prescale,
                       .divisor = divisor,

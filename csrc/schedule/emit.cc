@@ -124,7 +124,8 @@ void Emitter::accept(const Offer& offer, int stage) {
   if (!offer.written || !l_.staged(offer.ref)) return;
   const int64_t count = l_.length_of(offer.ref, trip_);
   if (l_.call_.coded()) {
-    emit_coded({operand(offer.ref, false, Format::final)}, {wire(offer.ref)}, count, stage, {});
+    emit_coded({operand(offer.ref, false, Format::final)}, {wire(offer.ref)}, count, stage, {},
+               streams(offer.ref));
   } else {
     move(operand(offer.ref, false, Format::raw), operand(offer.ref, true, Format::raw), count, stage,
          streams(offer.ref));

@@ -46,7 +46,7 @@ class Emitter {
   Operand coded_source(const Ref& ref, int step) const;
   std::optional<Ref> shown_form(const Ref& ref, int step) const;
   void emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
-                  int stage, Transcode transcode);
+                  int stage, Transcode transcode, bool stream = false);
   Transcode encode_of(const Chunk& chunk, uint8_t stage) const;
   void encode_offer(const Offer& offer, int stage);
   void combine_coded(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy);

@@ -12,9 +12,9 @@
 namespace pycomm::schedule {
 
 void Emitter::emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
-                         int stage, Transcode transcode) {
+                         int stage, Transcode transcode, bool stream) {
   if (count == 0) return;
-  emit(dsts, srcs, count, stage, false);
+  emit(dsts, srcs, count, stage, stream);
   const auto is_wire = [](const Operand& operand) { return operand.format == Format::wire; };
   if (std::ranges::none_of(dsts, is_wire) && std::ranges::none_of(srcs, is_wire)) return;
   program_.steps.back().transcode = static_cast<int32_t>(program_.transcodes.size());
@@ -78,7 +78,8 @@ void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t 
     const bool there =
         format == Format::raw && l_.call_.in_place && step.srcs[0] == Ref{rank_, Buffer::in, out->chunk};
     if (!there) {
-      emit_coded({operand(*out, false, format)}, srcs, count, step.stage, {.divides = step.final});
+      emit_coded({operand(*out, false, format)}, srcs, count, step.stage, {.divides = step.final},
+                 streams(*out));
     }
     return;
   }
@@ -92,7 +93,8 @@ void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t 
   if (stage != l_.encode_stages_[rank_].end()) transcode = encode_of(step.dsts[0].chunk, stage->second);
   transcode.divides = step.final;
   emit_coded(wires, srcs, count, step.stage, transcode);
-  if (out) emit_coded({operand(*out, false, Format::final)}, {wire(*out)}, count, step.stage, {});
+  if (out)
+    emit_coded({operand(*out, false, Format::final)}, {wire(*out)}, count, step.stage, {}, streams(*out));
 }
 
 }  // namespace pycomm::schedule

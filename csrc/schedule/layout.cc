@@ -89,7 +89,7 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
   const int64_t unit_bytes = (uses_image ? blocks * image_unit : 0) + scratch_blocks * scratch_unit;
   const int32_t many_slots = schedule.stages + 1;
-  int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * item);
+  int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * image_unit) * unit;
   if (uses_window) {
     const int64_t room = geometry.bank_bytes / many_slots - 64;  // 64: the scratch part starts on a line
     widest = std::max(grain, std::min(widest, room / unit_bytes * unit));

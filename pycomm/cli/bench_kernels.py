@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         device = k.DEVICES[args.device]()
     except ImportError:
-        return fail(needs(f"pycomm bench kernels --device {args.device}", "torch"))
+        return fail(f"pycomm bench kernels --device {args.device} needs torch, to have memory and a rival")
     except RuntimeError as error:
         return fail(str(error))
     console.print(device.describe(), highlight=False)

@@ -56,7 +56,7 @@ void make_uneven(Call& call) {
 // `tiles` of a block go through the window in one trip.
 Geometry trips_of(const Call& call, int64_t tiles) {
   Geometry geometry;
-  geometry.trip_bytes = tiles * kTile * num_blocks(call.world) * static_cast<int64_t>(size_of(call.dtype));
+  geometry.trip_bytes = tiles * kernels::tile_bytes(call.codec.kind) * num_blocks(call.world);
   geometry.bank_bytes = int64_t{1} << 40;
   geometry.payload_bytes = kPayloadBytes;
   return geometry;

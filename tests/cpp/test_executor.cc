@@ -37,7 +37,7 @@ constexpr schedule::Geometry kGeometry = {.bank_bytes = 64 << 10,
                                           .payload_bytes = schedule::kPayloadBytes};
 // Trips of a few tiles.
 constexpr schedule::Geometry kCodecGeometry = {
-    .bank_bytes = 64 << 10, .trip_bytes = 16 << 10, .max_cells = kCellsPerPair};
+    .bank_bytes = 64 << 10, .trip_bytes = 16 << 10, .stream_bytes = 40 << 10, .max_cells = kCellsPerPair};
 constexpr int64_t kGuard = 64;
 constexpr char kUntouched = 0x5a;
 

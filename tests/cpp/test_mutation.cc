@@ -464,8 +464,7 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
     Geometry geometry;
     geometry.bank_bytes = 64 << 10;
     const int64_t blocks = static_cast<int64_t>(trial.counts.size());
-    geometry.trip_bytes =
-        trial.trip_tiles * kernels::kTile * blocks * static_cast<int64_t>(size_of(call.dtype));
+    geometry.trip_bytes = trial.trip_tiles * kernels::tile_bytes(call.codec.kind) * blocks;
     const Plan plan = make_plan(trial.algorithm, call, geometry);
     const bool balanced = find_algorithm(trial.collective, trial.algorithm).balanced;
     const long wrong = tally.wrong;

@@ -150,7 +150,7 @@ TEST(left_out_trips_of_codecs_hide_nothing) {
     for (int n : {2, 3}) {
       Call call{.world = {.size = n}, .counts = {30 * n * kTile + 9}};
       call.codec.kind = kernels::CodecKind::sign;
-      const Plan plan = make_plan(algorithm, call, {.bank_bytes = 1 << 20, .trip_bytes = 4 * kTile * n});
+      const Plan plan = make_plan(algorithm, call, {.bank_bytes = 1 << 20, .trip_bytes = 160 * n});
       const auto compare = [&](const Plan& changed) {
         const auto some = verify(changed), all = verify(changed, {.all_trips = true});
         ++compared;

@@ -125,6 +125,7 @@ def test_cupy() -> None:
     cupy = pytest.importorskip("cupy")
     a, b = cupy.arange(1001, dtype=cupy.float32), cupy.ones(1001, cupy.float32)
     out = cupy.empty_like(a)
+    cupy.cuda.Device().synchronize()  # the next stream waits for nothing
     with cupy.cuda.Stream(non_blocking=True) as stream:
         pycomm.cuda.reduce([a, b], out)
         stream.synchronize()

@@ -6,6 +6,7 @@
 //   Scale                 the scale as it lies on the wire
 //   scale(amax)           from the bits of the block's largest magnitude, which are those of a NaN or Inf
 //                         where the block has one: then the scale is a NaN; 0 for a block of zeros
+//   wide_scale(amax)      the same in 32 bits
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
 //   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
 //   round(t, random)      the same of t = x * inverse(s), for who has many elements under one scale
@@ -22,8 +23,11 @@ namespace pycomm::kernels::PYCOMM_ISA {
 
 inline constexpr uint32_t kMinNormalBits = 0x00800000;
 
-// Neither zero nor NaN.
-PYCOMM_INLINE bool is_scale(float s) { return s == s && s != 0; }
+// 0 for a normal number above zero; the highest bit for zero and NaN.
+PYCOMM_INLINE uint32_t not_scale(float s) {
+  return (as_bits(s) - kMinNormalBits) | (kFloatInf - 1 - as_bits(s));
+}
+PYCOMM_INLINE bool is_scale(float s) { return not_scale(s) >> 31 == 0; }
 
 // What a block's elements are multiplied by, rounded: one division for a block, and the same bits on any
 // hardware.
@@ -75,11 +79,12 @@ struct ScaledFloat {
   using Scale = uint32_t;
   using Rounded = SaturatingFloat<F, kLargest>;
 
-  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+  PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
     const uint32_t number = held(as_bits(as_float(amax) / as_float(Rounded::kMax)), kHeld);
     return if_less(amax, kFloatInf, number, kFloatNan);
   }
-  PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
+  PYCOMM_INLINE static Scale scale(uint32_t amax) { return static_cast<Scale>(wide_scale(amax)); }
+  PYCOMM_INLINE static float value(uint32_t scale) { return as_float(scale); }
 
   template <bool kStochastic>
   PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
@@ -104,16 +109,17 @@ struct Mxfp8Code {
   using Scale = uint8_t;
   using Rounded = SaturatingFloat<Float8E4M3, 0x7e>;
 
-  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+  PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
     // Both formats' powers count from 2^8, the power of 448 = 1.75 * 2^8: above that fraction, the next one.
     const uint32_t above = kCeil ? 0x7fffff - 0x600000 : 0;
     const uint32_t exponent = (amax + above) >> 23;
     const uint32_t power = if_less(exponent, 8, 0, exponent - 8);
     const uint32_t number = if_less(power, 254 - 8, power, 254 - 8);  // 448 * 2^119 is finite
-    return static_cast<Scale>(if_less(amax, kFloatInf, number, 255));
+    return if_less(amax, kFloatInf, number, 255);
   }
-  PYCOMM_INLINE static float value(Scale scale) {
-    return as_float(if_less(scale, 255, static_cast<uint32_t>(scale) << 23, kFloatNan));
+  PYCOMM_INLINE static Scale scale(uint32_t amax) { return static_cast<Scale>(wide_scale(amax)); }
+  PYCOMM_INLINE static float value(uint32_t scale) {
+    return as_float(if_less(scale, 255, scale << 23, kFloatNan));
   }
 
   template <bool kStochastic>
@@ -135,11 +141,12 @@ struct IntegerCode {
   static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement;
   using Scale = uint16_t;
 
-  PYCOMM_INLINE static Scale scale(uint32_t amax) {
+  PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
     const uint32_t up = (as_bits(as_float(amax) / static_cast<float>(kLimit)) + 0xffff) & 0xffff0000;
-    return static_cast<Scale>(if_less(amax, kFloatInf, held(up, kHeld), kFloatNan) >> 16);
+    return if_less(amax, kFloatInf, held(up, kHeld), kFloatNan) >> 16;
   }
-  PYCOMM_INLINE static float value(Scale scale) { return BFloat16::decode(scale); }
+  PYCOMM_INLINE static Scale scale(uint32_t amax) { return static_cast<Scale>(wide_scale(amax)); }
+  PYCOMM_INLINE static float value(uint32_t scale) { return as_float(scale << 16); }
 
   template <bool kStochastic>
   PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
@@ -171,7 +178,7 @@ struct SignCode {
     const float mean = sum / (static_cast<float>(count > 0 ? count : 1) * (1.0f / kBlock));
     return if_less(amax, kFloatInf, held(as_bits(mean), kFloatMax), kFloatNan);
   }
-  PYCOMM_INLINE static float value(Scale scale) { return as_float(scale); }
+  PYCOMM_INLINE static float value(uint32_t scale) { return as_float(scale); }
   // -0 is +.
   PYCOMM_INLINE static uint32_t encode(float x) { return static_cast<uint32_t>(x < 0); }
   PYCOMM_INLINE static float decode(uint32_t bit, float s) { return as_float(as_bits(s) ^ bit << 31); }

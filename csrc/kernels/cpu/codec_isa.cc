@@ -213,17 +213,18 @@ void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
 
 // What a block's elements are multiplied by; true if all blocks are to be encoded so.
 template <class C>
-bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
+PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
   constexpr int kBlocks = kElements / C::kBlock;
+  alignas(64) uint32_t wide[kBlocks];
+  alignas(64) float values[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) wide[b] = C::wide_scale(amax[b]);
   auto* to = out<typename C::Scale>(scales);
-  for (int b = 0; b < kBlocks; ++b) to[b].value = C::scale(amax[b]);
+  for (int b = 0; b < kBlocks; ++b) to[b].value = static_cast<typename C::Scale>(wide[b]);
+  for (int b = 0; b < kBlocks; ++b) values[b] = C::value(wide[b]);
+  for (int b = 0; b < kBlocks; ++b) factors[b] = inverse(values[b]);
   uint32_t unusual = 0;
-  for (int b = 0; b < kBlocks; ++b) {
-    const float s = C::value(C::scale(amax[b]));
-    unusual |= static_cast<uint32_t>(!is_scale(s));
-    factors[b] = inverse(s);
-  }
-  return unusual == 0;
+  for (int b = 0; b < kBlocks; ++b) unusual |= not_scale(values[b]);
+  return unusual >> 31 == 0;
 }
 
 template <class C, bool kStochastic>
@@ -322,7 +323,7 @@ void unpack_bits(uint8_t* codes, const uint8_t* from) {
   PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements / 8; ++i) {
     // Bit j alone in byte j; it carries into the highest bit.
-    const uint64_t bits = (from[i] * 0x0101010101010101) & 0x8040201008040201;
+    const uint64_t bits = (uint64_t{from[i]} * 0x0101010101010101) & 0x8040201008040201;
     eights[i].value = ((bits + 0x7f7f7f7f7f7f7f7f) | bits) >> 7 & 0x0101010101010101;
   }
 }

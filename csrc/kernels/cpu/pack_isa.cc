@@ -20,12 +20,31 @@ static_assert(sizeof(Tally::columns) == kStatsColumns * sizeof(double));
 // A chunk's statistics, lane by lane.
 struct Lanes {
   Doubles squares[2 * kVectors] = {};
-  Words top[kVectors] = {};  // magnitudes, NaNs' as well
+  Words top = {};  // magnitudes, NaNs' as well
 
   PYCOMM_INLINE void add(int vector, Floats x) {
     squares[2 * vector] = add_squares(squares[2 * vector], first_half(x));
     squares[2 * vector + 1] = add_squares(squares[2 * vector + 1], second_half(x));
-    top[vector] = larger(top[vector], Lane<Words>::to_bits(x) & 0x7fffffff);
+    top = larger(top, Lane<Words>::to_bits(x) & 0x7fffffff);
+  }
+
+  // fold() of arithmetic/stats.h, in vectors as long as they are full.
+  PYCOMM_INLINE double sum() {
+    for (int half = kVectors; half > 0; half /= 2) {
+      for (int v = 0; v < half; ++v) squares[v] += squares[v + half];
+    }
+    double sums[kWidth / 2];
+    store(sums, squares[0]);
+    return fold(sums, kWidth / 2);
+  }
+
+  PYCOMM_INLINE uint32_t largest() const {
+    uint32_t words[kWidth];
+    store(words, top);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
+    }
+    return words[0];
   }
 };
 
@@ -62,18 +81,14 @@ template <class From, class To, bool kAsIs>
 }
 
 template <class From, class To, bool kAsIs>
-PYCOMM_INLINE void enter(Tally& tally, const Lanes& lanes, const char* src, const char* dst, size_t n,
+PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, const char* dst, size_t n,
                          float scale) {
-  uint32_t tops[kStatsLanes], top = 0;
-  std::memcpy(tops, lanes.top, sizeof tops);
-  for (int i = 0; i < kStatsLanes; ++i) top = tops[i] > top ? tops[i] : top;
+  const uint32_t top = lanes.largest();
   if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
     return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
   }
   if (top > tally.max_magnitude) tally.max_magnitude = top;
-  double squares[kStatsLanes];
-  std::memcpy(squares, lanes.squares, sizeof squares);
-  tally.columns[tally.chunks++ % kStatsColumns] += fold(squares, kStatsLanes);
+  tally.columns[tally.chunks++ % kStatsColumns] += lanes.sum();
 }
 
 template <class From, class To, bool kAsIs, bool kStats>

@@ -59,7 +59,7 @@ template <class B, bool kPacks>
 struct Pack {
   using Args = PackCall;
   static constexpr int kThreads = kPackThreads;
-  static constexpr int kResident = 10;
+  static constexpr int kResident = 8;
   static constexpr int kTeams = kThreads / 4;  // at most: of 8 elements a thread
   struct Shared {
     double lanes[kTeams][kStatsLanes + 1];  // an odd row: other banks

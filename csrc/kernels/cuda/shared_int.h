@@ -139,9 +139,8 @@ struct SharedEncode {
     int32_t integers[kOfLane] = {};
     if (is_scale(s)) {
       const RandomBits<8> random = draw<8>(call.draw, values.piece);
-      const float factor = inverse(s);
       PYCOMM_UNROLL
-      for (int i = 0; i < kOfLane; ++i) integers[i] = code.encode(values.v.x[i] * factor, random.of(i));
+      for (int i = 0; i < kOfLane; ++i) integers[i] = code.encode(values.v.x[i], s, random.of(i));
     }
     if (call.width == 8) {
       write_integers<int8_t>(call.q, at, call.q_aligned, integers);

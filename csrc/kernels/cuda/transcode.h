@@ -398,7 +398,7 @@ struct Encode {
       if constexpr (kSign) {
         codes.put(i, C::encode(x.x[i]));
       } else if constexpr (Scaled<C>) {
-        codes.put(i, C::template encode<kStochastic>(x.x[i] * factor, random.of(i)));
+        codes.put(i, C::template round<kStochastic>(x.x[i] * factor, random.of(i)));
       } else {
         codes.put(i, C::template encode<kStochastic>(x.x[i], random.of(i)));
       }
