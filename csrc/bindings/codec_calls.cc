@@ -1,4 +1,4 @@
-// Calls with codecs, once pycomm/codecs.py has read what the caller asked for: checked as the ordinary ones
+// Calls with codecs, once pycomm/codecs/calls.py has read what the caller asked for: checked as the ordinary ones
 // are, bound to their plans, run at once or as Work.
 #include <pybind11/stl.h>
 

@@ -115,7 +115,7 @@ py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Argumen
   return std::move(call.result);
 }
 
-// A codec is Python's to read (pycomm/codecs.py), which comes back through codec_calls.cc.
+// A codec is Python's to read (pycomm/codecs/calls.py), which comes back through codec_calls.cc.
 [[gnu::noinline]] py::object call_codec(const Method& method, PyObject* self, const Arguments& args) {
   if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
   if (!args[Arg::x]) throw TypeError(std::string(method.name) + "() needs `x`");

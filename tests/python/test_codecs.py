@@ -11,6 +11,8 @@ import reference_codecs as reference
 
 import pycomm
 from pycomm import Bucket, Communicator, codecs
+from pycomm.codecs import calls
+from pycomm.codecs.kinds import DEFAULTS
 
 Ranks = Callable[..., list[Any]]
 Array = np.ndarray[Any, Any]
@@ -91,7 +93,7 @@ def test_two_shot_is_what_the_reference_makes_of_it(ranks: Ranks, size: int) -> 
                 kind = reference.Codec(name, rounding, seed=3)
                 xs = [gaussian(rank, count) for rank in range(size)]
                 want = reference.two_shot(kind, xs, step=11)
-                codec = type(codecs._DEFAULTS[name])(rounding=rounding, seed=3)
+                codec = type(DEFAULTS[name])(rounding=rounding, seed=3)
                 got = comm.all_reduce(
                     xs[comm.rank].copy(), op="avg", codec=codec, step=11, algorithm="two_shot"
                 )
@@ -254,12 +256,12 @@ def test_residuals_that_nobody_keeps_go_with_the_communicator() -> None:
     def fn(comm: Communicator) -> None:
         comm.all_reduce(gaussian(comm.rank, 100), codec="sign", tag="w")
         comm.all_reduce(gaussian(comm.rank, 100), codec=codecs.Sign(), tag="w")
-        assert list(codecs._kept[comm]) == [codecs.Sign()]
+        assert list(calls._kept[comm]) == [codecs.Sign()]
 
-    before = len(codecs._kept)
+    before = len(calls._kept)
     pycomm.run_local(fn, 2)
     gc.collect()
-    assert len(codecs._kept) <= before
+    assert len(calls._kept) <= before
 
 
 def test_residuals_are_what_was_not_sent(ranks: Ranks) -> None:
@@ -456,6 +458,9 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (ValueError, "'int7'.*fp16.*topk", lambda: reduce(x, codec="int7")),
             (TypeError, "`codec` is 8", lambda: reduce(x, codec=8)),
             (TypeError, "step", lambda: reduce(x, step=3)),
+            (ValueError, "`step` is -1", lambda: reduce(x, codec="int8", step=-1)),
+            (ValueError, "`step` is 4294967296", lambda: reduce(x, codec="topk", tag="w", step=1 << 32)),
+            (TypeError, "integer", lambda: reduce(x, codec="int8", step=1.5)),
             (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
             (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
             (

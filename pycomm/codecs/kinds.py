@@ -1,0 +1,223 @@
+"""The codecs as objects: values that say what crosses between ranks, see docs/codecs.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pycomm import _native
+from pycomm.codecs.feedback import ErrorFeedback
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """What is common to all codecs. They are values: equal if their parameters are, and usable as keys.
+
+    `error_feedback` is an ErrorFeedback, which keeps residuals; False for none; True for residuals that
+    live as long as the communicator does. None is the codec's own choice: none, but for Sign and TopK.
+    Residuals need the parameters' names: those of a Bucket, or `tag=` for an array or list.
+    """
+
+    name: ClassVar[str]
+    feedback_by_default: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCodec(Codec):
+    """A codec that makes blocks of elements into bytes, each by itself, so that plans can carry it."""
+
+    def native(self) -> _native.Codec:
+        """What the kernels know of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounded(BlockCodec):
+    rounding: Rounding | None = None
+    seed: int = 0
+    error_feedback: ErrorFeedback | bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounding not in (None, "nearest", "stochastic"):
+            raise ValueError(
+                f"rounding={self.rounding!r}: 'nearest', 'stochastic', or None to go by error_feedback"
+            )
+        _check_seed(self.seed)
+        _check_feedback(self.error_feedback)
+
+    def native(self) -> _native.Codec:
+        # With feedback what rounding loses is not lost; without, only random rounding has no bias.
+        rounding = self.rounding or ("nearest" if self.error_feedback else "stochastic")
+        return _native.Codec(self.name, rounding=rounding, seed=self.seed, **self._details())
+
+    def _details(self) -> dict[str, bool]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP16(_Rounded):
+    """IEEE half precision: 2 bytes an element. What is beyond 65504 becomes 65504; NaN and Inf pass.
+
+    `rounding`: "nearest" (even), "stochastic" (up or down with the probability that makes it unbiased), or
+    None: nearest with error feedback, stochastic without. Random bits are Philox's, of `seed`, the call's
+    step, the rank and the element, so that they depend on nothing else.
+    """
+
+    name = "fp16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BF16(_Rounded):
+    """bfloat16: 2 bytes an element, float32's range, 8 bits of precision. NaN and Inf pass."""
+
+    name = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8E4M3(_Rounded):
+    """float8_e4m3fn in blocks of 256 under a float32 scale, amax/448: 1.016 bytes an element.
+
+    (Micikevicius et al., FP8 formats for deep learning, 2022.)
+    """
+
+    name = "fp8_e4m3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8E5M2(_Rounded):
+    """float8_e5m2 in blocks of 256 under a float32 scale, amax/57344: 1.016 bytes an element."""
+
+    name = "fp8_e5m2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MXFP8(_Rounded):
+    """float8_e4m3fn in blocks of 32 under a power of two: 1.031 bytes an element.
+
+    `scale`: "floor" is the OCP Microscaling Formats specification v1.0, under which a block's largest values
+    may saturate; "ceil" takes the least power of two under which none does.
+    """
+
+    scale: Literal["floor", "ceil"] = "floor"
+    name = "mxfp8"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale not in ("floor", "ceil"):
+            raise ValueError(f"scale={self.scale!r}: 'floor' or 'ceil'")
+
+    def _details(self) -> dict[str, bool]:
+        return {"ceil_scale": self.scale == "ceil"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(_Rounded):
+    """Integers of 8 bits in blocks of 128 under a bfloat16 scale, amax/127: 1.016 bytes an element.
+
+    (With stochastic rounding: Alistarh et al., QSGD, NeurIPS 2017, in blocks and by the largest magnitude.)
+    """
+
+    name = "int8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int4(_Rounded):
+    """Integers of 4 bits in blocks of 32 under a bfloat16 scale, amax/7: 0.5625 bytes an element.
+
+    `hadamard` rotates each block first, which spreads outliers: it helps heavy-tailed gradients and does
+    nothing for Gaussian ones. (Ashkboos et al., QuaRot, NeurIPS 2024; for gradients: Vargaftik et al., DRIVE,
+    NeurIPS 2021.)
+    """
+
+    hadamard: bool = False
+    name = "int4"
+
+    def _details(self) -> dict[str, bool]:
+        return {"hadamard": self.hadamard}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedInt(Codec):
+    """Integers of `width` bits (8, 16 or 32) under scales that all ranks share, summed exactly.
+
+    The ranks first agree on each block's largest magnitude, 128 elements a block; integers are at most
+    (2^(width-1) - 1) / ranks, rounded stochastically. An exact sum depends on no algorithm and no order.
+    ValueError where that leaves less than 7 levels: 8 bits carry 18 ranks. No error feedback, and all_reduce
+    alone.
+    (Sapio et al., SwitchML, NSDI 2021; Li et al., THC, NSDI 2024.)
+    """
+
+    width: Literal[8, 16, 32] = 8
+    seed: int = 0
+    name = "shared_int"
+
+    def __post_init__(self) -> None:
+        if self.width not in (8, 16, 32):
+            raise ValueError(f"width={self.width!r}: 8, 16 or 32 bits")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign(BlockCodec):
+    """The sign of an element, times the mean magnitude of its block of 128: 0.156 bytes an element.
+
+    Error feedback is on by default: without it this does not converge. (Seide et al., 1-bit SGD, Interspeech
+    2014; Bernstein et al., signSGD, ICML 2018; Karimireddy et al., ICML 2019.)
+    """
+
+    error_feedback: ErrorFeedback | bool | None = None
+    name = "sign"
+    feedback_by_default = True
+
+    def __post_init__(self) -> None:
+        _check_feedback(self.error_feedback)
+
+    def native(self) -> _native.Codec:
+        return _native.Codec(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Codec):
+    """The k elements of largest magnitude, exactly: 8 bytes each. all_reduce alone.
+
+    `ratio` of the elements, at least one, or `k` of them. Ties go to the lowest index. Each rank sends its
+    own, and they are summed in float32 in rank order. Error feedback is on by default: without it what is
+    small never arrives. (Aji and Heafield, EMNLP 2017; Lin et al., Deep gradient compression, ICLR 2018.)
+    """
+
+    ratio: float = 0.01
+    k: int | None = None
+    error_feedback: ErrorFeedback | bool | None = None
+    name = "topk"
+    feedback_by_default = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio!r}: a share of the elements, above 0 and at most 1")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k={self.k!r}: at least one element")
+        _check_feedback(self.error_feedback)
+
+    def kept(self, count: int) -> int:
+        """How many of `count` elements there is room for: at least one."""
+        return max(1, min(count, round(self.ratio * count) if self.k is None else self.k))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed!r}: a number of 64 bits")
+
+
+def _check_feedback(feedback: Any) -> None:
+    if feedback is not None and not isinstance(feedback, (bool, ErrorFeedback)):
+        raise TypeError(
+            f"error_feedback={feedback!r}: an ErrorFeedback, True, False, or None for the codec's default"
+        )
+
+
+# A name stands for the codec's defaults.
+DEFAULTS: dict[str, Codec] = {
+    kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
+}
