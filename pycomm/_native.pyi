@@ -6,9 +6,6 @@ The native part of pycomm: communicators, plans, kernels.
 import collections.abc
 import typing
 
-import numpy
-import numpy.typing
-
 from pycomm.group import premul_sum
 
 __all__: list[str] = [
@@ -550,6 +547,7 @@ def encode(
     codec: Codec,
     x: typing.Any,
     *,
+    out: typing.Any = None,
     step: int = 0,
     stage: int = 0,
     rank: int = 0,
@@ -558,7 +556,7 @@ def encode(
     next_residual: typing.Any = None,
     residual_scale: float = 1.0,
     isa: str | None = None,
-) -> numpy.typing.NDArray[numpy.uint8]:
+) -> typing.Any:
     """
     Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.
     """
@@ -673,11 +671,12 @@ def topk_encode(
     x: typing.Any,
     k: int,
     *,
+    out: typing.Any = None,
     residual: typing.Any = None,
     next_residual: typing.Any = None,
     residual_scale: float = 1.0,
     isa: str | None = None,
-) -> numpy.typing.NDArray[numpy.uint8]:
+) -> typing.Any:
     """
     The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the others.
     """
