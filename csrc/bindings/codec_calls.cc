@@ -1,5 +1,5 @@
-// Calls with codecs, once pycomm/codecs/calls.py has read what the caller asked for: checked as the ordinary ones
-// are, bound to their plans, run at once or as Work.
+// Calls with codecs, once pycomm/codecs/calls.py has read what the caller asked for: checked as the ordinary
+// ones are, bound to their plans, run at once or as Work.
 #include <pybind11/stl.h>
 
 #include <algorithm>

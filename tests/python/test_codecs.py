@@ -394,6 +394,29 @@ def test_buckets_and_lists(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_what_is_exempt_is_not_among_the_largest(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        names = ["b", "W"]
+        x = [np.full(10, 1e6, F32), gaussian(comm.rank, 600).reshape(20, 30)]
+        wide = [gaussian(rank, 600) for rank in range(comm.size)]
+        want = np.zeros(600, F32)
+        for each in wide:
+            chosen = reference.topk(each, 5)
+            want[chosen] += each[chosen]
+        for apart in (False, True):
+            codec = codecs.TopK(k=5, error_feedback=codecs.ErrorFeedback())
+            bucket, out = Bucket(x, names=names), Bucket(x, names=names)
+            bucket.pack()
+            before = bucket.data.copy()
+            got = comm.all_reduce(bucket, out=out if apart else None, codec=codec)
+            assert got is (out if apart else bucket)
+            assert (bucket.data == before).all() == apart
+            assert (got.views[0] == 1e6 * comm.size).all()
+            assert (got.views[1].ravel() == want).all()
+
+    ranks(fn, 2)
+
+
 def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         shapes = {"a": (20, 30), "b": (7, 9), "c": (40, 40)}
