@@ -14,27 +14,31 @@
 //                                         amax / s <= 448 (`ceil_scale`)
 //   int8, int4        128, 32  bfloat16   1 byte, 4 bits (two's complement): round(x / s), |q| <= 127 (7),
 //                                         s = amax / 127 (7) rounded up, so that nothing clips
-//   sign                  128  float32    1 bit (set: negative): the sign times the mean magnitude; sign(0) = +
+//   sign                  128  float32    1 bit (set: negative): the sign times the mean magnitude; sign(0) =
+//   +
 //
-// * All arithmetic is float32, in arithmetic/codecs.h: same bits on every instruction set and on the GPU. x / s
+// * All arithmetic is float32, in arithmetic/codecs.h: same bits on every instruction set and on the GPU. x /
+// s
 //   is x * (1 / s), both operations rounded; amax / 448 and the like are one division.
 // * Encodes saturate, and no finite value decodes to Inf: scales are held at the largest of their format with
 //   which the largest code (448 s, 127 s, ...) is finite.
-// * A block with a NaN or Inf decodes to NaN (canonical) in all its elements: its scale is NaN (E8M0: 255), its
+// * A block with a NaN or Inf decodes to NaN (canonical) in all its elements: its scale is NaN (E8M0: 255),
+// its
 //   elements' bits are zero. fp16 and bf16 pass NaN and Inf.
 // * A block whose scale would be zero or denormal decodes to +0 in all its elements: all its bits are zero.
-// * int4 with `hadamard`: y = H x / 32 is encoded in x's place and x = H y, H being the Hadamard matrix of 32 rows,
+// * int4 with `hadamard`: y = H x / 32 is encoded in x's place and x = H y, H being the Hadamard matrix of 32
+// rows,
 //   entries +-1, in Sylvester's order.
 // * A segment (one tensor of a bucket) starts at a multiple of kSegmentAlign, hence of every block; what lies
 //   between a segment's end and the next one's begin counts as zero, and not at all in sign's mean. Nor does
 //   what is after the end of the data.
 // * Stochastic rounding takes q + 1 with probability x/s - q, resolved to 8 bits (bf16: 16) with the half bit
 //   added, so that it is unbiased and what is representable stays: floor(x/s + (2 r + 1) / 2^9). A float's
-//   magnitude is rounded so, in units of its last place; an integer is, sign and all. The sum is exact. The bits r
-//   come from Philox (arithmetic/philox.h): key = seed, counter = step, stage, rank, element.
+//   magnitude is rounded so, in units of its last place; an integer is, sign and all. The sum is exact. The
+//   bits r come from Philox (arithmetic/philox.h): key = seed, counter = step, stage, rank, element.
 // * Error feedback: v = x + k e is encoded in x's place, and e' = (v - decode(encode(v))) / k kept, for each
-//   element; a block that is not finite keeps e. Between segments e' is 0. k is residual_scale. e and e' may be
-//   one buffer; both are given, or neither.
+//   element; a block that is not finite keeps e. Between segments e' is 0. k is residual_scale. e and e' may
+//   be one buffer; both are given, or neither.
 #pragma once
 
 #include <cstddef>
@@ -112,9 +116,9 @@ void transcode(const TranscodeArgs& args, const Isa& isa = chosen_isa());
 
 // ---- shared_int: integers that ranks add exactly, since they share each block's scale ----
 //
-// Blocks of 128 elements. amax over all ranks is found first; then q = floor(x / s + (2 r + 1) / 2^9) is an integer
-// of `width` bits (8, 16, 32), s = amax / q_max, and |q| <= q_max, so that `world` of them never overflow. Where
-// float32 does not have q_max, the next smaller number that it has stands for it.
+// Blocks of 128 elements. amax over all ranks is found first; then q = floor(x / s + (2 r + 1) / 2^9) is an
+// integer of `width` bits (8, 16, 32), s = amax / q_max, and |q| <= q_max, so that `world` of them never
+// overflow. Where float32 does not have q_max, the next smaller number that it has stands for it.
 inline constexpr int64_t kSharedBlock = 128;
 int64_t shared_limit(int width, int world);  // q_max; throws ValueError below 7
 // amax[b] of block b; NaN for a block that is not finite.

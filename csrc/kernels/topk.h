@@ -1,9 +1,10 @@
 // The k elements of largest magnitude, and sums of such sparse vectors.
 //
-// Exactly k, ties to the lowest index, in one pass and without a sort: candidates that reach the threshold so far (at
-// first a guess from a sample) are kept, and when there are many, the exact threshold among them is found by
-// histograms of magnitudes' bits, the leading ones first. NaN counts as larger than Inf, Inf as larger than all
-// finite values, so that both are sent. Any NaN counts alike, and is the canonical one in the record.
+// Exactly k, ties to the lowest index, in one pass and without a sort: candidates that reach the threshold so
+// far (at first a guess from a sample) are kept, and when there are many, the exact threshold among them is
+// found by histograms of magnitudes' bits, the leading ones first. NaN counts as larger than Inf, Inf as
+// larger than all finite values, so that both are sent. Any NaN counts alike, and is the canonical one in the
+// record.
 //
 // A record: uint32 count, then padding to 16 bytes, then `capacity` uint32 indices in ascending order, then
 // as many float32 values, entries beyond count zero.
