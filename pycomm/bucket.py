@@ -219,7 +219,7 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
         )
     if comm is not None:
         raise ValueError("`comm` is given for tensors on a GPU: symmetric memory is on the CPU only")
-    from pycomm.cuda_bucket import Gpu
+    from pycomm.cuda.bucket import Gpu
 
     return Gpu(tensors[0])
 

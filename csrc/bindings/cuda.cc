@@ -1,4 +1,4 @@
-// pycomm._cuda: the GPU kernels, on addresses. pycomm/cuda.py knows arrays, tensors and streams.
+// pycomm._cuda: the GPU kernels, on addresses. pycomm/cuda/ knows arrays, tensors and streams.
 #include "kernels/cuda.h"
 
 #include <pybind11/pybind11.h>

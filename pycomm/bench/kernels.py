@@ -98,9 +98,9 @@ class Cuda:
     def __init__(self) -> None:
         import torch
 
-        import pycomm.cuda
+        import pycomm.cuda.arrays
 
-        pycomm.cuda.native()  # says what is missing
+        pycomm.cuda.arrays.native()  # says what is missing
         self._torch = torch
         self._buffers = torch.empty(0, dtype=torch.uint8, device="cuda")
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import pycomm
 from pycomm import _native
+from pycomm.cli import output
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least, dtype_name, needs, parse_size
+from pycomm.cli.values import at_least, dtype_name, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PEERS",
         help="mpi,gloo, or with the interpreters that have them: openmpi=/path/python,gloo=/path/python",
     )
-    parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
-    parser.add_argument("--csv", metavar="PATH")
-    parser.add_argument("--plot", metavar="PATH", help="a PNG")
+    output.add_options(parser, csv=True)
     # nccl-tests' ways to say how many; to guess which is meant would be worse than to ask.
     parser.add_argument("-g", "--ngpus", help=argparse.SUPPRESS)
     parser.add_argument("-t", "--nthreads", help=argparse.SUPPRESS)
@@ -52,12 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        return fail(needs("pycomm bench", "rich"))
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        return fail(needs("pycomm bench --plot", "matplotlib"))
+        output.check(args, "pycomm bench")
+    except ValueError as error:
+        return fail(str(error))
+    from rich.progress import Progress
+
     from pycomm.bench import measure as m
     from pycomm.bench import report
     from pycomm.bench.sets import Peer, RankSet, SetError, parse_peers
@@ -91,16 +86,10 @@ def run(args: argparse.Namespace) -> int:
         peers = parse_peers(args.vs)
         if args.plot and collectives == ["barrier"]:
             raise ValueError("--plot: there is nothing to draw: a barrier has no size")
-        for option, path in (("--json", args.json), ("--csv", args.csv), ("--plot", args.plot)):
-            if path and not Path(path).parent.is_dir():
-                raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
     except ValueError as error:
         return fail(str(error))
 
-    errors = Console(stderr=True)
-    # The table is wide; where nobody looks at it on a terminal it may be as wide as it likes.
-    to_terminal = errors.is_terminal if args.json == "-" else sys.stdout.isatty()
-    console = Console(stderr=args.json == "-", width=None if to_terminal else 240)
+    console, errors = output.consoles(args, 240)
     warned: set[str] = set()
 
     def warn(text: str) -> None:
@@ -154,10 +143,7 @@ def run(args: argparse.Namespace) -> int:
             progress.remove_task(task)
             console.print(shown)
     report.print_summary(console, rows)
-    if args.json == "-":
-        print(report.as_json(rows, versions))
-    elif args.json:
-        Path(args.json).write_text(report.as_json(rows, versions) + "\n")
+    output.write_json(args, report.as_json(rows, versions))
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             report.write_csv(rows, file)

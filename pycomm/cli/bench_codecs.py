@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
+from pycomm.cli import output
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least, needs
+from pycomm.cli.values import at_least
 
 ALGORITHMS = ("two_shot", "ring")
 
@@ -25,18 +23,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="an .npz of examples/record_gradients.py, beside the Gaussian vectors",
     )
-    parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
-    parser.add_argument("--plot", metavar="PATH", help="a PNG")
+    output.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        return fail(needs("pycomm bench codecs", "rich"))
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        return fail(needs("pycomm bench codecs --plot", "matplotlib"))
+        output.check(args, "pycomm bench codecs")
+    except ValueError as error:
+        return fail(str(error))
+    from rich.progress import Progress
+
     from pycomm.bench import codecs as c
     from pycomm.bench.report import machine
 
@@ -55,15 +51,10 @@ def run(args: argparse.Namespace) -> int:
             data.append(c.recorded(args.gradients, args.steps))
             if max(ranks) > data[-1].ranks:
                 raise ValueError(f"--ranks {args.ranks}: {args.gradients} was recorded on {data[-1].ranks}")
-        for option, path in (("--json", args.json), ("--plot", args.plot)):
-            if path and not Path(path).parent.is_dir():
-                raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
     except ValueError as error:
         return fail(str(error))
 
-    errors = Console(stderr=True)
-    to_terminal = errors.is_terminal if args.json == "-" else sys.stdout.isatty()
-    console = Console(stderr=args.json == "-", width=None if to_terminal else 160)
+    console, errors = output.consoles(args, 160)
     console.print(machine(), highlight=False)
     rows: list[c.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
@@ -73,11 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 rows.append(row)
                 progress.update(task, description=f"{row.data}, {row.ranks} ranks: {row.codec}", refresh=True)
     console.print(c.table(rows, args.steps))
-    text = c.as_json(rows, machine(), args.steps)
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n")
+    output.write_json(args, c.as_json(rows, machine(), args.steps))
     if args.plot:
         c.plot(rows, args.plot, machine())
     return 0

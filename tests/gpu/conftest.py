@@ -7,7 +7,7 @@ import pycomm.cuda
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     try:
-        pycomm.cuda.native()
+        pycomm.cuda.arrays.native()
     except RuntimeError as error:
         for item in items:
             item.add_marker(pytest.mark.skip(reason=str(error)))

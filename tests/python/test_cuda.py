@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-import pycomm.cuda
+import pycomm.cuda.arrays
 
 without_gpu = pytest.mark.skipif(pycomm.cuda.is_available(), reason="there is a GPU")
 
@@ -21,7 +21,7 @@ def test_importing_loads_no_kernels() -> None:
 def test_what_is_missing_is_said() -> None:
     x = np.zeros(3, np.float32)
     for call in (
-        pycomm.cuda.native,
+        pycomm.cuda.arrays.native,
         lambda: pycomm.cuda.reduce([x], x),
         lambda: pycomm.cuda.encode("int8", x),
     ):
@@ -33,9 +33,9 @@ def test_what_is_missing_is_said() -> None:
 
 def test_arrays_elsewhere_are_refused() -> None:
     with pytest.raises(TypeError, match=r"`x` is a list: pass a CuPy array"):
-        pycomm.cuda.describe([1.0])
+        pycomm.cuda.arrays.describe([1.0])
     with pytest.raises(TypeError, match=r"`x` is not on a CUDA device"):
-        pycomm.cuda.describe(np.zeros(3))
+        pycomm.cuda.arrays.describe(np.zeros(3))
 
 
 class Interface:
@@ -52,17 +52,17 @@ class Interface:
 
 def test_the_array_interface_is_read() -> None:
     for strides in (None, (20, 4)):
-        found = pycomm.cuda.describe(Interface((3, 5), strides))
-        assert found == pycomm.cuda.Array(4096, "float32", 15, 3)
+        found = pycomm.cuda.arrays.describe(Interface((3, 5), strides))
+        assert found == pycomm.cuda.arrays.Array(4096, "float32", 15, 3)
     with pytest.raises(ValueError, match="not contiguous in C order"):
-        pycomm.cuda.describe(Interface((3, 5), (4, 12)))
+        pycomm.cuda.arrays.describe(Interface((3, 5), (4, 12)))
 
 
 def test_streams_are_told_by_what_has_their_handle() -> None:
     x = Interface((1,), None)
-    assert pycomm.cuda.stream_handle(None, x, 0) == 0
-    assert pycomm.cuda.stream_handle(7, x, 0) == 7
-    assert pycomm.cuda.stream_handle(type("Torchs", (), {"cuda_stream": 9})(), x, 0) == 9
-    assert pycomm.cuda.stream_handle(type("Cupys", (), {"ptr": 11})(), x, 0) == 11
+    assert pycomm.cuda.arrays.stream_handle(None, x, 0) == 0
+    assert pycomm.cuda.arrays.stream_handle(7, x, 0) == 7
+    assert pycomm.cuda.arrays.stream_handle(type("Torchs", (), {"cuda_stream": 9})(), x, 0) == 9
+    assert pycomm.cuda.arrays.stream_handle(type("Cupys", (), {"ptr": 11})(), x, 0) == 11
     with pytest.raises(TypeError, match="`stream` is a str"):
-        pycomm.cuda.stream_handle("default", x, 0)
+        pycomm.cuda.arrays.stream_handle("default", x, 0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-import pycomm.cuda
 from pycomm import _native
 from pycomm.bucket import Stats
+from pycomm.cuda import arrays
+from pycomm.cuda.kernels import Packing
 from pycomm.group import Communicator
 
 
@@ -20,10 +21,10 @@ class Gpu:
     def __init__(self, like: Any) -> None:
         self._like = like
         self._key: Any = None
-        self._packing: pycomm.cuda.Packing | None = None
+        self._packing: Packing | None = None
 
     def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        dtype = pycomm.cuda.describe(x, name).dtype
+        dtype = arrays.describe(x, name).dtype
         try:
             _native.packable_dtype(dtype)
         except TypeError:
@@ -31,9 +32,9 @@ class Gpu:
         return dtype, tuple(x.shape)
 
     def allocate(self, size: int, comm: Communicator | None) -> Any:
-        device = pycomm.cuda.describe(self._like).device
-        stream = pycomm.cuda.stream_handle(None, self._like, device)
-        memory = pycomm.cuda.new_bytes(max(size, 1), self._like, device, stream)
+        device = arrays.describe(self._like).device
+        stream = arrays.stream_handle(None, self._like, device)
+        memory = arrays.new_bytes(max(size, 1), self._like, device, stream)
         memory[:] = 0
         return memory[:size]
 
@@ -55,14 +56,12 @@ class Gpu:
         stats = self._list(data, tensors, offsets, counts).unpack(scale, stats=True)
         return cast(Stats, stats)
 
-    def _list(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]
-    ) -> pycomm.cuda.Packing:
+    def _list(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> Packing:
         """The tensors as they are now: made anew when one of them has moved."""
-        found = [pycomm.cuda.describe(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
+        found = [arrays.describe(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
         if self._packing is not None and found == self._key:
             return self._packing
-        whole = pycomm.cuda.describe(data)
+        whole = arrays.describe(data)
         item = _native.packable_dtype(whole.dtype)[1]
         for i, (x, offset, count) in enumerate(zip(found, offsets, counts, strict=True)):
             if x.count != count:
@@ -73,5 +72,5 @@ class Gpu:
                 raise ValueError(
                     f"`tensors[{i}]` lies in the bucket's memory, but not in its place: pass views[{i}]"
                 )
-        self._packing, self._key = pycomm.cuda.Packing(tensors, offsets, data), found
+        self._packing, self._key = Packing(tensors, offsets, data), found
         return self._packing

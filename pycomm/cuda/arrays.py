@@ -1,0 +1,220 @@
+"""Arrays on a GPU as the kernels need them, the streams that calls go to, and whether there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+def is_available() -> bool:
+    """Whether the kernels were built and a device is there."""
+    try:
+        native()
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def native() -> Any:
+    """The extension module. Raises RuntimeError that says what is missing."""
+    try:
+        module: Any = importlib.import_module("pycomm._cuda")
+    except ImportError as error:
+        if error.name != "pycomm._cuda":
+            raise
+        raise RuntimeError(
+            "pycomm was built without CUDA kernels: install the CUDA toolkit (12.4 or newer, nvcc on the "
+            "PATH) and build pycomm again, with PYCOMM_CUDA=ON to be told what is wrong"
+        ) from None
+    devices, reason = module.device_count()
+    if devices == 0:
+        built, driver = module.versions()
+        found = f"the driver has CUDA {_version(driver)}" if driver else "there is no NVIDIA driver"
+        raise RuntimeError(
+            f"no CUDA device: {reason or 'none is visible'} (built with CUDA {_version(built)}, {found}): "
+            f"install a driver for CUDA {built // 1000} or newer, and look at CUDA_VISIBLE_DEVICES"
+        )
+    return module
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@dataclass(frozen=True)
+class Array:
+    """What a kernel needs to know of an argument."""
+
+    address: int
+    dtype: str
+    count: int
+    device: int
+
+
+# Bytes and the names of what they hold, as DLPack has them: (code, bits).
+_DLPACK = {
+    (0, 8): "int8",
+    (0, 16): "int16",
+    (0, 32): "int32",
+    (0, 64): "int64",
+    (1, 8): "uint8",
+    (1, 16): "uint16",
+    (1, 32): "uint32",
+    (1, 64): "uint64",
+    (2, 16): "float16",
+    (2, 32): "float32",
+    (2, 64): "float64",
+    (4, 16): "bfloat16",
+    (5, 64): "complex64",
+    (5, 128): "complex128",
+    (6, 8): "bool",
+    (10, 8): "float8_e4m3fn",
+    (12, 8): "float8_e5m2",
+}
+_CUDA, _MANAGED = 2, 13  # DLPack's device types
+
+
+def describe(x: Any, name: str = "x") -> Array:
+    """Address, type, elements and device of an array. Raises TypeError or ValueError that says what to do."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        if x.device.type != "cuda":
+            raise TypeError(f"`{name}` is on {x.device}: pass a tensor on a CUDA device, x.cuda()")
+        if not x.is_contiguous():
+            raise ValueError(f"`{name}` is not contiguous: pass x.contiguous() and copy the result back")
+        return Array(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.numel(), x.device.index)
+    interface = getattr(x, "__cuda_array_interface__", None)
+    if interface is not None:
+        return _from_interface(x, interface, name)
+    if hasattr(x, "__dlpack__"):
+        return _from_dlpack(x, name)
+    raise TypeError(
+        f"`{name}` is a {type(x).__name__}: pass a CuPy array, a torch tensor on a CUDA device, or anything "
+        "with __cuda_array_interface__ or DLPack"
+    )
+
+
+def _from_interface(x: Any, interface: dict[str, Any], name: str) -> Array:
+    import numpy as np
+
+    dtype = getattr(x, "dtype", None)
+    try:  # the interface's type strings have no name for bfloat16 and float8: the object's own dtype does
+        described = np.dtype(dtype if dtype is not None else interface["typestr"])
+    except TypeError:
+        described = np.dtype(interface["typestr"])
+    shape, strides = interface["shape"], interface.get("strides")
+    expected = described.itemsize
+    for extent, stride in zip(reversed(shape), reversed(strides or ()), strict=bool(strides)):
+        if extent != 1 and stride != expected:
+            raise ValueError(
+                f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
+            )
+        expected *= extent
+    count = 1
+    for extent in shape:
+        count *= extent
+    address = interface["data"][0] or 0
+    device = getattr(getattr(x, "device", None), "id", None)  # CuPy's
+    if not isinstance(device, int):
+        device = native().device_of(address) if address else 0
+    return Array(address, described.name, count, device)
+
+
+def _from_dlpack(x: Any, name: str) -> Array:
+    kind, device = x.__dlpack_device__()
+    if kind not in (_CUDA, _MANAGED):
+        raise TypeError(f"`{name}` is not on a CUDA device (DLPack device type {int(kind)})")
+    address, code, bits, lanes, count, contiguous = native().read_dlpack(x.__dlpack__(stream=-1))
+    if lanes != 1 or (code, bits) not in _DLPACK:
+        raise TypeError(
+            f"`{name}` has elements that cannot be communicated (DLPack code {code}, {bits} bits)"
+        )
+    if not contiguous:
+        raise ValueError(
+            f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
+        )
+    return Array(address, _DLPACK[code, bits], count, device)
+
+
+def stream_handle(stream: Any, like: Any, device: int) -> int:
+    """A stream's handle: of `stream`, or the current one of the library that `like` is of."""
+    if stream is None:
+        torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+        if torch is not None and isinstance(like, torch.Tensor):
+            return int(torch.cuda.current_stream(device).cuda_stream)
+        if cupy is not None and isinstance(like, cupy.ndarray):
+            return int(cupy.cuda.get_current_stream(device).ptr)
+        return 0  # the legacy default stream, which waits for all that block it and is waited for by them
+    if isinstance(stream, int):
+        return stream
+    for attribute in ("cuda_stream", "ptr"):
+        handle = getattr(stream, attribute, None)
+        if handle is not None:
+            return int(handle)
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1])
+    raise TypeError(f"`stream` is a {type(stream).__name__}: pass a stream of torch or CuPy, or a handle")
+
+
+def new_bytes(size: int, like: Any, device: int, stream: int) -> Any:
+    """Device memory that lives in the order of `stream`, from the library that `like` is of."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(like, torch.Tensor):
+        if stream == torch.cuda.current_stream(device).cuda_stream:
+            return torch.empty(size, dtype=torch.uint8, device=like.device)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=like.device)):
+            return torch.empty(size, dtype=torch.uint8, device=like.device)
+    if cupy is not None:
+        with cupy.cuda.Device(device):
+            if stream in (0, 1, 2):
+                return cupy.empty(size, cupy.uint8)
+            with cupy.cuda.ExternalStream(stream, device):
+                return cupy.empty(size, cupy.uint8)
+    raise TypeError(
+        f"memory for the result is needed, and {type(like).__name__} is of neither torch nor CuPy: pass it "
+        "yourself (out=, workspace=)"
+    )
+
+
+class Call:
+    """The arguments of one call: all on one device, and where it runs."""
+
+    def __init__(self, stream: Any, blocks: int, **arrays: Any) -> None:
+        self.module = native()
+        self.found: dict[str, list[Array]] = {}
+        self.device: int | None = None
+        for name, value in arrays.items():
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            self.found[name] = [self._enter(x, name) for x in values]
+        self.like = next(v[0] if isinstance(v, list) else v for v in arrays.values() if v is not None)
+        self.stream = stream_handle(stream, self.like, self.device or 0)
+        self.where = self.module.Where(self.device or 0, self.stream, blocks)
+
+    def _enter(self, x: Any, name: str) -> Array:
+        found = describe(x, name)
+        if self.device is None:
+            self.device = found.device
+        elif found.device != self.device:
+            raise ValueError(
+                f"`{name}` is on device {found.device}, and others are on {self.device}: move it"
+            )
+        return found
+
+    def one(self, name: str) -> Array:
+        return self.found[name][0]
+
+    def address(self, name: str) -> int:
+        return self.found[name][0].address if self.found[name] else 0
+
+    def new_bytes(self, size: int) -> Any:
+        return new_bytes(size, self.like, self.device or 0, self.stream)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,139 @@
+"""Reduce, pack and unpack on GPU buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pycomm.bucket import Stats
+from pycomm.cuda.arrays import Call, describe, native, new_bytes, require, stream_handle
+
+
+def reduce(
+    srcs: Sequence[Any],
+    out: Any,
+    op: str = "sum",
+    *,
+    prescale: float = 1.0,
+    divisor: float | None = None,
+    stream: Any = None,
+    blocks: int = 0,
+) -> Any:
+    """`out` = the sources, combined element by element; `out` may be one of them, or a list of several
+    results.
+
+    Sources of a 16- or 8-bit float may be partial sums in float32 instead, and so may the results. `divisor`:
+    for op="avg", by default the number of sources.
+    """
+    outs = list(out) if isinstance(out, (list, tuple)) else [out]
+    require(len(srcs) > 0, "`srcs` is empty: pass one array or more")
+    call = Call(stream, blocks, srcs=list(srcs), out=outs)
+    dtype = _element_type([a.dtype for a in call.found["srcs"] + call.found["out"]])
+    count = call.found["srcs"][0].count
+    for name, found in call.found.items():
+        for array in found:
+            require(array.count == count, f"`{name}` has {array.count} elements where others have {count}")
+    held = {a.dtype for a in call.found["out"]}
+    require(len(held) == 1, f"`out` holds {', '.join(sorted(held))}: results are of one type")
+    whole = all(a.dtype == dtype for a in call.found["srcs"])
+    final = held == {dtype}
+    if divisor is None:
+        divisor = len(call.found["srcs"]) if op == "avg" else 1
+    call.module.combine(
+        call.where,
+        dtype,
+        op,
+        [a.address for a in call.found["srcs"]],
+        ["raw" if a.dtype == dtype else "partial" for a in call.found["srcs"]],
+        [a.address for a in call.found["out"]],
+        "raw"
+        if whole and final and len(srcs) == 1 and prescale == divisor == 1
+        else "final"
+        if final
+        else "partial",
+        count,
+        prescale,
+        divisor,
+    )
+    return out
+
+
+def _element_type(names: Iterable[str]) -> str:
+    """That of the elements: where there are two, one is what the other's partial sums are held in."""
+    found = sorted(set(names))
+    narrow = [name for name in found if name != "float32"]
+    if len(found) == 1:
+        return found[0]
+    if len(found) == 2 and len(narrow) == 1 and ("float16" in narrow[0] or "float8" in narrow[0]):
+        return narrow[0]
+    raise TypeError(
+        f"the arrays are {', '.join(found)}: pass arrays of one type, or its partial sums in float32"
+    )
+
+
+class DeviceStats:
+    """Statistics that lie on the device. The first question waits for the stream; so does read()."""
+
+    def __init__(self, where: Any, workspace: Any) -> None:
+        self._where, self._workspace = where, workspace
+        self._read: Stats | None = None
+
+    def read(self) -> Stats:
+        """Those of the last pack or unpack that has run, a graph's replay as well."""
+        return Stats(*native().read_stats(self._where, describe(self._workspace).address))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._read is None:
+            self._read = self.read()
+        return getattr(self._read, name)
+
+
+class Packing:
+    """Tensors and the places that they have in a bucket; offsets in its elements.
+
+    pack() copies the tensors to the bucket in one launch, each value times `scale`, cast to its type;
+    unpack() copies back. With `stats=True` they return statistics of what was written. What belongs to the
+    statistics lies in memory that is made here, so that calls allocate nothing: those with statistics follow
+    each other on one stream.
+    """
+
+    def __init__(self, tensors: Sequence[Any], offsets: Sequence[int], bucket: Any) -> None:
+        call = Call(None, 0, bucket=bucket, tensors=list(tensors))
+        require(len(tensors) == len(offsets), f"{len(offsets)} offsets for {len(tensors)} tensors")
+        whole = call.one("bucket")
+        for i, (x, offset) in enumerate(zip(call.found["tensors"], offsets, strict=True)):
+            require(
+                offset >= 0 and offset + x.count <= whole.count,
+                f"`tensors[{i}]` has {x.count} elements at {offset}: the bucket has {whole.count}",
+            )
+        items = [
+            (x.address, x.dtype, x.count, at) for x, at in zip(call.found["tensors"], offsets, strict=True)
+        ]
+        self._list = call.module.Packing(whole.address, whole.dtype, items)
+        self._device = whole.device
+        self._keep = (bucket, list(tensors))
+        self._workspace: Any = None
+
+    def pack(
+        self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
+    ) -> DeviceStats | None:
+        return self._run(self._list.pack, scale, stats, stream, blocks)
+
+    def unpack(
+        self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
+    ) -> DeviceStats | None:
+        return self._run(self._list.unpack, scale, stats, stream, blocks)
+
+    def _run(self, method: Any, scale: float, stats: bool, stream: Any, blocks: int) -> DeviceStats | None:
+        like = self._keep[0]
+        handle = stream_handle(stream, like, self._device)
+        where = native().Where(self._device, handle, blocks)
+        if not stats:
+            method(where, scale, 0)
+            return None
+        if self._workspace is None:
+            self._workspace = new_bytes(self._list.workspace_bytes, like, self._device, handle)
+        method(where, scale, describe(self._workspace).address)
+        return DeviceStats(where, self._workspace)
