@@ -24,7 +24,7 @@ REPETITION_S = 0.006  # what a repetition of one form aims to take
 CASE_S = 3.0  # after this long a case's fewest repetitions are enough
 REPETITIONS = (5, 15)
 TRACED = (5, 1000)  # calls that are timed one by one
-PEER = {"buffers": "plain", "algorithm": None, "persistent": False}  # a peer has one way
+PEER = {"buffers": "plain", "algorithm": None, "persistent": False, "codec": None}  # a peer has one way
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options:
     algorithms: Sequence[str | None] = (None,)
     buffers: Sequence[str] = ("plain",)
     persistent: bool = False
+    codecs: Sequence[str | None] = (None,)
 
 
 @dataclass
@@ -66,10 +67,16 @@ class Row:
     persistent: bool
     forms: dict[str, Times]
     peers: dict[str, float] = field(default_factory=dict)  # median us of the peer's better form
+    codec: str | None = None
 
     @property
     def pycomm_us(self) -> float:
         return min(times.median_us for times in self.forms.values())
+
+    @property
+    def way(self) -> str:
+        """How pycomm was called: "plain persistent", "plain int8"."""
+        return " ".join([self.buffers, *["persistent"] * self.persistent, *filter(None, [self.codec])])
 
     @property
     def wait_us(self) -> float:
@@ -181,12 +188,15 @@ def _measure_case(
     peers: dict[Peer, RankSet],
     warn: Callable[[str], None],
 ) -> list[Row]:
-    variants = [
-        {"buffers": buffers, "algorithm": algorithm, "persistent": persistent}
+    variants: list[dict[str, Any]] = [
+        {"buffers": buffers, "algorithm": algorithm, "persistent": persistent, "codec": codec}
         for algorithm in options.algorithms
         for buffers in options.buffers
+        for codec in options.codecs
         for persistent in (
-            [False, True] if options.persistent and case.collective == "all_reduce" else [False]
+            [False, True]
+            if options.persistent and case.collective == "all_reduce" and codec is None
+            else [False]
         )
     ]
     opened = _open(ours, case, variants, options.check)
@@ -230,6 +240,7 @@ def _measure_case(
             str(variant["buffers"]),
             bool(variant["persistent"]),
             mine,
+            codec=variant["codec"],
         )
         for peer in peers:
             medians = [
@@ -297,26 +308,28 @@ def _give_up(peer: Peer, peers: dict[Peer, RankSet], error: SetError, warn: Call
 
 def _words(variant: dict[str, Any]) -> str:
     algorithm = variant["algorithm"] or "the default algorithm"
-    return f"{algorithm}, {variant['buffers']} buffers" + (", persistent" if variant["persistent"] else "")
+    more = [", persistent"] * variant["persistent"] + [f", codec {variant['codec']}"] * bool(variant["codec"])
+    return f"{algorithm}, {variant['buffers']} buffers" + "".join(more)
 
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Geometric mean and minimum of the ratios, by collective, buffers and peer; where several MPIs were
     measured also against the better of them at each size."""
-    groups: dict[tuple[str, str, str, bool], list[tuple[int, float]]] = {}
+    groups: dict[tuple[str, str, str, bool, str | None], list[tuple[int, float]]] = {}
     for row in rows:
         ratios = dict(row.ratios)
         mpis = [ratio for name, ratio in ratios.items() if name.startswith(("mpi", "openmpi"))]
         if len(mpis) > 1:
             ratios["better MPI"] = min(mpis)
         for name, ratio in ratios.items():
-            key = (row.collective, row.buffers, name, row.persistent)
+            key = (row.collective, row.buffers, name, row.persistent, row.codec)
             groups.setdefault(key, []).append((row.bytes, ratio))
     return [
         {
             "collective": collective,
             "buffers": buffers,
             "persistent": persistent,
+            "codec": codec,
             "peer": peer,
             "from_bytes": min(size for size, _ in found),
             "to_bytes": max(size for size, _ in found),
@@ -324,5 +337,5 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "min": min(ratio for _, ratio in found),
             "min_at_bytes": min(found, key=lambda pair: pair[1])[0],
         }
-        for (collective, buffers, peer, persistent), found in groups.items()
+        for (collective, buffers, peer, persistent, codec), found in groups.items()
     ]

@@ -60,6 +60,7 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
         "algorithm",
         "buffers",
         "persistent",
+        "codec",
     ]
     columns += [
         f"{form}_{what}" for form in FORMS for what in ("median_us", "min_us", "p99_us", "wait_us", "wrong")
@@ -91,7 +92,7 @@ def table(title: str, peers: bool) -> Table:
 def add_rows(shown: Table, rows: Sequence[Row]) -> None:
     for row in rows:
         cells = [str(row.bytes), str(row.count), row.dtype, row.op, str(row.root), row.algorithm]
-        cells.append(row.buffers + (" persistent" if row.persistent else ""))
+        cells.append(row.way)
         for form in FORMS:
             if form not in row.forms:
                 cells += ["-"] * 4
@@ -115,7 +116,9 @@ def print_summary(console: Console, rows: Sequence[Row]) -> None:
     for found in summary:
         shown.add_row(
             found["collective"],
-            found["buffers"] + (" persistent" if found["persistent"] else ""),
+            " ".join(
+                [found["buffers"], *["persistent"] * found["persistent"], *filter(None, [found["codec"]])]
+            ),
             found["peer"],
             f"{found['from_bytes']} to {found['to_bytes']}",
             f"{found['geometric_mean']:.2f}x",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+import numpy as np
+
 import pycomm
 from pycomm import _native
+from pycomm.bench.workers.data import numpy_dtype
 from pycomm.cli import output
 from pycomm.cli.main import fail
 from pycomm.cli.values import at_least, dtype_name, parse_size
+from pycomm.codecs import call as codecs_call
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric (plain)")
     parser.add_argument("--persistent", action="store_true", help="all_reduce_init as well")
+    parser.add_argument(
+        "--codecs",
+        default="none",
+        metavar="NAMES",
+        help="as none,bf16,int8 (none)",
+    )
     parser.add_argument(
         "--vs",
         default="",
@@ -83,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         buffers = args.buffers.split(",")
         if not set(buffers) <= {"plain", "symmetric"}:
             raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
+        codecs = [None if name == "none" else name for name in args.codecs.split(",")]
+        check_codecs(codecs, collectives, dtype, args.op)
         peers = parse_peers(args.vs)
         if args.plot and collectives == ["barrier"]:
             raise ValueError("--plot: there is nothing to draw: a barrier has no size")
@@ -130,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
                 algorithms[name],
                 buffers if name != "send_recv" else ["plain"],
                 args.persistent,
+                codecs,
             )
             shown = report.table(name, bool(theirs))
             task = progress.add_task(name, total=sum(1 for _ in m.cases(name, options)))
@@ -169,6 +182,20 @@ def checked_dtype(name: str, op: str, collectives: list[str]) -> str:
     except (TypeError, ValueError) as error:
         raise ValueError(f"-d {name}{f' -o {op}' if op != 'sum' else ''}: {error}") from None
     return dtype
+
+
+def check_codecs(codecs: list[str | None], collectives: list[str], dtype: str, op: str) -> None:
+    for codec in filter(None, codecs):
+        for collective in collectives:
+            try:
+                if collective not in ("all_reduce", "reduce_scatter", "all_gather"):
+                    raise ValueError(f"{collective} takes no codec")
+                if codec in ("sign", "topk"):
+                    raise ValueError("a call on its own is far off: see pycomm bench codecs")
+                x = np.zeros(1, numpy_dtype(dtype))
+                pycomm.run_local(lambda comm: codecs_call(comm, collective, x, codec=codec, op=op), 1)  # noqa: B023
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"--codecs {codec}: {error}") from None
 
 
 def chosen_algorithms(collective: str, wanted: str) -> list[str | None]:

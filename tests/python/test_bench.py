@@ -86,6 +86,21 @@ def test_a_chunk_at_the_wrong_place_is_wrong() -> None:
     assert data.wrong(x, np.roll(x, 4096), case, 0, 2) > 60_000
 
 
+def test_a_little_lost_is_right_and_a_chunk_elsewhere_is_not() -> None:
+    case = Case("all_reduce", 1 << 16, "float32")
+    x, out = np.empty(1 << 16, "f"), np.empty(1 << 16, "f")
+    for rank in range(2):
+        data.fill(x, case, rank, 2)
+        out[:] = out + x if rank else x
+    lossy = out + np.resize(np.float32([-3, 3]), out.size)
+    data.fill(x, case, 0, 2)
+    assert data.wrong(x, lossy, case, 0, 2) == out.size
+    assert data.wrong(x, lossy, case, 0, 2, lossy=True) == 0
+    assert data.wrong(x, np.roll(out, 4096), case, 0, 2, lossy=True) > 6_000
+    data.spoil(lossy)
+    assert data.wrong(x, lossy, case, 0, 2, lossy=True) == out.size
+
+
 LIAR = """
 import runpy
 Engine = runpy.run_path({path!r})["Engine"]
@@ -157,6 +172,31 @@ def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp
     with files[1].open() as file:
         assert [(line["algorithm"], line["persistent"] == "True") for line in csv.DictReader(file)] == ways
     assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_codecs_beside_none(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-b", "64K", "-e", "64K", "-n", "2", "--codecs", "none,bf16,int8", "--json", "-"]
+    for collective in ("all_reduce", "reduce_scatter", "all_gather"):
+        rows = json.loads(bench(capsys, collective, *options)[0])["rows"]
+        assert [row["codec"] for row in rows] == [None, "bf16", "int8"]
+        assert not any(row["wrong"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["all_reduce", "--codecs", "int9"], "int9"),
+        (["all_reduce", "--codecs", "int8", "-d", "int32"], "the buffer is int32"),
+        (["all_reduce", "--codecs", "int8", "-o", "max"], "max"),
+        (["broadcast", "--codecs", "int8"], "broadcast takes no codec"),
+        (["all_reduce", "--codecs", "topk"], "pycomm bench codecs"),
+    ],
+)
+def test_codecs_that_cannot_be_measured(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert main.main(["bench", *arguments]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

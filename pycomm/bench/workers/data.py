@@ -105,8 +105,9 @@ def spoil(x: Array) -> None:
     x.view(np.uint8)[:] = 0x7B
 
 
-def wrong(x: Array, out: Array, case: Case, rank: int, size: int) -> int:
-    """How many elements of `out`, and of `x` if that is other memory, are not what they must be here."""
+def wrong(x: Array, out: Array, case: Case, rank: int, size: int, lossy: bool = False) -> int:
+    """How many elements of `out`, and of `x` if that is other memory, are not what they must be here: if
+    `lossy`, off by more than half the largest magnitude, which is what a misplaced chunk is in many."""
     count = 0
     if not np.may_share_memory(x, out):
         count += _differ(x, _pattern(case, rank, size), 0, case)
@@ -128,7 +129,7 @@ def wrong(x: Array, out: Array, case: Case, rank: int, size: int) -> int:
     if case.collective in ("gather", "reduce") and rank != case.root:
         return count
     for place, (pattern, start) in enumerate(parts):
-        count += _differ(out[place * case.count : (place + 1) * case.count], pattern, start, case)
+        count += _differ(out[place * case.count : (place + 1) * case.count], pattern, start, case, lossy)
     return count
 
 
@@ -171,13 +172,16 @@ def _write(x: Array, pattern: Array, start: int) -> None:
         part[:] = tile[: part.size]
 
 
-def _differ(x: Array, pattern: Array, start: int, case: Case) -> int:
+def _differ(x: Array, pattern: Array, start: int, case: Case, lossy: bool = False) -> int:
     tile = _tile(pattern, start, x.dtype)
     count = 0
     for at in range(0, x.size, tile.size):
         part = x[at : at + tile.size]
         expected = tile[: part.size]
         unequal = part != expected
+        if lossy:
+            apart = np.abs(part.astype(np.float64) - expected.astype(np.float64))
+            unequal = ~(apart <= np.abs(pattern).max() / 2)
         if unequal.any() and case.op == "avg" and x.dtype.kind not in "iub":
             # A division, or a product with the reciprocal: the last bit may differ.
             near = np.abs(part.astype(np.complex128) - expected.astype(np.complex128))

@@ -69,6 +69,8 @@ class Engine:
     def algorithm(self, case: Case, variant: dict[str, Any]) -> str:
         if case.collective == "send_recv":
             return "direct"
+        if variant["codec"]:
+            return variant["algorithm"] or ("two_shot" if case.collective == "all_reduce" else "direct")
         text = self.comm.explain(
             case.collective,
             case.count,
@@ -91,4 +93,6 @@ def _more(case: Case, variant: dict[str, Any]) -> str:
         more += f", root={case.root}"
     if variant["algorithm"]:
         more += f", algorithm={variant['algorithm']!r}"
+    if variant["codec"]:
+        more += f", codec={variant['codec']!r}"
     return more

@@ -77,7 +77,8 @@ class Worker:
                 fill(x, case, self.engine.rank, self.size)
                 self.engine.barrier()
                 call.timeit(1)
-                forms[form] = wrong(x, out, case, self.engine.rank, self.size) if check else 0
+                lossy = variant["codec"] is not None
+                forms[form] = wrong(x, out, case, self.engine.rank, self.size, lossy) if check else 0
                 self.calls[number, form] = (call, timeit.Timer(f"moment()\n{text}\nmoment()", globals=names))
             if not forms:
                 return {"error": f"has no {case.collective}"}
