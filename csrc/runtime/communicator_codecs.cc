@@ -106,11 +106,13 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
                      ": split it");
   }
   const int64_t capacity = std::min(k, count), bytes = kernels::topk_record_bytes(capacity);
+  // float32 is summed where the result will be.
   struct State {
     std::unique_ptr<char[]> records;
     std::unique_ptr<float[]> sum;
   };
-  auto state = std::make_shared<State>(room<char>(bytes * size()), room<float>(count));
+  auto state = std::make_shared<State>(room<char>(bytes * size()),
+                                       room<float>(call.dtype == DType::float32 ? 0 : count));
 
   Request gather;
   gather.call.world.collective = Collective::all_gather;
@@ -141,16 +143,18 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
     std::for_each(values, values + capacity, [&](float& value) { value *= prescale; });
   };
   bound.then = [=, ranks = size(), dtype = call.dtype, op = call.op, out = request.out] {
-    std::memset(state->sum.get(), 0, static_cast<size_t>(count) * sizeof(float));
+    auto* sum = dtype == DType::float32 ? static_cast<float*>(out) : state->sum.get();
+    std::memset(sum, 0, static_cast<size_t>(count) * sizeof(float));
     for (int r = 0; r < ranks; ++r) {
-      kernels::topk_decode_add(state->records.get() + r * bytes, static_cast<size_t>(capacity),
-                               state->sum.get(), static_cast<size_t>(count));
+      kernels::topk_decode_add(state->records.get() + r * bytes, static_cast<size_t>(capacity), sum,
+                               static_cast<size_t>(count));
     }
-    const void* sum = state->sum.get();
+    if (sum == out && op == Op::sum) return;
+    const void* from = sum;
     void* to = out;
     const kernels::Format partial = kernels::Format::partial;
     kernels::find_combine(dtype, op)({.dsts = &to,
-                                      .srcs = &sum,
+                                      .srcs = &from,
                                       .src_formats = &partial,
                                       .num_dsts = 1,
                                       .num_srcs = 1,
