@@ -39,8 +39,8 @@ PYCOMM_INLINE uint64_t philox_stream(uint32_t step, uint32_t stage, uint32_t ran
 
 // An element's 64 bits of the counter: the tensor it belongs to and its offset there. Bits are drawn for a
 // group of elements at once: 16 of 8 bits each share a counter, whose low half is this whole index / 16, and
-// take its bytes in order (word 0 first, from the low byte up); 8 of 16 bits each share index / 8 and take its
-// halves in order.
+// take its bytes in order (word 0 first, from the low byte up); 8 of 16 bits each share index / 8 and take
+// its halves in order.
 PYCOMM_INLINE uint64_t philox_index(uint64_t tensor, uint64_t offset) { return tensor << 40 | offset; }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA
