@@ -14,6 +14,7 @@ except ImportError as error:
         "installed pycomm, or build one here with `pip install -e .`"
     ) from None
 
+from pycomm import codecs
 from pycomm._native import (
     AbortedError,
     CommError,
@@ -39,6 +40,7 @@ __all__ = [
     "Stats",
     "Work",
     "__version__",
+    "codecs",
     "init",
     "premul_sum",
     "run_local",
