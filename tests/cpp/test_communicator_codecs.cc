@@ -1,6 +1,7 @@
 // Calls with codecs by rank threads: what ranks end with, what error feedback keeps, what is refused, and the
 // calls that are made of several plans.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -461,13 +462,17 @@ TEST(different_codecs_are_a_mismatch) {
   };
   for (const Case& wrong : cases) {
     for (const bool queued : {false, true}) {
+      // They outlive the threads, since ThreadSanitizer does not see the counter that guards an error which
+      // two threads hold.
+      std::array<std::shared_ptr<Work>, 2> works;
       run_threads(2, [&](Communicator& comm) {
         Patience patience;
         Floats x = noise(5000, 0);
         try {
           const Bound bound = wrong.bind(comm, x, comm.rank() == 1);
           if (queued) {
-            comm.submit(bound)->wait(INFINITY, patience);
+            works[comm.rank()] = comm.submit(bound);
+            works[comm.rank()]->wait(INFINITY, patience);
           } else {
             comm.run(bound, patience);
           }
