@@ -111,8 +111,8 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
     std::unique_ptr<char[]> records;
     std::unique_ptr<float[]> sum;
   };
-  auto state = std::make_shared<State>(room<char>(bytes * size()),
-                                       room<float>(call.dtype == DType::float32 ? 0 : count));
+  auto state = std::make_shared<State>(
+      State{room<char>(bytes * size()), room<float>(call.dtype == DType::float32 ? 0 : count)});
 
   Request gather;
   gather.call.world.collective = Collective::all_gather;
@@ -180,7 +180,7 @@ Bound Communicator::bind_shared_int(const Request& request, int width) {
     std::unique_ptr<float[]> amax;
     std::unique_ptr<char[]> q;
   };
-  auto state = std::make_shared<State>(room<float>(blocks), room<char>(count * width / 8));
+  auto state = std::make_shared<State>(State{room<float>(blocks), room<char>(count * width / 8)});
   const Coding& coding = *request.coding;
   std::string codec = "shared_int(" + std::to_string(width);
   if (coding.codec.seed != 0) codec += ", seed=" + std::to_string(coding.codec.seed);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/philox.h"
@@ -53,16 +54,9 @@ PYCOMM_INLINE Lanes first_counters(uint64_t first) {
 }
 
 // a's and b's lanes of one parity, alternating.
-template <int kParity>
-PYCOMM_INLINE Lanes interleave(Lanes a, Lanes b) {
-  if constexpr (kLanes == 8) {
-    constexpr int p = kParity;
-    return __builtin_shufflevector(a, b, p, 8 + p, 2 + p, 10 + p, 4 + p, 12 + p, 6 + p, 14 + p);
-  } else if constexpr (kLanes == 4) {
-    return __builtin_shufflevector(a, b, kParity, 4 + kParity, 2 + kParity, 6 + kParity);
-  } else {
-    return __builtin_shufflevector(a, b, kParity, 2 + kParity);
-  }
+template <int kParity, int... kLane>
+PYCOMM_INLINE Lanes interleave(Lanes a, Lanes b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2 * 2 + kParity)...);
 }
 
 // 16 bytes for each of 16 * n counters from `first` on.
@@ -93,7 +87,8 @@ PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t firs
     }
     for (int v = 0; v < kVectors; ++v) {
       const Lanes low = (c0[v] & 0xffffffff) | c1[v] << 32, high = (c2[v] & 0xffffffff) | c3[v] << 32;
-      const Lanes even = interleave<0>(low, high), odd = interleave<1>(low, high);
+      const Lanes even = interleave<0>(low, high, std::make_integer_sequence<int, kLanes>());
+      const Lanes odd = interleave<1>(low, high, std::make_integer_sequence<int, kLanes>());
       uint8_t* to = bytes + 16 * (done + v * kLanes);
       std::memcpy(to, &even, sizeof even);
       std::memcpy(to + sizeof even, &odd, sizeof odd);
