@@ -41,11 +41,17 @@ def record(shape: Shape, steps: int, ranks: int) -> NDArray[np.float32]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=Path, help="a new .npz file")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--ranks", type=int, default=8, help=f"a divisor of {GLOBAL_BATCH}")
     parser.add_argument("--hidden", type=int, default=64)
     options = parser.parse_args()
+    if options.path.suffix != ".npz" or not options.path.parent.is_dir():
+        parser.error(f"{options.path}: the path of an .npz file, in a folder that is there")
+    if options.steps < 1 or options.hidden < 1:
+        parser.error("--steps and --hidden are 1 at least")
+    if options.ranks < 1 or GLOBAL_BATCH % options.ranks:
+        parser.error(f"--ranks {options.ranks}: the batch of {GLOBAL_BATCH} does not divide by it")
     shape = Shape(VOCABULARY, embedding=16, hidden=options.hidden)
     shapes = [[name, json.dumps(of)] for name, of in shape.parameters().items()]
     np.savez(options.path, gradients=record(shape, options.steps, options.ranks), shapes=shapes)

@@ -4,6 +4,8 @@ comm = pycomm.init()
 comm.all_reduce(gradient, op="avg")
 """
 
+from typing import Any
+
 try:
     from pycomm import _native  # noqa: F401
 except ImportError as error:
@@ -45,3 +47,12 @@ __all__ = [
     "premul_sum",
     "run_local",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """pycomm.cuda, which few programs need, is imported when it is first asked for."""
+    if name == "cuda":
+        import pycomm.cuda
+
+        return pycomm.cuda
+    raise AttributeError(f"module 'pycomm' has no attribute {name!r}")

@@ -28,7 +28,7 @@ __all__: list[str] = [
     "available_isas",
     "copy_bytes",
     "decode",
-    "describe_packable",
+    "describe_buffer",
     "encode",
     "isa",
     "join",
@@ -538,9 +538,9 @@ def decode(
     Into `out`, or added to it.
     """
 
-def describe_packable(x: typing.Any, what: str) -> tuple[str, list[int]]:
+def describe_buffer(x: typing.Any, what: str) -> tuple[str, list[int]]:
     """
-    The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be packed.
+    The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.
     """
 
 def encode(
@@ -595,7 +595,7 @@ def pack(
     Copies tensors to their offsets in a bucket, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None.
     """
 
-def packable_dtype(dtype: typing.Any) -> tuple[str, int]:
+def packable_dtype(dtype: typing.Any, what: str = "dtype") -> tuple[str, int]:
     """
     The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
     """

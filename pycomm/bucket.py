@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native
+from pycomm import _native, checks
 from pycomm.group import Communicator
 
 ID_BITS = 24
@@ -53,9 +53,10 @@ class Bucket:
     `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. `dtype`:
     the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the
     buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
-    window. `names`: of the tensors; "0", "1", ... by default.
+    window. `names`: of the tensors, which error feedback keeps its residuals by; "0", "1", ... by default.
 
-    Every tensor starts at a multiple of 256 elements; what lies between is zero.
+    Every tensor starts at a multiple of 256 elements; what lies between is zero. All ranks' buckets in a call
+    must have the same names and shapes in the same order: MismatchError otherwise.
     """
 
     def __init__(
@@ -67,9 +68,12 @@ class Bucket:
     ) -> None:
         if hasattr(tensors, "shape"):
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
+        if comm is not None and not isinstance(comm, _native.Communicator):
+            raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
         found = list(tensors)
         self._memory = _memory_of(found, comm)
         described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
+        self._named = names is not None
         self._names = _checked_names(names, len(found))
         if dtype is None:
             dtype = _common_dtype([name for name, _ in described])
@@ -81,6 +85,8 @@ class Bucket:
         self._segments = [
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
+        layout = hashlib.blake2b(repr((self._names, self._shapes)).encode(), digest_size=4).hexdigest()
+        self._signature = f"bucket of {len(found)}, #{layout}"
         self._storage = self._memory.allocate(total * self._itemsize, comm)
         self._tensors = found
         torch = sys.modules.get("torch")
@@ -101,6 +107,11 @@ class Bucket:
         return self._data
 
     @property
+    def __pycomm_signature__(self) -> str:
+        """What a call compares between ranks besides the buffer: the hash is of names and shapes."""
+        return self._signature
+
+    @property
     def segments(self) -> Sequence[Segment]:
         """Each tensor's place.
 
@@ -113,6 +124,11 @@ class Bucket:
     @property
     def names(self) -> Sequence[str]:
         return tuple(self._names)
+
+    @property
+    def named(self) -> bool:
+        """Whether names were given, so that they tell these parameters from other buckets'."""
+        return self._named
 
     @property
     def views(self) -> Sequence[Any]:
@@ -139,12 +155,20 @@ class Bucket:
         self._tensors = found
 
     def pack(self, scale: float = 1.0) -> Stats:
-        """Copies the tensors to the buffer, each value times `scale`, cast to its type."""
-        return self._memory.pack(self._data, self._tensors, self._offsets, self._counts, scale)
+        """Copies the tensors to the buffer, each value times `scale`, cast to its type.
+
+        Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite.
+        """
+        factor = checks.number(scale, "scale")
+        return self._memory.pack(self._data, self._tensors, self._offsets, self._counts, factor)
 
     def unpack(self, scale: float = 1.0) -> Stats:
-        """Copies the buffer to the tensors, each value times `scale`, cast to theirs."""
-        return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, scale)
+        """Copies the buffer to the tensors, each value times `scale`, cast to theirs.
+
+        Returns Stats of what was written: after an all_reduce the same on all ranks.
+        """
+        factor = checks.number(scale, "scale")
+        return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, factor)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -180,7 +204,8 @@ class Memory(Protocol):
 
 class _Host:
     def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        dtype, shape = _native.describe_packable(x, name)
+        dtype, shape = _native.describe_buffer(x, name)
+        _native.packable_dtype(dtype, name)
         return dtype, tuple(shape)
 
     def allocate(self, size: int, comm: Communicator | None) -> npt.NDArray[np.uint8]:

@@ -57,6 +57,10 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
   for (Py_ssize_t k = 0; k < num_keywords; ++k) {
     PyObject* key = PyTuple_GET_ITEM(keywords, k);
     const size_t found = find_argument(key, peer_name);
+    if (found == static_cast<size_t>(Arg::codec) && !(allowed >> found & 1)) {
+      throw TypeError(std::string(method) +
+                      "() takes no codec: all_reduce, reduce_scatter and all_gather do");
+    }
     if (found == kNumArgs || !(allowed >> found & 1)) {
       throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + text(key, "keyword") +
                       "'");

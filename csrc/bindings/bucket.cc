@@ -151,23 +151,22 @@ void copy(const py::object& out, const py::object& x, bool stream) {
 void add_bucket(py::module_& module) {
   module.attr("SEGMENT_ALIGN") = kernels::kSegmentAlign;
   module.def(
-      "describe_packable",
+      "describe_buffer",
       [](const py::object& x, const std::string& what) {
         const Buffer buffer = get_buffer(x.ptr(), what.c_str());
-        require_packable(buffer.dtype, "`" + what + "`");
         const std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
         return std::pair(std::string(name(buffer.dtype)), shape);
       },
       py::arg("x"), py::arg("what"),
-      "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be packed.");
+      "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.");
   module.def(
       "packable_dtype",
-      [](const py::object& dtype) {
+      [](const py::object& dtype, const std::string& what) {
         const DType found = dtype_from_python(dtype.ptr());
-        require_packable(found, "`dtype`");
+        require_packable(found, "`" + what + "`");
         return std::pair(std::string(name(found)), size_of(found));
       },
-      py::arg("dtype"),
+      py::arg("dtype"), py::arg("what") = "dtype",
       "The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.");
   module.def(
       "numpy_dtype", [](const std::string& name) { return numpy_dtype(parse_dtype(name)); }, py::arg("name"),

@@ -229,7 +229,9 @@ std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
 std::optional<Buffer> from_attribute(PyObject* object, const char* name) {
   if (!PyObject_HasAttrString(object, "__pycomm_buffer__")) return std::nullopt;
   const py::object inner = py::handle(object).attr("__pycomm_buffer__");
-  return get_buffer(inner.ptr(), name);
+  Buffer buffer = get_buffer(inner.ptr(), name);
+  buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
+  return buffer;
 }
 
 std::optional<DType> from_format(const char* format, Py_ssize_t item) {

@@ -23,6 +23,7 @@ struct Buffer {
   bool writable = true;
   std::shared_ptr<void>
       exported;  // keeps what a protocol handed out; the object itself is kept by who called
+  std::string signature;  // what ranks compare besides, of an object that has its elements in another
 
   int64_t rows() const { return shape.empty() ? 1 : shape[0]; }
   int64_t row_elements() const {  // of a buffer without rows as well

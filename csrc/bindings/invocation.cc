@@ -32,6 +32,10 @@ int rank_argument(const PyCommunicator& comm, PyObject* object, const char* name
 
 std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* object, const char* name) {
   std::vector<int64_t> counts;
+  if (!PySequence_Check(object)) {
+    throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name +
+                    ": pass as many integers as there are ranks");
+  }
   for (const py::handle item : py::reinterpret_borrow<py::iterable>(object)) {
     counts.push_back(integer(item.ptr(), name));
     if (counts.back() < 0)
@@ -353,6 +357,9 @@ void finish_request(Invocation& call) {
   request.in = call.in.data;
   request.out = call.out.data;
   check_premul(request);
+  if (const std::string& signature = call.in.signature; !signature.empty()) {
+    request.tag += (request.tag.empty() ? "" : ", ") + signature;
+  }
 }
 
 thread_local std::vector<int64_t> spare_counts;

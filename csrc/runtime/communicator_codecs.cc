@@ -1,5 +1,7 @@
 // Calls with codecs: what they ask for besides their plans, and those that are made of several plans.
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -30,6 +32,14 @@ std::string words(const kernels::Codec& codec) {
   if (codec.rounding == Rounding::stochastic) add("stochastic");
   if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
   return kernels::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
+}
+
+// Ranks that keep no residuals, or in other units, would add up another sum.
+std::string feedback_words(const Coding& coding) {
+  if (!coding.residual) return "";
+  std::array<char, 32> scale{};
+  std::snprintf(scale.data(), scale.size(), " at %.9g", coding.residual_scale);
+  return std::string(", error feedback") + (coding.residual_scale == 1 ? "" : scale.data());
 }
 
 void check_floats(const schedule::Call& call, const std::string& codec) {
@@ -78,7 +88,8 @@ void Communicator::finish_coding(Bound& bound) const {
         "\" encodes elements more than once, and error feedback keeps one residual for each: use " +
         schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
   }
-  tell(bound.record, words(bound.coding->codec) + ", step=" + std::to_string(bound.coding->step));
+  const Coding& coding = *bound.coding;
+  tell(bound.record, words(coding.codec) + feedback_words(coding) + ", step=" + std::to_string(coding.step));
 }
 
 // What all parts of a call say that they are.
@@ -124,7 +135,8 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
   gather.algorithm = request.algorithm;
   gather.tag = request.tag;
   gather.timeout_s = request.timeout_s;
-  gather.part_of = record_of_whole(request, "topk(" + std::to_string(k) + ")");
+  gather.part_of =
+      record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*request.coding));
   std::strncpy(gather.part_of->algorithm, "direct", sizeof gather.part_of->algorithm - 1);
   Bound bound = bind(gather);
 

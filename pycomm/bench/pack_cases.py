@@ -16,7 +16,9 @@ from pycomm.bench.workers.data import Array, plain
 from pycomm.bucket import Bucket
 
 SCALE = 0.125
-CASTS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+CASTS: tuple[str, ...] = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+if importlib.util.find_spec("ml_dtypes") is None:  # whose types the others are in NumPy
+    CASTS = ("float32", "float16")
 
 
 def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
@@ -72,7 +74,7 @@ class TorchWays:
         self.torch = torch
         self.tensors = [torch.from_numpy(x) for x in bucket.tensors]
         self.outs = [torch.from_numpy(x) for x in outs]
-        name = _native.describe_packable(bucket.data, "data")[0]
+        name = _native.describe_buffer(bucket.data, "data")[0]
         self.dtype = getattr(torch, name)
         self.flat = torch.from_numpy(bucket.data.view(np.uint8)).view(self.dtype)
         self.views = [self.flat[segment.begin : segment.end] for segment in bucket.segments]

@@ -45,12 +45,16 @@ def run(args: argparse.Namespace) -> int:
         algorithms = args.algorithms.split(",")
         for name in algorithms:
             if name not in ALGORITHMS:
-                raise ValueError(f"--algorithms {name}: {', '.join(ALGORITHMS)} carry codecs")
+                raise ValueError(f"--algorithms {name}: what is compared here is {' and '.join(ALGORITHMS)}")
         data = [c.gaussian(args.count, args.steps, max(ranks))]
         if args.gradients:
             data.append(c.recorded(args.gradients, args.steps))
-            if max(ranks) > data[-1].ranks:
-                raise ValueError(f"--ranks {args.ranks}: {args.gradients} was recorded on {data[-1].ranks}")
+            most = {"ranks": (max(ranks), data[-1].ranks), "steps": (args.steps, data[-1].steps)}
+            for option, (wanted, has) in most.items():
+                if wanted > has:
+                    raise ValueError(
+                        f"--{option} {wanted}: {args.gradients} has {has}; ask for fewer, or record more"
+                    )
     except ValueError as error:
         return fail(str(error))
 

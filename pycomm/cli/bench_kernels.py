@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from pycomm.cli import output
 from pycomm.cli.main import fail
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         return fail(str(error))
     console.print(device.describe(), highlight=False)
+    if importlib.util.find_spec("ml_dtypes") is None:
+        console.print("bfloat16 and float8 are left out: pip install ml_dtypes for them", highlight=False)
     rows: list[k.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)

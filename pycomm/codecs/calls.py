@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from pycomm import _native
+from pycomm import _native, checks
 from pycomm.bucket import Bucket
 from pycomm.codecs.feedback import ErrorFeedback, Places
 from pycomm.codecs.kinds import DEFAULTS, BlockCodec, Codec, SharedInt, TopK
@@ -48,9 +47,9 @@ def call(
     chosen = _resolve(codec)
     if op not in ("sum", "avg"):
         raise TypeError(
-            f"`op` is {op!r}: codecs carry 'sum' and 'avg' of floats, leave out `codec` for others"
+            f"`op` is {op!r}: calls with a codec take 'sum' and 'avg'; leave `codec` out for others"
         )
-    if step is not None and not 0 <= operator.index(step) < 1 << 32:
+    if step is not None and not 0 <= checks.integer(step, "step") < 1 << 32:
         raise ValueError(f"`step` is {step!r}: a number of 32 bits")
     if stream is not None:
         raise ValueError("`stream` is for GPU buffers: CPU buffers have none, leave it out")
@@ -64,7 +63,7 @@ def call(
         comm,
         collective,
         chosen,
-        {"step": step, "op": op, "timeout": timeout, "async_op": async_op},
+        {"step": step, "op": op, "timeout": timeout, "async_op": bool(async_op)},
         {"algorithm": algorithm, "deterministic": deterministic, "counts": counts},
         tag,
     )
@@ -90,7 +89,7 @@ class _Request:
         places = _places(x, self.tag, self.codec)
         exempt = None
         if isinstance(x, Bucket) and self.collective == "all_reduce":
-            exempt = _Exempt.of(x, out, feedback)
+            exempt = _Exempt.of(x, out, feedback, [name for name, _, _ in places])
         if exempt is not None:
             places = tuple(place for place in places if place[0] not in exempt.names)
             segments = [segment for segment in x.segments if segment not in exempt.segments]
@@ -188,8 +187,8 @@ class _Exempt:
         self._own = Bucket(self._parts(x), names=[name for name, _ in chosen])
 
     @classmethod
-    def of(cls, x: Bucket, out: Any, feedback: ErrorFeedback) -> _Exempt | None:
-        tensors = zip(x.names, x.segments, x.views, strict=True)
+    def of(cls, x: Bucket, out: Any, feedback: ErrorFeedback, names: Sequence[str]) -> _Exempt | None:
+        tensors = zip(names, x.segments, x.views, strict=True)
         chosen = [
             (name, segment) for name, segment, view in tensors if feedback.exempt(name, tuple(view.shape))
         ]
@@ -282,9 +281,10 @@ def _feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | No
 
 
 def _places(x: Any, tag: str | None, codec: Codec) -> Places:
-    if isinstance(x, Bucket):
-        return tuple((name, s.begin, s.end) for name, s in zip(x.names, x.segments, strict=True))
-    return ((_needed(tag, codec), 0, _count(x)),)
+    if not isinstance(x, Bucket):
+        return ((_needed(tag, codec), 0, _count(x)),)
+    names = x.names if x.named else [f"{_needed(tag, codec)}[{i}]" for i in range(len(x))]
+    return tuple((name, s.begin, s.end) for name, s in zip(names, x.segments, strict=True))
 
 
 def _needed(tag: str | None, codec: Codec) -> str:
@@ -297,9 +297,11 @@ def _needed(tag: str | None, codec: Codec) -> str:
 
 
 def _carried_dtype(x: Any, what: str) -> str:
-    dtype, _ = _native.describe_packable(x, what)
+    dtype, _ = _native.describe_buffer(x, what)
     if dtype not in ("float32", "float16", "bfloat16"):
-        raise TypeError(f"`{what}` is {dtype}: codecs carry float32, float16 and bfloat16")
+        raise TypeError(
+            f"`{what}` is {dtype}: codecs carry float32, float16 and bfloat16; convert it, or leave codec out"
+        )
     return dtype
 
 

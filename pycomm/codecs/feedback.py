@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native
+from pycomm import _native, checks
 
 Residual = npt.NDArray[np.float32]
 Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
@@ -44,18 +45,29 @@ class ErrorFeedback:
     on all ranks when one of them found such a value, as for every other step that the optimizer leaves out.
     """
 
-    scale: float
-    exempt: Rule
-
     def __init__(self, exempt: Rule = one_dimensional) -> None:
-        self.scale = 1.0
+        if not callable(exempt):
+            raise TypeError(f"`exempt` is {exempt!r}: pass a function of a name and a shape")
         self.exempt = exempt
+        self._scale = 1.0
         self._layouts: dict[Places, Layout] = {}
         self._where: dict[str, Layout] = {}
         self._loaded: dict[str, Residual] = {}
         self._round: set[str] = set()  # who was called about in this step
         self._of_round: list[Layout] = []
         self._comm: weakref.ref[_native.Communicator] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The loss scale that the gradients of the next calls carry, the same on all ranks."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        found = checks.number(scale, "scale")
+        if not 0 < found < math.inf:
+            raise ValueError(f"`scale` is {found!r}: a loss scale is positive and finite")
+        self._scale = found
 
     def skip(self) -> None:
         """Takes the last step's changes back: for a step whose result the optimizer does not use.
@@ -80,14 +92,18 @@ class ErrorFeedback:
 
         The list is for another number of ranks: each of them gets the mean over the old ones, so that the
         mean over ranks, which is what an average still owes, stays as it was. Raises ValueError if the states
-        of a list differ in names or lengths.
+        of a list differ in names or lengths, or hold anything but finite 1-D arrays.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
+        states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
+        for each in states:
+            if not isinstance(each, Mapping):
+                kind = type(each).__name__
+                raise TypeError(f"`state` is or holds a {kind}: pass a state_dict(), or a list of them")
         if not states:
             raise ValueError("`state` is an empty list: pass the state_dict() of every old rank")
         residuals: dict[str, Residual] = {}
         for name in states[0]:
-            found = [np.asarray(each[name], np.float32).ravel() for each in states if name in each]
+            found = [_checked(name, each[name]) for each in states if name in each]
             if len(found) != len(states) or len({part.size for part in found}) != 1:
                 raise ValueError(
                     f"`state`: the old ranks' residuals of {name!r} differ in length, or some have none"
@@ -154,6 +170,20 @@ class ErrorFeedback:
                 f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one thing"
             )
         return found
+
+
+def _checked(name: str, residual: Any) -> Residual:
+    try:
+        found = np.asarray(residual, np.float32)
+    except (TypeError, ValueError):
+        found = np.empty((), np.float32)
+    if found.ndim != 1:
+        raise ValueError(
+            f"`state`: the residual of {name!r} is no 1-D array of numbers, as state_dict() gives"
+        )
+    if not np.isfinite(found).all():
+        raise ValueError(f"`state`: the residual of {name!r} holds NaN or Inf, which no state_dict() gives")
+    return found
 
 
 class Layout:

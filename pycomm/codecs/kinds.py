@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pycomm import _native
+from pycomm import _native, checks
 from pycomm.codecs.feedback import ErrorFeedback
 
 Rounding = Literal["nearest", "stochastic"]
@@ -182,9 +182,10 @@ class Sign(BlockCodec):
 class TopK(Codec):
     """The k elements of largest magnitude, exactly: 8 bytes each. all_reduce alone.
 
-    `ratio` of the elements, at least one, or `k` of them. Ties go to the lowest index. Each rank sends its
-    own, and they are summed in float32 in rank order. Error feedback is on by default: without it what is
-    small never arrives. (Aji and Heafield, EMNLP 2017; Lin et al., Deep gradient compression, ICLR 2018.)
+    `ratio` of the elements, at least one, or `k` of them, which counts if both are given. Ties go to the
+    lowest index. Each rank sends its own, and they are summed in float32 in rank order. Error feedback is on
+    by default: without it what is small never arrives. (Aji and Heafield, EMNLP 2017; Lin et al., Deep
+    gradient compression, ICLR 2018.)
     """
 
     ratio: float = 0.01
@@ -194,9 +195,9 @@ class TopK(Codec):
     feedback_by_default = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
+        if not 0 < checks.number(self.ratio, "ratio") <= 1:
             raise ValueError(f"ratio={self.ratio!r}: a share of the elements, above 0 and at most 1")
-        if self.k is not None and self.k < 1:
+        if self.k is not None and checks.integer(self.k, "k") < 1:
             raise ValueError(f"k={self.k!r}: at least one element")
         _check_feedback(self.error_feedback)
 
@@ -206,7 +207,7 @@ class TopK(Codec):
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 1 << 64:
+    if not 0 <= checks.integer(seed, "seed") < 1 << 64:
         raise ValueError(f"seed={seed!r}: a number of 64 bits")
 
 

@@ -27,8 +27,9 @@ def native() -> Any:
         if error.name != "pycomm._cuda":
             raise
         raise RuntimeError(
-            "pycomm was built without CUDA kernels: install the CUDA toolkit (12.4 or newer, nvcc on the "
-            "PATH) and build pycomm again, with PYCOMM_CUDA=ON to be told what is wrong"
+            "pycomm was built without CUDA kernels: with the CUDA toolkit (12.4 or newer, nvcc on the PATH) "
+            "`pip install -C cmake.define.PYCOMM_CUDA=ON .` in pycomm's sources builds them, or says what is "
+            "missing"
         ) from None
     devices, reason = module.device_count()
     if devices == 0:
@@ -75,7 +76,7 @@ _DLPACK = {
     (10, 8): "float8_e4m3fn",
     (12, 8): "float8_e5m2",
 }
-_CUDA, _MANAGED = 2, 13  # DLPack's device types
+_CPU, _CUDA, _MANAGED = 1, 2, 13  # DLPack's device types
 
 
 def describe(x: Any, name: str = "x") -> Array:
@@ -127,7 +128,10 @@ def _from_interface(x: Any, interface: dict[str, Any], name: str) -> Array:
 def _from_dlpack(x: Any, name: str) -> Array:
     kind, device = x.__dlpack_device__()
     if kind not in (_CUDA, _MANAGED):
-        raise TypeError(f"`{name}` is not on a CUDA device (DLPack device type {int(kind)})")
+        where = "in CPU memory" if kind == _CPU else f"on a device of another kind (DLPack's {int(kind)})"
+        raise TypeError(
+            f"`{name}` is {where}: pycomm.cuda takes arrays and tensors on an NVIDIA GPU, move it there"
+        )
     address, code, bits, lanes, count, contiguous = native().read_dlpack(x.__dlpack__(stream=-1))
     if lanes != 1 or (code, bits) not in _DLPACK:
         raise TypeError(

@@ -25,10 +25,7 @@ class Gpu:
 
     def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
         dtype = arrays.describe(x, name).dtype
-        try:
-            _native.packable_dtype(dtype)
-        except TypeError:
-            raise TypeError(f"`{name}` is {dtype}: buckets hold floats of 8 to 32 bits") from None
+        _native.packable_dtype(dtype, name)
         return dtype, tuple(x.shape)
 
     def allocate(self, size: int, comm: Communicator | None) -> Any:

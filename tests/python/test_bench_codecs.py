@@ -68,7 +68,7 @@ def test_bytes(codec: codecs.Codec, size: int) -> None:
     [
         (["--ranks", "2,x"], "--ranks 2,x"),
         (["--ranks", "0"], "--ranks 0"),
-        (["--algorithms", "star"], "--algorithms star: two_shot, ring"),
+        (["--algorithms", "star"], "--algorithms star: what is compared here is two_shot and ring"),
         (["--steps", "0"], "--steps 0: at least 1"),
         (["--gradients", "no/such.npz"], "record_gradients.py"),
         (["--json", "no/such/place.json"], "there is no directory"),

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -301,6 +302,10 @@ def test_what_is_refused() -> None:
         (TypeError, "pass a list of strings", lambda: Bucket([f], names="a")),
         (ValueError, "`scale` is inf", lambda: Bucket([f]).pack(math.inf)),
         (ValueError, "`scale` is 1e\\+39", lambda: Bucket([f]).unpack(1e39)),
+        (TypeError, "`scale` is '2': pass a number", lambda: Bucket([f]).pack("2")),  # type: ignore[arg-type]
+        (TypeError, "`scale` is None", lambda: Bucket([f]).unpack(None)),  # type: ignore[arg-type]
+        (TypeError, r"`scale` is an array of shape \(3,\)", lambda: Bucket([f]).pack(f)),  # type: ignore[arg-type]
+        (TypeError, "`comm` is a int", lambda: Bucket([f], comm=3)),  # type: ignore[arg-type]
         (ValueError, "overlap", lambda: Bucket([f, f[1:]]).unpack()),
     ]
     for kind, match, call in cases:
@@ -344,6 +349,21 @@ def test_collectives_take_buckets(ranks: Ranks, symmetric: bool) -> None:
                 comm.all_reduce(bucket if comm.rank == 0 else np.zeros_like(bucket.data))
 
     ranks(fn, 2)
+
+
+@pytest.mark.parametrize("codec", [None, "int8", "topk"])
+def test_ranks_with_other_names_or_shapes_do_not_reduce(codec: str | None) -> None:
+    def fn(comm: Communicator, what: str) -> None:
+        names = ["a", "b"] if what == "names" and comm.rank else ["b", "a"]
+        shapes = [(2, 6), (4, 3)] if what == "shapes" and comm.rank else [(4, 3), (2, 6)]
+        bucket = Bucket([np.ones(shape, "f") for shape in shapes], names=names)
+        comm.all_reduce(bucket, codec=codec, tag="step 3")
+        comm.barrier()
+
+    pycomm.run_local(partial(fn, what="nothing"), 2)
+    for what in ("names", "shapes"):
+        with pytest.raises(pycomm.MismatchError, match="step 3, bucket of 2"):
+            pycomm.run_local(partial(fn, what=what), 2)
 
 
 def test_symmetric_buckets_of_different_sizes(ranks: Ranks) -> None:

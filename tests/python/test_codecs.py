@@ -1,6 +1,7 @@
 """Collectives with codecs: the bounds of docs/codecs.md, the same bits everywhere, residuals, errors."""
 
 import gc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -447,6 +448,36 @@ def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -
     ranks(fn, 2)
 
 
+def test_buckets_without_names_share_no_residuals(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+        buckets = [pycomm.Bucket([np.full((2, 40), k + 1.1, np.float32)]) for k in range(2)]
+        for k, bucket in enumerate(buckets):
+            bucket.pack()
+            with pytest.raises(ValueError, match="pass tag=, or a Bucket with names"):
+                comm.all_reduce(bucket, codec=codec)
+            comm.all_reduce(bucket, codec=codec, tag=f"layer {k}")
+        assert sorted(feedback.state_dict()) == ["layer 0[0]", "layer 1[0]"]
+
+    ranks(fn, 2)
+
+
+@pytest.mark.parametrize("differs", ["feedback", "scale"])
+def test_ranks_whose_feedback_differs_do_not_reduce(differs: str) -> None:
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        if differs == "scale":
+            feedback.scale = 64 << comm.rank
+        keeps = differs == "scale" or comm.rank == 0
+        codec = codecs.Int8(rounding="nearest", error_feedback=feedback if keeps else None)
+        comm.all_reduce(np.ones(300, np.float32), codec=codec, tag="w")
+        comm.barrier()
+
+    with pytest.raises(pycomm.MismatchError, match="error feedback"):
+        pycomm.run_local(fn, 2)
+
+
 def test_resharding_keeps_the_mean() -> None:
     rng = np.random.default_rng(1)
     old = [
@@ -477,13 +508,15 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (TypeError, "premul_sum", lambda: reduce(x, op=pycomm.premul_sum(0.5), codec="int8")),
             (TypeError, "int32", lambda: reduce(x.astype(np.int32), codec="int8")),
             (TypeError, "float64", lambda: reduce(x.astype(np.float64), codec="bf16")),
-            (TypeError, "int32", lambda: reduce([x, x.astype(np.int32)], codec="bf16")),
+            (TypeError, r"x\[1\]` is int32: codecs", lambda: reduce([x, x.astype(np.int32)], codec="bf16")),
             (ValueError, "'int7'.*fp16.*topk", lambda: reduce(x, codec="int7")),
             (TypeError, "`codec` is 8", lambda: reduce(x, codec=8)),
             (TypeError, "step", lambda: reduce(x, step=3)),
             (ValueError, "`step` is -1", lambda: reduce(x, codec="int8", step=-1)),
             (ValueError, "`step` is 4294967296", lambda: reduce(x, codec="topk", tag="w", step=1 << 32)),
-            (TypeError, "integer", lambda: reduce(x, codec="int8", step=1.5)),
+            (TypeError, "`step` is 1.5: pass an integer", lambda: reduce(x, codec="int8", step=1.5)),
+            (TypeError, "takes no codec: all_reduce", lambda: comm.broadcast(x, codec="int8")),
+            (TypeError, "`counts` is a int", lambda: comm.reduce_scatter(x, codec="int8", counts=3)),
             (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
             (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
             (
@@ -520,7 +553,22 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
         (ValueError, "ratio=0", lambda: codecs.TopK(ratio=0)),
         (ValueError, "k=0", lambda: codecs.TopK(k=0)),
         (TypeError, "error_feedback='on'", lambda: codecs.Sign(error_feedback="on")),
+        (TypeError, "`seed` is 1.5: pass an integer", lambda: codecs.Int8(seed=1.5)),
+        (TypeError, "`ratio` is 'a': pass a number", lambda: codecs.TopK(ratio="a")),
+        (TypeError, "`k` is 2.5: pass an integer", lambda: codecs.TopK(k=2.5)),
+        (TypeError, "`exempt` is 3", lambda: codecs.ErrorFeedback(exempt=3)),
         (ValueError, "empty list", lambda: codecs.ErrorFeedback().load_state_dict([])),
+        (TypeError, "holds a int", lambda: codecs.ErrorFeedback().load_state_dict(3)),
+        (ValueError, "of 'w' holds NaN", lambda: codecs.ErrorFeedback().load_state_dict({"w": [np.nan]})),
+        (
+            ValueError,
+            "of 'w' is no 1-D",
+            lambda: codecs.ErrorFeedback().load_state_dict({"w": [[1.0]]}),
+        ),
+        (ValueError, "of 'w' is no 1-D", lambda: codecs.ErrorFeedback().load_state_dict([{"w": "x"}])),
+        (ValueError, "`scale` is 0.0", lambda: setattr(codecs.ErrorFeedback(), "scale", 0)),
+        (ValueError, "`scale` is nan", lambda: setattr(codecs.ErrorFeedback(), "scale", math.nan)),
+        (TypeError, "`scale` is 'a'", lambda: setattr(codecs.ErrorFeedback(), "scale", "a")),
     ],
 )
 def test_codecs_check_what_they_are_given(error: Any, words: str, make: Callable[[], Any]) -> None:

@@ -34,7 +34,7 @@ def test_what_is_missing_is_said() -> None:
 def test_arrays_elsewhere_are_refused() -> None:
     with pytest.raises(TypeError, match=r"`x` is a list: pass a CuPy array"):
         pycomm.cuda.arrays.describe([1.0])
-    with pytest.raises(TypeError, match=r"`x` is not on a CUDA device"):
+    with pytest.raises(TypeError, match=r"`x` is in CPU memory"):
         pycomm.cuda.arrays.describe(np.zeros(3))
 
 
