@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/buffer.h"
+#include "bindings/codecs.h"
 #include "bindings/python.h"
 #include "common/error.h"
 #include "kernels/codec.h"
@@ -43,12 +44,6 @@ float scale_argument(double scale) {
   if (std::isfinite(narrow)) return narrow;
   throw ValueError("`scale` is " + py::repr(py::float_(scale)).cast<std::string>() +
                    ": pass a finite number of float32's range");
-}
-
-const kernels::Isa& isa_argument(const std::optional<std::string>& isa) {
-  if (!isa) return kernels::chosen_isa();
-  if (const kernels::Isa* found = kernels::find_isa(*isa)) return *found;
-  throw ValueError("`isa` is \"" + *isa + "\": see available_isas()");
 }
 
 struct Extent {
@@ -158,7 +153,8 @@ void add_bucket(py::module_& module) {
         return std::pair(std::string(name(buffer.dtype)), shape);
       },
       py::arg("x"), py::arg("what"),
-      "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.");
+      "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be "
+      "communicated.");
   module.def(
       "packable_dtype",
       [](const py::object& dtype, const std::string& what) {

@@ -22,7 +22,7 @@ struct Buffer {
   std::span<const int64_t> shape;  // the object's own: valid while it lives and keeps its shape
   bool writable = true;
   std::shared_ptr<void>
-      exported;  // keeps what a protocol handed out; the object itself is kept by who called
+      exported;           // keeps what a protocol handed out; the object itself is kept by who called
   std::string signature;  // what ranks compare besides, of an object that has its elements in another
 
   int64_t rows() const { return shape.empty() ? 1 : shape[0]; }

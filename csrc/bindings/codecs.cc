@@ -47,12 +47,6 @@ Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t 
   return codec;
 }
 
-const kernels::Isa& isa_of(const std::optional<std::string>& name) {
-  if (!name) return kernels::chosen_isa();
-  if (const kernels::Isa* isa = kernels::find_isa(*name)) return *isa;
-  throw ValueError("`isa` is \"" + *name + "\", which this machine does not have: see available_isas()");
-}
-
 // Bytes to write to: `out`, or a new array.
 py::object bytes_for(const py::object& out, int64_t bytes) {
   if (out.is_none()) return py::array_t<uint8_t>(bytes);
@@ -77,7 +71,7 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
   void* const dst = get_buffer(wire.ptr(), "out").data;
   const void* const src = from.data;
   const kernels::Format format = kernels::Format::raw;
-  const kernels::Isa& chosen = isa_of(isa);
+  const kernels::Isa& chosen = isa_argument(isa);
   const py::gil_scoped_release release;
   kernels::transcode({.codec = &codec,
                       .dtype = from.dtype,
@@ -117,7 +111,7 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
   const void* const srcs[2] = {add ? to.data : from.data, from.data};
   const kernels::Format formats[2] = {add ? kernels::Format::raw : kernels::Format::wire,
                                       kernels::Format::wire};
-  const kernels::Isa& chosen = isa_of(isa);
+  const kernels::Isa& chosen = isa_argument(isa);
   const py::gil_scoped_release release;
   kernels::transcode({.codec = &codec,
                       .dtype = to.dtype,
@@ -141,7 +135,7 @@ py::object topk_encode(const py::object& x, int64_t k, const py::object& out, co
   const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object record = bytes_for(out, kernels::topk_record_bytes(k));
   void* const to = get_buffer(record.ptr(), "out").data;
-  const kernels::Isa& chosen = isa_of(isa);
+  const kernels::Isa& chosen = isa_argument(isa);
   const py::gil_scoped_release release;
   kernels::topk_encode({.dtype = from.dtype,
                         .x = from.data,
@@ -173,6 +167,12 @@ void topk_decode_add(const py::object& record, int64_t k, const py::object& sum)
 }
 
 }  // namespace
+
+const kernels::Isa& isa_argument(const std::optional<std::string>& name) {
+  if (!name) return kernels::chosen_isa();
+  if (const kernels::Isa* isa = kernels::find_isa(*name)) return *isa;
+  throw ValueError("`isa` is \"" + *name + "\", which this machine does not have: see available_isas()");
+}
 
 void require_topk(int64_t k, int64_t count) {
   if (k < 0 || k >> 32) throw ValueError("`k` is " + std::to_string(k) + ": give a count below 2^32");

@@ -1,14 +1,19 @@
-// What the calls with codecs take from Python.
+// What the kernels and the calls with codecs take from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "kernels/codec.h"
 
 namespace pycomm::bindings {
+
+// The instruction set of this name, or the one that is chosen. Throws ValueError if the machine lacks it.
+const kernels::Isa& isa_argument(const std::optional<std::string>& name);
 
 // A sequence of (begin, end, id), or None for one tensor. Throws ValueError for what codec.h does not allow.
 std::vector<kernels::Segment> parse_segments(const pybind11::object& segments);

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "codec_reference.h"
 #include "common/error.h"
+#include "isas.h"
 #include "kernels/cpu/codec_kernels.h"
 #include "kernels/cpu/isa.h"
 
@@ -16,14 +17,6 @@ using reference::Floats;
 using reference::Wire;
 
 namespace {
-
-std::vector<const Isa*> isas() {
-  size_t count;
-  const char* const* names = available_isas(&count);
-  std::vector<const Isa*> all;
-  for (size_t i = 0; i < count; ++i) all.push_back(find_isa(names[i]));
-  return all;
-}
 
 std::vector<Codec> codecs() {
   std::vector<Codec> all;

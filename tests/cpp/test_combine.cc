@@ -12,6 +12,7 @@
 #include "check.h"
 #include "common/dtype.h"
 #include "float_table.h"
+#include "isas.h"
 #include "kernels/combine.h"
 
 using namespace pycomm;
@@ -258,12 +259,6 @@ struct Placed {
   }
 };
 
-std::vector<std::string> isas() {
-  size_t count = 0;
-  const char* const* names = available_isas(&count);
-  return {names, names + count};
-}
-
 void call(CombineFn fn, const Case& c, const std::vector<void*>& dsts, const std::vector<const void*>& srcs,
           size_t count, bool stream) {
   fn(CombineArgs{.dsts = dsts.data(),
@@ -291,7 +286,7 @@ void check_lengths(const Case& c, const std::vector<Bytes>& sources, const Bytes
       std::memcpy(placed[j].data, sources[j].data(), sources[j].size());
       srcs.push_back(placed[j].data);
     }
-    for (const std::string& isa : isas()) {
+    for (const std::string& isa : isa_names()) {
       const CombineFn fn = find_combine(c.dtype, c.op, *find_isa(isa));
       for (size_t count : lengths) {
         const size_t m = 1 + (count + aligned) % 3, bytes = count * c.dst_size();
@@ -320,7 +315,7 @@ void check_in_place(const Case& c, const std::vector<Bytes>& sources, const Byte
   for (Format f : c.srcs) {
     if (size_of(c.held(f)) != c.dst_size()) return;
   }
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     for (bool stream : {false, true}) {
       for (size_t m : {1, 2, 3}) {
         std::vector<Bytes> copies = sources;
@@ -399,7 +394,7 @@ template <class Code>
 void check_decode(DType dtype) {
   std::vector<Code> codes;
   for (uint32_t code = 0; code < 1u << (8 * sizeof(Code)); ++code) codes.push_back(static_cast<Code>(code));
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     const auto got = convert<float>(isa, dtype, codes, Format::raw, Format::partial);
     const auto back = convert<Code>(isa, dtype, codes, Format::raw, Format::final);
     for (size_t i = 0; i < codes.size(); ++i) {
@@ -437,7 +432,7 @@ void check_encode(DType dtype) {
       }
     }
   }
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     const auto got = convert<Code>(isa, dtype, values, Format::partial, Format::final);
     for (size_t i = 0; i < values.size(); ++i) {
       const uint32_t want = table.encode(values[i]);
@@ -453,13 +448,13 @@ void check_encode(DType dtype) {
 }  // namespace
 
 TEST(every_supported_pair_has_a_kernel) {
-  CHECK(!isas().empty());
+  CHECK(!isa_names().empty());
   for (int d = 0; d < kNumDTypes; ++d) {
     for (int o = 0; o < kNumOps; ++o) {
       const auto dtype = static_cast<DType>(d);
       const auto op = static_cast<Op>(o);
       CHECK_EQ(find_combine(dtype, op) != nullptr, supports(dtype, op));
-      for (const std::string& isa : isas()) {
+      for (const std::string& isa : isa_names()) {
         CHECK_EQ(find_combine(dtype, op, *find_isa(isa)) != nullptr, supports(dtype, op));
       }
     }
@@ -506,7 +501,7 @@ TEST(conversions_known) {
   const std::vector<uint8_t> e5m2 = {0x3c, 0x7b, 0x7b, 0x7c, 0xfc, 0x7e, 0x80};
   const std::vector<float> z = {1.f, 65504.f, 65519.f, 65520.f, 5.9604645e-8f, nan};
   const std::vector<uint16_t> half = {0x3c00, 0x7bff, 0x7bff, 0x7c00, 0x0001, 0x7e00};
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     CHECK(convert<uint8_t>(isa, DType::float8_e4m3fn, x, Format::partial, Format::final) == e4m3);
     CHECK(convert<uint8_t>(isa, DType::float8_e5m2, y, Format::partial, Format::final) == e5m2);
     CHECK(convert<uint16_t>(isa, DType::float16, z, Format::partial, Format::final) == half);

@@ -14,6 +14,7 @@
 
 #include "check.h"
 #include "common/error.h"
+#include "rank_threads.h"
 #include "runtime/communicator.h"
 #include "schedule/layout.h"
 
@@ -23,22 +24,6 @@ using namespace pycomm::runtime;
 namespace {
 
 void sleep_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
-
-void run_threads(int size, const std::function<void(Communicator&)>& body, double timeout_s = 20) {
-  auto comms = Communicator::threads(size, timeout_s);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      try {
-        body(*comms[rank]);
-      } catch (const std::exception& error) {
-        check::fail("rank", rank, error.what());
-        comms[rank]->abandon();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 Request request(Communicator& comm, Collective kind, int64_t count, const int64_t* in, int64_t* out) {
   Request request;

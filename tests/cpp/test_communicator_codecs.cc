@@ -16,6 +16,7 @@
 
 #include "check.h"
 #include "common/error.h"
+#include "rank_threads.h"
 #include "runtime/communicator.h"
 #include "schedule/algorithms.h"
 #include "schedule/layout.h"
@@ -32,22 +33,6 @@ using Floats = std::vector<float>;
 
 constexpr CodecKind kKinds[] = {CodecKind::fp16,  CodecKind::bf16, CodecKind::fp8_e4m3, CodecKind::fp8_e5m2,
                                 CodecKind::mxfp8, CodecKind::int8, CodecKind::int4,     CodecKind::sign};
-
-void run_threads(int size, const std::function<void(Communicator&)>& body) {
-  auto comms = Communicator::threads(size, 20);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] {
-      try {
-        body(*comms[rank]);
-      } catch (const std::exception& error) {
-        check::fail("rank", rank, error.what());
-        comms[rank]->abandon();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 Floats noise(int64_t count, int seed) {
   std::mt19937 random(static_cast<unsigned>(seed));

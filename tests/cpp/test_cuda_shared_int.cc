@@ -62,7 +62,7 @@ void check_case(DType dtype, int64_t count, int width, int world, size_t misplac
   shared_amax(dtype, x, n, amax_want.data(), encoding);
   e::each_launch(encoding, count, [&](int64_t begin, int64_t some, const e::Segments& of_launch) {
     e::SharedCall call = e::make_shared_call(dtype, x, nullptr, 32, 0, nullptr, begin, some);
-    e::add_encoding(call, encoding, 0, begin, of_launch);
+    call.encode = e::make_encode_call(encoding, true, 0, begin, some, of_launch);
     call.new_amax = amax_got.data() + begin / 128;
     run<e::SharedAmax>(call);
   });
@@ -77,7 +77,7 @@ void check_case(DType dtype, int64_t count, int width, int world, size_t misplac
   e::each_launch(encoding, count, [&](int64_t begin, int64_t some, const e::Segments& of_launch) {
     e::SharedCall call = e::make_shared_call(dtype, x, q_got.data() + misplaced % 5, width, limit,
                                              amax_want.data(), begin, some);
-    e::add_encoding(call, encoding, 99, begin, of_launch);
+    call.encode = e::make_encode_call(encoding, true, 99, begin, some, of_launch);
     run<e::SharedEncode>(call);
   });
   if (q_got != q_want) check::fail(__FILE__, __LINE__, title + ": integers differ");

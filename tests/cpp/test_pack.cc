@@ -13,6 +13,7 @@
 #include "common/dtype.h"
 #include "common/error.h"
 #include "float_table.h"
+#include "isas.h"
 #include "kernels/pack.h"
 
 using namespace pycomm;
@@ -23,12 +24,6 @@ namespace {
 using Bytes = std::vector<unsigned char>;
 constexpr DType kFloats[] = {DType::float32, DType::float16, DType::bfloat16, DType::float8_e4m3fn,
                              DType::float8_e5m2};
-
-std::vector<std::string> isas() {
-  size_t count = 0;
-  const char* const* names = available_isas(&count);
-  return {names, names + count};
-}
 
 // ---- the reference ----
 
@@ -145,7 +140,7 @@ std::string show(const Stats& s) {
 void check_both_ways(const std::vector<Tensor>& tensors, DType to, double scale, size_t misplaced,
                      const std::string& title) {
   const Expected want = reference(tensors, to, scale);
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     for (bool packs : {true, false}) {
       for (bool counts : {true, false}) {
         // The side that is read and the side that is written, each a bucket or apart.
@@ -312,7 +307,7 @@ TEST(sums_of_squares_are_exact_to_many_digits) {
 }
 
 TEST(what_lies_in_its_place) {
-  for (const std::string& isa : isas()) {
+  for (const std::string& isa : isa_names()) {
     for (DType dtype : kFloats) {
       for (int64_t count : {3, 1024, 5000}) {
         const Tensor tensor = make(dtype, count, Kind::any_bits, 3);

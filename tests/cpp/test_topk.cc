@@ -11,6 +11,7 @@
 #include "check.h"
 #include "common/error.h"
 #include "float_table.h"
+#include "isas.h"
 #include "kernels/topk.h"
 
 using namespace pycomm;
@@ -19,14 +20,6 @@ using namespace pycomm::kernels;
 namespace {
 
 using Floats = std::vector<float>;
-
-std::vector<const Isa*> isas() {
-  size_t count;
-  const char* const* names = available_isas(&count);
-  std::vector<const Isa*> all;
-  for (size_t i = 0; i < count; ++i) all.push_back(find_isa(names[i]));
-  return all;
-}
 
 float quiet(float x) { return std::isnan(x) ? std::bit_cast<float>(0x7fc00000u) : x; }
 bool same_bits(const Floats& a, const Floats& b) {

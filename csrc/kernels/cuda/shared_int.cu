@@ -23,7 +23,7 @@ void shared_amax(DType dtype, const void* x, size_t count, float* amax, const En
   require(dtype, 32);
   each_launch(encoding, static_cast<int64_t>(count), [&](int64_t begin, int64_t n, const Segments& segments) {
     SharedCall call = make_shared_call(dtype, x, nullptr, 32, 0, nullptr, begin, n);
-    add_encoding(call, encoding, 0, begin, segments);
+    call.encode = make_encode_call(encoding, true, 0, begin, n, segments);
     call.new_amax = amax + begin / kSharedBlock;
     launch<SharedAmax>(call, halves(n), how, "shared_amax");
   });
@@ -34,7 +34,7 @@ void shared_encode(DType dtype, const void* x, size_t count, const float* amax, 
   require(dtype, width);
   each_launch(encoding, static_cast<int64_t>(count), [&](int64_t begin, int64_t n, const Segments& segments) {
     SharedCall call = make_shared_call(dtype, x, q, width, limit, amax, begin, n);
-    add_encoding(call, encoding, seed, begin, segments);
+    call.encode = make_encode_call(encoding, true, seed, begin, n, segments);
     launch<SharedEncode>(call, halves(n), how, "shared_encode");
   });
 }

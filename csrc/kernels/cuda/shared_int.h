@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "kernels/codec.h"
+#include "kernels/cuda/encoding.h"
 #include "kernels/cuda/lanes.h"
-#include "kernels/cuda/transcode.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
@@ -21,36 +21,13 @@ struct SharedCall {
   int32_t limit;
   int64_t count;
   float divisor;
-  // Of an encode.
-  int64_t index;
-  const float* residual;
-  float* next_residual;
-  bool residual_aligned, next_residual_aligned;
-  float residual_scale;
-  Draw draw;
-  Segments segments;
+  EncodeCall encode;
 };
 
 inline constexpr int kLanesOfShared = static_cast<int>(kSharedBlock) / kOfLane;
 
-struct SharedValues {
-  Sixteen v;
-  Piece piece;
-};
-
-// With the residual, without what lies between tensors.
-PYCOMM_DEVICE SharedValues read_shared(const SharedCall& call, const Lane16& at) {
-  SharedValues values;
-  values.v = read_floats(call.dtype, call.x, at.begin, at.n, call.x_aligned);
-  if (call.residual) {
-    const Sixteen e = read_lane<Wide<float>>(call.residual, at.begin, at.n, call.residual_aligned);
-    PYCOMM_UNROLL
-    for (int i = 0; i < kOfLane; ++i) values.v.x[i] = values.v.x[i] + call.residual_scale * e.x[i];
-  }
-  values.piece = find_piece(call.segments, call.index + at.begin, call.index + call.count);
-  PYCOMM_UNROLL
-  for (int i = 0; i < kOfLane; ++i) values.v.x[i] = i < values.piece.present ? values.v.x[i] : 0.0f;
-  return values;
+PYCOMM_DEVICE Values read_shared(const SharedCall& call, const Lane16& at) {
+  return with_residuals(call.encode, at, read_floats(call.dtype, call.x, at.begin, at.n, call.x_aligned));
 }
 
 struct SharedAmax {
@@ -65,7 +42,7 @@ struct SharedAmax {
   PYCOMM_DEVICE static void run(Block& block, const SharedCall& call, Shared& shared) {
     for (int64_t half = block.index(); half * kHalf < call.count; half += block.blocks()) {
       block.each([&](int lane) {
-        const SharedValues values = read_shared(call, lane_of(half, lane, call.count));
+        const Values values = read_shared(call, lane_of(half, lane, call.count));
         uint32_t most = 0;
         PYCOMM_UNROLL
         for (int i = 0; i < kOfLane; ++i) {
@@ -133,12 +110,12 @@ struct SharedEncode {
   struct Shared {};
 
   PYCOMM_DEVICE static void encode(const SharedCall& call, const Lane16& at) {
-    const SharedValues values = read_shared(call, at);
+    const Values values = read_shared(call, at);
     const SharedCode code(call.limit);
     const float s = code.scale(call.amax[at.begin / kSharedBlock]);
     int32_t integers[kOfLane] = {};
     if (is_scale(s)) {
-      const RandomBits<8> random = draw<8>(call.draw, values.piece);
+      const RandomBits<8> random = draw<8>(call.encode.draw, values.piece);
       PYCOMM_UNROLL
       for (int i = 0; i < kOfLane; ++i) integers[i] = code.encode(values.v.x[i], s, random.of(i));
     }
@@ -149,16 +126,8 @@ struct SharedEncode {
     } else {
       write_integers<int32_t>(call.q, at, call.q_aligned, integers);
     }
-    if (!call.next_residual) return;
-    Sixteen e{}, next;
-    if (call.residual) e = read_lane<Wide<float>>(call.residual, at.begin, at.n, call.residual_aligned);
-    const Sixteen decoded = decode_shared(integers, s);
-    PYCOMM_UNROLL
-    for (int i = 0; i < kOfLane; ++i) {
-      const float d = i < values.piece.present ? decoded.x[i] : 0.0f;
-      next.x[i] = next_residual(values.v.x[i], d, e.x[i], call.residual_scale);
-    }
-    write_lane<Plain<float>>(call.next_residual, at.begin, at.n, call.next_residual_aligned, next);
+    if (!call.encode.next_residual) return;
+    keep_residuals(call.encode, at, values, decode_shared(integers, s));
   }
 
   template <class Block>
@@ -222,18 +191,6 @@ inline SharedCall make_shared_call(DType dtype, const void* x, const void* q, in
   call.count = count;
   call.divisor = 1;
   return call;
-}
-
-inline void add_encoding(SharedCall& call, const Encoding& encoding, uint64_t seed, int64_t begin,
-                         const Segments& segments) {
-  call.index = encoding.index + begin;
-  call.residual = encoding.residual ? encoding.residual + begin : nullptr;
-  call.next_residual = encoding.next_residual ? encoding.next_residual + begin : nullptr;
-  call.residual_aligned = is_aligned(call.residual);
-  call.next_residual_aligned = is_aligned(call.next_residual);
-  call.residual_scale = encoding.residual_scale;
-  call.draw = make_draw(true, seed, encoding);
-  call.segments = segments;
 }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA

@@ -10,6 +10,7 @@
 
 #include "kernels/codec.h"
 #include "kernels/cuda.h"
+#include "kernels/cuda/encoding.h"
 #include "kernels/cuda/lanes.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
@@ -52,34 +53,8 @@ struct TranscodeCall {
   bool partial;  // floats to write are partial, else final
   int64_t count;
   float prescale, divisor;
-  // Of an encode.
-  int64_t index;
-  const float* residual;
-  float* next_residual;
-  bool residual_aligned, next_residual_aligned;
-  float residual_scale;
-  Draw draw;
-  Segments segments;
+  EncodeCall encode;
 };
-
-// A lane's elements and its part of a tile.
-struct Lane16 {
-  int64_t tile, begin;  // begin: of its elements in the call
-  int of_tile;          // of its elements in the tile
-  int n;                // that the call has
-  int tile_n;           // elements of the tile that the call has
-};
-
-PYCOMM_DEVICE Lane16 lane_of(int64_t half, int lane, int64_t count) {
-  Lane16 at;
-  at.tile = half / 2;
-  at.of_tile = static_cast<int>(half % 2) * kHalf + lane * kOfLane;
-  at.begin = at.tile * kTile + at.of_tile;
-  const int64_t left = count - at.begin, tile_left = count - at.tile * kTile;
-  at.n = static_cast<int>(left < 0 ? 0 : left < kOfLane ? left : kOfLane);
-  at.tile_n = static_cast<int>(tile_left < kTile ? tile_left : kTile);
-  return at;
-}
 
 // Bytes of a lane's codes, and one or all of them.
 template <class C, int kElements = kOfLane>
@@ -342,8 +317,8 @@ struct Encode {
   // What a lane keeps.
   struct State {
     Lane16 at;
-    Piece piece;
-    Sixteen v, y;  // y: rotated
+    Values in;
+    Sixteen y;  // rotated
     float s;
   };
 
@@ -362,15 +337,7 @@ struct Encode {
     const Lane16& at = state.at;
     Sixteen v = Sources<C, kMany>::sum(call, at);
     divide(call, v);
-    if (call.residual) {
-      const Sixteen e = read_lane<Wide<float>>(call.residual, at.begin, at.n, call.residual_aligned);
-      PYCOMM_UNROLL
-      for (int i = 0; i < kOfLane; ++i) v.x[i] = v.x[i] + call.residual_scale * e.x[i];
-    }
-    state.piece = find_piece(call.segments, call.index + at.begin, call.index + call.count);
-    PYCOMM_UNROLL
-    for (int i = 0; i < kOfLane; ++i) v.x[i] = i < state.piece.present ? v.x[i] : 0.0f;
-    state.v = v;
+    state.in = with_residuals(call.encode, at, v);
   }
 
   PYCOMM_DEVICE static auto scale_of(const State& state, int lane, const Shared& shared) {
@@ -380,7 +347,7 @@ struct Encode {
     for (int l = 0; l < kLanesOfBlock; ++l)
       amax = shared.amax[first + l] > amax ? shared.amax[first + l] : amax;
     if constexpr (kSign) {
-      const int count = state.piece.present + (lane - first) * kOfLane;
+      const int count = state.in.piece.present + (lane - first) * kOfLane;
       const int there = count < 0 ? 0 : count > C::kBlock ? C::kBlock : count;
       return C::scale(amax, fold8(&shared.sums[first], 1), there);
     } else {
@@ -407,30 +374,17 @@ struct Encode {
   }
 
   PYCOMM_DEVICE static Codes<C> encode(const TranscodeCall& call, const State& state) {
-    const Sixteen& x = kRotated ? state.y : state.v;
+    const Sixteen& x = kRotated ? state.y : state.in.v;
     const RandomBits<Wire<C>::kRandomBits> none{};
     if constexpr (Scaled<C>) {
       if (!is_scale(state.s)) return {};
     }
     if constexpr (!kSign) {
-      if (call.draw.stochastic) {
-        return encode_as<true>(x, state.s, draw<Wire<C>::kRandomBits>(call.draw, state.piece));
+      if (call.encode.draw.stochastic) {
+        return encode_as<true>(x, state.s, draw<Wire<C>::kRandomBits>(call.encode.draw, state.in.piece));
       }
     }
     return encode_as<false>(x, state.s, none);
-  }
-
-  PYCOMM_DEVICE static void keep(const TranscodeCall& call, const State& state, const Sixteen& decoded) {
-    const Lane16& at = state.at;
-    Sixteen e{};
-    if (call.residual) e = read_lane<Wide<float>>(call.residual, at.begin, at.n, call.residual_aligned);
-    Sixteen next;
-    PYCOMM_UNROLL
-    for (int i = 0; i < kOfLane; ++i) {
-      const float d = i < state.piece.present ? decoded.x[i] : 0.0f;
-      next.x[i] = next_residual(state.v.x[i], d, e.x[i], call.residual_scale);
-    }
-    write_lane<Plain<float>>(call.next_residual, at.begin, at.n, call.next_residual_aligned, next);
   }
 
   template <class Block>
@@ -442,11 +396,12 @@ struct Encode {
         State& state = states[lane];
         state.at = lane_of(half, lane, call.count);
         gather(call, state);
-        shared.amax[lane] = largest(state.v);
+        shared.amax[lane] = largest(state.in.v);
         if constexpr (kSign || kRotated) {
           PYCOMM_UNROLL
           for (int i = 0; i < kOfLane; ++i) {
-            shared.values[lane][i] = kSign ? SignCode::share(state.v.x[i]) : Hadamard::share(state.v.x[i]);
+            shared.values[lane][i] =
+                kSign ? SignCode::share(state.in.v.x[i]) : Hadamard::share(state.in.v.x[i]);
           }
         }
       });
@@ -490,14 +445,14 @@ struct Encode {
         for (int d = 0; d < call.num_dsts; ++d) write_codes<C>(call.dsts[d], call.dst_aligned[d], at, codes);
         if constexpr (kRotated) {
           shared.codes[lane] = codes;
-        } else if (call.next_residual) {
-          keep(call, state, decode_codes<C>(codes, state.s));
+        } else if (call.encode.next_residual) {
+          keep_residuals(call.encode, state.at, state.in, decode_codes<C>(codes, state.s));
         }
       });
       block.sync();
       if constexpr (kRotated) {
         block.each([&](int lane) {
-          if (!call.next_residual) return;
+          if (!call.encode.next_residual) return;
           const State& state = states[lane];
           Codes<C, 2 * kOfLane> codes;
           PYCOMM_UNROLL
@@ -505,7 +460,7 @@ struct Encode {
             codes.bytes.x[b] = shared.codes[lane / 2 * 2].bytes.x[b];
             codes.bytes.x[b + Codes<C>::kBytes] = shared.codes[lane / 2 * 2 + 1].bytes.x[b];
           }
-          keep(call, state, decode_rotated(codes, lane % 2 != 0, state.s));
+          keep_residuals(call.encode, state.at, state.in, decode_rotated(codes, lane % 2 != 0, state.s));
         });
         block.sync();
       }
@@ -558,7 +513,6 @@ inline TranscodeCall make_transcode_call(const TranscodeArgs& args, int64_t tile
     call.dsts[d] = const_cast<char*>(at(args.dsts[d], args.dst_format));
     call.dst_aligned[d] = is_aligned(call.dsts[d]);
   }
-  const Encoding& encoding = args.encoding;
   call.num_srcs = args.num_srcs;
   call.num_dsts = args.num_dsts;
   call.dtype = args.dtype;
@@ -566,14 +520,8 @@ inline TranscodeCall make_transcode_call(const TranscodeArgs& args, int64_t tile
   call.count = count;
   call.prescale = static_cast<float>(args.prescale);
   call.divisor = static_cast<float>(args.divisor);
-  call.index = encoding.index + begin;
-  call.residual = encoding.residual ? encoding.residual + begin : nullptr;
-  call.next_residual = encoding.next_residual ? encoding.next_residual + begin : nullptr;
-  call.residual_aligned = is_aligned(call.residual);
-  call.next_residual_aligned = is_aligned(call.next_residual);
-  call.residual_scale = encoding.residual_scale;
-  call.draw = make_draw(args.codec->rounding == Rounding::stochastic, args.codec->seed, encoding);
-  call.segments = segments;
+  call.encode = make_encode_call(args.encoding, args.codec->rounding == Rounding::stochastic,
+                                 args.codec->seed, begin, count, segments);
   return call;
 }
 

@@ -1,0 +1,26 @@
+// A group of rank threads in one process. One that throws fails the test and takes the group down with it.
+#pragma once
+
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "runtime/communicator.h"
+
+inline void run_threads(int size, const std::function<void(pycomm::runtime::Communicator&)>& body,
+                        double timeout_s = 20) {
+  auto comms = pycomm::runtime::Communicator::threads(size, timeout_s);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        body(*comms[rank]);
+      } catch (const std::exception& error) {
+        check::fail("rank", rank, error.what());
+        comms[rank]->abandon();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
