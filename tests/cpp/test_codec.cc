@@ -192,10 +192,10 @@ TEST(philox_known_answers) {
 
 TEST(philox_counts_over_words) {
   for (const Isa* isa : isas()) {
-    for (const uint64_t first : {uint64_t{0}, uint64_t{0xfffffff5}, uint64_t{0x123456789abcfff8}}) {
-      std::vector<uint8_t> bytes(64 * 16);
-      isa->codec->random(bytes.data(), 64, 77, first, 0xfedcba9876543210);
-      for (uint64_t i = 0; i < 64; ++i) {
+    for (const uint64_t first : {uint64_t{0}, uint64_t{0xffffffd0}, uint64_t{0x12345678ffffffb0}}) {
+      std::vector<uint8_t> bytes(144 * 16);
+      isa->codec->random(bytes.data(), 144, 77, first, 0xfedcba9876543210);
+      for (uint64_t i = 0; i < 144; ++i) {
         const uint64_t counter = first + i;
         const auto drawn = reference::philox(
             {77, 0},

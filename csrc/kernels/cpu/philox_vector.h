@@ -43,14 +43,14 @@ PYCOMM_INLINE Lanes multiply(Lanes a, Lanes b) {
 #endif
 }
 
-// Counter `i` of the vector stands in a lane where the interleaving of two vectors' even lanes, then of their
-// odd ones, brings it to its place.
-PYCOMM_INLINE Lanes first_counters(uint64_t first) {
+// The lane of counter `i` is where the interleaving of two vectors' even lanes, then of their odd ones,
+// brings it to its place.
+PYCOMM_INLINE Lanes in_order() {
   Lanes order{};
   for (int lane = 0; lane < kLanes; ++lane) {
     order[lane] = static_cast<uint64_t>(lane % 2 * (kLanes / 2) + lane / 2);
   }
-  return order + first;
+  return order;
 }
 
 // a's and b's lanes of one parity, alternating.
@@ -59,40 +59,68 @@ PYCOMM_INLINE Lanes interleave(Lanes a, Lanes b, std::integer_sequence<int, kLan
   return __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2 * 2 + kParity)...);
 }
 
-// 16 bytes for each of 16 * n counters from `first` on.
+constexpr uint64_t kPhiloxA = 0xD2511F53, kPhiloxB = 0xCD9E8D57;
+constexpr uint64_t kLowHalf = 0xffffffff;
+constexpr int kPhiloxRounds = 10;
+
+PYCOMM_INLINE Lanes rotated(Lanes x) { return x << 32 | x >> 32; }
+
+// 16 bytes for each of kCounters counters from `first` on, which is a multiple of 16: the upper halves of
+// 16 are the same, so that the half of each of the first two rounds that only depends on them is done once.
+// The vectors go side by side: one alone would wait for its own products.
+template <int kCounters>
+PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, uint64_t counter_high) {
+  constexpr int kVectors = kCounters / kLanes;
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  const auto next_key = [&] {
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  };
+  const uint64_t y = kPhiloxB * (counter_high & kLowHalf);
+  Lanes c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const uint64_t at = first + static_cast<uint64_t>(v * kLanes);
+    const uint64_t x = kPhiloxA * ((y >> 32) ^ (at >> 32) ^ k0);  // of the second round
+    c3[v] = multiply(all(kPhiloxA), all(at) + in_order());
+    c2[v] = (c3[v] >> 32) ^ all((counter_high >> 32) ^ k1);
+    c1[v] = multiply(all(kPhiloxB), c2[v]);
+    c0[v] = (c1[v] >> 32) ^ all(y ^ (k0 + 0x9E3779B9));
+    c2[v] = c3[v] ^ all((x >> 32) ^ (k1 + 0xBB67AE85));
+    c3[v] = all(x);
+  }
+  next_key();
+  for (int round = 2; round < kPhiloxRounds - 1; ++round) {
+    next_key();
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes x = multiply(all(kPhiloxA), c0[v]), z = multiply(all(kPhiloxB), c2[v]);
+      c0[v] = (z >> 32) ^ c1[v] ^ all(k0);
+      c2[v] = (x >> 32) ^ c3[v] ^ all(k1);
+      c1[v] = z;
+      c3[v] = x;
+    }
+  }
+  next_key();
+  for (int v = 0; v < kVectors; ++v) {
+    const Lanes x = multiply(all(kPhiloxA), c0[v]), z = multiply(all(kPhiloxB), c2[v]);
+    const Lanes low = rotated(z) ^ (c1[v] & kLowHalf) ^ all(k0),
+                high = rotated(x) ^ (c3[v] & kLowHalf) ^ all(k1);
+    const Lanes even = interleave<0>(low, high, std::make_integer_sequence<int, kLanes>());
+    const Lanes odd = interleave<1>(low, high, std::make_integer_sequence<int, kLanes>());
+    uint8_t* to = bytes + 16 * v * kLanes;
+    std::memcpy(to, &even, sizeof even);
+    std::memcpy(to + sizeof even, &odd, sizeof odd);
+  }
+}
+
+// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16.
 PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high) {
-  constexpr int kVectors =
-      kLanes == 2 ? 4 : 16 / kLanes;  // side by side: one alone would wait for its own products
-  constexpr int kStep = kVectors * kLanes;
-  const Lanes a = all(0xD2511F53), b = all(0xCD9E8D57);
-  for (int done = 0; done < 16 * n; done += kStep) {
-    Lanes c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      c0[v] = first_counters(first + static_cast<uint64_t>(done + v * kLanes));
-      c1[v] = c0[v] >> 32;
-      c2[v] = all(counter_high & 0xffffffff);
-      c3[v] = all(counter_high >> 32);
-    }
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Lanes x = multiply(a, c0[v]), y = multiply(b, c2[v]);
-        c0[v] = (y >> 32) ^ c1[v] ^ all(k0);
-        c2[v] = (x >> 32) ^ c3[v] ^ all(k1);
-        c1[v] = y;
-        c3[v] = x;
-      }
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      const Lanes low = (c0[v] & 0xffffffff) | c1[v] << 32, high = (c2[v] & 0xffffffff) | c3[v] << 32;
-      const Lanes even = interleave<0>(low, high, std::make_integer_sequence<int, kLanes>());
-      const Lanes odd = interleave<1>(low, high, std::make_integer_sequence<int, kLanes>());
-      uint8_t* to = bytes + 16 * (done + v * kLanes);
-      std::memcpy(to, &even, sizeof even);
-      std::memcpy(to + sizeof even, &odd, sizeof odd);
-    }
+  constexpr int kGroup = kLanes == 8 ? 64 : 16;
+  int done = 0;
+  for (; done + kGroup <= 16 * n; done += kGroup) {
+    philox_group<kGroup>(bytes + 16 * done, key, first + static_cast<uint64_t>(done), counter_high);
+  }
+  for (; done < 16 * n; done += 16) {
+    philox_group<16>(bytes + 16 * done, key, first + static_cast<uint64_t>(done), counter_high);
   }
 }
 
