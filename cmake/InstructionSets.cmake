@@ -16,7 +16,7 @@ endif()
 set(isa_warnings $<$<CXX_COMPILER_ID:Clang>:-Wno-pass-failed>)  # a loop that clang leaves scalar is no defect
 
 # gcc warns of what its own AVX-512 intrinsics leave undefined on purpose.
-list(APPEND isa_warnings $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+list(APPEND isa_warnings "$<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>")
 
 file(GLOB isa_sources CONFIGURE_DEPENDS csrc/kernels/cpu/*_isa.cc)
 # Nobody looks at the floating-point exception flags, and floor() in vectors sets fewer of them. Values are the same.

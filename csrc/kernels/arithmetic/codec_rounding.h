@@ -17,32 +17,38 @@ inline constexpr int kDitherBits = 9;
 
 PYCOMM_INLINE uint32_t magnitude_of(float x) { return as_bits(x) & 0x7fffffff; }
 PYCOMM_INLINE float canonical(float x) { return Wide<float>::encode(x); }
-PYCOMM_INLINE int32_t dither_of(uint32_t random) { return static_cast<int32_t>(2 * random + 1); }
 
-// |x| < 2^22. Added to 1.5 * 2^23, whose last place is 1, a float is rounded by the hardware.
-PYCOMM_INLINE int32_t round_even(float x) {
-  constexpr uint32_t kAnchor = 0x4b400000;
-  return static_cast<int32_t>(as_bits(x + as_float(kAnchor)) - kAnchor);
+// What follows is for one element, or for vectors of them (strips.h): W holds words, Float and Integer as
+// many float32 and int32.
+template <class W>
+using Float = typename Lane<W>::Float;
+template <class W>
+using Integer = typename Lane<W>::Integer;
+
+// In places of kDitherBits, times 2^kShift.
+template <int kShift = 0, class W>
+PYCOMM_INLINE Integer<W> dither_of(W random) {
+  return __builtin_bit_cast(Integer<W>, (random << (kShift + 1)) + (1u << kShift));
 }
 
-// |x| < 2^31. Exact either way; where there is an instruction, by it.
-PYCOMM_INLINE int32_t floor_of(float x) {
-#if defined(__SSE4_1__)
-  return static_cast<int32_t>(__builtin_floorf(x));
-#else
-  const auto cut = static_cast<int32_t>(x);
-  return cut - static_cast<int32_t>(x < static_cast<float>(cut));
-#endif
+// |x| < 2^22. Added to 1.5 * 2^23, whose last place is 1, a float is rounded by the hardware.
+template <class W>
+PYCOMM_INLINE Integer<W> round_even(Float<W> x) {
+  constexpr uint32_t kAnchor = 0x4b400000;
+  const W sum = Lane<W>::to_bits(x + Lane<W>::to_float(fill<W>(kAnchor)));
+  return __builtin_bit_cast(Integer<W>, sum - kAnchor);
 }
 
 // |x| < 2^22
-PYCOMM_INLINE int32_t round_stochastic(float x, uint32_t random) {
-  return (floor_of(x * (1 << kDitherBits)) + dither_of(random)) >> kDitherBits;
+template <class W>
+PYCOMM_INLINE Integer<W> round_stochastic(Float<W> x, W random) {
+  return (Lane<W>::floor(x * static_cast<float>(1 << kDitherBits)) + dither_of(random)) >> kDitherBits;
 }
 
-PYCOMM_INLINE int32_t clamp(int32_t x, int32_t limit) {
-  const int32_t below = x < limit ? x : limit;
-  return below > -limit ? below : -limit;
+template <class W>
+PYCOMM_INLINE Integer<W> clamp(Integer<W> x, int32_t limit) {
+  const Integer<W> most = Integer<W>{} + limit;
+  return Lane<W>::most(Lane<W>::least(x, most), -most);
 }
 
 // kLargest: the magnitude of the largest finite value as a code.
@@ -55,28 +61,30 @@ struct SaturatingFloat {
 
   // Added to the power of two whose last place is that of our results, a float is rounded by the hardware,
   // and what is added up there counts places. A power more is 2^kMantissa more of them in the code.
-  PYCOMM_INLINE static uint32_t nearest(float x) {
-    const uint32_t magnitude = magnitude_of(x) < kMax ? magnitude_of(x) : kMax;
-    const uint32_t power = magnitude & kFloatInf;
-    const uint32_t least = power < F::kMinNormal ? F::kMinNormal : power;
-    const uint32_t anchor = least + (static_cast<uint32_t>(F::kShift) << 23);
-    const uint32_t places = as_bits(as_float(magnitude) + as_float(anchor)) - anchor;
+  template <class W>
+  PYCOMM_INLINE static W nearest(W x) {
+    const W magnitude = Lane<W>::least(x & 0x7fffffff, fill<W>(kMax));
+    const W least = Lane<W>::most(magnitude & kFloatInf, fill<W>(F::kMinNormal));
+    const W anchor = least + (static_cast<uint32_t>(F::kShift) << 23);
+    const W places = Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(anchor)) - anchor;
     return signed_code(x, places + ((least - F::kMinNormal) >> F::kShift));
   }
 
   // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
-  PYCOMM_INLINE static uint32_t stochastic(float x, uint32_t random) {
-    const uint32_t magnitude = magnitude_of(x) < kMax ? magnitude_of(x) : kMax;
-    const int32_t dither = dither_of(random) << (F::kShift - kDitherBits);
-    const int32_t normal = (static_cast<int32_t>(magnitude - F::kRebias) + dither) >> F::kShift;
-    const uint32_t small = magnitude < F::kMinNormal ? magnitude : F::kMinNormal;
+  template <class W>
+  PYCOMM_INLINE static W stochastic(W x, W random) {
+    const W magnitude = Lane<W>::least(x & 0x7fffffff, fill<W>(kMax));
+    const Integer<W> dither = dither_of<F::kShift - kDitherBits>(random);
+    const Integer<W> normal = (__builtin_bit_cast(Integer<W>, magnitude - F::kRebias) + dither) >> F::kShift;
+    const Float<W> small = Lane<W>::to_float(Lane<W>::least(magnitude, fill<W>(F::kMinNormal)));
     const float unit = as_float(F::power(F::kShift - (1 - F::kBias - kMantissa)));
-    const int32_t places = (static_cast<int32_t>(as_float(small) * unit) + dither) >> F::kShift;
-    return signed_code(x, static_cast<uint32_t>(normal > places ? normal : places));
+    const Integer<W> places = (Lane<W>::to_integer(small * unit) + dither) >> F::kShift;
+    return signed_code(x, __builtin_bit_cast(W, Lane<W>::most(normal, places)));
   }
 
-  PYCOMM_INLINE static uint32_t signed_code(float x, uint32_t magnitude) {
-    return magnitude | (as_bits(x) >> (31 - __builtin_ctz(F::kSign)) & F::kSign);
+  template <class W>
+  PYCOMM_INLINE static W signed_code(W x, W magnitude) {
+    return magnitude | (x >> (31 - __builtin_ctz(F::kSign)) & F::kSign);
   }
 };
 

@@ -9,7 +9,9 @@
 //   wide_scale(amax)      the same in 32 bits
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
 //   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
-//   round(t, random)      the same of t = x * inverse(s), for who has many elements under one scale
+//   round(t, random)      the same of t = x * inverse(s), for who has many elements under one scale; of
+//   vectors
+//                         of them as well
 //   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
 #pragma once
 
@@ -36,6 +38,7 @@ PYCOMM_INLINE float inverse(float s) { return 1.0f / s; }
 // ---- without scales: NaN and Inf pass ----
 
 struct BFloat16Code {
+  using Format = BFloat16;
   static constexpr int kBits = 16, kRandomBits = 16;
 
   template <bool kStochastic>
@@ -51,13 +54,15 @@ struct BFloat16Code {
 };
 
 struct Float16Code {
+  using Format = Float16;
   static constexpr int kBits = 16, kRandomBits = 8;
 
   template <bool kStochastic>
   PYCOMM_INLINE static uint16_t encode(float x, uint32_t random) {
     using Rounded = SaturatingFloat<Float16, 0x7bff>;
     const uint32_t magnitude = magnitude_of(x), sign = as_bits(x) >> 16 & 0x8000;
-    const uint32_t number = kStochastic ? Rounded::stochastic(x, random) : Rounded::nearest(x);
+    const uint32_t number =
+        kStochastic ? Rounded::stochastic(as_bits(x), random) : Rounded::nearest(as_bits(x));
     const uint32_t special = if_less(kFloatInf, magnitude, 0x7e00, sign | 0x7c00);
     return static_cast<uint16_t>(if_less(magnitude, kFloatInf, number, special));
   }
@@ -71,13 +76,34 @@ PYCOMM_INLINE uint32_t held(uint32_t scale, uint32_t largest) {
   return if_less(scale, kMinNormalBits, 0, if_less(scale, largest, scale, largest));
 }
 
+// What elements of 8 bits have in common that are floats.
+template <class F, uint32_t kLargest>
+struct FloatElement {
+  static constexpr int kBits = 8;
+  using Format = F;
+  using Rounded = SaturatingFloat<F, kLargest>;
+
+  template <bool kStochastic>
+  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
+    return round<kStochastic>(x * inverse(s), random);
+  }
+  template <bool kStochastic, class W>
+  PYCOMM_INLINE static W round(Float<W> t, W random) {
+    const W bits = Lane<W>::to_bits(t);
+    return kStochastic ? Rounded::stochastic(bits, random) : Rounded::nearest(bits);
+  }
+  PYCOMM_INLINE static float decode(uint32_t bits, float s) {
+    return F::decode(static_cast<typename F::Raw>(bits)) * s;
+  }
+};
+
 // A float32 scale, amax / the largest value of the element's format F. kHeld: the largest scale whose product
 // with that value is finite.
 template <class F, uint32_t kLargest, uint32_t kHeld>
-struct ScaledFloat {
-  static constexpr int kBlock = 256, kBits = 8;
+struct ScaledFloat : FloatElement<F, kLargest> {
+  static constexpr int kBlock = 256;
   using Scale = uint32_t;
-  using Rounded = SaturatingFloat<F, kLargest>;
+  using typename FloatElement<F, kLargest>::Rounded;
 
   PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
     const uint32_t number = held(as_bits(as_float(amax) / as_float(Rounded::kMax)), kHeld);
@@ -85,18 +111,6 @@ struct ScaledFloat {
   }
   PYCOMM_INLINE static Scale scale(uint32_t amax) { return static_cast<Scale>(wide_scale(amax)); }
   PYCOMM_INLINE static float value(uint32_t scale) { return as_float(scale); }
-
-  template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
-    return round<kStochastic>(x * inverse(s), random);
-  }
-  template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
-    return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
-  }
-  PYCOMM_INLINE static float decode(uint32_t bits, float s) {
-    return F::decode(static_cast<typename F::Raw>(bits)) * s;
-  }
 };
 using Float8E4M3Code = ScaledFloat<Float8E4M3, 0x7e, 0x7b124924>;  // 448 * 0x1.249248p119 is finite
 using Float8E5M2Code = ScaledFloat<Float8E5M2, 0x7b, 0x77924924>;
@@ -104,10 +118,9 @@ using Float8E5M2Code = ScaledFloat<Float8E5M2, 0x7b, 0x77924924>;
 // OCP Microscaling Formats v1.0: float8_e4m3 under a power of two, whose biased exponent is on the wire, 255
 // for NaN. A scale of 2^-127 would be denormal: a block of zeros has it.
 template <bool kCeil>
-struct Mxfp8Code {
-  static constexpr int kBlock = 32, kBits = 8;
+struct Mxfp8Code : FloatElement<Float8E4M3, 0x7e> {
+  static constexpr int kBlock = 32;
   using Scale = uint8_t;
-  using Rounded = SaturatingFloat<Float8E4M3, 0x7e>;
 
   PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
     // Both formats' powers count from 2^8, the power of 448 = 1.75 * 2^8: above that fraction, the next one.
@@ -120,18 +133,6 @@ struct Mxfp8Code {
   PYCOMM_INLINE static Scale scale(uint32_t amax) { return static_cast<Scale>(wide_scale(amax)); }
   PYCOMM_INLINE static float value(uint32_t scale) {
     return as_float(if_less(scale, 255, scale << 23, kFloatNan));
-  }
-
-  template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
-    return round<kStochastic>(x * inverse(s), random);
-  }
-  template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
-    return kStochastic ? Rounded::stochastic(t, random) : Rounded::nearest(t);
-  }
-  PYCOMM_INLINE static float decode(uint32_t bits, float s) {
-    return Float8E4M3::decode(static_cast<uint8_t>(bits)) * s;
   }
 };
 
@@ -152,10 +153,10 @@ struct IntegerCode {
   PYCOMM_INLINE static uint32_t encode(float x, float s, uint32_t random) {
     return round<kStochastic>(x * inverse(s), random);
   }
-  template <bool kStochastic>
-  PYCOMM_INLINE static uint32_t round(float t, uint32_t random) {
-    const int32_t q = kStochastic ? round_stochastic(t, random) : round_even(t);
-    return static_cast<uint32_t>(clamp(q, kLimit)) & ((1u << kBits) - 1);
+  template <bool kStochastic, class W>
+  PYCOMM_INLINE static W round(Float<W> t, W random) {
+    const Integer<W> q = kStochastic ? round_stochastic<W>(t, random) : round_even<W>(t);
+    return __builtin_bit_cast(W, clamp<W>(q, kLimit)) & ((1u << kBits) - 1);
   }
   PYCOMM_INLINE static int32_t integer(uint32_t bits) {
     return static_cast<int32_t>(bits << (32 - kBits)) >> (32 - kBits);
@@ -214,7 +215,7 @@ class SharedCode {
     const float t = x * inverse(s);
     const float y = as_float(if_less(magnitude_of(t), as_bits(limit_), magnitude_of(t), as_bits(limit_)) |
                              (as_bits(t) & 0x80000000));
-    const int32_t below = floor_of(y);
+    const int32_t below = Lane<uint32_t>::floor(y);
     const auto fraction = static_cast<int32_t>((y - static_cast<float>(below)) * (1 << kDitherBits));
     return below + ((fraction + dither_of(random)) >> kDitherBits);
   }

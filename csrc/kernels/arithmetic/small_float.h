@@ -26,10 +26,30 @@ template <class W>
 struct Lane;
 template <>
 struct Lane<uint32_t> {
+  using Float = float;
+  using Integer = int32_t;
   PYCOMM_INLINE static float to_float(uint32_t bits) { return as_float(bits); }
   PYCOMM_INLINE static uint32_t to_bits(float x) { return as_bits(x); }
   PYCOMM_INLINE static uint32_t select_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
     return if_less(a, b, yes, no);
+  }
+  template <class T>
+  PYCOMM_INLINE static T least(T a, T b) {
+    return a < b ? a : b;
+  }
+  template <class T>
+  PYCOMM_INLINE static T most(T a, T b) {
+    return a < b ? b : a;
+  }
+  // Towards zero; |x| < 2^31. For floor(): exact either way; where there is an instruction, by it.
+  PYCOMM_INLINE static int32_t to_integer(float x) { return static_cast<int32_t>(x); }
+  PYCOMM_INLINE static int32_t floor(float x) {
+#if defined(__SSE4_1__)
+    return static_cast<int32_t>(__builtin_floorf(x));
+#else
+    const auto cut = static_cast<int32_t>(x);
+    return cut - static_cast<int32_t>(x < static_cast<float>(cut));
+#endif
   }
 };
 template <class W>

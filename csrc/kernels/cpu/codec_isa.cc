@@ -13,6 +13,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/philox_vector.h"
 #include "kernels/cpu/reduce_vector.h"
+#include "kernels/cpu/strips.h"
 
 #if defined(__clang__)
 #define PYCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -54,6 +55,20 @@ PYCOMM_INLINE void sum_each(float* to, const float* from, size_t n, Value value)
   } else {
     PYCOMM_INDEPENDENT
     for (size_t i = 0; i < n; ++i) result[i].value = canonical(value(i));
+  }
+}
+
+// The same for a tile, a vector at a time: value(i) of elements from i on.
+template <class Value>
+PYCOMM_INLINE void sum_vectors(float* to, const float* from, Value value) {
+  if (from) {
+    for (int i = 0; i < kElements; i += kWidth) {
+      kernels::PYCOMM_ISA::encode(to + i, load<Floats>(from + i) + value(i), Wide<float>{});
+    }
+  } else {
+    for (int i = 0; i < kElements; i += kWidth) {
+      kernels::PYCOMM_ISA::encode(to + i, value(i), Wide<float>{});
+    }
   }
 }
 
@@ -124,8 +139,7 @@ void encode_plain(const float* x, const int32_t*, const uint8_t* random, uint8_t
 
 template <class C>
 void decode_plain(float* to, const float* from, const uint8_t* wire) {
-  const auto* x = in<uint16_t>(wire);
-  sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return C::decode(x[i].value); });
+  sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA { return decode(wire + 2 * i, typename C::Format{}); });
 }
 
 // ---- codecs with scales ----
@@ -133,9 +147,9 @@ void decode_plain(float* to, const float* from, const uint8_t* wire) {
 // A block's elements over each lane.
 template <class O, int kBlock, class V, class Load>
 PYCOMM_INLINE V over_lanes(Load load) {
-  V of_half[kBlock / kWide];
-  for (int i = 0; i < kBlock / kWide; ++i) of_half[i] = load(i * kWide);
-  for (int half = kBlock / kWide / 2; half > 0; half /= 2) {
+  V of_half[kBlock / kWidth];
+  for (int i = 0; i < kBlock / kWidth; ++i) of_half[i] = load(i * kWidth);
+  for (int half = kBlock / kWidth / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) of_half[i] = O::apply(of_half[i], of_half[i + half]);
   }
   return of_half[0];
@@ -144,7 +158,7 @@ PYCOMM_INLINE V over_lanes(Load load) {
 template <int kBlock>
 void find_amax(const float* tile, uint32_t* amax) {
   constexpr int kBlocks = kElements / kBlock;
-  if constexpr (kBlocks < kWide) {
+  if constexpr (kBlocks < kWidth) {
     const auto* x = in<float>(tile);
     for (int b = 0; b < kBlocks; ++b) {
       uint32_t most = 0;
@@ -155,9 +169,9 @@ void find_amax(const float* tile, uint32_t* amax) {
       amax[b] = most;
     }
   } else {
-    for (int b = 0; b < kBlocks; b += kWide) {
-      Words lanes[kWide];
-      for (int i = 0; i < kWide; ++i) {
+    for (int b = 0; b < kBlocks; b += kWidth) {
+      Words lanes[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
         const float* x = tile + (b + i) * kBlock;
         lanes[i] = over_lanes<Largest, kBlock, Words>([=](int at) PYCOMM_LAMBDA {
           Words bits;
@@ -173,9 +187,9 @@ void find_amax(const float* tile, uint32_t* amax) {
 
 void find_sums(const float* tile, float* sums) {
   constexpr int kBlock = SignCode::kBlock, kBlocks = kElements / kBlock;
-  for (int b = 0; b < kBlocks; b += kWide) {
-    Floats lanes[kWide] = {};
-    for (int i = 0; i < kWide && b + i < kBlocks; ++i) {
+  for (int b = 0; b < kBlocks; b += kWidth) {
+    Floats lanes[kWidth] = {};
+    for (int i = 0; i < kWidth && b + i < kBlocks; ++i) {
       const float* x = tile + (b + i) * kBlock;
       lanes[i] = over_lanes<Total, kBlock, Floats>([=](int at) PYCOMM_LAMBDA {
         Words bits;
@@ -184,7 +198,7 @@ void find_sums(const float* tile, float* sums) {
       });
     }
     const Floats total = reduce_each<Total>(lanes);
-    std::memcpy(sums + b, &total, sizeof(float) * (kBlocks < kWide ? kBlocks : kWide));
+    std::memcpy(sums + b, &total, sizeof(float) * (kBlocks < kWidth ? kBlocks : kWidth));
   }
 }
 
@@ -211,7 +225,7 @@ void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
   }
 }
 
-// What a block's elements are multiplied by; true if all blocks are to be encoded so.
+// What a block's elements are multiplied by; true if no block is all zeros whatever its elements.
 template <class C>
 PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -228,47 +242,27 @@ PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* s
 }
 
 template <class C, bool kStochastic>
-PYCOMM_INLINE void encode_block(uint8_t* codes, const Unaligned<float>* x, float factor,
-                                const uint8_t* random) {
-  PYCOMM_INDEPENDENT
-  for (int i = 0; i < C::kBlock; ++i) {
-    codes[i] = static_cast<uint8_t>(
-        C::template round<kStochastic>(x[i].value * factor, kStochastic ? random[i] : 0));
-  }
-}
-
-template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
   constexpr int kBlocks = kElements / C::kBlock;
-  const auto* x = in<float>(tile);
   alignas(64) uint32_t amax[kBlocks];
   alignas(64) float factors[kBlocks];
   alignas(64) uint8_t bytes[kElements];
   uint8_t* elements = wire + kBlocks * sizeof(typename C::Scale);
   uint8_t* codes = C::kBits == 8 ? elements : bytes;
   find_amax<C::kBlock>(tile, amax);
-  if (!find_factors<C>(amax, factors, wire)) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const int i = b * C::kBlock;
-      if (is_scale(C::value(C::scale(amax[b])))) {
-        encode_block<C, kStochastic>(codes + i, x + i, factors[b], random + i);
-      } else {
-        std::memset(codes + i, 0, C::kBlock);
-      }
+  const bool usual = find_factors<C>(amax, factors, wire);
+  for (int i = 0; i < kElements; i += 4 * kWidth) {
+    Words four[4];
+    for (int j = 0; j < 4; ++j) {
+      const int at = i + j * kWidth;
+      const Words bits = kStochastic ? widen(random + at, uint8_t{}) : Words{};
+      four[j] =
+          C::template round<kStochastic, Words>(load<Floats>(tile + at) * factors[at / C::kBlock], bits);
     }
-  } else if constexpr (C::kBlock >= 128) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const int i = b * C::kBlock;
-      encode_block<C, kStochastic>(codes + i, x + i, factors[b], random + i);
-    }
-  } else {  // short blocks leave vectors of bytes half empty
-    alignas(64) float spread_out[kElements];
-    spread<C::kBlock>(factors, spread_out);
-    PYCOMM_INDEPENDENT
-    for (int i = 0; i < kElements; ++i) {
-      codes[i] = static_cast<uint8_t>(
-          C::template round<kStochastic>(x[i].value * spread_out[i], kStochastic ? random[i] : 0));
-    }
+    narrow_four(codes + i, four);
+  }
+  for (int b = 0; !usual && b < kBlocks; ++b) {
+    if (!is_scale(C::value(C::scale(amax[b])))) std::memset(codes + b * C::kBlock, 0, C::kBlock);
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
 }
@@ -299,6 +293,12 @@ void decode_blocks(float* to, const float* from, const uint8_t* wire) {
   const auto* x = in<typename C::Scale>(wire);
   for (int b = 0; b < kBlocks; ++b) scales[b] = C::value(x[b].value);
   const uint8_t* codes = wire + kBlocks * sizeof(typename C::Scale);
+  if constexpr (requires { typename C::Format; }) {
+    const float* s = scales;
+    return sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA {
+      return decode(codes + i, typename C::Format{}) * s[i / C::kBlock];
+    });
+  }
   alignas(64) uint8_t bytes[kElements];
   if constexpr (C::kBits == 4) {
     unpack_nibbles(bytes, codes);

@@ -6,18 +6,13 @@
 #include <cstdint>
 #include <utility>
 
-#include "kernels/arithmetic/codec_rounding.h"
 #include "kernels/arithmetic/ops.h"
-#include "kernels/cpu/philox_vector.h"
+#include "kernels/cpu/strips.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
-constexpr int kWide = kVectorBytes / 4;
-using Words = uint32_t __attribute__((vector_size(kVectorBytes)));
-using Floats = float __attribute__((vector_size(kVectorBytes)));
-
 struct Largest {
-  PYCOMM_INLINE static Words apply(Words a, Words b) { return a > b ? a : b; }
+  PYCOMM_INLINE static Words apply(Words a, Words b) { return larger(a, b); }
 };
 struct Total {
   PYCOMM_INLINE static Floats apply(Floats a, Floats b) { return a + b; }
@@ -25,15 +20,15 @@ struct Total {
 
 template <class O, int kHalf, class V, int... i>
 PYCOMM_INLINE V pair(V a, V b, std::integer_sequence<int, i...>) {
-  return O::apply(__builtin_shufflevector(a, b, (i & kHalf ? kWide + i : i)...),
-                  __builtin_shufflevector(a, b, (i & kHalf ? kWide + (i ^ kHalf) : i ^ kHalf)...));
+  return O::apply(__builtin_shufflevector(a, b, (i & kHalf ? kWidth + i : i)...),
+                  __builtin_shufflevector(a, b, (i & kHalf ? kWidth + (i ^ kHalf) : i ^ kHalf)...));
 }
 
 // Lane i of the result is vectors[i] reduced. Destroys the others.
-template <class O, int kHalf = kWide / 2, class V>
+template <class O, int kHalf = kWidth / 2, class V>
 PYCOMM_INLINE V reduce_each(V* vectors) {
   for (int i = 0; i < kHalf; ++i) {
-    vectors[i] = pair<O, kHalf>(vectors[i], vectors[i + kHalf], std::make_integer_sequence<int, kWide>());
+    vectors[i] = pair<O, kHalf>(vectors[i], vectors[i + kHalf], std::make_integer_sequence<int, kWidth>());
   }
   if constexpr (kHalf > 1) {
     return reduce_each<O, kHalf / 2>(vectors);

@@ -47,10 +47,32 @@ inline constexpr bool kIsFloat<Floats> = true;
 
 template <>
 struct Lane<Words> {
+  using Float = Floats;
+  using Integer = Integers;
   PYCOMM_INLINE static Floats to_float(Words bits) { return __builtin_bit_cast(Floats, bits); }
   PYCOMM_INLINE static Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
   PYCOMM_INLINE static Words select_less(Words a, Words b, Words yes, Words no) {
     return __builtin_bit_cast(Integers, a) < __builtin_bit_cast(Integers, b) ? yes : no;
+  }
+  template <class V>
+  PYCOMM_INLINE static V least(V a, V b) {
+    return a < b ? a : b;
+  }
+  template <class V>
+  PYCOMM_INLINE static V most(V a, V b) {
+    return a < b ? b : a;
+  }
+  PYCOMM_INLINE static Integers to_integer(Floats x) { return __builtin_convertvector(x, Integers); }
+  PYCOMM_INLINE static Integers floor(Floats x) {
+#if defined(__AVX512F__)
+    return __builtin_bit_cast(Integers,
+                              _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+    return __builtin_convertvector(__builtin_bit_cast(Floats, _mm256_floor_ps(x)), Integers);
+#else
+    const Integers cut = __builtin_convertvector(x, Integers);
+    return cut + (x < __builtin_convertvector(cut, Floats));
+#endif
   }
 };
 
@@ -81,6 +103,14 @@ PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) {
   store(to, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, codes)));
 }
 
+// Four vectors of codes to bytes.
+PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
+  const auto at = [&](int i) { return __builtin_bit_cast(__m512i, codes[i]); };
+  const __m512i low = _mm512_packus_epi32(at(0), at(1)), high = _mm512_packus_epi32(at(2), at(3));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  store(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
+
 #elif defined(__AVX2__)
 
 PYCOMM_INLINE Words widen(const void* from, uint8_t) {
@@ -97,6 +127,12 @@ PYCOMM_INLINE void narrow(void* to, Words codes, uint8_t) {
   _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(narrow(codes), _mm_setzero_si128()));
 }
 PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) { store(to, narrow(codes)); }
+PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
+  const auto at = [&](int i) { return __builtin_bit_cast(__m256i, codes[i]); };
+  const __m256i low = _mm256_packus_epi32(at(0), at(1)), high = _mm256_packus_epi32(at(2), at(3));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  store(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+}
 
 #else
 
@@ -107,6 +143,9 @@ PYCOMM_INLINE Words widen(const void* from, R) {
 template <class R>
 PYCOMM_INLINE void narrow(void* to, Words codes, R) {
   store(to, __builtin_convertvector(codes, typename VectorOf<R, kWidth>::type));
+}
+PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
+  for (int i = 0; i < 4; ++i) narrow(static_cast<uint8_t*>(to) + i * kWidth, codes[i], uint8_t{});
 }
 
 #endif
@@ -130,17 +169,28 @@ PYCOMM_INLINE void encode(void* to, Floats x, Wide<float>) {
 
 #if defined(__F16C__)
 
-// The processor's own float16, of which float8_e5m2 is the upper half.
+// The processor's own float16. float8_e5m2 is its upper half; float8_e4m3 is 2^8 times what its bits mean
+// there.
+inline constexpr int16_t kMiddleBits = static_cast<int16_t>(0xbf80);
 #if defined(__AVX512F__)
 using HalfCodes = __m256i;
 PYCOMM_INLINE HalfCodes upper_halves(const void* bytes) {
   return _mm256_slli_epi16(_mm256_cvtepu8_epi16(load<__m128i>(bytes)), 8);
+}
+// A float8_e4m3 with its exponent's and its mantissa's bits where a float16 has them.
+PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
+  const __m256i sign_extended = _mm256_cvtepi8_epi16(load<__m128i>(bytes));
+  return _mm256_and_si256(_mm256_slli_epi16(sign_extended, 7), _mm256_set1_epi16(kMiddleBits));
 }
 PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm512_cvtph_ps(x)); }
 #else
 using HalfCodes = __m128i;
 PYCOMM_INLINE HalfCodes upper_halves(const void* bytes) {
   return _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+}
+PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
+  const __m128i sign_extended = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+  return _mm_and_si128(_mm_slli_epi16(sign_extended, 7), _mm_set1_epi16(kMiddleBits));
 }
 PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm256_cvtph_ps(x)); }
 #endif
@@ -156,6 +206,12 @@ PYCOMM_INLINE Floats decode(const void* from, Float16) {
 }
 PYCOMM_INLINE Floats decode(const void* from, Float8E5M2) {
   return without_payload(from_halves(upper_halves(from)));
+}
+PYCOMM_INLINE Floats decode(const void* from, Float8E4M3) {
+  constexpr uint32_t kLargest = 0x43e00000;  // 448: the code after it is the NaN
+  const Words bits = Lane<Words>::to_bits(from_halves(middle_bits(from)) * 256.0f);
+  return Lane<Words>::to_float(Lane<Words>::select_less(fill<Words>(kLargest), bits & 0x7fffffff,
+                                                        (bits & 0x80000000) | kFloatNan, bits));
 }
 
 #if defined(__AVX512F__)
