@@ -59,15 +59,10 @@ struct SaturatingFloat {
   // The largest finite value as a float32.
   static constexpr uint32_t kMax = (kLargest << F::kShift) + F::kRebias;
 
-  // Added to the power of two whose last place is that of our results, a float is rounded by the hardware,
-  // and what is added up there counts places. A power more is 2^kMantissa more of them in the code.
   template <class W>
   PYCOMM_INLINE static W nearest(W x) {
     const W magnitude = Lane<W>::least(x & 0x7fffffff, fill<W>(kMax));
-    const W least = Lane<W>::most(magnitude & kFloatInf, fill<W>(F::kMinNormal));
-    const W anchor = least + (static_cast<uint32_t>(F::kShift) << 23);
-    const W places = Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(anchor)) - anchor;
-    return signed_code(x, places + ((least - F::kMinNormal) >> F::kShift));
+    return F::with_sign(F::round_magnitude(magnitude), x);
   }
 
   // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
@@ -79,12 +74,7 @@ struct SaturatingFloat {
     const Float<W> small = Lane<W>::to_float(Lane<W>::least(magnitude, fill<W>(F::kMinNormal)));
     const float unit = as_float(F::power(F::kShift - (1 - F::kBias - kMantissa)));
     const Integer<W> places = (Lane<W>::to_integer(small * unit) + dither) >> F::kShift;
-    return signed_code(x, __builtin_bit_cast(W, Lane<W>::most(normal, places)));
-  }
-
-  template <class W>
-  PYCOMM_INLINE static W signed_code(W x, W magnitude) {
-    return magnitude | (x >> (31 - __builtin_ctz(F::kSign)) & F::kSign);
+    return F::with_sign(__builtin_bit_cast(W, Lane<W>::most(normal, places)), x);
   }
 };
 

@@ -2,7 +2,8 @@
 // instruction set gives the same bits and the compiler makes vectors of the loops.
 //
 // Encoding rounds to nearest even. Beyond the largest finite value a format gives infinity; float8_e4m3fn has
-// none and gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload.
+// none and gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload. encode_number()
+// is for what is known to be a number that does not overflow.
 #pragma once
 
 #include <cstdint>
@@ -69,9 +70,13 @@ struct BFloat16 {
     return code << 16;
   }
   template <class W>
+  PYCOMM_INLINE static W encode_number(W bits) {
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+  template <class W>
   PYCOMM_INLINE static W encode_word(W bits) {
-    const W rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return Lane<W>::select_less(fill<W>(kFloatInf), bits & 0x7fffffff, fill<W>(kFloatNan >> 16), rounded);
+    return Lane<W>::select_less(fill<W>(kFloatInf), bits & 0x7fffffff, fill<W>(kFloatNan >> 16),
+                                encode_number(bits));
   }
 
   PYCOMM_INLINE static float decode(Raw x) { return as_float(decode_word(uint32_t{x})); }
@@ -89,6 +94,11 @@ struct SmallFloat {
   static constexpr uint32_t kSign = 1u << (kExponent + kMantissa);
   static constexpr uint32_t kRebias = static_cast<uint32_t>(127 - kBias) << 23;
   static constexpr uint32_t kMinNormal = kRebias + (1u << 23);
+
+  // What rounds past the largest finite value: from half a place below kOverflow on, or, where the value at
+  // half a place is rounded down, to even, above it.
+  static constexpr uint32_t kPast = (kOverflow << kShift) + kRebias - (1u << (kShift - 1)) + (kOverflow & 1);
+  static constexpr uint32_t kOffset = (0u - (((kMinNormal >> 23) + kShift) << kMantissa)) & (kSign - 1);
 
   // 2^n as bits of a float32.
   static constexpr uint32_t power(int n) { return static_cast<uint32_t>(127 + n) << 23; }
@@ -110,21 +120,35 @@ struct SmallFloat {
     return bits | (code & kSign) << (31 - kExponent - kMantissa);
   }
 
+  // A magnitude to nearest even, as a code whose bits from kSign on are garbage. Added to the power of two
+  // whose last place is that of our results, a float is rounded by the hardware, and the sum's lower bits
+  // count places; its exponent counts powers, each as many places as a mantissa has. kOffset makes both zero
+  // at zero.
+  template <class W>
+  PYCOMM_INLINE static W round_magnitude(W magnitude) {
+    const W least = Lane<W>::most(magnitude & kFloatInf, fill<W>(kMinNormal));
+    const W anchor = least + ((static_cast<uint32_t>(kShift) << 23) + kOffset);
+    const W sum = Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(anchor));
+    return sum + (sum >> kShift);
+  }
+  template <class W>
+  PYCOMM_INLINE static W with_sign(W code, W bits) {
+    const W upper = bits >> (31 - kExponent - kMantissa);
+    return upper ^ ((upper ^ code) & (kSign - 1));
+  }
+
+  template <class W>
+  PYCOMM_INLINE static W encode_number(W bits) {
+    return with_sign(round_magnitude(bits & 0x7fffffff), bits);
+  }
   template <class W>
   PYCOMM_INLINE static W encode_word(W bits) {
-    const W magnitude = bits & 0x7fffffff;
-    const W normal = (magnitude + ((1u << (kShift - 1)) - 1 - kRebias) + (magnitude >> kShift & 1)) >> kShift;
-    // Added to the anchor, a float is rounded by the hardware.
-    const W subnormal =
-        Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(fill<W>(kAnchor))) - kAnchor;
-    const W rounded = Lane<W>::select_less(magnitude, fill<W>(kMinNormal), subnormal, normal);
-    const W sign = bits >> (31 - kExponent - kMantissa) & kSign;
-    if constexpr (kOverflow ==
-                  kNan) {  // no infinity: overflow is a NaN, without a sign, and so is what is above
-      return Lane<W>::select_less(rounded, fill<W>(kOverflow), sign | rounded, fill<W>(kNan));
-    }
-    const W least = Lane<W>::select_less(rounded, fill<W>(kOverflow), rounded, fill<W>(kOverflow));
-    return Lane<W>::select_less(fill<W>(kFloatInf), magnitude, fill<W>(kNan), sign | least);
+    const W magnitude = bits & 0x7fffffff, nan = fill<W>(kNan);
+    // Without an infinity overflow is a NaN, without a sign.
+    const W past = kOverflow == kNan ? nan
+                                     : Lane<W>::select_less(fill<W>(kFloatInf), magnitude, nan,
+                                                            with_sign(fill<W>(kOverflow), bits));
+    return Lane<W>::select_less(magnitude, fill<W>(kPast), encode_number(bits), past);
   }
 
   PYCOMM_INLINE static float decode(Raw x) { return as_float(decode_word(uint32_t{x})); }

@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kLine = 64;
 constexpr size_t kAhead = 8192;  // bytes that are fetched before they are read
 constexpr int kVectors = kStatsLanes / kWidth;
+constexpr int kStrip = kStatsLanes > 4 * kWidth ? kStatsLanes : 4 * kWidth;  // elements at once
 
 static_assert(sizeof(Tally::columns) == kStatsColumns * sizeof(double));
 
@@ -48,28 +49,34 @@ struct Lanes {
   }
 };
 
-// kStatsLanes elements
+// kStrip elements. With statistics, of numbers that do not overflow: enter() looks for others.
 template <class From, class To, bool kAsIs, bool kStats>
 PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
-  for (int vector = 0; vector < kVectors; ++vector) {
-    Floats x = decode(src + vector * kWidth * kFrom, From{});
-    if constexpr (!kAsIs) x *= scale;
-    if constexpr (kStats) lanes.add(vector, x);
-    if constexpr (!kAsIs) encode(dst + vector * kWidth * kTo, x, To{});
+  for (int four = 0; four < kStrip / kWidth; four += 4) {
+    Floats x[4];
+    for (int v = 0; v < 4; ++v) {
+      x[v] = decode(src + (four + v) * kWidth * kFrom, From{});
+      if constexpr (!kAsIs) x[v] *= scale;
+      if constexpr (kStats) lanes.add((four + v) % kVectors, x[v]);
+    }
+    if constexpr (!kAsIs) encode_four<kStats>(dst + four * kWidth * kTo, x, To{});
   }
-  if constexpr (kAsIs) std::memcpy(dst, src, kStatsLanes * kTo);
+  if constexpr (kAsIs) std::memcpy(dst, src, kStrip * kTo);
 }
 
-// The same of a chunk with infinities or NaNs, element by element, and their counts.
+// A chunk that infinities or NaNs come of, once more, element by element, with their counts.
 template <class From, class To, bool kAsIs>
-[[gnu::noinline]] void enter_specials(Tally& tally, const char* src, const char* dst, size_t n, float scale) {
+[[gnu::noinline]] void enter_specials(Tally& tally, const char* src, char* dst, size_t n, float scale) {
   using FromRaw = typename From::Raw;
   using ToRaw = typename To::Raw;
   double squares[kStatsLanes] = {};
   for (size_t i = 0; i < n; ++i) {
     float x = From::decode(load<FromRaw>(src + i * sizeof(FromRaw)));
-    if constexpr (!kAsIs) x *= scale;
+    if constexpr (!kAsIs) {
+      x *= scale;
+      store(dst + i * sizeof(ToRaw), To::encode(x));
+    }
     x = numeric(x);
     squares[i % kStatsLanes] = add_square(squares[i % kStatsLanes], x);
     if (magnitude(x) > tally.max_magnitude) tally.max_magnitude = magnitude(x);
@@ -81,8 +88,7 @@ template <class From, class To, bool kAsIs>
 }
 
 template <class From, class To, bool kAsIs>
-PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, const char* dst, size_t n,
-                         float scale) {
+PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst, size_t n, float scale) {
   const uint32_t top = lanes.largest();
   if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
     return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
@@ -97,13 +103,13 @@ void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   const Floats scale = args.scale - Floats{};  // not a sum: of -0 as well
   Lanes lanes;
   size_t i = 0;
-  for (; i + kStatsLanes <= n; i += kStatsLanes) {
-    for (size_t line = 0; line < kStatsLanes * kFrom; line += kLine)
+  for (; i + kStrip <= n; i += kStrip) {
+    for (size_t line = 0; line < kStrip * kFrom; line += kLine)
       __builtin_prefetch(src + i * kFrom + line + kAhead);
     cast_strip<From, To, kAsIs, kStats>(src + i * kFrom, dst + i * kTo, scale, lanes);
   }
   if (i < n) {
-    char from[kStatsLanes * kFrom] = {}, to[kStatsLanes * kTo];
+    char from[kStrip * kFrom] = {}, to[kStrip * kTo];
     std::memcpy(from, src + i * kFrom, (n - i) * kFrom);
     cast_strip<From, To, kAsIs, kStats>(from, to, scale, lanes);
     std::memcpy(dst + i * kTo, to, (n - i) * kTo);

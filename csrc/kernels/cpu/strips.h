@@ -231,6 +231,22 @@ PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
 
 #endif
 
+// Four vectors of the format F. kNumbers: of numbers that do not overflow.
+template <bool kNumbers, class F>
+PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
+  constexpr size_t kBytes = sizeof(typename F::Raw);
+  if constexpr (kBytes == 1) {
+    Words codes[4];
+    for (int i = 0; i < 4; ++i) {
+      const Words bits = Lane<Words>::to_bits(x[i]);
+      codes[i] = kNumbers ? F::encode_number(bits) : F::encode_word(bits);
+    }
+    narrow_four(to, codes);
+  } else {
+    for (int i = 0; i < 4; ++i) encode(to + i * kWidth * kBytes, x[i], F{});
+  }
+}
+
 // For statistics: the halves of a vector in float64, x * x + sum where x * x is exact, and the larger word of
 // each two.
 #if defined(__AVX512F__)
