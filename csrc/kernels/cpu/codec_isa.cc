@@ -21,8 +21,6 @@
 #define PYCOMM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-#define PYCOMM_LAMBDA __attribute__((always_inline))
-
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
@@ -259,7 +257,7 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
       four[j] =
           C::template round<kStochastic, Words>(load<Floats>(tile + at) * factors[at / C::kBlock], bits);
     }
-    narrow_four(codes + i, four);
+    kernels::PYCOMM_ISA::store(codes + i, narrow_four(four));
   }
   for (int b = 0; !usual && b < kBlocks; ++b) {
     if (!is_scale(C::value(C::scale(amax[b])))) std::memset(codes + b * C::kBlock, 0, C::kBlock);

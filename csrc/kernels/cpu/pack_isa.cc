@@ -49,8 +49,9 @@ struct Lanes {
   }
 };
 
-// kStrip elements. With statistics, of numbers that do not overflow: enter() looks for others.
-template <class From, class To, bool kAsIs, bool kStats>
+// kStrip elements. With statistics, of numbers that do not overflow: enter() looks for others. kPast: past
+// the cache, to whole lines.
+template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
   for (int four = 0; four < kStrip / kWidth; four += 4) {
@@ -60,9 +61,10 @@ PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& l
       if constexpr (!kAsIs) x[v] *= scale;
       if constexpr (kStats) lanes.add((four + v) % kVectors, x[v]);
     }
-    if constexpr (!kAsIs) encode_four<kStats>(dst + four * kWidth * kTo, x, To{});
+    if constexpr (!kAsIs) encode_four<kStats, kPast>(dst + four * kWidth * kTo, x, To{});
   }
-  if constexpr (kAsIs) std::memcpy(dst, src, kStrip * kTo);
+  if constexpr (kAsIs && kPast) stream_lines(dst, src, kStrip * kTo / kLine);
+  if constexpr (kAsIs && !kPast) std::memcpy(dst, src, kStrip * kTo);
 }
 
 // A chunk that infinities or NaNs come of, once more, element by element, with their counts.
@@ -97,7 +99,7 @@ PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst,
   tally.columns[tally.chunks++ % kStatsColumns] += lanes.sum();
 }
 
-template <class From, class To, bool kAsIs, bool kStats>
+template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
   const Floats scale = args.scale - Floats{};  // not a sum: of -0 as well
@@ -106,12 +108,12 @@ void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   for (; i + kStrip <= n; i += kStrip) {
     for (size_t line = 0; line < kStrip * kFrom; line += kLine)
       __builtin_prefetch(src + i * kFrom + line + kAhead);
-    cast_strip<From, To, kAsIs, kStats>(src + i * kFrom, dst + i * kTo, scale, lanes);
+    cast_strip<From, To, kAsIs, kStats, kPast>(src + i * kFrom, dst + i * kTo, scale, lanes);
   }
   if (i < n) {
     char from[kStrip * kFrom] = {}, to[kStrip * kTo];
     std::memcpy(from, src + i * kFrom, (n - i) * kFrom);
-    cast_strip<From, To, kAsIs, kStats>(from, to, scale, lanes);
+    cast_strip<From, To, kAsIs, kStats, false>(from, to, scale, lanes);
     std::memcpy(dst + i * kTo, to, (n - i) * kTo);
   }
   if constexpr (kStats) enter<From, To, kAsIs>(*args.tally, lanes, src, dst, n, args.scale);
@@ -154,17 +156,22 @@ void cast(const CastArgs& args) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
   const auto* src = static_cast<const char*>(args.src);
   auto* dst = static_cast<char*>(args.dst);
-  const bool in_place = src == dst;
-  Stream stream(dst);
+  const bool in_place = src == dst, stream = args.stream && !in_place;
+  const bool past = stream && reinterpret_cast<uintptr_t>(dst) % kLine == 0;
+  Stream staged(dst);
   for (size_t begin = 0, n; begin < args.count; begin += n) {
     n = args.count - begin < kStatsChunk ? args.count - begin : kStatsChunk;
     char* place = dst + begin * kTo;
-    char* out = args.stream || in_place ? stream.room() : place;  // a chunk with a NaN is read twice
-    cast_chunk<From, To, kAsIs, kStats>(src + begin * kFrom, out, n, args);
+    if (past) {
+      cast_chunk<From, To, kAsIs, kStats, true>(src + begin * kFrom, place, n, args);
+      continue;
+    }
+    char* out = stream || in_place ? staged.room() : place;  // a chunk with a NaN is read twice
+    cast_chunk<From, To, kAsIs, kStats, false>(src + begin * kFrom, out, n, args);
     if (in_place) {
       if (!kAsIs) std::memcpy(place, out, n * kTo);
-    } else if (args.stream) {
-      stream.put(n * kTo, begin + n == args.count);
+    } else if (stream) {
+      staged.put(n * kTo, begin + n == args.count);
     }
   }
 }

@@ -13,9 +13,11 @@
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/small_float.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+#define PYCOMM_LAMBDA __attribute__((always_inline))
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
@@ -96,19 +98,18 @@ PYCOMM_INLINE Words widen(const void* from, uint8_t) {
 PYCOMM_INLINE Words widen(const void* from, uint16_t) {
   return __builtin_bit_cast(Words, _mm512_cvtepu16_epi32(load<__m256i>(from)));
 }
-PYCOMM_INLINE void narrow(void* to, Words codes, uint8_t) {
-  store(to, _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes)));
+PYCOMM_INLINE __m128i narrow(Words codes, uint8_t) {
+  return _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes));
 }
-PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) {
-  store(to, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, codes)));
+PYCOMM_INLINE __m256i narrow(Words codes, uint16_t) {
+  return _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, codes));
 }
-
 // Four vectors of codes to bytes.
-PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
+PYCOMM_INLINE __m512i narrow_four(const Words* codes) {
   const auto at = [&](int i) { return __builtin_bit_cast(__m512i, codes[i]); };
   const __m512i low = _mm512_packus_epi32(at(0), at(1)), high = _mm512_packus_epi32(at(2), at(3));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  store(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
 }
 
 #elif defined(__AVX2__)
@@ -119,19 +120,19 @@ PYCOMM_INLINE Words widen(const void* from, uint8_t) {
 PYCOMM_INLINE Words widen(const void* from, uint16_t) {
   return __builtin_bit_cast(Words, _mm256_cvtepu16_epi32(load<__m128i>(from)));
 }
-PYCOMM_INLINE __m128i narrow(Words codes) {
+PYCOMM_INLINE __m128i narrow(Words codes, uint16_t) {
   const auto words = __builtin_bit_cast(__m256i, codes);
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
-PYCOMM_INLINE void narrow(void* to, Words codes, uint8_t) {
-  _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packus_epi16(narrow(codes), _mm_setzero_si128()));
+PYCOMM_INLINE uint64_t narrow(Words codes, uint8_t) {
+  const __m128i halves = narrow(codes, uint16_t{});
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves)));
 }
-PYCOMM_INLINE void narrow(void* to, Words codes, uint16_t) { store(to, narrow(codes)); }
-PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
+PYCOMM_INLINE __m256i narrow_four(const Words* codes) {
   const auto at = [&](int i) { return __builtin_bit_cast(__m256i, codes[i]); };
   const __m256i low = _mm256_packus_epi32(at(0), at(1)), high = _mm256_packus_epi32(at(2), at(3));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  store(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
 }
 
 #else
@@ -141,11 +142,15 @@ PYCOMM_INLINE Words widen(const void* from, R) {
   return __builtin_convertvector(load<typename VectorOf<R, kWidth>::type>(from), Words);
 }
 template <class R>
-PYCOMM_INLINE void narrow(void* to, Words codes, R) {
-  store(to, __builtin_convertvector(codes, typename VectorOf<R, kWidth>::type));
+PYCOMM_INLINE auto narrow(Words codes, R) {
+  return __builtin_convertvector(codes, typename VectorOf<R, kWidth>::type);
 }
-PYCOMM_INLINE void narrow_four(void* to, const Words* codes) {
-  for (int i = 0; i < 4; ++i) narrow(static_cast<uint8_t*>(to) + i * kWidth, codes[i], uint8_t{});
+PYCOMM_INLINE auto narrow_four(const Words* codes) {
+  const auto both = [&](int i) {
+    return __builtin_shufflevector(narrow(codes[i], uint8_t{}), narrow(codes[i + 1], uint8_t{}), 0, 1, 2, 3,
+                                   4, 5, 6, 7);
+  };
+  return __builtin_shufflevector(both(0), both(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 #endif
@@ -156,15 +161,15 @@ PYCOMM_INLINE Floats decode(const void* from, F) {
   return Lane<Words>::to_float(F::decode_word(widen(from, typename F::Raw{})));
 }
 template <class F>
-PYCOMM_INLINE void encode(void* to, Floats x, F) {
-  narrow(to, F::encode_word(Lane<Words>::to_bits(x)), typename F::Raw{});
+PYCOMM_INLINE auto encoded(Floats x, F) {
+  return narrow(F::encode_word(Lane<Words>::to_bits(x)), typename F::Raw{});
 }
 
 PYCOMM_INLINE Floats decode(const void* from, Plain<float>) { return load<Floats>(from); }
-PYCOMM_INLINE void encode(void* to, Floats x, Plain<float>) { store(to, x); }
+PYCOMM_INLINE Floats encoded(Floats x, Plain<float>) { return x; }
 PYCOMM_INLINE Floats decode(const void* from, Wide<float>) { return load<Floats>(from); }
-PYCOMM_INLINE void encode(void* to, Floats x, Wide<float>) {
-  store(to, x == x ? x : Lane<Words>::to_float(fill<Words>(kFloatNan)));
+PYCOMM_INLINE Floats encoded(Floats x, Wide<float>) {
+  return x == x ? x : Lane<Words>::to_float(fill<Words>(kFloatNan));
 }
 
 #if defined(__F16C__)
@@ -215,25 +220,57 @@ PYCOMM_INLINE Floats decode(const void* from, Float8E4M3) {
 }
 
 #if defined(__AVX512F__)
-PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
+PYCOMM_INLINE HalfCodes encoded(Floats x, Float16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m256i codes = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-  store(to, _mm256_mask_mov_epi16(codes, nan, _mm256_set1_epi16(0x7e00)));
+  return _mm256_mask_mov_epi16(codes, nan, _mm256_set1_epi16(0x7e00));
 }
 #else
-PYCOMM_INLINE void encode(void* to, Floats x, Float16) {
+PYCOMM_INLINE HalfCodes encoded(Floats x, Float16) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m128i narrow_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
   const __m128i codes = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-  store(to, _mm_blendv_epi8(codes, _mm_set1_epi16(0x7e00), narrow_nan));
+  return _mm_blendv_epi8(codes, _mm_set1_epi16(0x7e00), narrow_nan);
 }
 #endif
 
 #endif
 
-// Four vectors of the format F. kNumbers: of numbers that do not overflow.
-template <bool kNumbers, class F>
+template <class F>
+PYCOMM_INLINE void encode(void* to, Floats x, F) {
+  store(to, encoded(x, F{}));
+}
+
+// Past the cache, where `to` is aligned.
+template <class V>
+PYCOMM_INLINE void stream(void* to, V x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(to), __builtin_bit_cast(__m512i, x));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(to), __builtin_bit_cast(__m256i, x));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16)
+    return _mm_stream_si128(static_cast<__m128i*>(to), __builtin_bit_cast(__m128i, x));
+  if constexpr (sizeof(V) == 8)
+    return _mm_stream_si64(static_cast<long long*>(to), __builtin_bit_cast(long long, x));
+#endif
+  store(to, x);
+}
+
+// Four vectors of the format F. kNumbers: of numbers that do not overflow. kPast: past the cache.
+template <bool kNumbers, bool kPast, class F>
 PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
+  const auto leave = [](char* at, auto codes) PYCOMM_LAMBDA {
+    if constexpr (kPast) {
+      stream(at, codes);
+    } else {
+      store(at, codes);
+    }
+  };
   constexpr size_t kBytes = sizeof(typename F::Raw);
   if constexpr (kBytes == 1) {
     Words codes[4];
@@ -241,9 +278,9 @@ PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
       const Words bits = Lane<Words>::to_bits(x[i]);
       codes[i] = kNumbers ? F::encode_number(bits) : F::encode_word(bits);
     }
-    narrow_four(to, codes);
+    leave(to, narrow_four(codes));
   } else {
-    for (int i = 0; i < 4; ++i) encode(to + i * kWidth * kBytes, x[i], F{});
+    for (int i = 0; i < 4; ++i) leave(to + i * kWidth * kBytes, encoded(x[i], F{}));
   }
 }
 
