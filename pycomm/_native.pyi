@@ -26,6 +26,7 @@ __all__: list[str] = [
     "add_algorithm",
     "algorithms",
     "available_isas",
+    "check_unpack",
     "copy_bytes",
     "decode",
     "describe_buffer",
@@ -526,6 +527,16 @@ def algorithms(collective: str) -> list[str]:
     """
 
 def available_isas() -> list[str]: ...
+def check_unpack(
+    bucket: typing.Any,
+    tensors: collections.abc.Sequence[typing.Any],
+    offsets: collections.abc.Sequence[int],
+    counts: collections.abc.Sequence[int],
+) -> None:
+    """
+    Raises what unpack would.
+    """
+
 def copy_bytes(out: typing.Any, x: typing.Any, stream: bool = False) -> None:
     """
     A plain copy between buffers that do not overlap: what the kernels are measured against.
@@ -538,7 +549,7 @@ def decode(
     Into `out`, or added to it.
     """
 
-def describe_buffer(x: typing.Any, what: str) -> tuple[str, list[int]]:
+def describe_buffer(x: typing.Any, what: str, writable: bool = False) -> tuple[str, list[int]]:
     """
     The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.
     """

@@ -70,7 +70,7 @@ class Bucket:
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
         if comm is not None and not isinstance(comm, _native.Communicator):
             raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
-        found = list(tensors)
+        found = _listed(tensors, "tensors", "tensors")
         self._memory = _memory_of(found, comm)
         described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
         self._named = names is not None
@@ -145,7 +145,7 @@ class Bucket:
 
     @tensors.setter
     def tensors(self, tensors: Iterable[Any]) -> None:
-        found = list(tensors)
+        found = _listed(tensors, "tensors", "tensors")
         if len(found) != len(self._counts):
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
@@ -169,6 +169,13 @@ class Bucket:
         """
         factor = checks.number(scale, "scale")
         return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, factor)
+
+    def check_unpack(self) -> None:
+        """Raises what unpack() would: for a tensor that is read-only, say, or overlaps another one."""
+        self._memory.check_unpack(self._data, self._tensors, self._offsets, self._counts)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Bucket is memory with its tensors' places in it: make another one, do not copy it")
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -200,6 +207,8 @@ class Memory(Protocol):
     def unpack(
         self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
     ) -> Stats: ...
+
+    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None: ...
 
 
 class _Host:
@@ -233,6 +242,9 @@ class _Host:
     ) -> Stats:
         return Stats(*_native.unpack(data, tensors, offsets, counts, scale))
 
+    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None:
+        _native.check_unpack(data, tensors, offsets, counts)
+
 
 def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
     on_gpu = [bool(getattr(x, "is_cuda", False)) or hasattr(x, "__cuda_array_interface__") for x in tensors]
@@ -265,16 +277,26 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
         return [str(i) for i in range(count)]
     if isinstance(names, str):
         raise TypeError(f"`names` is {names!r}: pass a list of strings, one for each tensor")
-    found = list(names)
+    found = _listed(names, "names", "strings")
     for name in found:
         if not isinstance(name, str):
             raise TypeError(f"`names` holds {name!r}: names are strings")
+        if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise ValueError(f"`names` holds {name!r}, half of a surrogate pair: names are text")
     if len(found) != count:
         raise ValueError(f"`names` has {len(found)} names for {count} tensors")
     if len(set(found)) != count:
-        twice = next(name for name in found if found.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"`names` holds {twice!r} twice: a name tells one tensor from another")
     return found
+
+
+def _listed(values: Iterable[Any], name: str, of: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"`{name}` is a {type(values).__name__}: pass a list of {of}") from None
 
 
 def _common_dtype(of_tensors: list[str]) -> str:

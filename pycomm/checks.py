@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -11,6 +12,8 @@ def number(value: Any, name: str) -> float:
     if not isinstance(value, (str, bytes)):
         try:
             return float(value)
+        except OverflowError:
+            return math.inf
         except (TypeError, ValueError, RuntimeError):  # torch's own for tensors of several elements
             pass
     raise TypeError(f"`{name}` is {_shown(value)}: pass a number")

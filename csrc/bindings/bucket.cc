@@ -147,12 +147,13 @@ void add_bucket(py::module_& module) {
   module.attr("SEGMENT_ALIGN") = kernels::kSegmentAlign;
   module.def(
       "describe_buffer",
-      [](const py::object& x, const std::string& what) {
+      [](const py::object& x, const std::string& what, bool writable) {
         const Buffer buffer = get_buffer(x.ptr(), what.c_str());
+        if (writable) require_writable(buffer, what.c_str());
         const std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
         return std::pair(std::string(name(buffer.dtype)), shape);
       },
-      py::arg("x"), py::arg("what"),
+      py::arg("x"), py::arg("what"), py::arg("writable") = false,
       "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be "
       "communicated.");
   module.def(
@@ -185,6 +186,14 @@ void add_bucket(py::module_& module) {
          "magnitude, "
          "NaNs, infinities) of what was written, or None.");
   define("unpack", false, "The way back: see pack.");
+  module.def(
+      "check_unpack",
+      [](const py::object& bucket, const std::vector<py::object>& tensors,
+         const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts) {
+        const List list(tensors, offsets, counts, get_buffer(bucket.ptr(), "bucket"), false);
+      },
+      py::arg("bucket"), py::arg("tensors"), py::arg("offsets"), py::arg("counts"),
+      "Raises what unpack would.");
 }
 
 }  // namespace pycomm::bindings

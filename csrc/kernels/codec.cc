@@ -256,6 +256,21 @@ int64_t wire_bytes(CodecKind kind, int64_t count) {
   return whole + scales_bytes(kind) + (elements + kWireAlign - 1) / kWireAlign * kWireAlign;
 }
 
+void add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
+                  float residual_scale, const Isa& isa) {
+  const CodecKernels& kernels = *isa.codec;
+  FloatTile value, rounded;
+  for (size_t begin = 0; begin < count; begin += kTile) {
+    const size_t n = std::min(count - begin, static_cast<size_t>(kTile));
+    void* here = static_cast<char*>(x) + begin * size_of(dtype);
+    kernels.sum_load(value.x, nullptr, here, dtype, n, 1);
+    kernels.add_residual(value.x, value.x, residual + begin, n, residual_scale);
+    kernels.store(here, dtype, value.x, n);
+    kernels.sum_load(rounded.x, nullptr, here, dtype, n, 1);
+    kernels.keep_residual(next_residual + begin, value.x, rounded.x, residual + begin, n, residual_scale);
+  }
+}
+
 void transcode(const TranscodeArgs& args, const Isa& isa) {
   if (args.num_srcs == 1 && args.src_formats[0] == Format::wire && args.dst_format == Format::wire) {
     return copy(args);

@@ -114,17 +114,23 @@ struct TranscodeArgs {
 };
 void transcode(const TranscodeArgs& args, const Isa& isa = chosen_isa());
 
+// x + residual_scale * residual, rounded once to dtype, in place of x; next_residual keeps what rounding
+// lost. For what no encode takes a residual to.
+void add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
+                  float residual_scale, const Isa& isa = chosen_isa());
+
 // ---- shared_int: integers that ranks add exactly, since they share each block's scale ----
 //
 // Blocks of 128 elements. amax over all ranks is found first; then q = floor(x / s + (2 r + 1) / 2^9) is an
-// integer of `width` bits (8, 16, 32), s = amax / q_max, and |q| <= q_max, so that `world` of them never
-// overflow. Where float32 does not have q_max, the next smaller number that it has stands for it.
+// integer of `width` bits (8, 16, 32), s = amax / q_max, at least 2^-126, and |q| <= q_max, so that `world`
+// of them never overflow. Where float32 does not have q_max, the next smaller number that it has stands for
+// it.
 inline constexpr int64_t kSharedBlock = 128;
 int64_t shared_limit(int width, int world);  // q_max; throws ValueError below 7
 // amax[b] of block b; NaN for a block that is not finite.
 void shared_amax(DType dtype, const void* x, size_t count, float* amax, const Encoding& encoding,
                  const Isa& isa = chosen_isa());
-// dtype -> integers. A block that is not finite, or whose scale is zero or denormal, is zeros.
+// dtype -> integers. A block that is not finite, or whose amax is zero or denormal, is zeros.
 void shared_encode(DType dtype, const void* x, size_t count, const float* amax, int width, int64_t limit,
                    uint64_t seed, const Encoding& encoding, void* q, const Isa& isa = chosen_isa());
 // Integers' sum -> dtype, divided by `divisor`: q * s; NaN where amax is not finite.

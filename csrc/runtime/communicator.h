@@ -184,7 +184,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
   void check_coding(const Request& request) const;
-  void finish_coding(Bound& bound) const;
+  void finish_coding(const Request& request, Bound& bound) const;
+  void deliver_exact_share(const Request& request, Bound& bound) const;
   CallRecord record_of_whole(const Request& request, const std::string& codec) const;
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();

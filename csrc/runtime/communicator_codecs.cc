@@ -79,7 +79,7 @@ void Communicator::check_coding(const Request& request) const {
 }
 
 // Ranks that encode in other ways, or in another step, do not make the same call.
-void Communicator::finish_coding(Bound& bound) const {
+void Communicator::finish_coding(const Request& request, Bound& bound) const {
   const schedule::Plan& plan = bound.prepared->plan;
   if (bound.coding->residual && !plan.encodes_once) {
     const Collective kind = plan.call.world.collective;
@@ -90,6 +90,23 @@ void Communicator::finish_coding(Bound& bound) const {
   }
   const Coding& coding = *bound.coding;
   tell(bound.record, words(coding.codec) + feedback_words(coding) + ", step=" + std::to_string(coding.step));
+  if (coding.residual) deliver_exact_share(request, bound);
+}
+
+// What a rank keeps for itself no plan encodes: what it owes there is paid when the result is there.
+void Communicator::deliver_exact_share(const Request& request, Bound& bound) const {
+  const schedule::Call& call = request.call;
+  const bool scatters = call.world.collective == Collective::reduce_scatter;
+  if (!scatters && size() > 1) return;
+  const int64_t begin =
+      std::accumulate(call.counts.begin(), call.counts.begin() + (scatters ? rank() : 0), int64_t{0});
+  const int64_t count = call.counts[scatters ? rank() : 0];
+  const bool divides = schedule::reduces(call.world.collective) && call.op == Op::avg;
+  const float scale = bound.coding->residual_scale / (divides ? static_cast<float>(size()) : 1.0F);
+  bound.then = [=, coding = bound.coding, dtype = call.dtype, out = request.out] {
+    kernels::add_residual(dtype, out, static_cast<size_t>(count), coding->residual + begin,
+                          coding->next_residual + begin, scale);
+  };
 }
 
 // What all parts of a call say that they are.

@@ -196,7 +196,7 @@ Bound Communicator::bind(Request& request) {
   }
   bound.prepared = prepare(call, request.algorithm, plan_rank);
   bound.record = bound.prepared->record;
-  if (request.coding) finish_coding(bound);
+  if (request.coding) finish_coding(request, bound);
   if (request.part_of) {
     const uint64_t fingerprint = bound.record.fingerprint;
     bound.record = *request.part_of;

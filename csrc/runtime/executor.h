@@ -39,7 +39,7 @@ struct Coding {
   uint32_t step = 0;
   std::vector<kernels::Segment> segments;
   // As long as the rank's `in`; both or neither. What the rank never encodes (its own share of a
-  // reduce_scatter, anything in a world of one) keeps in next_residual what is there. The scale is that of
+  // reduce_scatter, anything in a world of one) has its residual added to the result. The scale is that of
   // values that are not divided yet.
   const float* residual = nullptr;
   float* next_residual = nullptr;

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,12 +46,14 @@ def call(
     and for other dtypes; ValueError where residuals are to be kept and nothing names them.
     """
     chosen = _resolve(codec)
-    if op not in ("sum", "avg"):
+    if not isinstance(op, str) or op not in ("sum", "avg"):
         raise TypeError(
             f"`op` is {op!r}: calls with a codec take 'sum' and 'avg'; leave `codec` out for others"
         )
     if step is not None and not 0 <= checks.integer(step, "step") < 1 << 32:
         raise ValueError(f"`step` is {step!r}: a number of 32 bits")
+    if tag is not None and not isinstance(tag, str):
+        raise TypeError(f"`tag` is a {type(tag).__name__}: pass a string")
     if stream is not None:
         raise ValueError("`stream` is for GPU buffers: CPU buffers have none, leave it out")
     if collective != "all_reduce" and isinstance(chosen, _ALL_REDUCE_ALONE):
@@ -64,7 +67,7 @@ def call(
         collective,
         chosen,
         {"step": step, "op": op, "timeout": timeout, "async_op": bool(async_op)},
-        {"algorithm": algorithm, "deterministic": deterministic, "counts": counts},
+        {"algorithm": algorithm, "deterministic": bool(deterministic), "counts": counts},
         tag,
     )
     return request.run_list(x, out) if isinstance(x, (list, tuple)) else request.run(x, out)
@@ -82,10 +85,15 @@ class _Request:
     tag: str | None
 
     def run(self, x: Any, out: Any) -> Any:
+        return self.prepare(x, out)()
+
+    def prepare(self, x: Any, out: Any) -> Callable[[], Any]:
+        """Makes the call when it is called. What raises before that, here, has changed nothing."""
+        _carried_dtype(x, "x")
         feedback = _feedback_of(self.codec, self.comm)
         segments = x.segments if isinstance(x, Bucket) else None
         if feedback is None:
-            return self._start(x, out, segments)
+            return lambda: self._start(x, out, segments)
         places = _places(x, self.tag, self.codec)
         exempt = None
         if isinstance(x, Bucket) and self.collective == "all_reduce":
@@ -94,24 +102,45 @@ class _Request:
             places = tuple(place for place in places if place[0] not in exempt.names)
             segments = [segment for segment in x.segments if segment not in exempt.segments]
             if not segments:
-                return self._reduce_plainly(x, out)
-        layout = feedback.begin(self.comm, places, _count(x))
-        works: list[Any] = []
-        result = None
-        if exempt is not None:
-            works.append(self._reduce_plainly(exempt.taken(), None))
-            if isinstance(
-                self.codec, TopK
-            ):  # knows no segments: what is exempt must not be among the largest
-                x, out, result = exempt.left_out(), None, out
+                return lambda: self._reduce_plainly(x, out)
+        return partial(self._run_fed, x, out, segments, exempt, feedback, places)
+
+    def _run_fed(
+        self,
+        x: Any,
+        out: Any,
+        segments: Sequence[Any] | None,
+        exempt: _Exempt | None,
+        feedback: ErrorFeedback,
+        places: Places,
+    ) -> Any:
+        layout = feedback.layout(self.comm, places, _count(x))
         residuals = {
             "residual": layout.now,
             "next_residual": layout.next,
             "residual_scale": float(feedback.scale),
         }
-        works.append(self._start(x, out, segments, **residuals))
+        result = None
+        if exempt is not None:
+            exempt.take()
+            if isinstance(self.codec, TopK):
+                # It knows no segments: what is exempt must not be among the largest.
+                x, out, result = exempt.left_out(), None, out
+        try:
+            works = [self._start(x, out, segments, **residuals)]
+        except (TypeError, ValueError):  # refused: nothing has moved
+            if exempt is not None:
+                exempt.put()
+            raise
+        except BaseException:
+            feedback.begun(self.comm, layout)
+            raise
+        feedback.begun(self.comm, layout)
+        if exempt is not None:
+            works.append(self._reduce_plainly(exempt.own, None))
 
-        def finish(found: Any) -> Any:
+        def finish(_: Any = None) -> Any:
+            found = works[0].wait() if self.common["async_op"] else works[0]
             found = found if result is None else result
             if exempt is not None:
                 exempt.put()
@@ -119,7 +148,7 @@ class _Request:
             return found
 
         if not self.common["async_op"]:
-            return finish(works[-1])
+            return finish()
         work = CodecWork(works, finish)
         layout.start(work.settle)
         return work
@@ -129,6 +158,8 @@ class _Request:
         if self.collective != "all_reduce":
             raise TypeError(f"`x` is a list: {self.collective} takes one buffer")
         outs = xs if out is None else out
+        if not isinstance(outs, (list, tuple)):
+            raise TypeError(f"`out` is a {type(outs).__name__}: for a list pass a list as long")
         if len(outs) != len(xs):
             raise ValueError(f"`out` has {len(outs)} buffers for {len(xs)}")
         if _feedback_of(self.codec, self.comm) is not None:
@@ -141,12 +172,19 @@ class _Request:
             names = [f"{self.tag or ''}[{i}]" for i in indices]
             bucket = Bucket([xs[i] for i in indices], names=names)
             bucket.pack()
-            bucket.tensors = [outs[i] for i in indices]
             for i in indices:
                 if _carried_dtype(outs[i], f"out[{i}]") != dtype:
                     raise TypeError(f"`out[{i}]` is not of x's dtype, {dtype}")
+                shape, wanted = (_native.describe_buffer(each[i], "x")[1] for each in (outs, xs))
+                if shape != wanted:
+                    raise ValueError(
+                        f"`out[{i}]` has shape {tuple(shape)} where `x[{i}]` has {tuple(wanted)}"
+                    )
+            bucket.tensors = [outs[i] for i in indices]
+            bucket.check_unpack()
             buckets.append(bucket)
-        works = [self.run(bucket, None) for bucket in buckets]
+        starts = [self.prepare(bucket, None) for bucket in buckets]
+        works = [start() for start in starts]
 
         def finish(_: Any) -> Any:
             for bucket in buckets:
@@ -156,7 +194,8 @@ class _Request:
         return CodecWork(works, finish) if self.common["async_op"] else finish(None)
 
     def _reduce_plainly(self, x: Any, out: Any) -> Any:
-        common = {name: value for name, value in self.common.items() if name != "step" and value is not None}
+        given = {**self.common, **self.special}
+        common = {name: value for name, value in given.items() if name != "step" and value is not None}
         if out is not None:
             common["out"] = out
         if self.tag is not None:
@@ -167,7 +206,8 @@ class _Request:
         arguments = {"out": out, "tag": self.tag, **self.common, **residuals}
         if isinstance(self.codec, TopK):
             del arguments["step"]  # it has nothing random
-            return _native.run_topk(self.comm, x, self.codec.kept(_count(x)), **arguments)
+            count = _count(x) if segments is None else sum(s.end - s.begin for s in segments)
+            return _native.run_topk(self.comm, x, self.codec.kept(count), **arguments)
         arguments["segments"] = segments
         if isinstance(self.codec, SharedInt):  # exact sums are deterministic, whether asked for or not
             arguments |= {"seed": self.codec.seed, "algorithm": self.special["algorithm"]}
@@ -184,7 +224,14 @@ class _Exempt:
         self.names = frozenset(name for name, _ in chosen)
         self.segments = [segment for _, segment in chosen]
         self._x, self._out = x, out
-        self._own = Bucket(self._parts(x), names=[name for name, _ in chosen])
+        target = x if out is None else out
+        dtype, shape = _native.describe_buffer(target, "x" if out is None else "out", writable=True)
+        wanted = _carried_dtype(x, "x")
+        if dtype != wanted:
+            raise TypeError(f"`out` is {dtype} where `x` is {wanted}")
+        if math.prod(shape) != _count(x):
+            raise ValueError(f"`out` has {math.prod(shape)} elements where `x` has {_count(x)}")
+        self.own = Bucket(self._parts(x), names=[name for name, _ in chosen])
 
     @classmethod
     def of(cls, x: Bucket, out: Any, feedback: ErrorFeedback, names: Sequence[str]) -> _Exempt | None:
@@ -194,9 +241,8 @@ class _Exempt:
         ]
         return cls(x, out, chosen) if chosen else None
 
-    def taken(self) -> Bucket:
-        self._own.pack()
-        return self._own
+    def take(self) -> None:
+        self.own.pack()
 
     def left_out(self) -> Any:
         """Where the result will be, holding x with zeros in their place."""
@@ -208,8 +254,8 @@ class _Exempt:
         return result
 
     def put(self) -> None:
-        self._own.tensors = self._parts(self._x if self._out is None else self._out)
-        self._own.unpack()
+        self.own.tensors = self._parts(self._x if self._out is None else self._out)
+        self.own.unpack()
 
     def _parts(self, of: Any) -> list[Any]:
         return [_data(of)[segment.begin : segment.end] for segment in self.segments]
@@ -229,6 +275,8 @@ class CodecWork:
 
     def wait(self, timeout: float | None = None) -> Any:
         """See pycomm.Work.wait."""
+        if timeout is not None and not checks.number(timeout, "timeout") > 0:
+            raise ValueError(f"`timeout` is {timeout!r}: pass a positive number of seconds")
         deadline = None if timeout is None else time.monotonic() + timeout
         found = None
         for work in self._works:
@@ -277,7 +325,7 @@ def _feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | No
     if not (codec.feedback_by_default if given is None else given):
         return None
     with _lock:
-        return _kept.setdefault(comm, {}).setdefault(codec, ErrorFeedback())
+        return _kept.setdefault(comm, ErrorFeedback())
 
 
 def _places(x: Any, tag: str | None, codec: Codec) -> Places:
@@ -310,8 +358,7 @@ def _data(x: Any) -> Any:
 
 
 def _count(x: Any) -> int:
-    data = _data(x)
-    return math.prod(data.shape if hasattr(data, "shape") else memoryview(data).shape or ())
+    return math.prod(_native.describe_buffer(x, "x")[1])
 
 
 def _is_finite(x: Any) -> bool:
@@ -320,6 +367,6 @@ def _is_finite(x: Any) -> bool:
     return bool(nans == 0 and infs == 0)
 
 
-# Residuals of codecs that have no ErrorFeedback of their own.
-_kept: WeakKeyDictionary[_native.Communicator, dict[Codec, ErrorFeedback]] = WeakKeyDictionary()
+# Residuals of codecs that have no ErrorFeedback of their own: a parameter's, whatever codec carries it.
+_kept: WeakKeyDictionary[_native.Communicator, ErrorFeedback] = WeakKeyDictionary()
 _lock = threading.Lock()

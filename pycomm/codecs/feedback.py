@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from pycomm import _native, checks
 Residual = npt.NDArray[np.float32]
 Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
 Rule = Callable[[str, tuple[int, ...]], bool]
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def one_dimensional(name: str, shape: tuple[int, ...]) -> bool:
@@ -65,8 +65,8 @@ class ErrorFeedback:
     @scale.setter
     def scale(self, scale: float) -> None:
         found = checks.number(scale, "scale")
-        if not 0 < found < math.inf:
-            raise ValueError(f"`scale` is {found!r}: a loss scale is positive and finite")
+        if not _LEAST <= found <= _MOST:
+            raise ValueError(f"`scale` is {found!r}: a loss scale is a positive number of float32's range")
         self._scale = found
 
     def skip(self) -> None:
@@ -103,6 +103,8 @@ class ErrorFeedback:
             raise ValueError("`state` is an empty list: pass the state_dict() of every old rank")
         residuals: dict[str, Residual] = {}
         for name in states[0]:
+            if not isinstance(name, str):
+                raise TypeError(f"`state` holds {name!r}: names are strings")
             found = [_checked(name, each[name]) for each in states if name in each]
             if len(found) != len(states) or len({part.size for part in found}) != 1:
                 raise ValueError(
@@ -125,8 +127,11 @@ class ErrorFeedback:
 
     # ---- for pycomm.codecs.call ----
 
-    def begin(self, comm: _native.Communicator, places: Places, count: int) -> Layout:
-        """The residuals for a call on `count` elements in which parameters lie at `places`."""
+    def layout(self, comm: _native.Communicator, places: Places, count: int) -> Layout:
+        """The residuals for a call on `count` elements in which parameters lie at `places`.
+
+        Nothing has changed until the call is known to have begun.
+        """
         owner = self._comm and self._comm()
         if owner is not None and owner is not comm:
             raise ValueError(
@@ -139,25 +144,29 @@ class ErrorFeedback:
         else:
             layout = Layout(places, count)
         moving = [name for name, _, _ in places if self._where.get(name) is not layout]
-        parts = {name: self._find(name, layout) for name in moving}  # may raise: nothing has changed yet
+        parts = {name: self._find(name, layout) for name in moving}  # may raise
         for name, part in parts.items():
             layout.part(name)[:] = 0 if part is None else part
+        return layout
+
+    def begun(self, comm: _native.Communicator, layout: Layout) -> None:
+        """A call has begun that writes layout.next: it is what skip() may take back from now on."""
         self._comm = weakref.ref(comm)
-        self._layouts[places] = layout
+        self._layouts[layout.places] = layout
+        names = {name for name, _, _ in layout.places}
+        moving = [name for name in names if self._where.get(name) is not layout]
         for name in moving:
             self._loaded.pop(name, None)
             self._where[name] = layout
         if moving:
             held = set(map(id, self._where.values()))
             self._layouts = {key: kept for key, kept in self._layouts.items() if id(kept) in held}
-        names = {name for name, _, _ in places}
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
-        layout.end(False)  # so far nothing has changed that skip() could take back
+        layout.end(False)  # so far there is nothing of this call to take back
         self._round |= names
         self._of_round.append(layout)
-        return layout
 
     def _find(self, name: str, layout: Layout) -> Residual | None:
         source = self._where.get(name)
@@ -174,7 +183,8 @@ class ErrorFeedback:
 
 def _checked(name: str, residual: Any) -> Residual:
     try:
-        found = np.asarray(residual, np.float32)
+        with np.errstate(over="ignore"):
+            found = np.asarray(residual, np.float32)
     except (TypeError, ValueError):
         found = np.empty((), np.float32)
     if found.ndim != 1:
@@ -195,12 +205,13 @@ class Layout:
     def __init__(self, places: Places, count: int) -> None:
         self.now: Residual = np.zeros(count, np.float32)
         self.next: Residual = np.zeros(count, np.float32)
-        self._places = {name: slice(begin, end) for name, begin, end in places}
+        self.places = places
+        self._slices = {name: slice(begin, end) for name, begin, end in places}
         self._may_take_back = False
         self._under_way: Callable[[], object] | None = None
 
     def part(self, name: str) -> Residual:
-        return self.now[self._places[name]]
+        return self.now[self._slices[name]]
 
     def start(self, wait: Callable[[], object]) -> None:
         """`wait` returns when the asynchronous call that writes `next` has ended, one way or the other."""

@@ -134,6 +134,11 @@ class Int4(_Rounded):
     hadamard: bool = False
     name = "int4"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.hadamard, bool):
+            raise TypeError(f"hadamard={self.hadamard!r}: True or False")
+
     def _details(self) -> dict[str, bool]:
         return {"hadamard": self.hadamard}
 

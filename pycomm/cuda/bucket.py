@@ -53,6 +53,9 @@ class Gpu:
         stats = self._list(data, tensors, offsets, counts).unpack(scale, stats=True)
         return cast(Stats, stats)
 
+    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None:
+        self._list(data, tensors, offsets, counts)
+
     def _list(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> Packing:
         """The tensors as they are now: made anew when one of them has moved."""
         found = [arrays.describe(x, f"tensors[{i}]") for i, x in enumerate(tensors)]

@@ -525,7 +525,7 @@ TEST(shared_int_against_reference) {
         Floats back(count);
         for (size_t i = 0; i < count; ++i) {
           float s = reference::narrow(double{amax[i / 128]} / top);
-          if (s < 0x1p-126f) s = 0;
+          if (s < 0x1p-126f) s = amax[i / 128] < 0x1p-126f ? 0 : 0x1p-126f;
           const bool inside = reference::place(encoding, static_cast<int64_t>(i)).inside;
           if (s > 0 && inside) {
             double t = reference::narrow(double{x[i]} * reference::narrow(1 / double{s}));

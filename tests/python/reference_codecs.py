@@ -358,8 +358,8 @@ def shared_int(
         blocks.append(v.reshape(-1, block))
     amax = np.max([np.abs(b).max(axis=1) for b in blocks], axis=0)  # NaN propagates
     finite = np.isfinite(amax)
-    scales = np.where(finite, amax, F32(0)) / levels
-    scales = np.where(scales < MIN_NORMAL, F32(0), scales).astype(F32)
+    scales = np.maximum(np.where(finite, amax, F32(0)) / levels, MIN_NORMAL)
+    scales = np.where(finite & (amax < MIN_NORMAL), F32(0), scales).astype(F32)
     total = np.zeros((len(amax), block), np.int64)
     for rank, b in enumerate(blocks):
         r = random_bits(8, seed, (step, 0, rank), places).reshape(b.shape)

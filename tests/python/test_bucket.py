@@ -1,5 +1,6 @@
 """Buckets against NumPy in float64, and what they refuse."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -221,8 +222,8 @@ def test_a_model_goes_through() -> None:
         same_bits(view, cast(x, view.dtype, 0.125))
     check_stats(stats, tensors, list(bucket.views), 0.125)
     bucket.unpack(8)
-    for x, copy in zip(tensors, copies, strict=True):
-        assert np.allclose(x, copy, rtol=2**-8, atol=0)
+    for x, before in zip(tensors, copies, strict=True):
+        assert np.allclose(x, before, rtol=2**-8, atol=0)
 
 
 def test_layout() -> None:
@@ -305,6 +306,10 @@ def test_what_is_refused() -> None:
         (TypeError, "`scale` is '2': pass a number", lambda: Bucket([f]).pack("2")),  # type: ignore[arg-type]
         (TypeError, "`scale` is None", lambda: Bucket([f]).unpack(None)),  # type: ignore[arg-type]
         (TypeError, r"`scale` is an array of shape \(3,\)", lambda: Bucket([f]).pack(f)),  # type: ignore[arg-type]
+        (TypeError, "`tensors` is a int: pass a list", lambda: Bucket(3)),  # type: ignore[arg-type]
+        (TypeError, "`names` is a int: pass a list", lambda: Bucket([f], names=5)),  # type: ignore[arg-type]
+        (ValueError, "surrogate", lambda: Bucket([f], names=["\ud800"])),
+        (TypeError, "do not copy it", lambda: copy.deepcopy(Bucket([f]))),
         (TypeError, "`comm` is a int", lambda: Bucket([f], comm=3)),  # type: ignore[arg-type]
         (ValueError, "overlap", lambda: Bucket([f, f[1:]]).unpack()),
     ]

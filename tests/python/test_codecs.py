@@ -257,7 +257,7 @@ def test_residuals_that_nobody_keeps_go_with_the_communicator() -> None:
     def fn(comm: Communicator) -> None:
         comm.all_reduce(gaussian(comm.rank, 100), codec="sign", tag="w")
         comm.all_reduce(gaussian(comm.rank, 100), codec=codecs.Sign(), tag="w")
-        assert list(calls._kept[comm]) == [codecs.Sign()]
+        assert list(calls._kept[comm].state_dict()) == ["w"]
 
     before = len(calls._kept)
     pycomm.run_local(fn, 2)
@@ -285,6 +285,47 @@ def test_residuals_are_what_was_not_sent(ranks: Ranks) -> None:
                     np.testing.assert_allclose(residuals.mean(axis=0), owed, atol=3e-6)
 
     ranks(fn, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "all_gather"])
+def test_what_is_owed_arrives_wherever_it_is_encoded(collective: str, size: int, dtype: str) -> None:
+    """A world of one, and a rank's own block of a reduce_scatter, encode nothing: there it is added."""
+
+    def fn(comm: Communicator) -> None:
+        count = 512 * size
+        owed = [gaussian(100 + rank, count) for rank in range(size)]
+        feedback = codecs.ErrorFeedback()
+        feedback.load_state_dict({"w": owed[comm.rank]})
+        feedback.scale = 4.0
+        codec = codecs.Int8(error_feedback=feedback)
+        total = np.zeros(count * (size if collective == "all_gather" else 1))
+        calls_made = 5
+        for step in range(calls_made):
+            x = gaussian(10 * step + comm.rank, count).astype(dtype)
+            operator = {} if collective == "all_gather" else {"op": "avg"}
+            got = getattr(comm, collective)(x, codec=codec, tag="w", **operator)
+            begin = comm.rank * 512 if collective == "reduce_scatter" else 0
+            total[begin : begin + got.size] += got
+        kept = comm.all_gather(feedback.state_dict()["w"]).reshape(size, count)
+        before = np.stack(owed)
+        given = np.array(
+            [
+                sum(gaussian(10 * step + rank, count).astype(dtype).astype(np.float64) for step in range(5))
+                for rank in range(size)
+            ]
+        )
+        want = given + 4.0 * (before - kept.astype(np.float64))
+        want = want.ravel() if collective == "all_gather" else want.mean(axis=0)
+        mine = (
+            slice(comm.rank * 512, comm.rank * 512 + 512) if collective == "reduce_scatter" else slice(None)
+        )
+        # float16 results of calls that encode are rounded once more, which nobody keeps.
+        atol = 3e-5 if dtype == "float32" else calls_made * 4 * 2.0**-11 * 4
+        np.testing.assert_allclose(total[mine], want[mine], atol=atol)
+
+    pycomm.run_local(fn, size)
 
 
 def test_steps_that_do_not_count_leave_residuals_alone(ranks: Ranks) -> None:
@@ -463,6 +504,101 @@ def test_buckets_without_names_share_no_residuals(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_residuals_do_not_depend_on_the_codec_of_the_step(ranks: Ranks) -> None:
+    """A schedule of ratios or seeds goes on with what the steps before it have left."""
+
+    def fn(comm: Communicator) -> None:
+        g = np.r_[10.0, np.ones(99)].astype(np.float32)
+        own, kept = codecs.ErrorFeedback(), np.zeros((2, 100))
+        for step in range(20):
+            for way, feedback in enumerate((None, own)):
+                codec = codecs.TopK(ratio=0.05 + step / 1000, error_feedback=feedback)
+                kept[way] += comm.all_reduce(g.copy(), codec=codec, tag="w")
+        assert (kept[0] == kept[1]).all() and (kept[0] > 0).all()
+
+    ranks(fn, 2)
+
+
+def test_what_is_refused_leaves_everything_as_it_was(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+        x = np.full((2, 150), 1.37, np.float32)
+        x[0, 0] = 1
+        shared = np.zeros(700, np.float32)
+        frozen = x.copy()
+        frozen.flags.writeable = False
+        for xs, out, words in (
+            ([frozen], None, "read-only"),
+            ([x, x.copy()], [shared[:300].reshape(2, 150), shared[100:400].reshape(2, 150)], "overlap"),
+            ([x, x.astype(np.float16)], [x, shared[:300]], "out.1.. is not of x's dtype"),
+            ([x], [shared[:7]], r"`out\[0\]` has shape \(7,\) where `x\[0\]` has \(2, 150\)"),
+            ([x], 3, "`out` is a int"),
+        ):
+            for asynchronous in (False, True):
+                with pytest.raises((ValueError, TypeError), match=words):
+                    comm.all_reduce(xs, out=out, codec=codec, tag="t", async_op=asynchronous)
+        assert feedback.state_dict() == {} and comm.codec_step == 0
+
+        bucket = Bucket([np.ones((2, 300), np.float32), np.full(5, 3.0, np.float32)], names=["w", "b"])
+        bucket.pack()
+        for each in (codec, codecs.TopK(error_feedback=feedback)):
+            for error, words, options in (
+                (ValueError, "nonsense" if each is codec else "topk", {"algorithm": "nonsense"}),
+                (ValueError, "`timeout` is -1", {"timeout": -1}),
+                (TypeError, "`out` is float16", {"out": np.zeros(1024, np.float16)}),
+                (ValueError, "`out` has", {"out": np.zeros(7, np.float32)}),
+            ):
+                with pytest.raises(error, match=words):
+                    comm.all_reduce(bucket, codec=each, **options)
+                assert (bucket.views[0] == 1).all() and (bucket.views[1] == 3).all()
+        one_dimensional = Bucket([np.ones(300, np.float32)], names=["v"])
+        one_dimensional.pack()
+        with pytest.raises(ValueError, match="nonsense"):
+            comm.all_reduce(one_dimensional, codec=codec, algorithm="nonsense")
+        with pytest.raises(TypeError, match="float8_e4m3fn"):
+            comm.all_reduce(Bucket([np.ones(3, np.float32)], "float8_e4m3fn", names=["u"]), codec=codec)
+        assert feedback.state_dict() == {}
+
+        # A step that was made can be taken back, whatever was refused after it.
+        comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="q")
+        with pytest.raises(ValueError, match="zz"):
+            comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="q", algorithm="zz")
+        with pytest.raises(ValueError, match="zz"):
+            comm.all_reduce([gaussian(comm.rank, 300)], codec=codec, tag="q", algorithm="zz")
+        assert feedback.state_dict()["q"].any()
+        feedback.skip()
+        assert not feedback.state_dict()["q"].any()
+
+    ranks(fn, 2)
+
+
+def test_topk_takes_its_share_of_what_there_is(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        tensors = [gaussian(i, 2).reshape(1, 2) for i in range(100)] + [np.ones(5000, np.float32)]
+        bucket = Bucket(tensors, names=[str(i) for i in range(101)])
+        bucket.pack()
+        comm.all_reduce(bucket, codec=codecs.TopK(ratio=0.1, error_feedback=codecs.ErrorFeedback()))
+        assert np.count_nonzero(np.concatenate([view.ravel() for view in bucket.views[:100]])) == 20
+
+    ranks(fn, 2)
+
+
+@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-30, 1e30])
+def test_shared_integers_of_any_magnitude(width: int, magnitude: float) -> None:
+    def fn(comm: Communicator) -> None:
+        xs = [gaussian(rank, 1000) * np.float32(magnitude) for rank in range(comm.size)]
+        exact = np.sum(xs, axis=0, dtype=np.float64)
+        got = comm.all_reduce(xs[comm.rank].copy(), codec=codecs.SharedInt(width=width)).astype(np.float64)
+        # A place of each rank's, as large as amax over the levels, or as the least normal number.
+        limit = (2 ** (width - 1) - 1) // comm.size
+        place = max(max(np.abs(x).max() for x in xs) / limit, 1.2e-38)
+        assert np.abs(got - exact).max() <= comm.size * place + 1e-6 * np.abs(exact).max()
+
+    pycomm.run_local(fn, 2)
+
+
 @pytest.mark.parametrize("differs", ["feedback", "scale"])
 def test_ranks_whose_feedback_differs_do_not_reduce(differs: str) -> None:
     def fn(comm: Communicator) -> None:
@@ -517,6 +653,9 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (TypeError, "`step` is 1.5: pass an integer", lambda: reduce(x, codec="int8", step=1.5)),
             (TypeError, "takes no codec: all_reduce", lambda: comm.broadcast(x, codec="int8")),
             (TypeError, "`counts` is a int", lambda: comm.reduce_scatter(x, codec="int8", counts=3)),
+            (TypeError, "`tag` is a list", lambda: reduce(x, codec="sign", tag=["a"])),
+            (TypeError, "`x` is a str", lambda: reduce("a", codec="topk", tag="w")),
+            (TypeError, "`op` is array", lambda: reduce(x, codec="int8", op=np.array([1, 2]))),
             (ValueError, "stream", lambda: reduce(x, codec="int8", stream=1)),
             (ValueError, "two_shot", lambda: reduce(x, codec="int8", algorithm="recursive_doubling")),
             (
@@ -568,6 +707,10 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
         (ValueError, "of 'w' is no 1-D", lambda: codecs.ErrorFeedback().load_state_dict([{"w": "x"}])),
         (ValueError, "`scale` is 0.0", lambda: setattr(codecs.ErrorFeedback(), "scale", 0)),
         (ValueError, "`scale` is nan", lambda: setattr(codecs.ErrorFeedback(), "scale", math.nan)),
+        (ValueError, "`scale` is 1e\\+39", lambda: setattr(codecs.ErrorFeedback(), "scale", 1e39)),
+        (ValueError, "`scale` is inf", lambda: setattr(codecs.ErrorFeedback(), "scale", 10**400)),
+        (TypeError, "names are strings", lambda: codecs.ErrorFeedback().load_state_dict({1: [1.0]})),
+        (TypeError, "hadamard='x'", lambda: codecs.Int4(hadamard="x")),
         (TypeError, "`scale` is 'a'", lambda: setattr(codecs.ErrorFeedback(), "scale", "a")),
     ],
 )

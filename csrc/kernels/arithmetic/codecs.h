@@ -202,7 +202,9 @@ struct Hadamard {
 
 // ---- shared_int ----
 
-// Integers of magnitude at most `limit` under s = amax / limit. amax is a NaN where a block is not finite.
+// Integers of magnitude at most `limit` under s = amax / limit, or the least normal number where that is
+// smaller, since many levels leave little between them. amax is a NaN where a block is not finite, and counts
+// as 0 where it is denormal.
 class SharedCode {
  public:
   PYCOMM_INLINE explicit SharedCode(int32_t limit) : limit_(static_cast<float>(limit)) {
@@ -223,7 +225,8 @@ class SharedCode {
  private:
   PYCOMM_INLINE uint32_t scale_bits(float amax) const {
     const uint32_t bits = as_bits(amax), s = as_bits(amax / limit_);
-    return if_less(bits, kFloatInf, if_less(s, kMinNormalBits, 0, s), kFloatNan);
+    const uint32_t number = if_less(s, kMinNormalBits, kMinNormalBits, s);
+    return if_less(bits, kFloatInf, if_less(bits, kMinNormalBits, 0, number), kFloatNan);
   }
   float limit_;
 };
