@@ -85,6 +85,21 @@ int64_t integer(PyObject* object, const char* name) {
   return value;
 }
 
+double seconds(PyObject* object, const char* name, bool or_none) {
+  const double value = PyFloat_AsDouble(object);
+  const bool number = !PyErr_Occurred();
+  PyErr_Clear();
+  const auto given = [&] {
+    return std::string("`") + name + "` is " + pybind11::repr(object).cast<std::string>();
+  };
+  if (!number) throw TypeError(given() + ": pass seconds, as a number");
+  if (or_none && !(value >= 0)) throw ValueError(given() + ": pass seconds, 0 or more");
+  if (!or_none && !(value > 0)) {
+    throw ValueError(given() + ": pass a positive number of seconds, or float(\"inf\") for no deadline");
+  }
+  return value;
+}
+
 std::string text(PyObject* object, const char* name) {
   const char* utf8 = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : nullptr;
   if (!utf8) {

@@ -49,6 +49,7 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
                           PyObject* const* args, Py_ssize_t nargs, PyObject* keywords);
 
 // An argument's value; `name` is for the message of the TypeError where it is something else.
+double seconds(PyObject* object, const char* name, bool or_none = false);  // above 0, or none at all
 int64_t integer(PyObject* object, const char* name);
 std::string text(PyObject* object, const char* name);
 bool truth(PyObject* object);  // of null: false

@@ -70,16 +70,7 @@ void take_common(Request& request, const Arguments& args) {
   take_op(request, args[Arg::op]);
   if (args[Arg::algorithm]) request.algorithm = text(args[Arg::algorithm], "algorithm");
   request.call.deterministic = truth(args[Arg::deterministic]);
-  if (args[Arg::timeout]) {
-    request.timeout_s = PyFloat_AsDouble(args[Arg::timeout]);
-    const bool number = !PyErr_Occurred();
-    PyErr_Clear();
-    const auto given = [&] { return "`timeout` is " + py::repr(args[Arg::timeout]).cast<std::string>(); };
-    if (!number) throw TypeError(given() + ": pass seconds, as a number");
-    if (!(request.timeout_s > 0)) {
-      throw ValueError(given() + ": pass a positive number of seconds, or float(\"inf\") for no deadline");
-    }
-  }
+  if (args[Arg::timeout]) request.timeout_s = seconds(args[Arg::timeout], "timeout");
   if (args[Arg::tag]) request.tag = text(args[Arg::tag], "tag");
   if (args[Arg::stream]) throw ValueError("`stream` is for GPU buffers: CPU buffers have none, leave it out");
 }

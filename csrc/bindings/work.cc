@@ -3,7 +3,6 @@
 #include <array>
 #include <cmath>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "common/error.h"
@@ -21,13 +20,11 @@ class PyWork {
  public:
   PyWork(std::shared_ptr<Work> work, std::shared_ptr<Handle> handle, py::object result)
       : work_(std::move(work)), handle_(std::move(handle)), result_(std::move(result)) {}
-  py::object wait(std::optional<double> timeout) {
-    if (timeout && !(*timeout >= 0)) {
-      throw ValueError("`timeout` is " + std::to_string(*timeout) + ": pass seconds, 0 or more");
-    }
+  py::object wait(const py::object& timeout) {
+    const double timeout_s = timeout.is_none() ? INFINITY : seconds(timeout.ptr(), "timeout", true);
     {
       GilPatience patience(true);
-      work_->wait(timeout ? *timeout : INFINITY, patience);
+      work_->wait(timeout_s, patience);
     }
     return result_;
   }
@@ -142,7 +139,7 @@ void add_work(py::module_& module) {
       .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
       .def("exception", &PyWork::exception, "The call's error, or None while it has none.")
       .def(
-          "result", [](PyWork& work) { return work.wait(std::nullopt); },
+          "result", [](PyWork& work) { return work.wait(py::none()); },
           "Waits, and returns what the blocking call returns.");
   module.attr("PersistentOp") = py::handle(reinterpret_cast<PyObject*>(persistent_type()));
 }

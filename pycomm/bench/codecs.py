@@ -7,6 +7,7 @@ drift is |S' - S| / |S|, and bias the part of it along S, with its sign: (S' - S
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -76,8 +77,16 @@ def recorded(path: str, steps: int) -> Gradients:
     try:
         with np.load(path) as file:
             values = file["gradients"][:steps]
-            shapes = {str(name): tuple(json.loads(shape)) for name, shape in file["shapes"].tolist()}
-    except (OSError, KeyError, ValueError) as error:
+            shapes = {
+                str(name): tuple(map(int, json.loads(shape))) for name, shape in file["shapes"].tolist()
+            }
+        if values.dtype != np.float32 or values.ndim != 3 or not np.isfinite(values).all():
+            raise ValueError("they are not finite float32 of (steps, ranks, elements)")
+        if any(size < 1 for shape in shapes.values() for size in shape):
+            raise ValueError("a shape is not of positive sizes")
+        if sum(math.prod(shape) for shape in shapes.values()) != values.shape[2]:
+            raise ValueError("the shapes have another number of elements")
+    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no gradients ({error}): examples/record_gradients.py records some"
         ) from None
@@ -108,8 +117,15 @@ def measure(data: Gradients, ranks: Sequence[int], algorithms: Sequence[str]) ->
                 of_all_reduce = name.startswith(("topk", "shared_int"))
                 if of_all_reduce and algorithm != algorithms[0]:
                     continue
+                if name.startswith("shared_int") and not _has_levels(int(name.split()[1]), size):
+                    continue
                 row = _row(name, kind, data, size, None if of_all_reduce else algorithm)
                 yield replace(row, algorithm="its own") if of_all_reduce else row
+
+
+def _has_levels(width: int, ranks: int) -> bool:
+    """Whether shared integers of so many bits carry so many ranks."""
+    return ((1 << (width - 1)) - 1) // ranks >= 7
 
 
 def _row(name: str, kind: Kind, data: Gradients, size: int, algorithm: str | None) -> Row:

@@ -6,7 +6,7 @@ import argparse
 
 from pycomm.cli import output
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least
+from pycomm.cli.values import at_least, at_most
 
 ALGORITHMS = ("two_shot", "ring")
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if not all(size.isdecimal() and int(size) for size in args.ranks.split(",")):
             raise ValueError(f"--ranks {args.ranks}: numbers of ranks, as in 2,8")
         ranks = [int(size) for size in args.ranks.split(",")]
+        at_most(64, "--ranks", max(ranks))
         algorithms = args.algorithms.split(",")
         for name in algorithms:
             if name not in ALGORITHMS:
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
                     )
     except ValueError as error:
         return fail(str(error))
+    except MemoryError:
+        return fail(f"--count {args.count}: that many, of every step and rank, do not fit into memory")
 
     console, errors = output.consoles(args, 160)
     console.print(machine(), highlight=False)

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+CHARTS = (".png", ".pdf", ".svg")
+
+
 def add_options(parser: argparse.ArgumentParser, csv: bool = False) -> None:
     parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
     if csv:
         parser.add_argument("--csv", metavar="PATH")
-    parser.add_argument("--plot", metavar="PATH", help="a PNG")
+    parser.add_argument("--plot", metavar="PATH", help="a PNG, or a PDF or SVG")
 
 
 def check(args: argparse.Namespace, command: str) -> None:
@@ -31,6 +34,10 @@ def check(args: argparse.Namespace, command: str) -> None:
         path = getattr(args, option, None)
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no directory {Path(path).parent}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{option} {path}: is a directory, name a file")
+        if option == "plot" and path and Path(path).suffix.lower() not in CHARTS:
+            raise ValueError(f"--plot {path}: the name of a chart ends in {', '.join(CHARTS)}")
 
 
 def consoles(args: argparse.Namespace, width: int) -> tuple[Console, Console]:

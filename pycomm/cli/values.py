@@ -31,5 +31,10 @@ def at_least(least: int, option: str, value: int | None) -> None:
         raise ValueError(f"{option} {value}: at least {least}")
 
 
+def at_most(most: int, option: str, value: int) -> None:
+    if value > most:
+        raise ValueError(f"{option} {value}: at most {most}")
+
+
 def needs(what: str, package: str) -> str:
     return f"{what} needs {package}: pip install 'pycomm-collectives[bench]'"

@@ -275,8 +275,8 @@ class CodecWork:
 
     def wait(self, timeout: float | None = None) -> Any:
         """See pycomm.Work.wait."""
-        if timeout is not None and not checks.number(timeout, "timeout") > 0:
-            raise ValueError(f"`timeout` is {timeout!r}: pass a positive number of seconds")
+        if timeout is not None and not checks.number(timeout, "timeout") >= 0:
+            raise ValueError(f"`timeout` is {timeout!r}: pass seconds, 0 or more")
         deadline = None if timeout is None else time.monotonic() + timeout
         found = None
         for work in self._works:

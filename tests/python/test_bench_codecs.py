@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,60 @@ def test_bytes(codec: codecs.Codec, size: int) -> None:
         (["--steps", "0"], "--steps 0: at least 1"),
         (["--gradients", "no/such.npz"], "record_gradients.py"),
         (["--json", "no/such/place.json"], "there is no directory"),
+        (["--json", "."], "--json .: is a directory"),
+        (["--plot", "chart.txt"], "--plot chart.txt: the name of a chart ends in .png"),
+        (["--ranks", "99999"], "--ranks 99999: at most 64"),
+        (["--count", "10000000000000"], "--count 10000000000000"),
     ],
 )
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
     assert main.main(["bench", "codecs", *args]) == 2
     out, err = capsys.readouterr()
     assert words in err and len(err.splitlines()) == 1 and out == ""
+
+
+def npz(path: Path, gradients: Any, shapes: Any) -> str:
+    np.savez(path, gradients=gradients, shapes=shapes)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "shapes"),
+    [
+        (np.zeros((3, 2, 10), np.float32), [["w", "[9]"]]),
+        (np.zeros((3, 2, 10), np.float32), [["w", "[-1, -10]"]]),
+        (np.zeros((3, 2, 10), np.float32), [["w", '["x"]']]),
+        (np.zeros((3, 2, 10), np.float32), [["w", "10"]]),
+        (np.zeros((3, 2, 10), np.float32), ["w", "v"]),
+        (np.zeros((3, 2, 10), np.int64), [["w", "[10]"]]),
+        (np.zeros((3, 10), np.float32), [["w", "[10]"]]),
+        (np.full((3, 2, 10), np.nan, np.float32), [["w", "[10]"]]),
+    ],
+)
+def test_files_that_hold_no_gradients_are_refused(tmp_path: Path, gradients: Any, shapes: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds no gradients .*record_gradients.py"):
+        bench.recorded(npz(tmp_path / "g.npz", gradients, shapes), 3)
+
+
+def test_an_array_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / "g.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match="holds no gradients"):
+        bench.recorded(str(tmp_path / "g.npz"), 3)
+
+
+def test_gradients_of_fewer_steps_or_ranks_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = npz(tmp_path / "g.npz", np.ones((3, 2, 10), np.float32), [["w", "[2, 5]"]])
+    for option, value in (("steps", "4"), ("ranks", "3")):
+        args = {"steps": "3", "ranks": "2"} | {option: value}
+        words = [word for name in args for word in (f"--{name}", args[name])]
+        assert main.main(["bench", "codecs", "--gradients", path, *words]) == 2
+        assert f"--{option} {value}: {path} has {int(value) - 1}" in capsys.readouterr().err
+
+
+def test_shared_integers_are_left_out_where_they_have_no_levels() -> None:
+    data = bench.gaussian(64, 1, 25)
+    names = [row.codec for row in bench.measure(data, [25], ["two_shot"])]
+    assert "shared_int 16" in names and "shared_int 8" not in names
