@@ -26,20 +26,6 @@ namespace {
 
 constexpr int kElements = static_cast<int>(kTile);
 
-// An element in memory, at any address and of any declared type.
-template <class T>
-struct __attribute__((packed, may_alias)) Unaligned {
-  T value;
-};
-template <class T>
-const Unaligned<T>* in(const void* p) {
-  return static_cast<const Unaligned<T>*>(p);
-}
-template <class T>
-Unaligned<T>* out(void* p) {
-  return static_cast<Unaligned<T>*>(p);
-}
-
 constexpr size_t kCount = kElements;
 
 // to = from + value(i); without `from` where that is null

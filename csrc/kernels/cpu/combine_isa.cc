@@ -28,21 +28,6 @@ constexpr size_t kLine = 64;
 constexpr size_t kBlockBytes = 2048;
 constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
 
-// An element in memory, at any address and of any declared type.
-template <class T>
-struct __attribute__((packed, may_alias)) Unaligned {
-  T value;
-};
-
-template <class T>
-const Unaligned<T>* in(const void* p) {
-  return static_cast<const Unaligned<T>*>(p);
-}
-template <class T>
-Unaligned<T>* out(void* p) {
-  return static_cast<Unaligned<T>*>(p);
-}
-
 // Complex numbers go part by part: the compiler makes no vectors of structs copied whole.
 template <class T>
 PYCOMM_INLINE T get(const Unaligned<T>& from) {

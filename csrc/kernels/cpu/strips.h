@@ -78,6 +78,20 @@ struct Lane<Words> {
   }
 };
 
+// An element in memory, at any address and of any declared type.
+template <class T>
+struct __attribute__((packed, may_alias)) Unaligned {
+  T value;
+};
+template <class T>
+PYCOMM_INLINE const Unaligned<T>* in(const void* p) {
+  return static_cast<const Unaligned<T>*>(p);
+}
+template <class T>
+PYCOMM_INLINE Unaligned<T>* out(void* p) {
+  return static_cast<Unaligned<T>*>(p);
+}
+
 template <class V>
 PYCOMM_INLINE V load(const void* from) {
   V x;
