@@ -1,5 +1,6 @@
-// The codecs' inner loops for one instruction set, see codec_kernels.h: plain loops of constant length over
-// the arithmetic of codecs.h, of which the compiler makes vectors.
+// The codecs' inner loops for one instruction set, see codec_kernels.h, over the arithmetic of codecs.h:
+// plain loops of constant length, of which the compiler makes vectors, and those of strips.h where codes of 8
+// bits are made or small floats read, which it does in pieces.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -25,7 +26,6 @@ namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
 constexpr int kElements = static_cast<int>(kTile);
-
 constexpr size_t kCount = kElements;
 
 // to = from + value(i); without `from` where that is null
