@@ -209,7 +209,7 @@ void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
   }
 }
 
-// What a block's elements are multiplied by; true if no block is all zeros whatever its elements.
+// What a block's elements are multiplied by; true if all have a scale.
 template <class C>
 PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -225,6 +225,18 @@ PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* s
   return unusual >> 31 == 0;
 }
 
+// The tile with zeros, and a factor of zero, for blocks without a scale: factors 1 / 0 and 1 / NaN.
+template <int kBlock>
+const float* without_unusual(const float* tile, float* factors, float* numbers) {
+  std::memcpy(numbers, tile, kElements * sizeof *tile);
+  for (int b = 0; b < kElements / kBlock; ++b) {
+    if (magnitude_of(factors[b]) < kFloatInf) continue;
+    factors[b] = 0;
+    std::memset(numbers + b * kBlock, 0, kBlock * sizeof *numbers);
+  }
+  return numbers;
+}
+
 template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -234,7 +246,10 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
   uint8_t* elements = wire + kBlocks * sizeof(typename C::Scale);
   uint8_t* codes = C::kBits == 8 ? elements : bytes;
   find_amax<C::kBlock>(tile, amax);
-  const bool usual = find_factors<C>(amax, factors, wire);
+  alignas(64) float numbers[kElements];
+  if (!find_factors<C>(amax, factors, wire)) {
+    tile = without_unusual<C::kBlock>(tile, factors, numbers);
+  }
   for (int i = 0; i < kElements; i += 4 * kWidth) {
     Words four[4];
     for (int j = 0; j < 4; ++j) {
@@ -244,9 +259,6 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
           C::template round<kStochastic, Words>(load<Floats>(tile + at) * factors[at / C::kBlock], bits);
     }
     kernels::PYCOMM_ISA::store(codes + i, narrow_four(four));
-  }
-  for (int b = 0; !usual && b < kBlocks; ++b) {
-    if (!is_scale(C::value(C::scale(amax[b])))) std::memset(codes + b * C::kBlock, 0, C::kBlock);
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
 }
