@@ -63,12 +63,12 @@ def plot(rows: Sequence[Row], path: str, machine: str) -> None:
             label="fastest other way" if n == 0 else None,
         )
     axis.set_yticks([n + 0.4 - thick / 2 for n in range(len(labels))], labels, fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) + 2, -0.6)  # from the top down, with room for the legend
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("share of the copy's bandwidth")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.suptitle(machine, fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(machine, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
