@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from pycomm import _native, checks
 from pycomm.bucket import Bucket
-from pycomm.codecs.feedback import ErrorFeedback, Places
+from pycomm.codecs.feedback import ErrorFeedback, Layout, Places
 from pycomm.codecs.kinds import DEFAULTS, BlockCodec, Codec, SharedInt, TopK
 
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
@@ -103,7 +103,8 @@ class _Request:
             segments = [segment for segment in x.segments if segment not in exempt.segments]
             if not segments:
                 return lambda: self._reduce_plainly(x, out)
-        return partial(self._run_fed, x, out, segments, exempt, feedback, places)
+        layout = feedback.layout(self.comm, places, _count(x))
+        return partial(self._run_fed, x, out, segments, exempt, feedback, layout)
 
     def _run_fed(
         self,
@@ -112,9 +113,8 @@ class _Request:
         segments: Sequence[Any] | None,
         exempt: _Exempt | None,
         feedback: ErrorFeedback,
-        places: Places,
+        layout: Layout,
     ) -> Any:
-        layout = feedback.layout(self.comm, places, _count(x))
         residuals = {
             "residual": layout.now,
             "next_residual": layout.next,

@@ -357,6 +357,13 @@ def test_what_is_refused_leaves_everything_as_it_was(ranks: Ranks) -> None:
                     comm.all_reduce(xs, out=out, codec=codec, tag="t", async_op=asynchronous)
         assert feedback.state_dict() == {} and comm.codec_step == 0
 
+        # The second of two buckets is refused, for its residual, before the first is reduced.
+        feedback.load_state_dict({"t[1]": np.ones(7, np.float32)})
+        with pytest.raises(ValueError, match=r"'t\[1\]' has 300 elements here, and its residual 7"):
+            comm.all_reduce([x, x.astype(np.float16)], codec=codec, tag="t")
+        assert comm.codec_step == 0 and list(feedback.state_dict()) == ["t[1]"]
+        feedback.load_state_dict({})
+
         bucket = Bucket([np.ones((2, 300), np.float32), np.full(5, 3.0, np.float32)], names=["w", "b"])
         bucket.pack()
         for each in (codec, codecs.TopK(error_feedback=feedback)):

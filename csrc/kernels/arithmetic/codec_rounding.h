@@ -48,7 +48,7 @@ PYCOMM_INLINE Integer<W> round_stochastic(Float<W> x, W random) {
 template <class W>
 PYCOMM_INLINE Integer<W> clamp(Integer<W> x, int32_t limit) {
   const Integer<W> most = Integer<W>{} + limit;
-  return Lane<W>::most(Lane<W>::least(x, most), -most);
+  return larger(smaller(x, most), -most);
 }
 
 // kLargest: the magnitude of the largest finite value as a code.
@@ -61,20 +61,20 @@ struct SaturatingFloat {
 
   template <class W>
   PYCOMM_INLINE static W nearest(W x) {
-    const W magnitude = Lane<W>::least(x & 0x7fffffff, fill<W>(kMax));
+    const W magnitude = smaller(x & 0x7fffffff, fill<W>(kMax));
     return F::with_sign(F::round_magnitude(magnitude), x);
   }
 
   // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
   template <class W>
   PYCOMM_INLINE static W stochastic(W x, W random) {
-    const W magnitude = Lane<W>::least(x & 0x7fffffff, fill<W>(kMax));
+    const W magnitude = smaller(x & 0x7fffffff, fill<W>(kMax));
     const Integer<W> dither = dither_of<F::kShift - kDitherBits>(random);
     const Integer<W> normal = (__builtin_bit_cast(Integer<W>, magnitude - F::kRebias) + dither) >> F::kShift;
-    const Float<W> small = Lane<W>::to_float(Lane<W>::least(magnitude, fill<W>(F::kMinNormal)));
+    const Float<W> small = Lane<W>::to_float(smaller(magnitude, fill<W>(F::kMinNormal)));
     const float unit = as_float(F::power(F::kShift - (1 - F::kBias - kMantissa)));
     const Integer<W> places = (Lane<W>::to_integer(small * unit) + dither) >> F::kShift;
-    return F::with_sign(__builtin_bit_cast(W, Lane<W>::most(normal, places)), x);
+    return F::with_sign(__builtin_bit_cast(W, larger(normal, places)), x);
   }
 };
 

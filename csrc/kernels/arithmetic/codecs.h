@@ -9,9 +9,7 @@
 //   wide_scale(amax)      the same in 32 bits
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
 //   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
-//   round(t, random)      the same of t = x * inverse(s), for who has many elements under one scale; of
-//   vectors
-//                         of them as well
+//   round(t, random)      the same of t = x * inverse(s), of one element or of vectors of them
 //   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
 #pragma once
 

@@ -22,6 +22,16 @@ PYCOMM_INLINE uint32_t if_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no
   return no ^ ((no ^ yes) & mask);
 }
 
+// Of integers, or of vectors of them lane by lane.
+template <class T>
+PYCOMM_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+PYCOMM_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
 // The words that floats are computed in: 32 bits of one, or, in cpu/strips.h, of several side by side.
 template <class W>
 struct Lane;
@@ -33,14 +43,6 @@ struct Lane<uint32_t> {
   PYCOMM_INLINE static uint32_t to_bits(float x) { return as_bits(x); }
   PYCOMM_INLINE static uint32_t select_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
     return if_less(a, b, yes, no);
-  }
-  template <class T>
-  PYCOMM_INLINE static T least(T a, T b) {
-    return a < b ? a : b;
-  }
-  template <class T>
-  PYCOMM_INLINE static T most(T a, T b) {
-    return a < b ? b : a;
   }
   // Towards zero; |x| < 2^31. For floor(): exact either way; where there is an instruction, by it.
   PYCOMM_INLINE static int32_t to_integer(float x) { return static_cast<int32_t>(x); }
@@ -126,7 +128,7 @@ struct SmallFloat {
   // at zero.
   template <class W>
   PYCOMM_INLINE static W round_magnitude(W magnitude) {
-    const W least = Lane<W>::most(magnitude & kFloatInf, fill<W>(kMinNormal));
+    const W least = larger(magnitude & kFloatInf, fill<W>(kMinNormal));
     const W anchor = least + ((static_cast<uint32_t>(kShift) << 23) + kOffset);
     const W sum = Lane<W>::to_bits(Lane<W>::to_float(magnitude) + Lane<W>::to_float(anchor));
     return sum + (sum >> kShift);

@@ -183,8 +183,6 @@ struct Kernel {
 const char* at(const void* p, size_t offset) { return static_cast<const char*>(p) + offset; }
 char* at(void* p, size_t offset) { return static_cast<char*>(p) + offset; }
 
-size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
 // Elements [begin, begin + n), at most a block, reduced and stored to dsts, which point at `begin` already.
 void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, size_t n, void* const* dsts,
                    int num_dsts) {
@@ -221,10 +219,10 @@ void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
   size_t n = block;
   if (args.stream) {  // the first block ends where a cache line of the destination does
     const size_t head = (kLine - reinterpret_cast<uintptr_t>(args.dsts[0]) % kLine) % kLine;
-    if (head != 0 && head % size == 0) n = least(block, head / size);
+    if (head != 0 && head % size == 0) n = smaller(block, head / size);
   }
   for (size_t begin = 0; begin < count; begin += n, n = block) {
-    n = least(n, count - begin);
+    n = smaller(n, count - begin);
     const size_t offset = begin * size;
     if (args.stream) {
       alignas(kLine) unsigned char results[kBlockBytes];
@@ -246,7 +244,7 @@ void copy(const CombineArgs& args, size_t bytes) {
   if (args.num_dsts == 1) return copy_bytes(args.dsts[0], src, bytes, args.stream);
   for (size_t begin = 0; begin < bytes;
        begin += kBlockBytes) {  // all destinations while the block is in the cache
-    const size_t n = least(kBlockBytes, bytes - begin);
+    const size_t n = smaller(kBlockBytes, bytes - begin);
     for (int d = 0; d < args.num_dsts; ++d) {
       void* dst = args.dsts[d];
       if (dst == src) continue;

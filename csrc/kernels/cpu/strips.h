@@ -56,14 +56,6 @@ struct Lane<Words> {
   PYCOMM_INLINE static Words select_less(Words a, Words b, Words yes, Words no) {
     return __builtin_bit_cast(Integers, a) < __builtin_bit_cast(Integers, b) ? yes : no;
   }
-  template <class V>
-  PYCOMM_INLINE static V least(V a, V b) {
-    return a < b ? a : b;
-  }
-  template <class V>
-  PYCOMM_INLINE static V most(V a, V b) {
-    return a < b ? b : a;
-  }
   PYCOMM_INLINE static Integers to_integer(Floats x) { return __builtin_convertvector(x, Integers); }
   PYCOMM_INLINE static Integers floor(Floats x) {
 #if defined(__AVX512F__)
@@ -298,27 +290,18 @@ PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
   }
 }
 
-// For statistics: the halves of a vector in float64, x * x + sum where x * x is exact, and the larger word of
-// each two.
+// For statistics: the halves of a vector in float64, and x * x + sum where x * x is exact.
 #if defined(__AVX512F__)
 
 PYCOMM_INLINE Doubles first_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 PYCOMM_INLINE Doubles second_half(Floats x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
 PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return _mm512_fmadd_pd(x, x, sum); }
-PYCOMM_INLINE Words larger(Words a, Words b) {
-  return __builtin_bit_cast(Words,
-                            _mm512_max_epu32(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, b)));
-}
 
 #elif defined(__AVX2__)
 
 PYCOMM_INLINE Doubles first_half(Floats x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 PYCOMM_INLINE Doubles second_half(Floats x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return _mm256_fmadd_pd(x, x, sum); }
-PYCOMM_INLINE Words larger(Words a, Words b) {
-  return __builtin_bit_cast(Words,
-                            _mm256_max_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, b)));
-}
 
 #else
 
@@ -329,7 +312,6 @@ PYCOMM_INLINE Doubles second_half(Floats x) {
   return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), Doubles);
 }
 PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; }
-PYCOMM_INLINE Words larger(Words a, Words b) { return a > b ? a : b; }
 
 #endif
 
