@@ -9,7 +9,7 @@
 #include "bindings/python.h"
 #include "common/error.h"
 #include "kernels/codec.h"
-#include "kernels/combine.h"
+#include "kernels/copy.h"
 #include "kernels/pack.h"
 
 namespace py = pybind11;

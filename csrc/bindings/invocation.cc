@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/error.h"
+#include "kernels/copy.h"
 
 namespace py = pybind11;
 
@@ -324,7 +325,7 @@ void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> ou
   if (!storage) throw std::bad_alloc();
   char* to = storage.get();
   for (const Buffer& b : ins) {
-    std::memcpy(to, b.data, b.bytes());
+    kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
     to += b.bytes();
   }
   call.in.data = call.out.data = storage.get();
@@ -336,7 +337,7 @@ void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> ou
   call.then = [outs = std::move(outs), storage, keep = std::move(keep)] {
     const char* from = storage.get();
     for (const Buffer& b : outs) {
-      std::memcpy(b.data, from, b.bytes());
+      kernels::copy_bytes(b.data, from, static_cast<size_t>(b.bytes()));
       from += b.bytes();
     }
   };

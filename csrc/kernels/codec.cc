@@ -7,6 +7,7 @@
 
 #include "common/error.h"
 #include "kernels/codec_tiles.h"
+#include "kernels/copy.h"
 #include "kernels/cpu/codec_kernels.h"
 #include "kernels/cpu/isa.h"
 
@@ -55,14 +56,15 @@ TileCode tile_code(const Codec& codec) {
 // transcode(), tile by tile.
 class Transcoder {
  public:
-  Transcoder(const TranscodeArgs& args, const CodecKernels& kernels)
+  Transcoder(const TranscodeArgs& args, const Isa& isa)
       : args_(args),
-        kernels_(kernels),
+        isa_(isa),
+        kernels_(*isa.codec),
         code_(static_cast<size_t>(tile_code(*args.codec))),
         stochastic_(args.codec->rounding == Rounding::stochastic && args.codec->kind != CodecKind::sign),
         tile_bytes_(tile_bytes(args.codec->kind)),
         pieces_(args.encoding.segments),
-        random_(kernels, args.codec->seed, args.codec->kind == CodecKind::bf16 ? 16 : 8, args.encoding) {}
+        random_(kernels_, args.codec->seed, args.codec->kind == CodecKind::bf16 ? 16 : 8, args.encoding) {}
 
   void run() {
     for (begin_ = 0; begin_ < count(); begin_ += kTile) {
@@ -153,7 +155,7 @@ class Transcoder {
     const auto* wire = static_cast<const uint8_t*>(src);
     if (n_ < kTile) {
       const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
-      std::memcpy(wire_.bytes, wire, bytes);
+      copy_bytes(wire_.bytes, wire, bytes, false, isa_);
       std::memset(wire_.bytes + bytes, 0, sizeof wire_.bytes - bytes);
       wire = wire_.bytes;
     }
@@ -171,7 +173,7 @@ class Transcoder {
           kernels_.store(wire_.bytes, dtype, v, elements());
           from = wire_.bytes;
         }
-        stream_copy(dst, from, elements() * size_of(dtype));
+        copy_bytes(dst, from, elements() * size_of(dtype), true, isa_);
       } else {
         kernels_.store(dst, dtype, v, elements());
       }
@@ -188,7 +190,7 @@ class Transcoder {
     }
     pieces_.enter(encoding.index + begin_, n_);
     if (!pieces_.whole()) {
-      if (v != own) std::memcpy(own, v, sizeof buffers_[0]);
+      if (v != own) copy_bytes(own, v, sizeof buffers_[0], false, isa_);
       pieces_.clear_gaps(own);
       v = own;
     }
@@ -200,7 +202,7 @@ class Transcoder {
     wire_written(v, random, wire_.bytes);
     const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
     for (int d = 0; d < args_.num_dsts; ++d)
-      std::memcpy(here(args_.dsts[d], Format::wire), wire_.bytes, bytes);
+      copy_bytes(here(args_.dsts[d], Format::wire), wire_.bytes, bytes, false, isa_);
   }
 
   void wire_written(const float* v, const uint8_t* random, uint8_t* wire) {
@@ -215,6 +217,7 @@ class Transcoder {
   }
 
   const TranscodeArgs& args_;
+  const Isa& isa_;
   const CodecKernels& kernels_;
   size_t code_;
   bool stochastic_;
@@ -226,9 +229,10 @@ class Transcoder {
   FloatTile buffers_[kMaxDepth];
 };
 
-void copy(const TranscodeArgs& args) {
+void copy(const TranscodeArgs& args, const Isa& isa) {
   const auto bytes = static_cast<size_t>(wire_bytes(args.codec->kind, static_cast<int64_t>(args.count)));
-  for (int d = 0; d < args.num_dsts; ++d) std::memcpy(args.dsts[d], args.srcs[0], bytes);
+  for (int d = 0; d < args.num_dsts; ++d) copy_bytes(args.dsts[d], args.srcs[0], bytes, args.stream, isa);
+  if (args.stream) stream_fence();
 }
 
 }  // namespace
@@ -273,9 +277,9 @@ void add_residual(DType dtype, void* x, size_t count, const float* residual, flo
 
 void transcode(const TranscodeArgs& args, const Isa& isa) {
   if (args.num_srcs == 1 && args.src_formats[0] == Format::wire && args.dst_format == Format::wire) {
-    return copy(args);
+    return copy(args, isa);
   }
-  Transcoder(args, *isa.codec).run();
+  Transcoder(args, isa).run();
 }
 
 }  // namespace pycomm::kernels

@@ -56,7 +56,4 @@ using CombineFn = void (*)(const CombineArgs&);
 // The kernel for this pair. The pair must satisfy supports(dtype, op).
 CombineFn find_combine(DType dtype, Op op, const Isa& isa = chosen_isa());
 
-// A plain copy of bytes: memcpy, or non-temporal stores.
-void copy_bytes(void* dst, const void* src, size_t bytes, bool stream);
-
 }  // namespace pycomm::kernels

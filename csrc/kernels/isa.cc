@@ -21,8 +21,10 @@ struct IsaList {
   }
 };
 
-#define PYCOMM_KERNELS(set) \
-  Isa { #set, set::find, &set::codec_kernels, &set::pack_kernels, &set::topk_kernels }
+#define PYCOMM_KERNELS(set)                                                                                 \
+  Isa {                                                                                                     \
+    #set, set::find, set::copy, set::copy_past, &set::codec_kernels, &set::pack_kernels, &set::topk_kernels \
+  }
 
 // Those that this machine can run, the best one first.
 const IsaList& available() {

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "common/error.h"
-#include "kernels/combine.h"
+#include "kernels/copy.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack_kernels.h"
 
@@ -32,13 +32,7 @@ void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
     const DType from = packs ? item.dtype : args.dtype, to = packs ? args.dtype : item.dtype;
     const bool as_is = from == to && scale == 1;
     if (as_is && !stats) {
-      if (src == dst || item.count == 0) continue;
-      const size_t bytes = static_cast<size_t>(item.count) * size_of(to);
-      if (stream) {
-        stream_copy(dst, src, bytes);
-      } else {
-        copy_bytes(dst, src, bytes, false);
-      }
+      copy_bytes(dst, src, static_cast<size_t>(item.count) * size_of(to), stream, isa);
       continue;
     }
     const CastFn cast = isa.pack->find(from, to, as_is);

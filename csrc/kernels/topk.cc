@@ -9,6 +9,7 @@
 
 #include "common/error.h"
 #include "kernels/codec_tiles.h"
+#include "kernels/copy.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/topk_kernels.h"
 
@@ -132,7 +133,7 @@ uint32_t guess_least(Values& values, size_t k, size_t count) {
   return find_threshold(sample.data(), kSample, static_cast<size_t>(rank)).magnitude;
 }
 
-void write(const Candidates& found, const TopkArgs& args) {
+void write(const Candidates& found, const TopkArgs& args, const Isa& isa) {
   const auto count = static_cast<uint32_t>(found.size());
   auto* record = static_cast<unsigned char*>(args.record);
   std::memset(record, 0, kHeader);
@@ -140,9 +141,9 @@ void write(const Candidates& found, const TopkArgs& args) {
   unsigned char* indices = record + kHeader;
   unsigned char* values = indices + args.capacity * sizeof(uint32_t);
   const size_t bytes = count * sizeof(uint32_t), rest = (args.capacity - count) * sizeof(uint32_t);
-  std::memcpy(indices, found.indices(), bytes);
+  copy_bytes(indices, found.indices(), bytes, false, isa);
   std::memset(indices + bytes, 0, rest);
-  std::memcpy(values, found.values(), bytes);
+  copy_bytes(values, found.values(), bytes, false, isa);
   std::memset(values + bytes, 0, rest);
 }
 
@@ -171,7 +172,7 @@ void topk_encode(const TopkArgs& args, const Isa& isa) {
       args.residual && args.residual == args.next_residual ? 0 : guess_least(values, k, args.count);
   select(guess);
   if (candidates.size() < k) select(0);
-  write(candidates, args);
+  write(candidates, args, isa);
   if (args.next_residual) {
     for (size_t i = 0; i < candidates.size(); ++i) {
       std::memset(args.next_residual + candidates.indices()[i], 0, sizeof(float));

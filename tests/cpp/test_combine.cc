@@ -14,6 +14,7 @@
 #include "float_table.h"
 #include "isas.h"
 #include "kernels/combine.h"
+#include "placed.h"
 
 using namespace pycomm;
 using namespace pycomm::kernels;
@@ -240,24 +241,6 @@ bool same(const Case& c, const Byte* got, const Byte* want, size_t count) {
   }
   return true;
 }
-
-// A copy of bytes at a chosen distance from a cache line, with room and a mark behind it.
-struct Placed {
-  static constexpr size_t kGuard = 80;
-  Bytes memory;
-  Byte* data;
-  size_t size;
-
-  Placed(size_t bytes, size_t misplaced) : memory(bytes + 64 + misplaced + kGuard, 0xa5), size(bytes) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    data = memory.data() + (64 - address % 64) % 64 + misplaced;
-  }
-  bool guarded(size_t used) const {
-    const auto untouched = [](Byte b) { return b == 0xa5; };
-    return std::all_of(const_cast<const Byte*>(memory.data()), const_cast<const Byte*>(data), untouched) &&
-           std::all_of(data + used, data + used + kGuard, untouched);
-  }
-};
 
 void call(CombineFn fn, const Case& c, const std::vector<void*>& dsts, const std::vector<const void*>& srcs,
           size_t count, bool stream) {
@@ -505,23 +488,5 @@ TEST(conversions_known) {
     CHECK(convert<uint8_t>(isa, DType::float8_e4m3fn, x, Format::partial, Format::final) == e4m3);
     CHECK(convert<uint8_t>(isa, DType::float8_e5m2, y, Format::partial, Format::final) == e5m2);
     CHECK(convert<uint16_t>(isa, DType::float16, z, Format::partial, Format::final) == half);
-  }
-}
-
-TEST(copy_bytes_of_any_length_and_place) {
-  Bytes source(5000);
-  for (Byte& b : source) b = static_cast<Byte>(random_bits());
-  for (bool stream : {false, true}) {
-    for (size_t bytes : {0, 1, 63, 64, 65, 127, 128, 200, 4099}) {
-      for (size_t to : {0, 1, 16, 63}) {
-        Placed dst(bytes, to);
-        copy_bytes(dst.data, source.data() + to / 2, bytes, stream);
-        CHECK(std::memcmp(dst.data, source.data() + to / 2, bytes) == 0);
-        CHECK(dst.guarded(bytes));
-      }
-    }
-    Bytes same_place = source;
-    copy_bytes(same_place.data(), same_place.data(), same_place.size(), stream);
-    CHECK(same_place == source);
   }
 }

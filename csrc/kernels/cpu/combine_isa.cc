@@ -11,6 +11,7 @@
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/small_float.h"
 #include "kernels/combine.h"
+#include "kernels/copy.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/strips.h"
 
@@ -228,31 +229,26 @@ void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
       alignas(kLine) unsigned char results[kBlockBytes];
       void* const dst = results;
       combine_block(args, steps, begin, n, &dst, 1);
-      for (int d = 0; d < args.num_dsts; ++d) stream_copy(at(args.dsts[d], offset), results, n * size);
+      for (int d = 0; d < args.num_dsts; ++d) copy_past(at(args.dsts[d], offset), results, n * size);
     } else {
       const int fused = args.num_dsts == 1 ? 1 : 2;
       void* const dsts[2] = {at(args.dsts[0], offset), at(args.dsts[fused - 1], offset)};
       combine_block(args, steps, begin, n, dsts, fused);
-      for (int d = 2; d < args.num_dsts; ++d) std::memcpy(at(args.dsts[d], offset), dsts[0], n * size);
+      for (int d = 2; d < args.num_dsts; ++d) copy(at(args.dsts[d], offset), dsts[0], n * size);
     }
   }
   if (args.stream) stream_fence();
 }
 
-void copy(const CombineArgs& args, size_t bytes) {
+void copy_to_all(const CombineArgs& args, size_t bytes) {
   const void* src = args.srcs[0];
-  if (args.num_dsts == 1) return copy_bytes(args.dsts[0], src, bytes, args.stream);
-  for (size_t begin = 0; begin < bytes;
-       begin += kBlockBytes) {  // all destinations while the block is in the cache
-    const size_t n = smaller(kBlockBytes, bytes - begin);
+  CopyFn& copy_block = args.stream ? copy_past : copy;
+  // All destinations while the block is in the cache.
+  const size_t block = args.num_dsts == 1 ? bytes : kBlockBytes;
+  for (size_t begin = 0; begin < bytes; begin += block) {
     for (int d = 0; d < args.num_dsts; ++d) {
-      void* dst = args.dsts[d];
-      if (dst == src) continue;
-      if (args.stream) {
-        stream_copy(at(dst, begin), at(src, begin), n);
-      } else {
-        std::memcpy(at(dst, begin), at(src, begin), n);
-      }
+      if (args.dsts[d] == src) continue;
+      copy_block(at(args.dsts[d], begin), at(src, begin), smaller(block, bytes - begin));
     }
   }
   if (args.stream) stream_fence();
@@ -263,7 +259,8 @@ void combine(const CombineArgs& args) {
   const size_t count = args.count * K::kParts;
   if (count == 0) return;
   if (args.num_srcs == 1 && args.src_formats[0] == args.dst_format) {
-    return copy(args, count * (args.dst_format == Format::partial ? K::kSteps.acc_size : K::kSteps.size));
+    return copy_to_all(args,
+                       count * (args.dst_format == Format::partial ? K::kSteps.acc_size : K::kSteps.size));
   }
   if (args.num_srcs == 2 && args.src_formats[0] == args.src_formats[1] && args.num_dsts <= 2 &&
       args.prescale == 1 && !args.stream) {

@@ -15,12 +15,14 @@ namespace pycomm::kernels {
 struct CodecKernels;
 struct PackKernels;
 struct TopkKernels;
+using CopyFn = void(void* dst, const void* src, size_t bytes);
 
-// The kernels of one instruction set, which a copy defines. find() gives null if the pair does not satisfy
-// supports(dtype, op).
+// The kernels of one instruction set, which a copy of the sources defines. find() gives null if the pair does
+// not satisfy supports(dtype, op). copy() and copy_past() are copy_bytes() of kernels/copy.h.
 #define PYCOMM_DECLARE_KERNELS(set)        \
   namespace set {                          \
   CombineFn find(DType dtype, Op op);      \
+  CopyFn copy, copy_past;                  \
   extern const CodecKernels codec_kernels; \
   extern const PackKernels pack_kernels;   \
   extern const TopkKernels topk_kernels;   \
@@ -33,14 +35,10 @@ PYCOMM_DECLARE_KERNELS(neon)
 struct Isa {
   const char* name;
   CombineFn (*find_combine)(DType, Op);
+  CopyFn *copy, *copy_past;
   const CodecKernels* codec;
   const PackKernels* pack;
   const TopkKernels* topk;
 };
-
-// Copies with non-temporal stores for the full cache lines of dst; stream_fence() orders them before later
-// stores. Where there are none (not x86), a memcpy and nothing.
-void stream_copy(void* dst, const void* src, size_t bytes);
-void stream_fence();
 
 }  // namespace pycomm::kernels

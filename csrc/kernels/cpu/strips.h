@@ -318,13 +318,12 @@ PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; 
 // Whole cache lines past the cache: to is aligned to one.
 PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
   constexpr size_t kLine = 64;
-#if defined(__AVX512F__)
-  for (size_t i = 0; i < lines * kLine; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load<__m512i>(from + i));
+  constexpr int kVectors = kLine / sizeof(Words);
+  for (size_t i = 0; i < lines * kLine; i += kLine) {
+    Words x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load<Words>(from + i + v * sizeof(Words));
+    for (int v = 0; v < kVectors; ++v) stream(to + i + v * sizeof(Words), x[v]);
   }
-#else
-  stream_copy(to, from, lines * kLine);
-#endif
 }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA
