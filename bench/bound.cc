@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
   Hand hand{
       reinterpret_cast<Hand::Flag*>(domain.cells(0, 0, 0)), rank, {domain.bank(0, 0), domain.bank(1, 0)}};
   Ours ours{domain};
-  const Geometry geometry = host_geometry();
+  const Geometry geometry = host_geometry(2);
 
   for (size_t bytes = 4; bytes <= max_bytes; bytes *= 4) {
     auto prepare = [&](Placement placement) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/buffer.h"
+#include "common/caches.h"
 #include "common/error.h"
 #include "kernels/topk.h"
 
@@ -21,8 +22,6 @@ using kernels::Rounding;
 using kernels::Segment;
 
 namespace {
-
-constexpr int64_t kStreamBytes = int64_t{12} << 20;  // more than caches hold: results go past them
 
 Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
                  bool hadamard) {
@@ -121,7 +120,7 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
                       .num_dsts = 1,
                       .num_srcs = add ? 2 : 1,
                       .dst_format = kernels::Format::final,
-                      .stream = !add && to.bytes() >= kStreamBytes,
+                      .stream = !add && to.bytes() >= past_cache_bytes(1),
                       .count = static_cast<size_t>(to.count)},
                      chosen);
 }

@@ -63,7 +63,7 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   call.counts = uniform_counts(call.world, count);
   call.in = call.out = placement == "plain" ? Placement::plain : Placement::symmetric;
   call.in_place = in_place;
-  const runtime::Geometry geometry = runtime::host_geometry();
+  const runtime::Geometry geometry = runtime::host_geometry(size);
   const Schedule written = write.is_none()
                                ? find_algorithm(call.world.collective, algorithm).write(call.world)
                                : call_python(write, call.world);

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "common/caches.h"
 #include "common/error.h"
 #include "kernels/copy.h"
 #include "kernels/cpu/isa.h"
@@ -9,9 +10,6 @@
 
 namespace pycomm::kernels {
 namespace {
-
-// From here on a bucket, or what it is unpacked to, is more than the caches hold when it is read again.
-constexpr int64_t kStreamBytes = 12 << 20;
 
 void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
   const auto scale = static_cast<float>(args.scale);
@@ -23,7 +21,7 @@ void run(const PackArgs& args, bool packs, Stats* stats, const Isa& isa) {
     }
     written += item.count * static_cast<int64_t>(size_of(packs ? args.dtype : item.dtype));
   }
-  const bool stream = written >= kStreamBytes;
+  const bool stream = written >= past_cache_bytes(1);
   Tally tally;
   for (const PackItem& item : args.items) {
     char* place = static_cast<char*>(args.bucket) + item.offset * static_cast<int64_t>(size_of(args.dtype));

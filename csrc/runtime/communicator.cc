@@ -72,6 +72,7 @@ std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options&
   std::shared_ptr<Communicator> comm(
       new Communicator(std::make_unique<Domain>(node, ranks, options.rank, offset), options.timeout_s));
   comm->learn_cores();
+  comm->learn_caches();
   comm->learn_single_copy();
   return comm;
 }
@@ -86,6 +87,7 @@ std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size, doubl
     comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), timeout_s));
     const unsigned cores = std::thread::hardware_concurrency();
     comms[r]->policy_ = wait_policy(size, static_cast<int>(cores));
+    comms[r]->caches_ = caches();
     comms[r]->single_copy_ = env().single_copy && reads_itself(*nodes[r]);
   }
   return comms;
@@ -110,6 +112,21 @@ void Communicator::learn_cores() {
   if (cores > size()) background_policy_ = policy_;
   log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ",
       policy_.yield ? "yield" : "spin", " before they sleep");
+}
+
+// Plans depend on the caches, and ranks may be shown different ones: each in a container of its own, say.
+void Communicator::learn_caches() {
+  const Caches& mine = caches();
+  Patience patience;
+  const auto all = exchange({mine.l2, mine.last, mine.sharers}, patience);
+  caches_ = mine;
+  for (int r = 0; r < size(); ++r) {
+    caches_.l2 = std::min(caches_.l2, all[3 * r]);
+    caches_.last = std::min(caches_.last, all[3 * r + 1]);
+    caches_.sharers = std::min(caches_.sharers, static_cast<int>(all[3 * r + 2]));
+  }
+  log(LogLevel::info, "caches: L2 of ", caches_.l2 >> 10, " KiB a core, last level of ", caches_.last >> 20,
+      " MiB for ", caches_.sharers, " cores");
 }
 
 // Every rank reads a word of each other's, and all hear how that went: they must choose alike.
@@ -324,6 +341,7 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
       std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]), timeout_s_));
   comm->policy_ = policy_;
   comm->background_policy_ = background_policy_;
+  comm->caches_ = caches_;
   comm->single_copy_ = single_copy_;
   return comm;
 }
@@ -368,6 +386,7 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
       std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load()), timeout_s_));
   comm->policy_ = policy_;
   comm->background_policy_ = background_policy_;
+  comm->caches_ = caches_;
   comm->single_copy_ = single_copy_;
   return comm;
 }

@@ -21,6 +21,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "common/caches.h"
 #include "runtime/domain.h"
 #include "runtime/executor.h"
 #include "runtime/heap.h"
@@ -189,6 +190,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   CallRecord record_of_whole(const Request& request, const std::string& codec) const;
   void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
   void learn_cores();
+  void learn_caches();
   void learn_single_copy();
   bool gone(int rank) const;
 
@@ -196,6 +198,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   double timeout_s_;
   uint64_t fork_generation_;
   WaitPolicy policy_, background_policy_;
+  Caches caches_;             // the least that any rank has
   bool single_copy_ = false;  // all ranks can read each other's memory through the kernel
   std::shared_ptr<Heap> heap_;
   std::atomic<bool> closed_{false};

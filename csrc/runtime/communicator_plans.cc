@@ -19,8 +19,8 @@ namespace {
 
 constexpr size_t kCachedPlans = 1024;
 
-Geometry geometry_for(Collective collective) {
-  Geometry geometry = host_geometry();
+Geometry geometry_for(Collective collective, int ranks, const Caches& caches) {
+  Geometry geometry = host_geometry(ranks, caches);
   if (collective == Collective::send_recv) {
     geometry.bank_bytes = kChannelBankBytes;
     geometry.trip_bytes = kChannelBankBytes / 2 - 4096;
@@ -61,7 +61,7 @@ std::function<schedule::Schedule(const schedule::World&)> Communicator::user_alg
 
 schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm,
                                        int rank) const {
-  const Geometry geometry = geometry_for(call.world.collective);
+  const Geometry geometry = geometry_for(call.world.collective, size(), caches_);
   const auto write = user_algorithm(call.world.collective, algorithm);
   if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
     throw ValueError("algorithm \"" + algorithm +
@@ -270,7 +270,8 @@ std::shared_ptr<Agreement> Communicator::agree_on_counts(const Bound& bound, con
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
 std::shared_ptr<const Prepared> Communicator::prepare_reading(const schedule::Call& call,
                                                               const std::string& algorithm, int rank) {
-  if (!single_copy_ || call.coded() || call.in != schedule::Placement::plain || !single_copy_pays(call))
+  if (!single_copy_ || call.coded() || call.in != schedule::Placement::plain ||
+      !single_copy_pays(call, caches_))
     return nullptr;
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;

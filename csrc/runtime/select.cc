@@ -12,9 +12,6 @@ namespace {
 // buffer needs no copy in two_shot, so there the turn comes sooner; where ranks share cores a synchronisation
 // costs switches of processes, so there it comes later.
 constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowded = 48 << 10;
-// Bytes of the largest block from which it pays to ask whether one copy by the kernel can replace two through
-// the window.
-constexpr int64_t kSingleCopy = 2 << 20;
 
 Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded) {
   const int64_t n = call.world.size;
@@ -59,12 +56,18 @@ Choice select(const schedule::Call& call, bool crowded) {
   return {};
 }
 
-bool single_copy_pays(const schedule::Call& call) {
+// What follows was measured on cores that share a last level of 32 MiB, with an L2 of 1 MiB (Zen 5) and of
+// 512 KiB (Zen 3), where the host moves the cores of a virtual machine near and far from each other.
+// docs/benchmarks.md has the figures.
+
+// One copy by the kernel replaces two through the window, from a block on that outlives the L2 by far: both
+// processors turn at 2 MiB, in huge pages alone (Node::fit_to_read).
+bool single_copy_pays(const schedule::Call& call, const Caches& caches) {
   switch (call.world.collective) {
     case Collective::all_gather:
       return *std::max_element(call.counts.begin(), call.counts.end()) *
                  static_cast<int64_t>(size_of(call.dtype)) >=
-             kSingleCopy;
+             caches.last / 16;
     // One rank shows what others take: through the window both work at once, and the copies cost no more.
     case Collective::broadcast:
     case Collective::gather:
@@ -80,10 +83,13 @@ bool single_copy_pays(const schedule::Call& call) {
   return false;
 }
 
-Geometry host_geometry() {
+// A trip is as long as the bank's two slots allow, if the windows take no more than a quarter of the last
+// level: fewer signals, and data that has left the writer's L2 for the last level is read faster than out of
+// another core's L2. From 112 KiB to 1 MiB the worst regret of this is 1.25.
+Geometry host_geometry(int ranks, const Caches& caches) {
   return {.bank_bytes = kBankBytes,
-          .trip_bytes = 448 << 10,
-          .stream_bytes = 12 << 20,
+          .trip_bytes = std::clamp<int64_t>(caches.last / 64, 64 << 10, 448 << 10),
+          .stream_bytes = past_cache_bytes(ranks, caches),
           .max_cells = kCellsPerPair,
           .payload_bytes = schedule::kPayloadBytes};
 }

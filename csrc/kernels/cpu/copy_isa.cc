@@ -1,5 +1,9 @@
 // Copies for one instruction set. The destination's cache lines are stored whole and in order; the source is
 // read where it lies, since a load that crosses a line costs less than a store that does.
+//
+// What lies before the first whole line and after the last one is stored by vectors that overlap the others.
+// Not so past the cache: a line that is stored both ways comes into the cache after all, and reductions copy
+// short blocks.
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/strips.h"
 
@@ -18,31 +22,31 @@ PYCOMM_INLINE void copy_step(char* to, const char* from) {
   for (int i = 0; i < kVectors; ++i) store(to + i * sizeof(Words), x[i]);
 }
 
-template <bool kPast>
-PYCOMM_INLINE void copy_run(char* to, const char* from, size_t bytes) {
-  if (bytes < kShort) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
-  copy_step(to, from);  // the first lines, of which the loop begins with the first whole one
-  for (size_t i = kLine - reinterpret_cast<uintptr_t>(to) % kLine; i + kStep <= bytes; i += kStep) {
-    if constexpr (kPast) {
-      stream_lines(to + i, from + i, kStep / kLine);
-    } else {
-      copy_step(to + i, from + i);
-    }
-  }
-  copy_step(to + bytes - kStep, from + bytes - kStep);  // what is left, and some before it once more
-}
+// Bytes before the first whole line.
+PYCOMM_INLINE size_t before_line(const char* to) { return -reinterpret_cast<uintptr_t>(to) % kLine; }
 
 }  // namespace
 
 void copy(void* dst, const void* src, size_t bytes) {
-  copy_run<false>(static_cast<char*>(dst), static_cast<const char*>(src), bytes);
+  auto* to = static_cast<char*>(dst);
+  const auto* from = static_cast<const char*>(src);
+  if (bytes < kShort) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  copy_step(to, from);
+  for (size_t i = before_line(to); i + kStep <= bytes; i += kStep) copy_step(to + i, from + i);
+  copy_step(to + bytes - kStep, from + bytes - kStep);
 }
 
 void copy_past(void* dst, const void* src, size_t bytes) {
-  copy_run<true>(static_cast<char*>(dst), static_cast<const char*>(src), bytes);
+  auto* to = static_cast<char*>(dst);
+  const auto* from = static_cast<const char*>(src);
+  const size_t head = before_line(to) < bytes ? before_line(to) : bytes;
+  const size_t lines = (bytes - head) / kLine, end = head + lines * kLine;
+  std::memcpy(to, from, head);
+  stream_lines(to + head, from + head, lines);
+  std::memcpy(to + end, from + end, bytes - end);
 }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA
