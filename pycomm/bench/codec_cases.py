@@ -11,7 +11,7 @@ from pycomm import _native
 from pycomm.bench import shapes
 from pycomm.bench.kernels import Case, Device
 from pycomm.bench.pack_cases import numbers
-from pycomm.bench.workers.data import plain
+from pycomm.bench.workers.memory import plain
 
 KINDS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "sign")
 
@@ -19,11 +19,11 @@ KINDS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "sign"
 def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
     for model in workloads:
         x = numbers(sum(parameter.count for parameter in shapes.parameters(model)), 0)
-        out, total = plain(x.size, x.dtype), plain(x.size, x.dtype)
+        out, total = plain(x.size, x.dtype, huge=True), plain(x.size, x.dtype, huge=True)
         total[:] = 0
         for kind in KINDS:
             codec = _native.Codec(kind)
-            wire = plain(codec.wire_bytes(x.size), np.dtype(np.uint8))
+            wire = plain(codec.wire_bytes(x.size), np.dtype(np.uint8), huge=True)
             moved = x.nbytes + wire.nbytes
             yield Case("codec", f"{kind} encode", model, moved, partial(_native.encode, codec, x, out=wire))
             if kind != "sign":

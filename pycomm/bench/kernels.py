@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pycomm import _native
-from pycomm.bench.report import machine
-from pycomm.bench.workers.data import plain
+from pycomm.bench.machine import describe as machine
+from pycomm.bench.workers.memory import plain
 
 FAMILIES = {
     "pack": "pycomm.bench.pack_cases",
@@ -76,7 +76,10 @@ class Cpu:
 
     def copies(self, size: int) -> dict[str, Call]:
         if size > self._memory[0].size:
-            self._memory = (plain(size, np.dtype(np.uint8)), plain(size, np.dtype(np.uint8)))
+            self._memory = (
+                plain(size, np.dtype(np.uint8), huge=True),
+                plain(size, np.dtype(np.uint8), huge=True),
+            )
             for array in self._memory:
                 array.fill(1)
         dst, src = (array[:size] for array in self._memory)

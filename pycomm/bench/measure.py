@@ -2,158 +2,155 @@
 
 Every set of ranks stands ready at once; one runs while the others sleep. Within a repetition each form of
 each engine has its turn, in an order that is shuffled anew, so that a machine that grows slower is slower for
-all and none always follows the same other. A repetition times many calls in a row; the slowest rank's time
-counts.
+all and none always follows the same other. A repetition is some samples one after the other; a sample times
+many calls in a row; the slowest rank's time counts.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pycomm.bench.sets import Peer, RankSet, SetError
-from pycomm.bench.workers.data import REDUCING, ROOTED, SHAPES, Case, numpy_dtype
+from pycomm.bench.peers import Peer, SetError
+from pycomm.bench.rows import FORMS, MESSAGES, Forms, Options, Row, Times, percentile
+from pycomm.bench.sets import RankSet
+from pycomm.bench.workers.data import POINT_TO_POINT, REDUCING, SHAPES, Case, numpy_dtype
 
-COLLECTIVES = tuple(SHAPES)
+COLLECTIVES = tuple(name for name in SHAPES if name not in POINT_TO_POINT)
+SAMPLE_S = 0.0004  # what a sample takes at least: many calls of the small sizes, one of the large
 REPETITION_S = 0.006  # what a repetition of one form aims to take
 CASE_S = 3.0  # after this long a case's fewest repetitions are enough
 REPETITIONS = (5, 15)
 TRACED = (5, 1000)  # calls that are timed one by one
-PEER = {"buffers": "plain", "algorithm": None, "persistent": False, "codec": None}  # a peer has one way
 
-
-@dataclass(frozen=True)
-class Options:
-    ranks: int
-    sizes: Sequence[int]  # bytes of the larger buffer of a rank
-    dtype: str = "float32"
-    op: str = "sum"
-    iterations: int | None = None  # calls in a repetition; by default as many as take a few milliseconds
-    warmup: int | None = None
-    check: bool = True
-    algorithms: Sequence[str | None] = (None,)
-    buffers: Sequence[str] = ("plain",)
-    persistent: bool = False
-    codecs: Sequence[str | None] = (None,)
+Variant = dict[str, Any]
+Warn = Callable[[str], None]
 
 
 @dataclass
-class Times:
-    """Of one form, in microseconds for a call. The median and the minimum are over repetitions, each of many
-    calls in a row; p99 and wait are of calls timed one by one after that."""
-
-    median_us: float
-    min_us: float
-    p99_us: float  # of the slowest rank's time
-    wait_us: float  # median of the last rank's entry - the first rank's entry
-    wrong: int
-
-
-@dataclass
-class Row:
-    collective: str
-    bytes: int
-    count: int
-    dtype: str
-    op: str
-    ranks: int
-    algorithm: str
-    buffers: str
-    persistent: bool
-    forms: dict[str, Times]
-    peers: dict[str, float] = field(default_factory=dict)  # median us of the peer's better form
-    codec: str | None = None
-
-    @property
-    def pycomm_us(self) -> float:
-        return min(times.median_us for times in self.forms.values())
-
-    @property
-    def way(self) -> str:
-        """How pycomm was called: "plain persistent", "plain int8"."""
-        return " ".join([self.buffers, *["persistent"] * self.persistent, *filter(None, [self.codec])])
-
-    @property
-    def wait_us(self) -> float:
-        return min(self.forms.values(), key=lambda times: times.median_us).wait_us
-
-    @property
-    def root(self) -> int:
-        return 0 if self.collective in ROOTED else -1
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        return {name: us / self.pycomm_us for name, us in self.peers.items()}
-
-    def algbw(self, us: float) -> float:
-        """GB/s, as nccl-tests has it."""
-        return self.bytes / us / 1e3 if us else 0.0
-
-    def busbw(self, us: float) -> float:
-        n = self.ranks
-        factor = {"all_reduce": 2 * (n - 1) / n, "reduce_scatter": (n - 1) / n, "all_gather": (n - 1) / n}
-        factor["all_to_all"] = factor["gather"] = factor["scatter"] = (n - 1) / n
-        return self.algbw(us) * factor.get(self.collective, 1.0)
-
-    def as_dict(self) -> dict[str, Any]:
-        best = min(self.forms, key=lambda form: self.forms[form].median_us)
-        return {
-            **asdict(self),
-            "pycomm_us": self.pycomm_us,
-            "in_place": best == "in_place",
-            "min_us": self.forms[best].min_us,
-            "p99_us": self.forms[best].p99_us,
-            "wait_us": self.wait_us,
-            "algbw": self.algbw(self.pycomm_us),
-            "busbw": self.busbw(self.pycomm_us),
-            "wrong": sum(times.wrong for times in self.forms.values()),
-            "ratios": self.ratios,
-        }
-
-
-@dataclass
-class _Form:
+class Form:
     """One way in which one engine makes the call, and what it took."""
 
     ranks: RankSet
     number: int
     name: str
-    calls: int = 1
+    messages: int = 1  # of a call
+    calls: int = 1  # of a sample
+    samples: int = 1  # of a repetition
     warmup: int = 1
-    samples: list[float] = field(default_factory=list)
+    found_us: list[float] = field(default_factory=list)
 
-    def run(self, calls: int, warmup: int) -> float:
-        times = self.ranks.order("time", number=self.number, form=self.name, calls=calls, warmup=warmup)
-        return float(max(times)) / calls
+    def run(self, samples: int, calls: int, warmup: int) -> list[float]:
+        """Seconds for a message."""
+        order = {
+            "number": self.number,
+            "form": self.name,
+            "samples": samples,
+            "calls": calls,
+            "warmup": warmup,
+        }
+        of_ranks = self.ranks.order("time", **order)
+        return [max(times) / calls / self.messages for times in zip(*of_ranks, strict=True)]
+
+    def repeat(self, cold: bool = False) -> None:
+        if cold:
+            of_ranks = self.ranks.order("time_cold", number=self.number, form=self.name)
+            found = [max(times) / self.messages for times in zip(*of_ranks, strict=True)]
+        else:
+            found = self.run(self.samples, self.calls, self.warmup)
+        self.found_us += [seconds * 1e6 for seconds in found]
 
     def calibrate(self, options: Options) -> None:
-        self.calls = options.iterations or 3
-        while options.iterations is None:  # the first calls are slow: what they took says too little
-            took = self.run(self.calls, 1) * self.calls
-            fitting = int(self.calls * REPETITION_S / max(took, 1e-7))
+        calls = 3
+        while True:  # the first calls are slow: what they took says too little
+            took = self.run(1, calls, 1)[0] * self.messages * calls
+            a_call = max(took, 1e-7) / calls
             if took > REPETITION_S / 4:
-                self.calls = max(1, fitting)
                 break
-            self.calls = min(fitting, self.calls * 16) + 1
-        self.warmup = options.warmup if options.warmup is not None else max(1, self.calls // 10)
+            calls = min(int(REPETITION_S / a_call), calls * 16) + 1
+        self.calls = options.iterations or max(1, round(SAMPLE_S / a_call))
+        most = max(1, round(REPETITION_S / SAMPLE_S))
+        self.samples = min(max(1, int(REPETITION_S / (self.calls * a_call))), most)
+        self.warmup = (
+            options.warmup if options.warmup is not None else max(1, self.calls * self.samples // 10)
+        )
 
-    def times(self, wrong: int) -> Times:
-        us = [sample * 1e6 for sample in self.samples]
-        calls = max(TRACED[0], min(self.calls, TRACED[1]))
+    def times(self, wrong: int, cold: bool = False) -> Times:
+        if cold:
+            return Times(self.found_us, wrong)
+        calls = max(TRACED[0], min(self.calls * self.samples, TRACED[1]))
         traces = self.ranks.order("trace", number=self.number, form=self.name, calls=calls)
         entries, exits = (list(zip(*moments, strict=True)) for moments in zip(*traces, strict=True))
-        single = sorted(
-            max(left - entered for entered, left in zip(*moments, strict=True)) * 1e6
+        single = [
+            max(left - entered for entered, left in zip(*moments, strict=True)) * 1e6 / self.messages
             for moments in zip(entries, exits, strict=True)
-        )
-        p99 = single[math.ceil(0.99 * len(single)) - 1]
+        ]
         wait = statistics.median(max(moments) - min(moments) for moments in entries) * 1e6
-        return Times(statistics.median(us), min(us), p99, wait, wrong)
+        return Times(self.found_us, wrong, statistics.median(single), percentile(single, 99), wait)
+
+
+class Engines:
+    """The sets of ranks that are measured side by side: pycomm's own, which must live, and peers, which are
+    left out when they fail."""
+
+    def __init__(self, ours: RankSet, peers: dict[Peer, RankSet], warn: Warn) -> None:
+        self.ours = ours
+        self.peers = peers
+        self.warn = warn
+
+    def open(self, case: Case, variants: Sequence[Variant], check: bool) -> dict[str, list[dict[str, Any]]]:
+        """What each engine says of the variants, by "pycomm" (our own) and the peers' names. Peers that are
+        not pycomm have one way: they are told where the buffers lie, and no more."""
+        answers = {"pycomm": _open(self.ours, case, variants, check)}
+        for variant, answer in zip(variants, answers["pycomm"], strict=True):
+            if "error" in answer:
+                self.warn(f"{case.collective}, {_words(variant)}: {answer['error']}")
+        for peer, ranks in list(self.peers.items()):
+            theirs = list(variants) if peer.kind_name == "pycomm" else _of_peers(variants)
+            try:
+                answers[peer.name] = _open(ranks, case, theirs, check)
+            except SetError as error:
+                self.give_up(peer.name, error)
+                continue
+            for answer in answers[peer.name]:
+                if "error" in answer:
+                    self.warn(f"{peer.name}: {answer['error']}")
+                elif wrong := sum(answer["forms"].values()):
+                    self.warn(f"{peer.name}: {wrong} elements of {case.collective} are wrong")
+        return answers
+
+    def ranks(self, name: str) -> RankSet:
+        return self.ours if name == "pycomm" else self.peers[self._peer(name)]
+
+    def in_turn(self, todo: Mapping[str, Sequence[Callable[[], None]]], order: random.Random) -> None:
+        """Each thing once, in an order of its own. What a peer cannot do is its end."""
+        turns = [(name, do) for name, of_engine in todo.items() for do in of_engine]
+        order.shuffle(turns)
+        gone: set[str] = set()
+        for name, do in turns:
+            if name in gone or not self.has(name):
+                continue
+            try:
+                do()
+            except SetError as error:
+                if name == "pycomm":
+                    raise
+                gone.add(name)
+                self.give_up(name, error)
+
+    def has(self, name: str) -> bool:
+        return name == "pycomm" or any(peer.name == name for peer in self.peers)
+
+    def give_up(self, name: str, error: SetError) -> None:
+        self.warn(f"{name} is left out from here on: {error}")
+        self.peers.pop(self._peer(name)).close()
+
+    def _peer(self, name: str) -> Peer:
+        return next(peer for peer in self.peers if peer.name == name)
 
 
 def cases(collective: str, options: Options) -> Iterator[tuple[int, Case]]:
@@ -168,66 +165,72 @@ def cases(collective: str, options: Options) -> Iterator[tuple[int, Case]]:
         yield count * item * parts, Case(collective, count, options.dtype, op)
 
 
-def measure(
-    collective: str,
-    options: Options,
-    ours: RankSet,
-    peers: dict[Peer, RankSet],
-    warn: Callable[[str], None],
-) -> Iterator[list[Row]]:
-    """The rows of each size, as they are done. A peer that fails is named once, and measured no more."""
-    for size, case in cases(collective, options):
-        yield _measure_case(size, case, options, ours, peers, warn)
-
-
-def _measure_case(
-    size: int,
-    case: Case,
-    options: Options,
-    ours: RankSet,
-    peers: dict[Peer, RankSet],
-    warn: Callable[[str], None],
-) -> list[Row]:
-    variants: list[dict[str, Any]] = [
-        {"buffers": buffers, "algorithm": algorithm, "persistent": persistent, "codec": codec}
+def variants(collective: str, options: Options) -> list[Variant]:
+    """The ways in which pycomm is called."""
+    return [
+        variant(options.offsets, options.huge)
+        | {"buffers": buffers, "algorithm": algorithm, "persistent": persistent, "codec": codec}
         for algorithm in options.algorithms
         for buffers in options.buffers
         for codec in options.codecs
         for persistent in (
-            [False, True]
-            if options.persistent and case.collective == "all_reduce" and codec is None
-            else [False]
+            [False, True] if options.persistent and collective == "all_reduce" and codec is None else [False]
         )
     ]
-    opened = _open(ours, case, variants, options.check)
-    for variant, answer in zip(variants, opened, strict=True):
-        if "error" in answer:
-            warn(f"{case.collective}, {_words(variant)}: {answer['error']}")
-    forms: dict[tuple[str, int, str], _Form] = {}
-    for number, answer in enumerate(opened):
-        for name in answer.get("forms", {}):
-            forms["pycomm", number, name] = _Form(ours, number, name)
-    for peer, ranks in list(peers.items()):
-        try:
-            answer = _open(ranks, case, [PEER], options.check)[0]
-        except SetError as error:
-            _give_up(peer, peers, error, warn)
-            continue
-        if "error" in answer:
-            warn(f"{peer.name}: {answer['error']}")
-        elif wrong := sum(answer["forms"].values()):
-            warn(f"{peer.name}: {wrong} elements of {case.collective} are wrong")
-        for name in answer.get("forms", {}):
-            forms[peer.name, 0, name] = _Form(ranks, 0, name)
-    _repeat(forms, options, peers, warn)
+
+
+def variant(
+    offsets: tuple[int, int] | None = None, huge: bool = False, forms: Sequence[str] = FORMS
+) -> Variant:
+    """The one way that every engine has."""
+    return {
+        "buffers": "plain",
+        "algorithm": None,
+        "persistent": False,
+        "codec": None,
+        "offsets": offsets,
+        "huge": huge,
+        "forms": list(forms),
+    }
+
+
+def measure(
+    collective: str, options: Options, ours: RankSet, peers: dict[Peer, RankSet], warn: Warn
+) -> Iterator[list[Row]]:
+    """The rows of each size, as they are done. A peer that fails is named once, and measured no more."""
+    engines = Engines(ours, peers, warn)
+    for size, case in cases(collective, options):
+        yield _measure_case(size, case, options, engines)
+
+
+def _measure_case(size: int, case: Case, options: Options, engines: Engines) -> list[Row]:
+    ways = variants(case.collective, options)
+    opened = engines.open(case, ways, options.check)
+    messages = MESSAGES.get(case.collective, 1)
+    forms: dict[str, dict[tuple[int, str], Form]] = {
+        engine: {
+            (number, name): Form(engines.ranks(engine), number, name, messages)
+            for number, answer in enumerate(answers)
+            for name in answer.get("forms", {})
+        }
+        for engine, answers in opened.items()
+    }
+    _repeat(forms, options, engines)
+    times: dict[str, dict[tuple[int, str], Times]] = {}
+    for engine, found in forms.items():
+        for (number, name), form in found.items():
+
+            def trace(
+                engine: str = engine, number: int = number, name: str = name, form: Form = form
+            ) -> None:
+                wrong = opened[engine][number]["forms"][name]
+                times.setdefault(engine, {})[number, name] = form.times(wrong, options.cold)
+
+            engines.in_turn({engine: [trace]}, random.Random(0))
 
     rows = []
-    for number, (variant, answer) in enumerate(zip(variants, opened, strict=True)):
-        mine = {
-            name: forms["pycomm", number, name].times(wrong)
-            for name, wrong in answer.get("forms", {}).items()
-        }
-        if not mine:
+    for number, (way, answer) in enumerate(zip(ways, opened["pycomm"], strict=True)):
+        if "error" in answer:
             continue
         row = Row(
             case.collective,
@@ -237,59 +240,62 @@ def _measure_case(
             case.op if case.collective in REDUCING else "none",
             options.ranks,
             answer["algorithm"],
-            str(variant["buffers"]),
-            bool(variant["persistent"]),
-            mine,
-            codec=variant["codec"],
+            way["buffers"],
+            way["persistent"],
+            _of(times["pycomm"], number),
+            codec=way["codec"],
+            default=answer["algorithm"] == answer["default"],
+            offsets=way["offsets"],
         )
-        for peer in peers:
-            medians = [
-                statistics.median(form.samples) * 1e6
-                for (name, _, _), form in forms.items()
-                if name == peer.name and form.samples
-            ]
-            if medians:
-                row.peers[peer.name] = min(medians)
+        for peer in engines.peers:
+            beside = _of(times.get(peer.name, {}), number if peer.kind_name == "pycomm" else 0)
+            if beside:
+                row.beside[peer.name] = beside
         rows.append(row)
+    _mark_fastest(rows)
     return rows
 
 
-def _repeat(
-    forms: dict[tuple[str, int, str], _Form],
-    options: Options,
-    peers: dict[Peer, RankSet],
-    warn: Callable[[str], None],
-) -> None:
-    failed: set[str] = set()
+def _of(times: Mapping[tuple[int, str], Times], number: int) -> Forms:
+    return {name: found for (of, name), found in times.items() if of == number}
 
-    def attempt(key: tuple[str, int, str], do: Callable[[], None]) -> None:
-        if key[0] in failed:
-            return
-        try:
-            do()
-        except SetError as error:
-            if key[0] == "pycomm":
-                raise
-            failed.add(key[0])
-            _give_up(next(peer for peer in peers if peer.name == key[0]), peers, error, warn)
 
-    for key, form in forms.items():
-        attempt(key, lambda form=form: form.calibrate(options))  # type: ignore[misc]
-    fewest, most = REPETITIONS
+def _mark_fastest(rows: Sequence[Row]) -> None:
+    """Among the algorithms of one way of calling; nothing where there is but one."""
+    for row in rows:
+        rivals = [other for other in rows if other.way == row.way]
+        if len(rivals) > 1:
+            row.fastest = [
+                form
+                for form, times in row.forms.items()
+                if times.median_us
+                <= min(other.forms[form].median_us for other in rivals if form in other.forms)
+            ]
+
+
+def _repeat(forms: Mapping[str, Mapping[Any, Form]], options: Options, engines: Engines) -> None:
     order = random.Random(0)
-    turns = list(forms.items())
+    if not options.cold:
+        calibrations = {
+            engine: [lambda form=form: form.calibrate(options) for form in found.values()]
+            for engine, found in forms.items()
+        }
+        engines.in_turn(calibrations, order)
+    turns = {
+        engine: [lambda form=form: form.repeat(options.cold) for form in found.values()]
+        for engine, found in forms.items()
+    }
+    fewest, most = REPETITIONS
     begin = time.monotonic()
     for repetition in range(most):
         if repetition >= fewest and time.monotonic() - begin > CASE_S:
             break
-        order.shuffle(turns)
-        for key, form in turns:
-            attempt(key, lambda form=form: form.samples.append(form.run(form.calls, form.warmup)))  # type: ignore[misc]
+        engines.in_turn(turns, order)
 
 
-def _open(ranks: RankSet, case: Case, variants: list[dict[str, Any]], check: bool) -> list[dict[str, Any]]:
+def _open(ranks: RankSet, case: Case, variants: Sequence[Variant], check: bool) -> list[dict[str, Any]]:
     """What all ranks together say of each variant."""
-    answers = ranks.order("open", case=asdict(case), variants=variants, check=check)
+    answers = ranks.order("open", case=asdict(case), variants=list(variants), check=check)
     together = []
     for of_ranks in zip(*answers, strict=True):
         failed = [answer for answer in of_ranks if "error" in answer]
@@ -297,45 +303,17 @@ def _open(ranks: RankSet, case: Case, variants: list[dict[str, Any]], check: boo
             together.append(failed[0])
             continue
         forms = {name: sum(a["forms"][name] for a in of_ranks) for name in of_ranks[0]["forms"]}
-        together.append({"forms": forms, "algorithm": of_ranks[0]["algorithm"]})
+        together.append({**of_ranks[0], "forms": forms})
     return together
 
 
-def _give_up(peer: Peer, peers: dict[Peer, RankSet], error: SetError, warn: Callable[[str], None]) -> None:
-    warn(f"{peer.name} is left out from here on: {error}")
-    peers.pop(peer).close()
+def _of_peers(variants: Sequence[Variant]) -> list[Variant]:
+    """What engines other than pycomm are asked: nothing but where the buffers lie differs."""
+    asked = [variant(way["offsets"], way["huge"], way["forms"]) for way in variants]
+    return [way for number, way in enumerate(asked) if way not in asked[:number]]
 
 
-def _words(variant: dict[str, Any]) -> str:
+def _words(variant: Variant) -> str:
     algorithm = variant["algorithm"] or "the default algorithm"
     more = [", persistent"] * variant["persistent"] + [f", codec {variant['codec']}"] * bool(variant["codec"])
     return f"{algorithm}, {variant['buffers']} buffers" + "".join(more)
-
-
-def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Geometric mean and minimum of the ratios, by collective, buffers and peer; where several MPIs were
-    measured also against the better of them at each size."""
-    groups: dict[tuple[str, str, str, bool, str | None], list[tuple[int, float]]] = {}
-    for row in rows:
-        ratios = dict(row.ratios)
-        mpis = [ratio for name, ratio in ratios.items() if name.startswith(("mpi", "openmpi"))]
-        if len(mpis) > 1:
-            ratios["better MPI"] = min(mpis)
-        for name, ratio in ratios.items():
-            key = (row.collective, row.buffers, name, row.persistent, row.codec)
-            groups.setdefault(key, []).append((row.bytes, ratio))
-    return [
-        {
-            "collective": collective,
-            "buffers": buffers,
-            "persistent": persistent,
-            "codec": codec,
-            "peer": peer,
-            "from_bytes": min(size for size, _ in found),
-            "to_bytes": max(size for size, _ in found),
-            "geometric_mean": math.exp(statistics.fmean(math.log(ratio) for _, ratio in found)),
-            "min": min(ratio for _, ratio in found),
-            "min_at_bytes": min(found, key=lambda pair: pair[1])[0],
-        }
-        for (collective, buffers, peer, persistent, codec), found in groups.items()
-    ]

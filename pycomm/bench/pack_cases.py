@@ -12,7 +12,7 @@ import numpy as np
 from pycomm import _native
 from pycomm.bench import shapes
 from pycomm.bench.kernels import Call, Case, Device
-from pycomm.bench.workers.data import Array, plain
+from pycomm.bench.workers.memory import Array, plain
 from pycomm.bucket import Bucket
 
 SCALE = 0.125
@@ -28,7 +28,7 @@ def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
 
 def _cases_of(model: str) -> Iterator[Case]:
     tensors = [numbers(parameter.count, i) for i, parameter in enumerate(shapes.parameters(model))]
-    outs = [plain(x.size, x.dtype) for x in tensors]
+    outs = [plain(x.size, x.dtype, huge=True) for x in tensors]
     for dtype in CASTS:
         bucket = Bucket(tensors, dtype)
         bucket.pack()  # so that there is something to unpack
@@ -53,7 +53,7 @@ def _cases_of(model: str) -> Iterator[Case]:
 
 def numbers(count: int, seed: int) -> Array:
     """Such as every type holds, in memory as pycomm bench has it."""
-    x = plain(count, np.dtype(np.float32))
+    x = plain(count, np.dtype(np.float32), huge=True)
     x[:] = np.random.default_rng(seed).standard_normal(count, np.float32)
     return x
 

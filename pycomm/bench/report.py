@@ -1,34 +1,175 @@
-"""What was measured, for people (rich tables in nccl-tests' columns) and for programs (JSON, CSV)."""
+"""What was measured, for people: a line for each engine at each size, printed as soon as it is there."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import platform
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-import pycomm
 from pycomm import _native
-from pycomm.bench.measure import Row, summarize
+from pycomm.bench.rows import BETTER_MPI, FORMS, Forms, Options, Row, Times, average_busbw, summarize
+from pycomm.bench.workers.data import REDUCING, ROOTED
 
-FORMS = ("out_of_place", "in_place")
+WIDTH = 100
+TITLES = {"out_of_place": "out of place", "in_place": "in place"}
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, Linux {platform.release()}, {_native.isa()}, pycomm {pycomm.__version__}"
+@dataclass(frozen=True)
+class Column:
+    unit: str
+    width: int
+    cell: Callable[[Row, Times, float | None], str]
+
+
+def _us(us: float | None) -> str:
+    """Five digits or more, whatever the size."""
+    if us is None:
+        return "-"
+    return f"{us:.2f}" if us < 1000 else f"{us:.1f}" if us < 1e6 else f"{us:.0f}"
+
+
+def _gbs(gbs: float) -> str:
+    return f"{gbs:.2f}" if gbs >= 1 else f"{gbs:.4f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
+COLUMNS = {  # of each form, by the names that --columns takes
+    "time": Column("us", 9, lambda row, times, ratio: _us(times.median_us)),
+    "min": Column("us", 9, lambda row, times, ratio: _us(times.min_us)),
+    "p99": Column("us", 9, lambda row, times, ratio: _us(times.p99_us)),
+    "call": Column("us", 9, lambda row, times, ratio: _us(times.call_median_us)),
+    "call99": Column("us", 9, lambda row, times, ratio: _us(times.call_p99_us)),
+    "wait": Column("us", 8, lambda row, times, ratio: _us(times.wait_us)),
+    "algbw": Column("GB/s", 7, lambda row, times, ratio: _gbs(row.algbw(times.median_us))),
+    "busbw": Column("GB/s", 7, lambda row, times, ratio: _gbs(row.busbw(times.median_us))),
+    "ratio": Column("", 8, lambda row, times, ratio: _ratio(ratio)),
+}
+
+
+def default_columns(peers: bool) -> list[str]:
+    return ["time", "busbw", "ratio"] if peers else ["time", "algbw", "busbw"]
+
+
+class Table:
+    """Of one collective, type and number of ranks. `heading`, then `lines` for the rows of each size."""
+
+    def __init__(
+        self,
+        collective: str,
+        options: Options,
+        peers: Sequence[str] = (),
+        columns: Sequence[str] = (),
+        largest: tuple[int, int] = (0, 0),
+    ) -> None:
+        """`largest`: the largest size in bytes, and count."""
+        self._collective = collective
+        self._options = options
+        self._columns = {name: COLUMNS[name] for name in columns or default_columns(bool(peers))}
+        self._several = len(options.algorithms) > 1
+        names = [*options.algorithms]
+        if None in names:
+            names += _native.algorithms(collective) if not is_point_to_point(collective) else ["direct"]
+        ways = [*options.buffers, *options.codecs, "persistent" if options.persistent else ""]
+        name = max(len(str(name).rpartition(":")[2]) for name in names) + self._several
+        way = max(len(_short(way or "")) for way in ways) + len(" persistent") * options.persistent
+        least = max(*(len(peer) + 2 for peer in (*peers, "")), len("algorithm"))
+        self._name = max(name + way, least)
+        self._size, self._count = (max(len(str(n)), 6) for n in largest)
+        self._forms = [form for form in FORMS if form == "out_of_place" or _has_in_place(collective)]
+        self._form_width = sum(column.width + 1 for column in self._columns.values()) + self._several
+        if self._width() > WIDTH:  # the type is in the heading
+            self._count = 0
+        self._way_above = self._width() > WIDTH
+        if self._way_above:
+            self._name = max(name, way, least)
+
+    def _width(self) -> int:
+        count = self._count + 1 if self._count else 0
+        return self._size + 1 + count + 1 + self._name + self._form_width * len(self._forms) + 7
+
+    def heading(self) -> list[str]:
+        titles, names, units = (
+            [""] * 3,
+            [*self._lead("size", "count", "algorithm")],
+            [*self._lead("B", "", "")],
+        )
+        titles = [" " * len("".join(names))]
+        for form in self._forms:
+            titles.append(f" {TITLES[form]} ".center(self._form_width - 2, "-").rjust(self._form_width))
+            for name, column in self._columns.items():
+                names.append(f"{name:>{column.width + 1}}")
+                units.append(f"{column.unit:>{column.width + 1}}")
+            names.append(" " * self._several)
+            units.append(" " * self._several)
+        names.append(" #wrong")
+        return [self._title(), "", *("".join(parts).rstrip() for parts in (titles, names, units))]
+
+    def _title(self) -> str:
+        o = self._options
+        parts = [self._collective, o.dtype]
+        if self._collective in REDUCING:
+            parts.append(o.op)
+        if self._collective in ROOTED:
+            parts.append("root 0")
+        parts.append(f"{o.ranks} rank{'s' * (o.ranks > 1)}")
+        if o.offsets is not None:
+            parts.append(f"buffers {o.offsets[0]} and {o.offsets[1]} bytes beyond a page")
+        parts += ["huge pages"] * o.huge + ["caches flushed before each call"] * o.cold
+        text = ", ".join(parts)
+        return text + ("   (* the library's choice, + the fastest)" if self._several else "")
+
+    def lines(self, rows: Sequence[Row]) -> list[str]:
+        found = []
+        for row in rows:
+            name, way = row.algorithm + "*" * (self._several and row.default), _short(row.way)
+            lead = self._lead(str(row.bytes), str(row.count), name + way * (not self._way_above))
+            if way and self._way_above:
+                found.append("".join(self._lead("", "", way.strip())).rstrip())
+            found.append(self._line(lead, row, row.forms, {}))
+            for peer, forms in row.beside.items():
+                found.append(
+                    self._line(self._lead("", "", f"  {peer}"), row, forms, row.ratios[peer], peer=True)
+                )
+        return found
+
+    def _lead(self, size: str, count: str, name: str) -> list[str]:
+        counted = [f" {count:>{self._count}}"] if self._count else []
+        return [f"{size:>{self._size}}", *counted, f"  {name:<{self._name}}"]
+
+    def _line(
+        self, lead: list[str], row: Row, forms: Forms, ratios: dict[str, float], *, peer: bool = False
+    ) -> str:
+        parts = [*lead]
+        for form in self._forms:
+            times = forms.get(form)
+            for name, column in self._columns.items():
+                text = column.cell(row, times, ratios.get(form)) if times else "-" if name == "time" else ""
+                parts.append(f"{text:>{column.width + 1}}")
+            if self._several:
+                parts.append("+" if not peer and form in row.fastest else " ")
+        wrong = sum(times.wrong for times in forms.values()) if self._options.check else "-"
+        parts.append(f" {wrong:>6}")
+        return "".join(parts)
+
+
+def _short(way: str) -> str:
+    """The way without what goes without saying."""
+    return "".join(f" {word}" for word in way.split() if word != "plain")
+
+
+def is_point_to_point(collective: str) -> bool:
+    return collective in ("send_recv", "ping_pong", "one_way", "two_way")
+
+
+def _has_in_place(collective: str) -> bool:
+    return collective != "barrier" and not is_point_to_point(collective)
 
 
 def engines(ranks: int, versions: dict[str, str]) -> str:
@@ -36,92 +177,83 @@ def engines(ranks: int, versions: dict[str, str]) -> str:
     return f"{ranks} rank{'s' * (ranks > 1)}" + (f", beside {', '.join(peers)}" if peers else "")
 
 
-def as_json(rows: Sequence[Row], versions: dict[str, str]) -> str:
-    return json.dumps(
-        {
-            "machine": machine(),
-            "versions": versions,
-            "rows": [row.as_dict() for row in rows],
-            "summary": summarize(rows),
-        },
-        indent=1,
-    )
-
-
-def write_csv(rows: Sequence[Row], file: TextIO) -> None:
-    peers = sorted({name for row in rows for name in row.peers})
-    columns = [
-        "collective",
-        "bytes",
-        "count",
-        "dtype",
-        "op",
-        "ranks",
-        "algorithm",
-        "buffers",
-        "persistent",
-        "codec",
-    ]
-    columns += [
-        f"{form}_{what}" for form in FORMS for what in ("median_us", "min_us", "p99_us", "wait_us", "wrong")
-    ]
-    writer = csv.writer(file)
-    writer.writerow([*columns, *(f"{peer}_us" for peer in peers)])
-    for row in rows:
-        found: dict[str, Any] = row.as_dict()
-        for form, times in row.forms.items():
-            found |= {f"{form}_{key}": value for key, value in vars(times).items()}
-        writer.writerow([*(found.get(c, "") for c in columns), *(row.peers.get(peer, "") for peer in peers)])
-
-
-def table(title: str, peers: bool) -> Table:
-    shown = Table(
-        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in ("size(B)", "count", "type", "redop", "root", "algorithm", "buffers"):
-        shown.add_column(name, justify="left" if name in ("algorithm", "buffers") else "right")
-    for form in ("out-of-place", "in-place"):
-        for name in ("time(us) (min, p99)", "algbw", "busbw", "#wrong"):
-            shown.add_column(f"{form}\n{name}" if name.startswith("time") else f"\n{name}", justify="right")
-    shown.add_column("wait(us)", justify="right")
-    if peers:
-        shown.add_column("peers: time(us), ratio", justify="left")
-    return shown
-
-
-def add_rows(shown: Table, rows: Sequence[Row]) -> None:
-    for row in rows:
-        cells = [str(row.bytes), str(row.count), row.dtype, row.op, str(row.root), row.algorithm]
-        cells.append(row.way)
-        for form in FORMS:
-            if form not in row.forms:
-                cells += ["-"] * 4
-                continue
-            times = row.forms[form]
-            us = times.median_us
-            cells.append(f"{us:.2f} ({times.min_us:.2f}, {times.p99_us:.2f})")
-            cells += [f"{row.algbw(us):.2f}", f"{row.busbw(us):.2f}", str(times.wrong)]
-        cells.append(f"{row.wait_us:.2f}")
-        cells.append("  ".join(f"{name} {us:.2f}, {row.ratios[name]:.2f}x" for name, us in row.peers.items()))
-        shown.add_row(*cells[: len(shown.columns)])
-
-
-def print_summary(console: Console, rows: Sequence[Row]) -> None:
-    summary = summarize(rows)
+def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) -> None:
+    summary = summarize(rows, mpis)
     if not summary:
         return
-    shown = Table(title="peer's time over pycomm's", title_justify="left", header_style="bold")
-    for name in ("collective", "buffers", "peer", "sizes", "geometric mean", "minimum"):
-        shown.add_column(name, justify="right" if name in ("geometric mean", "minimum") else "left")
+    shown = RichTable(
+        title="peer's time over pycomm's: geometric mean, and the least with its size",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    several = {name: len({found[name] for found in summary}) > 1 for name in ("dtype", "ranks", "buffers")}
+    names = ["collective", *(name for name, differs in several.items() if differs), "peer"]
+    for name in names:
+        shown.add_column(name, no_wrap=True)
+    for form in FORMS:
+        shown.add_column(TITLES[form], justify="right", no_wrap=True)
+        shown.add_column("least", justify="right", no_wrap=True)
     for found in summary:
-        shown.add_row(
-            found["collective"],
-            " ".join(
-                [found["buffers"], *["persistent"] * found["persistent"], *filter(None, [found["codec"]])]
-            ),
-            found["peer"],
-            f"{found['from_bytes']} to {found['to_bytes']}",
-            f"{found['geometric_mean']:.2f}x",
-            f"{found['min']:.2f}x at {found['min_at_bytes']}",
-        )
+        cells = [str(found[name]) for name in names]
+        for form in FORMS:
+            of = found["forms"].get(form)
+            cells += (
+                [f"{of['geometric_mean']:.2f}x", f"{of['min']:.2f}x at {of['min_at_bytes']}"]
+                if of
+                else ["-", ""]
+            )
+        shown.add_row(*cells, style="bold" if found["peer"] == BETTER_MPI else None)
     console.print(shown)
+
+
+def closing(rows: Sequence[Row], checked: bool) -> str:
+    """The last line, as nccl-tests has it."""
+    wrong = sum(row.wrong for row in rows)
+    average = average_busbw(rows)
+    parts = [] if average is None else [f"average bus bandwidth {average:.3f} GB/s"]
+    parts.append("not checked" if not checked else f"{wrong} wrong: {'OK' if wrong == 0 else 'FAILED'}")
+    return "; ".join(parts)
+
+
+def markdown(rows: Sequence[Row], mpis: Sequence[str]) -> str:
+    """A table of ratios by size for each collective and way of calling, out of place | in place."""
+    from pycomm.bench.rows import with_better_mpi
+
+    lines: list[str] = []
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.collective, row.dtype, row.ranks, row.way), []).append(row)
+    for (collective, dtype, ranks, way), found in groups.items():
+        ratios = [with_better_mpi(row, mpis) for row in found]
+        peers = list(dict.fromkeys(peer for of in ratios for peer in of))
+        if BETTER_MPI in peers:
+            peers = [BETTER_MPI, *(peer for peer in peers if peer != BETTER_MPI and peer not in mpis)]
+        head = ["size", *(f"us, {title}" for title in TITLES.values())]
+        head += [f"{peer}, {title}" for peer in peers for title in TITLES.values()]
+        lines += [f"{collective}, {dtype}, {ranks} ranks, {way} buffers", "", "| " + " | ".join(head) + " |"]
+        lines.append("|" + "---:|" * len(head))
+        for row, of in zip(found, ratios, strict=True):
+            cells = [human(row.bytes)]
+            cells += [_us(row.forms[form].median_us) if form in row.forms else "-" for form in FORMS]
+            cells += [_ratio(of.get(peer, {}).get(form)) or "-" for peer in peers for form in FORMS]
+            lines.append("| " + " | ".join(cells) + " |")
+        means = ["geometric mean", "", ""]
+        found_means = {s["peer"]: s["forms"] for s in summarize(found, mpis)}
+        for peer in peers:
+            for form in FORMS:
+                of_form = found_means[peer].get(form)
+                means.append(f"**{of_form['geometric_mean']:.2f}x**" if of_form else "-")
+        if peers:
+            lines.append("| " + " | ".join(means) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def human(size: int) -> str:
+    """1024 -> 1 KiB; what is no whole number of a unit stays in bytes."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << shift and size % (1 << shift) == 0:
+            return f"{size >> shift} {unit}"
+    return f"{size} B"

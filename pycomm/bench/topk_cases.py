@@ -12,7 +12,7 @@ from pycomm import _native
 from pycomm.bench import shapes
 from pycomm.bench.kernels import Call, Case, Device
 from pycomm.bench.pack_cases import numbers
-from pycomm.bench.workers.data import Array, plain
+from pycomm.bench.workers.memory import Array, plain
 
 SAMPLE = 0.01  # of the elements
 
@@ -21,7 +21,7 @@ def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
     for model in workloads:
         x = numbers(sum(parameter.count for parameter in shapes.parameters(model)), 0)
         k = x.size // 100
-        record = plain(16 + 8 * k, np.dtype(np.uint8))
+        record = plain(16 + 8 * k, np.dtype(np.uint8), huge=True)
         run = partial(_native.topk_encode, x, k, out=record)
         yield Case("topk", "topk 1%", model, x.nbytes + record.nbytes, run, _rivals(x, k))
 

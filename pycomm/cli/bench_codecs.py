@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from pycomm.bench import codecs as c
-    from pycomm.bench.report import machine
+    from pycomm.bench.machine import describe as machine
 
     try:
         at_least(1, "--steps", args.steps)

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pycomm
 from pycomm import _native
+from pycomm.bench import machine
+from pycomm.bench.machine import read
 from pycomm.cli.main import fail
 from pycomm.cli.values import at_least
 from pycomm.launch import split_cores
 
 OPTIONAL = ("mpi4py", "torch", "jax", "ml_dtypes", "rich", "matplotlib")
+SETTINGS = {  # of docs/environment.md, with what holds where they are not set
+    "PYCOMM_DEBUG": "WARN",
+    "PYCOMM_ISA": "the best that the CPU has",
+    "PYCOMM_SINGLE_COPY": "1",
+    "PYCOMM_SPIN_US": "50",
+    "PYCOMM_TIMEOUT": "600",
+    "PYCOMM_VERIFY": "0",
+}
 
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=int, default=2, metavar="N", help="for how many ranks to show the cores (2)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the same for programs, with more of the processor"
     )
 
 
@@ -31,25 +45,45 @@ def run(args: Namespace) -> int:
         at_least(1, "--ranks", args.ranks)
     except ValueError as error:
         return fail(str(error))
-    for name, value in _facts(args.ranks):
+    facts = _facts(args.ranks)
+    if args.json:
+        print(
+            json.dumps(
+                {"facts": dict(facts), "processor": machine.as_dict(), "settings": settings()}, indent=1
+            )
+        )
+        return 0
+    for name, value in facts:
         print(f"{name:<18}{value}")
     return 0
+
+
+def settings() -> dict[str, str]:
+    """Those that hold now. An empty variable counts as not set."""
+    return {name: os.environ.get(name) or default for name, default in SETTINGS.items()}
 
 
 def _facts(size: int) -> list[tuple[str, str]]:
     allowed = os.sched_getaffinity(0)
     per_rank = "  ".join(f"[{rank}] {ranges(cores)}" for rank, cores in enumerate(split_cores(size)))
+    processor = machine.processor()
     return [
         ("pycomm", pycomm.__version__),
         ("Python", f"{platform.python_version()}, NumPy {_version('numpy')}"),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("processor", processor.model + (f" ({processor.family})" if processor.family else "")),
         ("instruction set", f"{_native.isa()} (available: {', '.join(_native.available_isas())})"),
+        ("caches", _caches(processor.caches)),
         ("cores", f"{len(allowed)} allowed ({ranges(allowed)}) of {os.cpu_count()}"),
+        ("SMT", _smt(processor.threads_per_core)),
+        ("NUMA", _numa()),
         (f"cores, {size} ranks", per_rank),
         ("memory", _memory()),
         ("memfd", _works(lambda: os.close(os.memfd_create("pycomm")))),
         ("pidfd", _works(lambda: os.close(os.pidfd_open(os.getpid())))),
+        ("single copy", single_copy()),
         ("huge pages", _huge_pages()),
+        ("settings", _settings()),
         *((name, _version(name) or "not installed") for name in OPTIONAL),
         ("MPI", _mpi()),
         ("CuPy", _cupy()),
@@ -85,32 +119,101 @@ def _version(*distributions: str) -> str:
     return ""
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
+def _caches(caches: Iterable[machine.Cache]) -> str:
+    texts = [
+        str(cache) + (f" shared by {shared} CPUs" if (shared := machine.count(cache.shared_by)) > 1 else "")
+        for cache in caches
+    ]
+    return ", ".join(texts) or "the kernel does not say"
+
+
+def _smt(threads: int) -> str:
+    if threads == 1:
+        return "off: one hardware thread a core"
+    return f"{threads} hardware threads a core; ranks get cores of their own where there are enough"
+
+
+def _numa() -> str:
+    nodes = sorted(machine.NODES.glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
+    if len(nodes) < 2:
+        return "1 node"
+    return f"{len(nodes)} nodes: " + "; ".join(
+        f"[{node.name[4:]}] {read(node / 'cpulist')}" for node in nodes
+    )
 
 
 def _memory() -> str:
-    lines = [line.split() for line in _read("/proc/meminfo").splitlines()]
+    lines = [line.split() for line in read("/proc/meminfo").splitlines()]
     kib = {name.rstrip(":"): int(amount) for name, amount, *_ in lines}
     text = (
         f"{kib.get('MemAvailable', 0) / 2**20:.1f} GiB available of {kib.get('MemTotal', 0) / 2**20:.1f} GiB"
     )
-    group = next(
-        (line[3:] for line in _read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/"
-    )
-    limit = _read(f"/sys/fs/cgroup{group}/memory.max") or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    group = next((line[3:] for line in read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    limit = read(f"/sys/fs/cgroup{group}/memory.max") or read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     if limit.isdecimal() and int(limit) < 1 << 60:  # the older cgroups have a huge number for none
         text += f", the cgroup's limit is {int(limit) / 2**30:.1f} GiB"
     return text
 
 
+def single_copy() -> str:
+    """Whether a process may read another one's memory through the kernel, as ranks do."""
+    if settings()["PYCOMM_SINGLE_COPY"] == "0":
+        return "no: PYCOMM_SINGLE_COPY=0"
+    error = _read_a_child()
+    if not error:
+        return "yes"
+    scope = read("/proc/sys/kernel/yama/ptrace_scope")
+    remedy = (
+        f"; kernel.yama.ptrace_scope is {scope}: `sudo sysctl kernel.yama.ptrace_scope=1`"
+        if scope in ("2", "3")
+        else "; a container needs the capability SYS_PTRACE, or a seccomp profile that has process_vm_readv"
+    )
+    return f"no: {os.strerror(error)}{remedy}"
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+def _read_a_child() -> int:
+    """0, or the error's number."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    source, target = ctypes.create_string_buffer(b"memory"), ctypes.create_string_buffer(7)
+    ready, end = os.pipe()
+    child = os.fork()
+    if child == 0:  # it has the same memory at the same address, until it is told to go
+        os.close(end)
+        os.read(ready, 1)
+        os._exit(0)
+    try:
+        local, remote = (_Vector(ctypes.addressof(buffer), 7) for buffer in (target, source))
+        got = libc.process_vm_readv(child, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+        return 0 if got == 7 else ctypes.get_errno()
+    finally:
+        os.close(end)
+        os.close(ready)
+        os.waitpid(child, 0)
+
+
 def _huge_pages() -> str:
-    setting = _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    chosen = setting.partition("[")[2].partition("]")[0]
-    return f"{chosen} for shared memory" if chosen else "not offered for shared memory"
+    """For NumPy's arrays, and for symmetric memory and windows, with what mends the latter."""
+    private, shared = machine.huge_pages("enabled"), machine.huge_pages("shmem_enabled")
+    text = f"{private or 'not offered'} for arrays, {shared or 'not offered'} for shared memory"
+    if shared in ("never", "deny"):
+        path = machine.HUGE / "shmem_enabled"
+        text += f"; large symmetric buffers are faster with them: `echo advise | sudo tee {path}`"
+    return text
+
+
+def _settings() -> str:
+    found = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
+    unknown = [
+        name
+        for name in sorted(os.environ)
+        if name.startswith("PYCOMM_")
+        and name not in (*SETTINGS, "PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", "PYCOMM_BENCH_MPI_PYTHON")
+    ]
+    return ", ".join(found or ["all as by default"]) + "".join(f"; {name} is not one" for name in unknown)
 
 
 def _mpi() -> str:
@@ -126,7 +229,7 @@ def _cupy() -> str:
 
 
 def _cuda() -> str:
-    driver = _read("/proc/driver/nvidia/version").partition("Kernel Module")[2].split()
+    driver = read("/proc/driver/nvidia/version").partition("Kernel Module")[2].split()
     nvcc = shutil.which("nvcc")
     release = [line for line in _says(nvcc, "--version") if "release" in line] if nvcc else []
     compiler = release[0] if release else "no compiler (nvcc)"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pycomm.cli.values import needs
 
@@ -15,22 +17,34 @@ if TYPE_CHECKING:
 
 
 CHARTS = (".png", ".pdf", ".svg")
+FILES = ("json", "csv", "markdown")  # `-` is standard output
 
 
-def add_options(parser: argparse.ArgumentParser, csv: bool = False) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, csv: bool = False, markdown: bool = False, plot: bool = True
+) -> None:
     parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
     if csv:
-        parser.add_argument("--csv", metavar="PATH")
-    parser.add_argument("--plot", metavar="PATH", help="a PNG, or a PDF or SVG")
+        parser.add_argument("--csv", metavar="PATH", help="likewise")
+    if markdown:
+        parser.add_argument("--markdown", metavar="PATH", help="likewise; a table for documents")
+    if plot:
+        parser.add_argument("--plot", metavar="PATH", help="a PNG, or a PDF or SVG")
 
 
 def check(args: argparse.Namespace, command: str) -> None:
     """Raises ValueError for what is missing: a package, or the directory of a file."""
     if not importlib.util.find_spec("rich"):
         raise ValueError(needs(command, "rich"))
-    if args.plot and not importlib.util.find_spec("matplotlib"):
+    plot = getattr(args, "plot", None)
+    if plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError(needs(f"{command} --plot", "matplotlib"))
-    for option in ("json", "csv", "plot"):
+    on_stdout = [f"--{option} -" for option in FILES if getattr(args, option, None) == "-"]
+    if len(on_stdout) > 1:
+        raise ValueError(
+            f"{' and '.join(on_stdout)}: standard output holds one of them; name a file for the other"
+        )
+    for option in (*FILES, "plot"):
         path = getattr(args, option, None)
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no directory {Path(path).parent}")
@@ -45,12 +59,26 @@ def consoles(args: argparse.Namespace, width: int) -> tuple[Console, Console]:
     from rich.console import Console
 
     errors = Console(stderr=True)
-    to_terminal = errors.is_terminal if args.json == "-" else sys.stdout.isatty()
-    return Console(stderr=args.json == "-", width=None if to_terminal else width), errors
+    taken = any(getattr(args, option, None) == "-" for option in FILES)
+    to_terminal = errors.is_terminal if taken else sys.stdout.isatty()
+    return Console(stderr=taken, width=None if to_terminal else width), errors
 
 
 def write_json(args: argparse.Namespace, text: str) -> None:
-    if args.json == "-":
-        print(text)
-    elif args.json:
-        Path(args.json).write_text(text + "\n")
+    write(args, "json", text + "\n")
+
+
+def write(args: argparse.Namespace, option: str, text: str) -> None:
+    """To the file that --`option` names, if it is given."""
+    if getattr(args, option, None):
+        with opened(getattr(args, option)) as file:
+            file.write(text)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        yield sys.stdout
+    else:
+        with open(path, "w", newline="") as file:
+            yield file

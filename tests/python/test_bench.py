@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pycomm.bench import measure, report, sets
-from pycomm.bench.measure import Options, Row, Times, summarize
-from pycomm.bench.sets import PYCOMM, RankSet, SetError, parse_peers
+from pycomm.bench import measure, peers, report
+from pycomm.bench.peers import SetError, parse_peers
+from pycomm.bench.rows import Options, Row, Times, percentile, summarize
+from pycomm.bench.sets import PYCOMM, RankSet
 from pycomm.bench.workers import data
 from pycomm.bench.workers.data import SHAPES, Case
 from pycomm.cli import main
-from pycomm.cli.bench import checked_dtype, size_range
+from pycomm.cli.bench_options import checked_dtype, size_range
 
 # What a rank's input and output become, said once more and in another way, with NumPy on whole arrays.
 Arrays = list[np.ndarray[Any, Any]]
@@ -42,14 +43,16 @@ def run_collective(case: Case, xs: Arrays, outs: Arrays) -> None:
             out[:] = xs[root][slots[rank]]
         elif case.collective == "all_to_all":
             out[:] = np.concatenate([x[slots[rank]] for x in xs])
-        elif case.collective == "send_recv":
+        elif case.collective in ("send_recv", "ping_pong", "two_way") or (
+            case.collective == "one_way" and rank == 1
+        ):
             out[:] = xs[(rank - 1) % n]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint64", "complex64"])
 @pytest.mark.parametrize("collective", SHAPES)
 def test_the_check_counts_what_is_wrong(collective: str, dtype: str) -> None:
-    size, root = 3, 1
+    size, root = (2 if collective in data.POINT_TO_POINT else 3), 1
     for op in ("sum", "prod") if collective in data.REDUCING else ("sum",):
         case = Case(collective, 0 if collective == "barrier" else 30_011, dtype, op, root)
         sent, received = case.elements(size)
@@ -61,7 +64,8 @@ def test_the_check_counts_what_is_wrong(collective: str, dtype: str) -> None:
         run_collective(case, xs, outs)
         for rank, (x, out) in enumerate(zip(xs, outs, strict=True)):
             assert data.wrong(x, out, case, rank, size) == 0
-            if collective == "barrier" or (collective in ("gather", "reduce") and rank != root):
+            untouched = collective in ("gather", "reduce") and rank != root
+            if collective == "barrier" or untouched or (collective == "one_way" and rank == 0):
                 continue
             for place in (0, 17, received - 1):
                 out[place] += 1
@@ -135,11 +139,14 @@ def test_every_collective(
     options = ["-b", "8", "-e", "64K", "-f", "8192", "-n", "2", "-w", "1", "--buffers", "plain,symmetric"]
     found = json.loads(bench(capsys, "all", *options, "--json", "-")[0])
     rows = found["rows"]
-    assert list(dict.fromkeys(row["collective"] for row in rows)) == list(SHAPES)
+    assert list(dict.fromkeys(row["collective"] for row in rows)) == list(measure.COLLECTIVES)
     for row in rows:
         assert row["wrong"] == 0, row
-        assert 0 < row["min_us"] <= row["pycomm_us"], row
-        assert row["p99_us"] > 0 <= row["wait_us"], row
+        for times in row["forms"].values():
+            assert 0 < times["min_us"] <= times["median_us"] <= times["p99_us"], row
+            assert 0 < times["call_median_us"] <= times["call_p99_us"], row
+            assert times["wait_us"] >= 0 and len(times["samples_us"]) >= measure.REPETITIONS[0], row
+        assert row["pycomm_us"] == min(times["median_us"] for times in row["forms"].values())
         assert row["algorithm"], row
         if row["collective"] != "barrier":
             assert row["buffers"] in ("plain", "symmetric")
@@ -164,13 +171,21 @@ def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp
     options = ["-b", "1K", "-e", "1K", "-n", "2", "--algorithms", "ring,two_shot", "--persistent"]
     paths = [f"--{path.suffix[1:].replace('png', 'plot')}={path}" for path in files]
     out, _ = bench(capsys, "all_reduce", *options, *paths)
-    for word in ("size(B)", "redop", "#wrong", "busbw", "ring", "two_shot", "plain persistent"):
-        assert word in out
+    for word in ("size", "(B)", "#wrong", "busbw", "ring", "two_shot", "two_shot persistent", "GB/s"):
+        assert word.strip("()") in out
+    assert out.splitlines()[-1].startswith("average bus bandwidth ") and out.endswith("; 0 wrong: OK\n")
     rows = json.loads(files[0].read_text())["rows"]
+    fastest = [form for row in rows if not row["persistent"] for form in row["fastest"]]
+    assert sorted(fastest) == ["in_place", "out_of_place"]
     ways = [(row["algorithm"], row["persistent"]) for row in rows]
     assert sorted(ways) == [("ring", False), ("ring", True), ("two_shot", False), ("two_shot", True)]
     with files[1].open() as file:
-        assert [(line["algorithm"], line["persistent"] == "True") for line in csv.DictReader(file)] == ways
+        lines = list(csv.DictReader(file))
+    assert [(line["algorithm"], line["persistent"] == "True") for line in lines] == ways
+    for line in lines:  # 1 KiB, two ranks
+        algbw = 1024 / float(line["in_place_median_us"]) / 1e3
+        assert math.isclose(float(line["in_place_algbw"]), algbw)
+        assert math.isclose(float(line["in_place_busbw"]), algbw)
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
@@ -216,8 +231,10 @@ def test_peers_are_measured_beside_us() -> None:
         [row], [larger] = measure.measure(
             "all_gather", Options(2, [64, 4096], iterations=2), ours, {peer: theirs}, warnings.append
         )
-    assert list(row.peers) == list(larger.peers) == ["gloo"]
-    assert row.ratios["gloo"] == row.peers["gloo"] / row.pycomm_us
+    assert list(row.beside) == list(larger.beside) == ["gloo"]
+    for form in ("out_of_place", "in_place"):
+        ratio = row.beside["gloo"][form].median_us / row.forms[form].median_us
+        assert row.ratios["gloo"][form] == ratio
     assert (row.bytes, row.count, larger.bytes, larger.count) == (64, 8, 4096, 512)
     assert warnings == []
 
@@ -229,16 +246,18 @@ def test_a_peer_that_dies_is_left_out() -> None:
         peers = {peer: theirs}
         theirs._processes[1].kill()
         rows = list(measure.measure("barrier", Options(2, [8], iterations=2), ours, peers, warnings.append))
-    assert [list(row.peers) for [row] in rows] == [[]]
+    assert [list(row.beside) for [row] in rows] == [[]]
     assert peers == {}
     assert len(warnings) == 1 and warnings[0].startswith("gloo is left out from here on")
 
 
 def row(size: int, us: float, peers: dict[str, float], **changes: Any) -> Row:
-    times = Times(us, us, us, 0.0, 0)
+    """Twice as long out of place, for pycomm and for peers three times."""
     fields = {"collective": "all_reduce", "count": size // 4, "dtype": "float32", "op": "sum", "ranks": 4}
-    fields |= {"algorithm": "ring", "buffers": "plain", "persistent": False, "forms": {"in_place": times}}
-    return Row(**{**fields, "bytes": size, "peers": peers, **changes})
+    forms = {"out_of_place": Times([2 * us]), "in_place": Times([us])}
+    fields |= {"algorithm": "ring", "buffers": "plain", "persistent": False, "forms": forms}
+    beside = {peer: {"out_of_place": Times([3 * us]), "in_place": Times([us])} for peer, us in peers.items()}
+    return Row(**{**fields, "bytes": size, "beside": beside, **changes})
 
 
 def test_summary() -> None:
@@ -246,12 +265,38 @@ def test_summary() -> None:
         row(1024, 2.0, {"openmpi": 4.0, "mpich": 16.0, "gloo": 200.0}),
         row(4096, 1.0, {"openmpi": 8.0, "mpich": 4.0, "gloo": 100.0}),
     ]
-    found = {part["peer"]: part for part in summarize(rows)}
+    del rows[1].beside["gloo"]["out_of_place"]  # as Gloo, which has no such all_reduce
+    summary = summarize(rows, mpis=["openmpi", "mpich"])
+    found = {part["peer"]: part["forms"] for part in summary}
     assert list(found) == ["openmpi", "mpich", "gloo", "better MPI"]
-    assert math.isclose(found["openmpi"]["geometric_mean"], 4)  # of 2 and 8
-    assert math.isclose(found["better MPI"]["geometric_mean"], math.sqrt(2 * 4))
-    assert found["better MPI"]["min"] == 2
-    assert (found["gloo"]["from_bytes"], found["gloo"]["to_bytes"]) == (1024, 4096)
+    assert math.isclose(found["openmpi"]["in_place"]["geometric_mean"], 4)  # of 2 and 8
+    assert math.isclose(found["openmpi"]["out_of_place"]["geometric_mean"], 6)  # of 3 and 12
+    assert math.isclose(found["better MPI"]["in_place"]["geometric_mean"], math.sqrt(2 * 4))
+    assert found["better MPI"]["in_place"] | {"geometric_mean": 0} == {
+        "geometric_mean": 0,
+        "min": 2,
+        "min_at_bytes": 1024,
+    }
+    assert found["better MPI"]["out_of_place"]["min"] == 3
+    assert math.isclose(found["gloo"]["out_of_place"]["geometric_mean"], 150)  # at the one size
+    assert (summary[2]["from_bytes"], summary[2]["to_bytes"]) == (1024, 4096)
+
+
+def test_the_better_mpi_may_be_another_one_in_each_form() -> None:
+    found = row(1024, 1.0, {"openmpi": 4.0, "mpich": 8.0})
+    found.beside["mpich"]["out_of_place"] = Times([5.0])
+    [*_, better] = summarize([found], mpis=["openmpi", "mpich"])
+    assert better["peer"] == "better MPI"
+    assert better["forms"]["in_place"]["min"] == 4.0
+    assert better["forms"]["out_of_place"]["min"] == 2.5  # MPICH's 5 over pycomm's 2
+
+
+def test_percentile_is_one_of_the_values() -> None:
+    assert percentile([5.0, 1.0, 3.0], 99) == 5.0
+    assert percentile([float(n) for n in range(1, 201)], 99) == 198.0
+    assert percentile([4.0], 25) == 4.0
+    times = Times([1.0, 2.0, 9.0])
+    assert times.min_us <= times.median_us <= times.p99_us
 
 
 @pytest.mark.parametrize(
@@ -309,6 +354,19 @@ def test_peers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-g", "2"], "-g 2: say how many ranks there are with --ranks"),
         (["-t", "2"], "-t 2: say how many ranks there are with --ranks"),
         (["barrier", "--plot", "a.png"], "nothing to draw"),
+        (["-i", "0"], "-i 0"),
+        (["-i", "4", "-f", "2"], "-i 4 -f 2"),
+        (["--ranks", "2,x"], "--ranks 2,x: 'x' is no number"),
+        (["--offset", "2"], "--offset 2: float32 elements lie at multiples of 4"),
+        (["--offset", "4096"], "'4096' is no number of bytes within a page"),
+        (["--offset", "0,4,8"], "one number, or two"),
+        (["--offsets", "all", "--persistent"], "--offsets and --persistent"),
+        (["--columns", "time,mean"], "there is no column 'mean'"),
+        (["--algorithms", "no_such_module:star"], "no_such_module:star: No module named"),
+        (["--algorithms", "math:pi"], "math:pi is a float, not a pycomm.Algorithm"),
+        (["--codecs", "math:pi"], "--codecs math:pi: is a float"),
+        (["--csv", "-", "--json", "-"], "standard output holds one of them"),
+        (["--vs", "pycomm"], "say which other pycomm"),
         (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),
         (["--buffers", "pinned"], "--buffers pinned"),
         (["--vs", "nccl"], "--vs nccl"),
@@ -342,14 +400,40 @@ def test_types_as_nccl_tests_has_them(name: str, numpy_name: str) -> None:
     assert checked_dtype(name, "sum", ["all_reduce"]) == numpy_name
 
 
-def test_the_table_without_peers(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("peers", [(), ("openmpi", "mpich", "impi", "gloo", "deepspeed")])
+@pytest.mark.parametrize("algorithms", [(None,), ("recursive_doubling", "halving_doubling")])
+def test_the_table_fits_and_cuts_no_number(
+    peers: tuple[str, ...], algorithms: tuple[str | None, ...]
+) -> None:
+    options = Options(2, [1 << 30], algorithms=algorithms, buffers=("plain", "symmetric"), persistent=True)
+    size = 1 << 30
+    found = row(
+        size,
+        123456.78,
+        dict.fromkeys(peers, 7654321.0),
+        algorithm="recursive_doubling",
+        buffers="symmetric",
+        persistent=True,
+        fastest=["in_place"],
+    )
+    table = report.Table("all_reduce", options, peers, (), (size, size // 4))
+    lines = [*table.heading(), *table.lines([found])]
+    assert max(map(len, lines)) <= 100
+    of_engines = table.lines([found])[-1 - len(peers) :]
+    assert len({len(line) for line in of_engines}) == 1  # the columns are under each other
+    text = "\n".join(lines)
+    for number in (str(size), "123456.8", "246913.6", *["7654321"] * bool(peers)):
+        assert number in text.split() or f"{number}+" in text.split()
+    assert "all_reduce, float32, sum, 2 ranks" in lines[0]
+    assert ("ratio" in text) == bool(peers)
+
+
+def test_the_heading_names_the_ranks_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = bench(capsys, "barrier", "-n", "1", "-d", "half")
-    assert "\n2 ranks\n" in out
-    assert "peers" not in out and "{" not in out
+    assert "\n2 ranks\n" in out and "barrier, float16, 2 ranks" in out
     assert report.engines(1, {"pycomm": "pycomm 1"}) == "1 rank"
     versions = {"pycomm": "pycomm 1", "mpi": "Open MPI v5", "gloo": "Gloo of torch 2"}
     assert report.engines(2, versions) == "2 ranks, beside Open MPI v5 (mpi), Gloo of torch 2 (gloo)"
-    assert len(report.table("x", True).columns) == len(report.table("x", False).columns) + 1
 
 
 def test_what_a_collective_lacks_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +444,7 @@ def test_what_a_collective_lacks_is_left_out(capsys: pytest.CaptureFixture[str])
 
 
 def test_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sets, "START_S", (0.3, 0.0))
+    monkeypatch.setattr(peers, "START_S", (0.3, 0.0))
     engine = tmp_path / "late.py"
     engine.write_text("import time; time.sleep(60)")
     with pytest.raises(SetError, match="0 of 3 ranks came in the 0 s that a start may take"):

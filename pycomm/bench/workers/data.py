@@ -6,7 +6,6 @@ values are integers so small that the result is exact in the type, in any order 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +16,6 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 PERIOD = 10_007
-HUGE_PAGE = 2 << 20
 TILES = 8  # periods that are compared at a time: what is made for the check stays in the cache
 
 # (elements of a rank's input, of its output) as multiples of the count, for n ranks
@@ -32,7 +30,11 @@ SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
     "all_to_all": lambda n: (n, n),
     "barrier": lambda n: (0, 0),
     "send_recv": lambda n: (1, 1),
+    **dict.fromkeys(("ping_pong", "one_way", "two_way"), lambda n: (1, 1)),
 }
+# Between two ranks: there and back, a window of messages to rank 1, and one each way at the same time.
+POINT_TO_POINT = ("ping_pong", "one_way", "two_way")
+WINDOW = 64  # messages that are on their way at once, as in the OSU benchmarks
 REDUCING = ("all_reduce", "reduce_scatter", "reduce")
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
 OPS = {
@@ -79,22 +81,6 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             raise ValueError(f"{name!r} is a type of neither NumPy nor ml_dtypes") from None
 
 
-def plain(count: int, dtype: np.dtype[Any]) -> Array:
-    """Memory as any engine's user has it; large arrays in huge pages from end to end.
-
-    NumPy asks for them too, but what it gets depends on what was freed before, and the kernel's copies, which
-    MPI makes, take up to four times as long in small pages."""
-    bytes_needed = count * dtype.itemsize
-    if bytes_needed < HUGE_PAGE:
-        return np.empty(count, dtype)
-    memory = mmap.mmap(-1, bytes_needed + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    start = -whole.ctypes.data % HUGE_PAGE
-    array: Array = whole[start : start + bytes_needed].view(dtype)
-    return array
-
-
 def fill(x: Array, case: Case, rank: int, size: int) -> None:
     """Rank `rank`'s input."""
     _write(x, _pattern(case, rank, size), 0)
@@ -119,7 +105,9 @@ def wrong(x: Array, out: Array, case: Case, rank: int, size: int, lossy: bool = 
         parts = [(pattern, mine) for pattern in patterns]
     elif case.collective in ("broadcast", "scatter"):
         parts = [(patterns[case.root], mine if case.collective == "scatter" else 0)]
-    elif case.collective == "send_recv":
+    elif case.collective == "one_way" and rank == 0:
+        return count
+    elif case.collective in ("send_recv", *POINT_TO_POINT):
         parts = [(patterns[rank - 1], 0)]
     else:
         total = reduce(OPS[case.op], patterns)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from data import POINT_TO_POINT, WINDOW
 from mpi4py import MPI
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ OUT_OF_PLACE = {
 }
 IN_PLACE = {
     "all_reduce": "comm.Allreduce(IN_PLACE, x, op)",
+    "reduce_scatter": "comm.Reduce_scatter_block(IN_PLACE, x, op)",
     "all_gather": "comm.Allgather(IN_PLACE, out)",
     "broadcast": "comm.Bcast(x, root)",
     "all_to_all": "comm.Alltoall(IN_PLACE, x)",
@@ -30,6 +33,17 @@ IN_PLACE_AT_ROOT = {
     "reduce": ("comm.Reduce(IN_PLACE, x, op, root)", "comm.Reduce(x, None, op, root)"),
     "gather": ("comm.Gather(IN_PLACE, out, root)", "comm.Gather(x, None, root)"),
     "scatter": ("comm.Scatter(x, IN_PLACE, root)", "comm.Scatter(None, out, root)"),
+}
+TWO_RANKS = {
+    "ping_pong": ("comm.Send(x, 1); comm.Recv(out, 1)", "comm.Recv(out, 0); comm.Send(x, 0)"),
+    "one_way": (
+        "wait_all([comm.Isend(x, 1) for _ in window])",
+        "wait_all([comm.Irecv(out, 0) for _ in window])",
+    ),
+    "two_way": (
+        "wait_all([comm.Irecv(out, 1) for _ in window] + [comm.Isend(x, 1) for _ in window])",
+        "wait_all([comm.Irecv(out, 0) for _ in window] + [comm.Isend(x, 0) for _ in window])",
+    ),
 }
 OPS = {
     "sum": MPI.SUM,
@@ -60,10 +74,17 @@ class Engine:
         if self.comm.size != size:
             raise RuntimeError(f"{self.comm.size} ranks instead of {size}: is mpiexec that of this mpi4py?")
         self.rank: int = self.comm.rank
-        self.version = MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
+        first = MPI.Get_library_version().partition(",")[0].partition("\n")[0].strip("\0 ")
+        self.version = " ".join(first.replace("Version:", "").removesuffix("for Linux* OS").split())
 
     def barrier(self) -> None:
         self.comm.Barrier()
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
+        return np.empty(count, dtype)
+
+    def in_place_part(self, case: Case) -> int:
+        return 0 if case.collective == "reduce_scatter" else self.rank  # MPI leaves the result at the front
 
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
@@ -71,6 +92,8 @@ class Engine:
         root = self.rank == case.root
         calls = {**IN_PLACE, **{name: pair[not root] for name, pair in IN_PLACE_AT_ROOT.items()}}
         call = (calls if form == "in_place" else OUT_OF_PLACE).get(case.collective)
+        if case.collective in POINT_TO_POINT and form == "out_of_place":
+            call = TWO_RANKS[case.collective][self.rank]
         if call is None:
             return None
         if case.op not in OPS:
@@ -90,7 +113,13 @@ class Engine:
             "right": (self.rank + 1) % size,
             "left": (self.rank - 1) % size,
             "IN_PLACE": MPI.IN_PLACE,
+            "wait_all": MPI.Request.Waitall,
+            "window": range(WINDOW),
         }
+
+    def start(self, text: str) -> str:
+        first = len("comm.")
+        return f"{text[:first]}I{text[first].lower()}{text[first + 1 :]}"  # comm.Ibcast(...)
 
     def algorithm(self, case: Case, variant: dict[str, Any]) -> str:
         return ""

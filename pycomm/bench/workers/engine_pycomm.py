@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from data import POINT_TO_POINT, WINDOW
+from load import is_own, load
 
 import pycomm
 
@@ -31,6 +33,18 @@ IN_PLACE = {
 }
 # Every rank sends to the next. Some receive first, or all would wait for each other.
 SEND_RECV = ("comm.send(x, right)", "comm.recv(out, left)")
+TWO_RANKS = {
+    "ping_pong": ("comm.send(x, 1); comm.recv(out, 1)", "comm.recv(out, 0); comm.send(x, 0)"),
+    "one_way": (
+        "for work in [comm.send(x, 1, async_op=True) for _ in window]: work.wait()",
+        "for work in [comm.recv(out, 0, async_op=True) for _ in window]: work.wait()",
+    ),
+    "two_way": tuple(
+        f"for work in [comm.recv(out, {peer}, async_op=True) for _ in window]"
+        f" + [comm.send(x, {peer}, async_op=True) for _ in window]: work.wait()"
+        for peer in (1, 0)
+    ),
+}
 
 
 class Engine:
@@ -38,9 +52,17 @@ class Engine:
         self.comm = pycomm.init()
         self.rank = self.comm.rank
         self.version = f"pycomm {pycomm.__version__}"
+        self.origin = pycomm.__file__
+        self.own: dict[str, Any] = {}  # what the user wrote, by its "module:name"
 
     def barrier(self) -> None:
         self.comm.barrier()
+
+    def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
+        return np.empty(count, dtype)
+
+    def in_place_part(self, case: Case) -> int:
+        return self.rank
 
     def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
         made: Array = self.comm.empty((count,), dtype)
@@ -55,29 +77,49 @@ class Engine:
             first, second = SEND_RECV if self.rank % 2 == 0 else SEND_RECV[::-1]
             neighbours = {"right": (self.rank + 1) % size, "left": (self.rank - 1) % size}
             return None if form == "in_place" or size == 1 else (f"{first}; {second}", names | neighbours)
+        if case.collective in POINT_TO_POINT:
+            text = TWO_RANKS[case.collective][self.rank]
+            return None if form == "in_place" else (text, {**names, "window": range(WINDOW)})
         if case.collective == "barrier" and form == "in_place":
             return None
         root = self.rank == case.root
+        more = _more(case)
+        for option in ("algorithm", "codec"):
+            if variant[option]:
+                names[option] = self._found(variant[option])
+                more += f", {option}={option}"
         call = (IN_PLACE if form == "in_place" else OUT_OF_PLACE)[case.collective].format(
-            x_at_root="x" if root else None, out_at_root="out" if root else None, more=_more(case, variant)
+            x_at_root="x" if root else None, out_at_root="out" if root else None, more=more
         )
         call = call.replace("(, ", "(")
         if variant["persistent"]:
             return "op()", {"op": eval(call.replace("all_reduce", "all_reduce_init"), names)}
         return call, names
 
+    def _found(self, name: str) -> Any:
+        """The name, or what it names, once: an algorithm is made once, and a codec keeps its state."""
+        if not is_own(name):
+            return name
+        if name not in self.own:
+            self.own[name] = load(name)
+        return self.own[name]
+
+    def start(self, text: str) -> str:
+        return f"{text[:-1]}, async_op=True)"
+
     def algorithm(self, case: Case, variant: dict[str, Any]) -> str:
-        if case.collective == "send_recv":
+        if variant["algorithm"]:
+            return str(self._found(variant["algorithm"]))
+        if case.collective in ("send_recv", *POINT_TO_POINT):
             return "direct"
         if variant["codec"]:
-            return variant["algorithm"] or ("two_shot" if case.collective == "all_reduce" else "direct")
+            return "two_shot" if case.collective == "all_reduce" else "direct"
         text = self.comm.explain(
             case.collective,
             case.count,
             case.dtype,
             op=case.op,
             root=case.root,
-            algorithm=variant["algorithm"],
         )
         lines = [line.split() for line in text.splitlines()]
         return next(words[1].rstrip(":") for words in lines if words[:1] == ["algorithm"])
@@ -86,13 +128,7 @@ class Engine:
         self.comm.close()
 
 
-def _more(case: Case, variant: dict[str, Any]) -> str:
+def _more(case: Case) -> str:
     """What is not as it is by default."""
     more = "" if case.op == "sum" else f", op={case.op!r}"
-    if case.root:
-        more += f", root={case.root}"
-    if variant["algorithm"]:
-        more += f", algorithm={variant['algorithm']!r}"
-    if variant["codec"]:
-        more += f", codec={variant['codec']!r}"
-    return more
+    return more + (f", root={case.root}" if case.root else "")

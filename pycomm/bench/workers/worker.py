@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from data import Array, Case, fill, numpy_dtype, plain, spoil, wrong
+from data import Array, Case, fill, numpy_dtype, spoil, wrong
+from memory import PAGE, Caches, placed, plain
 
 FORMS = ("out_of_place", "in_place")
 
@@ -35,13 +36,22 @@ class Engine(Protocol):
 
     def barrier(self) -> None: ...
 
+    def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """Memory as the engine's users have it."""
+
     def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
         """Memory of its own, by the same call on every rank. Asked of pycomm alone."""
+
+    def in_place_part(self, case: Case) -> int:
+        """In which part of the larger buffer the smaller one lies, where a call is in place."""
 
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
     ) -> tuple[str, dict[str, Any]] | None:
         """The call as its user would write it, and the names in it; None if it has no such form."""
+
+    def start(self, text: str) -> str:
+        """The asynchronous form of a blocking call's text: an expression whose value has `wait`."""
 
     def algorithm(self, case: Case, variant: dict[str, Any]) -> str: ...
 
@@ -55,6 +65,9 @@ class Worker:
         self.buffers: dict[str, tuple[Array, Array]] = {}
         self.calls: dict[tuple[int, str], tuple[timeit.Timer, timeit.Timer]] = {}
         self.moments: list[float] = []
+        self.caches: Caches | None = None
+        self.units = 0  # of computation, in `compute`
+        self.vector = np.ones(4096, np.float32)
 
     def open(self, case: dict[str, Any], variants: list[dict[str, Any]], check: bool) -> list[dict[str, Any]]:
         """Binds a case in its variants. Says of each which forms it has, what ran and how much was wrong, or
@@ -65,8 +78,8 @@ class Worker:
     def _open(self, case: Case, number: int, variant: dict[str, Any], check: bool) -> dict[str, Any]:
         forms: dict[str, int] = {}
         try:
-            for form in FORMS:
-                x, out = self._buffers(case, form, str(variant["buffers"]))
+            for form in variant["forms"]:
+                x, out = self._buffers(case, form, variant)
                 bound = self.engine.bind(case, form, variant, x, out)
                 if bound is None:
                     continue
@@ -82,36 +95,104 @@ class Worker:
                 self.calls[number, form] = (call, timeit.Timer(f"moment()\n{text}\nmoment()", globals=names))
             if not forms:
                 return {"error": f"has no {case.collective}"}
-            return {"forms": forms, "algorithm": self.engine.algorithm(case, variant)}
+            chosen = self.engine.algorithm(case, {**variant, "algorithm": None})
+            return {"forms": forms, "algorithm": self.engine.algorithm(case, variant), "default": chosen}
         except Exception as error:  # of any engine: it is the answer
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
-    def _buffers(self, case: Case, form: str, kind: str) -> tuple[Array, Array]:
+    def open_overlap(self, case: dict[str, Any], variant: dict[str, Any], check: bool) -> dict[str, Any]:
+        """As open, and binds the first form's asynchronous call: alone, and with `compute` while it runs."""
+        [answer] = self.open(case, [variant], check)
+        if "error" in answer:
+            return answer
+        form = next(iter(answer["forms"]))
+        of = Case(**case)
+        x, out = self._buffers(of, form, variant)
+        bound = self.engine.bind(of, form, variant, x, out)
+        assert bound is not None
+        text, names = bound
+        names["compute"] = self._compute
+        try:
+            start = f"work = {self.engine.start(text)}"
+        except AttributeError:
+            return {"error": f"has no asynchronous {of.collective}"}
+        texts = {
+            "blocking": text,
+            "alone": f"{start}; work.wait()",
+            "compute": "compute()",
+            "together": f"{start}; compute(); work.wait()",
+        }
+        for name, words in texts.items():
+            timer = timeit.Timer(words, globals=names)
+            self.calls[0, name] = timer, timer
+        return {**answer, "form": form}
+
+    def compute_for(self, units: int) -> None:
+        self.units = units
+
+    def _compute(self) -> None:
+        """In the first cache: it neither needs nor disturbs what a call moves."""
+        for _ in range(self.units):
+            np.multiply(self.vector, self.vector, out=self.vector)
+
+    def _buffers(self, case: Case, form: str, variant: dict[str, Any]) -> tuple[Array, Array]:
         """x and out. In place the smaller is a part of the larger, as each collective has it."""
-        rank, dtype = self.engine.rank, numpy_dtype(case.dtype)
-        if kind not in self.buffers:
-            make = plain if kind == "plain" else self.engine.symmetric
-            sent, received = (make(n, dtype) for n in case.elements(self.size))
-            self.buffers[kind] = sent, received
-        x, out = self.buffers[kind]
+        rank = self.engine.rank
+        x, out = self._memory(case, variant)
         if form == "out_of_place":
             return x, out
-        mine = slice(rank * case.count, (rank + 1) * case.count)
         if case.collective in ("gather", "scatter") and rank != case.root:
             return x, out
+        part = self.engine.in_place_part(case)
+        mine = slice(part * case.count, (part + 1) * case.count)
         if out.size > x.size:
             return out[mine], out
         return x, x[mine] if x.size > out.size else x
 
+    def _memory(self, case: Case, variant: dict[str, Any]) -> tuple[Array, Array]:
+        """Two separate buffers. All offsets share the same pages: nothing but the address differs."""
+        dtype, kind, offsets = numpy_dtype(case.dtype), str(variant["buffers"]), variant["offsets"]
+        counts = case.elements(self.size)
+        if kind == "symmetric":
+            if kind not in self.buffers:
+                sent, received = (self.engine.symmetric(count, dtype) for count in counts)
+                self.buffers[kind] = sent, received
+            return self.buffers[kind]
+        if offsets is not None:
+            if kind not in self.buffers:
+                size = [count * dtype.itemsize + 2 * PAGE for count in counts]
+                sent, received = (plain(n, np.dtype(np.uint8), 0, variant["huge"]) for n in size)
+                self.buffers[kind] = sent, received
+            sent, received = (
+                placed(whole, count, dtype, offset)
+                for whole, count, offset in zip(self.buffers[kind], counts, offsets, strict=True)
+            )
+            return sent, received
+        if kind not in self.buffers:
+            sent, received = (
+                plain(count, dtype, huge=True) if variant["huge"] else self.engine.empty(count, dtype)
+                for count in counts
+            )
+            self.buffers[kind] = sent, received
+        return self.buffers[kind]
+
     def _moment(self, clock: Any = time.perf_counter) -> None:
         self.moments.append(clock())
 
-    def time(self, number: int, form: str, calls: int, warmup: int) -> float:
-        """Seconds for `calls` calls in a row, entered by all ranks together."""
+    def time(self, number: int, form: str, samples: int, calls: int, warmup: int) -> list[float]:
+        """Seconds for each of `samples` times `calls` calls in a row, entered by all ranks together."""
         timer = self.calls[number, form][0]
         timer.timeit(warmup)
         self.engine.barrier()
-        return timer.timeit(calls)
+        return [timer.timeit(calls) for _ in range(samples)]
+
+    def time_cold(self, number: int, form: str) -> list[float]:
+        """Seconds for a call whose data no cache holds."""
+        if self.caches is None:
+            self.caches = Caches()
+        self.caches.flush()
+        self.engine.barrier()
+        return [self.calls[number, form][0].timeit(1)]
 
     def trace(self, number: int, form: str, calls: int) -> list[list[float]]:
         """When this rank entered and left each of `calls` calls, by the clock that all ranks share."""
@@ -141,7 +222,7 @@ def main() -> None:
             stream.write(json.dumps(answer) + "\n")
             stream.flush()
 
-        say({"rank": engine.rank, "version": engine.version})
+        say({"rank": engine.rank, "version": engine.version, "origin": getattr(engine, "origin", "")})
         for line in stream:
             order = json.loads(line)
             say(getattr(worker, order.pop("do"))(**order))

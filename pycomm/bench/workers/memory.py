@@ -1,0 +1,59 @@
+"""The memory that is sent from and received into, and the caches that hold it. Needs NumPy alone.
+
+A user's array begins where the allocator puts it: NumPy's large ones lie 16 bytes beyond a page, torch's on
+a cache line. Copies and vectors are faster at some addresses than others, so nothing is aligned unless asked.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+
+
+def plain(count: int, dtype: np.dtype[Any], offset: int | None = None, huge: bool = False) -> Array:
+    """NumPy's own memory; with `offset` its first byte is so many bytes beyond a page.
+
+    `huge`: large arrays lie in huge pages from end to end. NumPy asks for them too, but what it gets depends
+    on what was freed before."""
+    size = count * dtype.itemsize
+    if huge and size >= HUGE_PAGE:
+        memory = mmap.mmap(-1, size + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return placed(np.frombuffer(memory, np.uint8), count, dtype, offset or 0, HUGE_PAGE)
+    if offset is None:
+        return np.empty(count, dtype)
+    return placed(np.empty(size + 2 * PAGE, np.uint8), count, dtype, offset)
+
+
+def placed(whole: Array, count: int, dtype: np.dtype[Any], offset: int, page: int = PAGE) -> Array:
+    """The array in these bytes that begins `offset` bytes beyond a page."""
+    start = -whole.ctypes.data % page + offset
+    array: Array = whole[start : start + count * dtype.itemsize].view(dtype)
+    return array
+
+
+class Caches:
+    """Flushes them: what was in a cache is in memory alone afterwards."""
+
+    def __init__(self) -> None:
+        # Reading and writing twice the largest leaves nothing else in any; stores alone may bypass them.
+        self._filler = np.zeros(2 * max(_sizes(), default=32 << 20), np.uint8)
+
+    def flush(self) -> None:
+        np.add(self._filler, 1, out=self._filler)
+
+
+def _sizes() -> list[int]:
+    found = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        found.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return found

@@ -1,0 +1,226 @@
+"""The options that the commands of `pycomm bench` share, and what they mean. Every mistake is a ValueError
+that names the option and its value, before any rank is started."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+
+import pycomm
+from pycomm import _native
+from pycomm.bench.workers.data import OPS, REDUCING, numpy_dtype
+from pycomm.bench.workers.load import is_own, load
+from pycomm.cli.values import at_least, dtype_name, parse_size
+from pycomm.codecs import Codec
+from pycomm.codecs import call as codecs_call
+
+DTYPES = (  # what `all` means
+    *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("bool", "complex64", "complex128"),
+)
+
+
+def add_sizes(parser: argparse.ArgumentParser, first: str, last: str) -> None:
+    parser.add_argument(
+        "-b", "--minbytes", default=first, metavar="SIZE", help=f"smallest size: 4, 1K, 64M, 1G ({first})"
+    )
+    parser.add_argument("-e", "--maxbytes", default=last, metavar="SIZE", help=f"largest size ({last})")
+    parser.add_argument("-f", "--stepfactor", type=int, metavar="N", help="from size to size (4)")
+    parser.add_argument(
+        "-i", "--stepbytes", metavar="SIZE", help="from size to size so many bytes more, in place of -f"
+    )
+
+
+def add_calls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-n",
+        "--iters",
+        type=int,
+        metavar="N",
+        help="calls in a sample (as many as take 0.4 ms, at least one)",
+    )
+    parser.add_argument(
+        "-w", "--warmup_iters", type=int, metavar="N", help="calls before each repetition (a tenth)"
+    )
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vs",
+        default="",
+        metavar="PEERS",
+        help="mpi,gloo, or with the interpreters that have them: openmpi=/path/python,mpich=...,impi=...,"
+        "gloo=...,deepspeed=...; another build of pycomm by its interpreter or folder: pycomm=/path",
+    )
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--huge", action="store_true", help="large buffers of every engine in huge pages")
+    parser.add_argument(
+        "--offset",
+        metavar="N[,M]",
+        help="the first byte of all buffers lies N bytes beyond a page (that of outputs M); else where the"
+        " allocator of an engine's users puts it",
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="flush the caches before each call, and time it alone"
+    )
+
+
+def check_calls(args: argparse.Namespace) -> None:
+    at_least(1, "-n", args.iters)
+    at_least(0, "-w", args.warmup_iters)
+
+
+def sizes(args: argparse.Namespace) -> list[int]:
+    if args.stepbytes is not None:
+        if args.stepfactor is not None:
+            raise ValueError(f"-i {args.stepbytes} -f {args.stepfactor}: sizes grow by one of them")
+        return size_range(args.minbytes, args.maxbytes, step=args.stepbytes)
+    return size_range(args.minbytes, args.maxbytes, 4 if args.stepfactor is None else args.stepfactor)
+
+
+def size_range(low: str, high: str, factor: int = 2, step: str | None = None) -> list[int]:
+    first, last = parse_size(low), parse_size(high)
+    if not 0 < first <= last:
+        raise ValueError(f"-b {low} -e {high}: sizes go from a positive one up")
+    if factor < 2:
+        raise ValueError(f"-f {factor}: sizes grow by a factor of 2 or more")
+    if step is not None:
+        if parse_size(step) < 1:
+            raise ValueError(f"-i {step}: sizes grow by a byte or more")
+        return list(range(first, last + 1, parse_size(step)))
+    found = []
+    while first <= last:
+        found.append(first)
+        first *= factor
+    return found
+
+
+def world_sizes(text: str) -> list[int]:
+    """--ranks 2,4"""
+    found = []
+    for part in text.split(","):
+        if not part.lstrip("-").isdecimal():
+            raise ValueError(f"--ranks {text}: {part!r} is no number of ranks")
+        at_least(1, "--ranks", int(part))
+        found.append(int(part))
+    return list(dict.fromkeys(found))
+
+
+def dtypes(text: str, op: str, collectives: Sequence[str]) -> list[str]:
+    """-d float,half; all: those that the collectives have with this operator."""
+    if text != "all":
+        return list(dict.fromkeys(checked_dtype(name, op, collectives) for name in text.split(",")))
+    found = []
+    for name in DTYPES:
+        try:
+            found.append(checked_dtype(name, op, collectives))
+        except ValueError:
+            continue
+    return found
+
+
+def checked_dtype(name: str, op: str, collectives: Sequence[str]) -> str:
+    """What NumPy calls the type; it and the operator are such that all the collectives have them."""
+    try:
+        dtype: str = numpy_dtype(dtype_name(name)).name
+        reducing = any(name in REDUCING for name in collectives)
+        call = ("all_reduce", op) if reducing else ("all_gather", "sum")
+        pycomm.run_local(lambda comm: comm.explain(call[0], 1, dtype, op=call[1]), 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"-d {name}{f' -o {op}' if op != 'sum' else ''}: {error}") from None
+    return dtype
+
+
+def check_op(op: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"-o {op}: the operators are {', '.join(OPS)}")
+
+
+def algorithms(wanted: str, collectives: Sequence[str]) -> dict[str, list[str | None]]:
+    """Those of the wanted that each collective has; None is the library's choice."""
+    found = {name: chosen_algorithms(name, wanted) for name in collectives}
+    for name in set(wanted.split(",")) - {"", "all"}:
+        if not any(name in chosen for chosen in found.values()):
+            if is_own(name):
+                raise ValueError(f"--algorithms {name}: is one for {own_algorithm(name).collective}")
+            known = dict.fromkeys(known for name in collectives for known in _native.algorithms(name))
+            raise ValueError(f"--algorithms {name}: there are {', '.join(known)}")
+    return found
+
+
+def chosen_algorithms(collective: str, wanted: str) -> list[str | None]:
+    if not wanted:
+        return [None]
+    known = _native.algorithms(collective)
+    found: list[str | None] = []
+    for name in wanted.split(","):
+        if name == "all":
+            found += known
+        elif name in known or (is_own(name) and own_algorithm(name).collective == collective):
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def own_algorithm(text: str) -> pycomm.Algorithm:
+    found = load(text)
+    if not isinstance(found, pycomm.Algorithm):
+        raise ValueError(
+            f"{text} is a {type(found).__name__}, not a pycomm.Algorithm: see docs/algorithms.md"
+        )
+    return found
+
+
+def codecs(text: str, collectives: Sequence[str], dtypes: Sequence[str], op: str) -> list[str | None]:
+    """--codecs none,int8,module:name"""
+    found = [None if name == "none" else name for name in text.split(",")]
+    for codec in filter(None, found):
+        for collective in collectives:
+            for dtype in dtypes:
+                _check_codec(codec, collective, dtype, op)
+    return found
+
+
+def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
+    try:
+        if collective not in ("all_reduce", "reduce_scatter", "all_gather"):
+            raise ValueError(f"{collective} takes no codec")
+        if codec in ("sign", "topk"):
+            raise ValueError("a call on its own is far off: see pycomm bench codecs")
+        own = load(codec) if is_own(codec) else codec
+        if not isinstance(own, str | Codec):
+            raise ValueError(f"is a {type(own).__name__}, not an object of pycomm.codecs")
+        x = np.zeros(1, numpy_dtype(dtype))
+        pycomm.run_local(lambda comm: codecs_call(comm, collective, x, codec=own, op=op), 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--codecs {codec}: {error}") from None
+
+
+def offsets(text: str | None, dtypes: Sequence[str]) -> tuple[int, int] | None:
+    """--offset 16, or with that of outputs --offset 16,48"""
+    if text is None:
+        return None
+    found = numbers_beyond_a_page("--offset", text, dtypes)
+    if len(found) > 2:
+        raise ValueError(f"--offset {text}: one number, or two: of inputs and of outputs")
+    return found[0], found[-1]
+
+
+def numbers_beyond_a_page(option: str, text: str, dtypes: Sequence[str]) -> list[int]:
+    found = []
+    for part in text.split(","):
+        if not part.isdecimal() or int(part) >= 4096:
+            raise ValueError(f"{option} {text}: {part!r} is no number of bytes within a page, 0 to 4095")
+        found.append(int(part))
+    for dtype in dtypes:
+        item = numpy_dtype(dtype).itemsize
+        for offset in found:
+            if offset % item:
+                raise ValueError(
+                    f"{option} {text}: {dtype} elements lie at multiples of {item}; -d uint8 lies anywhere"
+                )
+    return found

@@ -1,0 +1,168 @@
+"""Runs tables one after the other, prints rows as they are measured, and keeps them whatever ends the run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import signal
+from collections.abc import Iterator, Sequence
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pycomm.bench import machine, measure, record, report
+from pycomm.bench.peers import Peer, SetError
+from pycomm.bench.rows import Options, Row
+from pycomm.bench.sets import RankSet
+from pycomm.cli import output
+from pycomm.cli.main import fail
+
+
+class Session:
+    """Consoles, progress, warnings; and how the run ended: complete, interrupted, or failed and why."""
+
+    def __init__(self, args: argparse.Namespace, total: int) -> None:
+        self.args = args
+        self.console, errors = output.consoles(args, report.WIDTH)
+        self._messages = self.console if self.console.is_terminal and errors.is_terminal else errors
+        # Drawn between cases alone: a thread that draws would take time from the ranks.
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._messages,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("", total=total)
+        self._warned: set[str] = set()
+        self.versions: dict[str, str] = {}
+        self.ended = "complete"
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+        self.record = record.Record(settings)
+
+    def warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._messages.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, what: str, by: int = 1) -> None:
+        self._progress.update(self._task, description=what, advance=by, refresh=True)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and the failure of our own ranks end the measuring, and nothing else: what was
+        found is still there to be written."""
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with self._progress:
+                yield
+        except KeyboardInterrupt:
+            self.ended = "interrupted"
+        except SetError as error:
+            self.ended = f"failed: pycomm's own ranks: {error}"
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def sets(
+        self, size: int, peers: Sequence[Peer], cores: Sequence[int] | None = None
+    ) -> Iterator[tuple[RankSet, dict[Peer, RankSet]]]:
+        """Our ranks, and those of the peers that come."""
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(RankSet.of_pycomm(size, cores=cores))
+            self.versions["pycomm"] = ours.version
+            theirs: dict[Peer, RankSet] = {}
+            for peer in peers:
+                try:
+                    theirs[peer] = stack.enter_context(RankSet.of_peer(peer, size, cores))
+                    self.versions[peer.name] = theirs[peer].version
+                except SetError as error:
+                    self.warn(f"{peer.name} is left out: {error}")
+            yield ours, theirs
+
+    def code(self, wrong: int, found: bool) -> int:
+        if self.ended.startswith("failed"):
+            return fail(self.ended)
+        if self.ended == "interrupted":
+            self.warn("interrupted: the outputs hold what was measured until then")
+            return 130
+        return fail(f"{wrong} elements are wrong") if wrong else 0 if found else 1
+
+
+def columns(text: str | None) -> list[str]:
+    """--columns time,min,p99"""
+    found = [] if text is None else text.split(",")
+    for name in found:
+        if name not in report.COLUMNS:
+            raise ValueError(f"--columns {text}: there is no column {name!r}: {', '.join(report.COLUMNS)}")
+    return found
+
+
+def run(
+    args: argparse.Namespace,
+    tables: Sequence[tuple[str, Options]],
+    peers: Sequence[Peer],
+    columns: Sequence[str],
+) -> int:
+    session = Session(args, sum(1 for name, options in tables for _ in measure.cases(name, options)))
+    mpis = [peer.name for peer in peers if peer.is_mpi]
+    rows: list[Row] = []
+    session.say(machine.describe())
+    with session.measuring():
+        for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
+            with session.sets(world, peers) as (ours, theirs):
+                names = ["pycomm", *(peer.name for peer in theirs)]
+                versions = {name: session.versions[name] for name in names}
+                session.say(report.engines(world, versions))
+                for name, options in of_world:
+                    _measure(session, name, options, ours, theirs, columns, rows)
+    finish(session, rows, mpis)
+    return session.code(sum(row.wrong for row in rows), bool(rows))
+
+
+def _measure(
+    session: Session,
+    name: str,
+    options: Options,
+    ours: RankSet,
+    theirs: dict[Peer, RankSet],
+    columns: Sequence[str],
+    rows: list[Row],
+) -> None:
+    if not options.algorithms:
+        session.warn(f"{name} is left out: it has no algorithm {session.args.algorithms}")
+        session.advance(name, sum(1 for _ in measure.cases(name, options)))
+        return
+    largest = max((size, case.count) for size, case in measure.cases(name, options))
+    table = report.Table(name, options, [peer.name for peer in theirs], columns, largest)
+    session.say("", *table.heading())
+    for found in measure.measure(name, options, ours, theirs, session.warn):
+        rows += found
+        session.say(*table.lines(found))
+        session.advance(f"{name}, {options.dtype}, {options.ranks} ranks")
+
+
+def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
+    """The summary, and every output that was asked for."""
+    args, console = session.args, session.console
+    session.say("")
+    report.print_summary(console, rows, mpis)
+    output.write_json(args, record.as_json(session.record, rows, session.versions, mpis, session.ended))
+    if args.csv:
+        with output.opened(args.csv) as file:
+            record.write_csv(rows, file)
+    output.write(args, "markdown", report.markdown(rows, mpis))
+    if args.plot and any(row.bytes for row in rows):
+        from pycomm.bench.plot import plot
+
+        plot(rows, args.plot, machine.describe())
+    if rows:
+        session.say(report.closing(rows, bool(args.check)))
