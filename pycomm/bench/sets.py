@@ -49,7 +49,7 @@ class RankSet:
     @classmethod
     def of_peer(cls, peer: Peer, size: int, cores: Sequence[int] | None = None) -> RankSet:
         ranks = cls(peer.name, size)
-        worker = ranks._worker(peer.python, WORKERS / peer.kind.engine, cores, whole=peer.kind.threads)
+        worker = ranks._worker(peer.python, WORKERS / peer.kind.engine, cores, pinned=peer.kind.pinned)
         try:
             ranks._start(peer.commands(worker, size))
         except SetError:
@@ -115,18 +115,19 @@ class RankSet:
         self.close()
 
     def _worker(
-        self, python: str, engine: Path, cores: Sequence[int] | None, *, whole: bool = False
+        self, python: str, engine: Path, cores: Sequence[int] | None, *, pinned: bool = True
     ) -> list[str]:
-        """What a rank runs, its number left open. It has one CPU, so that it does not wander, or the `whole`
-        of its share."""
+        """What a rank runs, its number left open. Engines of one thread are pinned to a core, so that none
+        wanders; those that pass data between threads of their own are slower if these share one."""
         places = split_cores(self.size)
-        cpus = [sorted(place) for place in places]
-        if cores is not None:
+        allowed = sorted(set().union(*places))
+        if not pinned:
+            cpus = [sorted(cores or allowed)] * self.size
+        elif cores is not None:
             cpus = [[core] for core in cores]
-        elif not whole:
-            allowed = sorted(set().union(*places))
+        else:
             own = len(allowed) >= self.size
-            cpus = [[cpus[r][0] if own else allowed[r % len(allowed)]] for r in range(self.size)]
+            cpus = [[min(places[r]) if own else allowed[r % len(allowed)]] for r in range(self.size)]
         script, address = str(WORKERS / "worker.py"), str(self._directory / "socket")
         return [python, script, str(engine), address, "RANK", str(self.size), json.dumps(cpus)]
 
