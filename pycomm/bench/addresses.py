@@ -162,7 +162,9 @@ def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Eng
             of = [form for form in forms if form.name == name]
             of[0].calibrate(options)
             for form in of:
-                form.calls, form.samples, form.warmup = of[0].calls, 1, max(1, of[0].calls // 10)
+                # One sample a round, of a millisecond or more: short ones vary more than addresses do.
+                form.calls = of[0].calls * (3 if of[0].calls > 1 else 1)
+                form.samples, form.warmup = 1, max(1, form.calls // 10)
 
         return do
 

@@ -244,6 +244,7 @@ def _measure_case(size: int, case: Case, options: Options, engines: Engines) -> 
             way["persistent"],
             _of(times["pycomm"], number),
             codec=way["codec"],
+            forced=way["algorithm"] is not None,
             default=answer["algorithm"] == answer["default"],
             offsets=way["offsets"],
         )

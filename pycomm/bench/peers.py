@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pycomm
 
+OTHER_PYCOMM = "pycomm-other"  # what `--vs pycomm=...` is called beside our own
 START_S = (60.0, 1.0)  # until all ranks have come, and more for each rank that a core has
 
 
@@ -91,6 +92,7 @@ def parse_peers(text: str) -> list[Peer]:
     peers: list[Peer] = []
     for item in filter(None, text.split(",")):
         name, _, python = item.partition("=")
+        name = OTHER_PYCOMM if name == "pycomm" else name
         if not any(name.startswith(kind) for kind in KINDS):
             raise ValueError(f"--vs {item}: the name of a peer begins with {', '.join(KINDS)}")
         if name in (peer.name for peer in peers):

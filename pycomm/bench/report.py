@@ -109,7 +109,8 @@ class Table:
             names.append(" " * self._several)
             units.append(" " * self._several)
         names.append(" #wrong")
-        return [self._title(), "", *("".join(parts).rstrip() for parts in (titles, names, units))]
+        marks = ["* the library's choice, + the fastest"] if self._several else []
+        return [self._title(), *marks, "", *("".join(parts).rstrip() for parts in (titles, names, units))]
 
     def _title(self) -> str:
         o = self._options
@@ -122,8 +123,7 @@ class Table:
         if o.offsets is not None:
             parts.append(f"buffers {o.offsets[0]} and {o.offsets[1]} bytes beyond a page")
         parts += ["huge pages"] * o.huge + ["caches flushed before each call"] * o.cold
-        text = ", ".join(parts)
-        return text + ("   (* the library's choice, + the fastest)" if self._several else "")
+        return ", ".join(parts)
 
     def lines(self, rows: Sequence[Row]) -> list[str]:
         found = []
@@ -188,7 +188,10 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    several = {name: len({found[name] for found in summary}) > 1 for name in ("dtype", "ranks", "buffers")}
+    several = {
+        name: len({found[name] for found in summary}) > 1
+        for name in ("dtype", "ranks", "algorithm", "buffers")
+    }
     names = ["collective", *(name for name, differs in several.items() if differs), "peer"]
     for name in names:
         shown.add_column(name, no_wrap=True)
@@ -224,7 +227,9 @@ def markdown(rows: Sequence[Row], mpis: Sequence[str]) -> str:
     lines: list[str] = []
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.collective, row.dtype, row.ranks, row.way), []).append(row)
+        algorithm = f", {row.algorithm}" if row.forced else ""
+        key = (row.collective, row.dtype, row.ranks, f"{row.way} buffers{algorithm}")
+        groups.setdefault(key, []).append(row)
     for (collective, dtype, ranks, way), found in groups.items():
         ratios = [with_better_mpi(row, mpis) for row in found]
         peers = list(dict.fromkeys(peer for of in ratios for peer in of))
@@ -232,7 +237,7 @@ def markdown(rows: Sequence[Row], mpis: Sequence[str]) -> str:
             peers = [BETTER_MPI, *(peer for peer in peers if peer != BETTER_MPI and peer not in mpis)]
         head = ["size", *(f"us, {title}" for title in TITLES.values())]
         head += [f"{peer}, {title}" for peer in peers for title in TITLES.values()]
-        lines += [f"{collective}, {dtype}, {ranks} ranks, {way} buffers", "", "| " + " | ".join(head) + " |"]
+        lines += [f"{collective}, {dtype}, {ranks} ranks, {way}", "", "| " + " | ".join(head) + " |"]
         lines.append("|" + "---:|" * len(head))
         for row, of in zip(found, ratios, strict=True):
             cells = [human(row.bytes)]

@@ -87,7 +87,8 @@ class Row:
     forms: Forms
     beside: dict[str, Forms] = field(default_factory=dict)  # by peer
     codec: str | None = None
-    default: bool = True  # whether the algorithm is the library's choice
+    forced: bool = False  # whether the algorithm was asked for
+    default: bool = True  # whether it is the library's choice
     fastest: Sequence[str] = ()  # the forms in which no other algorithm was faster
     offsets: Offsets | None = None
     cores: tuple[int, int] | None = None  # of two ranks, where pairs of cores are compared
@@ -160,15 +161,16 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row], mpis: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The ratios by collective, type, ranks, buffers and peer, for each form on its own; where several MPIs
+    """The ratios by what differs but the size, for each form on its own; where several MPIs
     were measured also against the better of them at each size."""
     groups: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, ratios in with_better_mpi(row, mpis).items():
-            key = (row.collective, row.dtype, row.ranks, row.way, name)
+            algorithm = row.algorithm if row.forced else "default"
+            key = (row.collective, row.dtype, row.ranks, algorithm, row.way, name)
             for form, ratio in ratios.items():
                 groups.setdefault(key, {}).setdefault(form, []).append((row.bytes, ratio))
-    names = ("collective", "dtype", "ranks", "buffers", "peer")
+    names = ("collective", "dtype", "ranks", "algorithm", "buffers", "peer")
     return [
         {
             **dict(zip(names, key, strict=True)),

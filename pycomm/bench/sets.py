@@ -23,6 +23,7 @@ from pycomm.launch import split_cores
 WORKERS = Path(__file__).parent / "workers"
 ANSWER_S = 300.0
 PYCOMM = WORKERS / "engine_pycomm.py"
+Cpus = Sequence[Sequence[int]]  # of each rank
 
 
 class RankSet:
@@ -40,16 +41,16 @@ class RankSet:
         self._directory = Path(directory)
 
     @classmethod
-    def of_pycomm(cls, size: int, engine: Path = PYCOMM, cores: Sequence[int] | None = None) -> RankSet:
-        """`cores`: of each rank. By default each has its own, and more ranks than cores share them."""
+    def of_pycomm(cls, size: int, engine: Path = PYCOMM, cpus: Cpus | None = None) -> RankSet:
+        """`cpus`: of each rank. By default each has a core, and more ranks than cores share them."""
         ranks = cls("pycomm", size)
-        ranks._start(pycomm_commands(ranks._worker(sys.executable, engine, cores), size, our_path()))
+        ranks._start(pycomm_commands(ranks._worker(sys.executable, engine, cpus), size, our_path()))
         return ranks
 
     @classmethod
-    def of_peer(cls, peer: Peer, size: int, cores: Sequence[int] | None = None) -> RankSet:
+    def of_peer(cls, peer: Peer, size: int, cpus: Cpus | None = None) -> RankSet:
         ranks = cls(peer.name, size)
-        worker = ranks._worker(peer.python, WORKERS / peer.kind.engine, cores, pinned=peer.kind.pinned)
+        worker = ranks._worker(peer.python, WORKERS / peer.kind.engine, cpus, pinned=peer.kind.pinned)
         try:
             ranks._start(peer.commands(worker, size))
         except SetError:
@@ -58,7 +59,7 @@ class RankSet:
         if peer.kind_name == "pycomm" and ranks.origin == pycomm.__file__:
             ranks.close()
             raise SetError(f"{peer.root or peer.python} imports the very pycomm that is measured")
-        if peer.root and Path(peer.root) not in Path(ranks.origin).parents:
+        if peer.root and Path(peer.root).resolve() not in Path(ranks.origin).resolve().parents:
             ranks.close()
             raise SetError(
                 f"{peer.python} has a pycomm installed, {ranks.origin}, which comes before {peer.root}: name"
@@ -114,20 +115,16 @@ class RankSet:
     ) -> None:
         self.close()
 
-    def _worker(
-        self, python: str, engine: Path, cores: Sequence[int] | None, *, pinned: bool = True
-    ) -> list[str]:
+    def _worker(self, python: str, engine: Path, cpus: Cpus | None, *, pinned: bool = True) -> list[str]:
         """What a rank runs, its number left open. Engines of one thread are pinned to a core, so that none
         wanders; those that pass data between threads of their own are slower if these share one."""
-        places = split_cores(self.size)
-        allowed = sorted(set().union(*places))
-        if not pinned:
-            cpus = [sorted(cores or allowed)] * self.size
-        elif cores is not None:
-            cpus = [[core] for core in cores]
-        else:
+        if cpus is None:
+            places = split_cores(self.size)
+            allowed = sorted(set().union(*places))
             own = len(allowed) >= self.size
             cpus = [[min(places[r]) if own else allowed[r % len(allowed)]] for r in range(self.size)]
+            if not pinned:
+                cpus = [allowed] * self.size
         script, address = str(WORKERS / "worker.py"), str(self._directory / "socket")
         return [python, script, str(engine), address, "RANK", str(self.size), json.dumps(cpus)]
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, options: Options, pairs: Sequence[Pair], peers
     rows: list[Row] = []
     with session.measuring():
         for pair in pairs:
-            with session.sets(2, peers, pair) as (ours, theirs):
+            with session.sets(2, peers, [[core] for core in pair]) as (ours, theirs):
                 for name, of in tables:
                     for found in measure.measure(name, of, ours, theirs, session.warn):
                         for row in found:

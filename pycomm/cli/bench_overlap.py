@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from pycomm.bench.peers import parse_peers
     from pycomm.bench.rows import Options
     from pycomm.cli.bench_session import Session
+    from pycomm.launch import split_cores
 
     try:
         collectives = list(overlap.COLLECTIVES) if args.collective == ["all"] else args.collective
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     found: list[overlap.Overlap] = []
     with session.measuring():
         for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
-            with session.sets(world, peers) as (ours, theirs):
+            # Not pinned to one core: threads that make progress have the rest of a rank's share.
+            shares = [sorted(share) for share in split_cores(world)]
+            with session.sets(world, peers, shares) as (ours, theirs):
                 session.say(report.engines(world, session.versions))
                 for name, of in of_world:
                     session.say("", f"{name}, {of.dtype}, {world} ranks", "", *overlap.HEADING)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from dataclasses import replace
 
 from pycomm.cli import bench_options as options
 from pycomm.cli import output
 from pycomm.cli.main import fail
+from pycomm.cli.values import parse_size
 from pycomm.cli.verify import numbers
 
 
@@ -77,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     if cores:
         from pycomm.cli import bench_cores
 
-        return bench_cores.run(args, tables[0][1], list(itertools.combinations(cores, 2)), peers)
+        ends = [parse_size(args.minbytes), parse_size(args.maxbytes)]
+        pairs = list(itertools.combinations(cores, 2))
+        return bench_cores.run(args, replace(tables[0][1], sizes=ends), pairs, peers)
     return session.run(args, tables, peers, columns)
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pycomm.bench import machine, measure, record, report
 from pycomm.bench.peers import Peer, SetError
 from pycomm.bench.rows import Options, Row
-from pycomm.bench.sets import RankSet
+from pycomm.bench.sets import Cpus, RankSet
 from pycomm.cli import output
 from pycomm.cli.main import fail
 
@@ -73,16 +73,16 @@ class Session:
 
     @contextlib.contextmanager
     def sets(
-        self, size: int, peers: Sequence[Peer], cores: Sequence[int] | None = None
+        self, size: int, peers: Sequence[Peer], cpus: Cpus | None = None
     ) -> Iterator[tuple[RankSet, dict[Peer, RankSet]]]:
         """Our ranks, and those of the peers that come."""
         with contextlib.ExitStack() as stack:
-            ours = stack.enter_context(RankSet.of_pycomm(size, cores=cores))
+            ours = stack.enter_context(RankSet.of_pycomm(size, cpus=cpus))
             self.versions["pycomm"] = ours.version
             theirs: dict[Peer, RankSet] = {}
             for peer in peers:
                 try:
-                    theirs[peer] = stack.enter_context(RankSet.of_peer(peer, size, cores))
+                    theirs[peer] = stack.enter_context(RankSet.of_peer(peer, size, cpus))
                     self.versions[peer.name] = theirs[peer].version
                 except SetError as error:
                     self.warn(f"{peer.name} is left out: {error}")

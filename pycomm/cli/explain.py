@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 import pycomm
+from pycomm.bench.workers.load import is_own
+from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
 from pycomm.cli.values import at_least, dtype_name, parse_size
 
@@ -15,7 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dtype", nargs="?", default="float32", help="float32 if not given")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="of how many ranks (2)")
     parser.add_argument("--op", default="sum", help="operator of the reductions (sum)")
-    parser.add_argument("--algorithm", metavar="NAME", help="this one; else the library's choice")
+    parser.add_argument(
+        "--algorithm", metavar="NAME", help="this one, or your own as module:name; else the library's choice"
+    )
     parser.add_argument("--root", type=int, default=0, metavar="RANK", help="of broadcast, reduce, ... (0)")
     parser.add_argument("--deterministic", action="store_true", help="sums in the same order at every size")
 
@@ -26,13 +30,15 @@ def run(args: argparse.Namespace) -> int:
         if not 0 <= args.root < args.ranks:
             raise ValueError(f"--root {args.root}: the ranks are 0 to {args.ranks - 1}")
         count = parse_size(args.count)
+        own = is_own(args.algorithm or "")
+        algorithm = own_algorithm(args.algorithm) if own else args.algorithm
         texts = pycomm.run_local(
             lambda comm: comm.explain(
                 args.collective,
                 count,
                 dtype_name(args.dtype),
                 op=args.op,
-                algorithm=args.algorithm,
+                algorithm=algorithm,
                 root=args.root,
                 deterministic=args.deterministic,
             ),

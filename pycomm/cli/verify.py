@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pycomm
 from pycomm import _native
+from pycomm.bench.workers.load import is_own
+from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
 from pycomm.cli.values import at_least, needs
 
@@ -37,6 +40,7 @@ class Case:
     op: str
 
     def counterexample(self) -> str | None:
+        own = self.algorithm if isinstance(self.algorithm, pycomm.Algorithm) else None
         return _native.verify(
             self.algorithm,
             self.collective,
@@ -46,6 +50,7 @@ class Case:
             placement=self.placement,
             dtype=self.dtype,
             op=self.op,
+            write=own.write if own is not None else None,
         )
 
     def __str__(self) -> str:
@@ -57,7 +62,9 @@ class Case:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--algorithm", default="all", help="names, separated by commas (all)")
+    parser.add_argument(
+        "--algorithm", default="all", help="names, or your own as module:name, separated by commas (all)"
+    )
     parser.add_argument("--collective", default="all", help="names, separated by commas (all)")
     parser.add_argument(
         "--ranks", default="1-17,24,32,64", help="world sizes: numbers and ranges (1-17,24,32,64)"
@@ -130,7 +137,12 @@ def numbers(text: str) -> list[int]:
 
 def _algorithms(collective: str, wanted: str) -> list[str]:
     known = _native.algorithms(collective)
-    return known if wanted == "all" else [name for name in known if name in wanted.split(",")]
+    if wanted == "all":
+        return known
+    own = [own_algorithm(name) for name in wanted.split(",") if is_own(name)]
+    return [name for name in known if name in wanted.split(",")] + [
+        algorithm for algorithm in own if algorithm.collective == collective
+    ]
 
 
 def _cases(

@@ -1,6 +1,7 @@
 """`pycomm bench`: every collective with its check, and the check itself."""
 
 import csv
+import io
 import json
 import math
 import sys
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pycomm.bench import measure, peers, report
+from pycomm.bench import measure, peers, record, report
 from pycomm.bench.peers import SetError, parse_peers
 from pycomm.bench.rows import Options, Row, Times, percentile, summarize
 from pycomm.bench.sets import PYCOMM, RankSet
-from pycomm.bench.workers import data
+from pycomm.bench.workers import data, memory
 from pycomm.bench.workers.data import SHAPES, Case
 from pycomm.cli import main
-from pycomm.cli.bench_options import checked_dtype, size_range
+from pycomm.cli.bench_options import checked_dtype, dtypes, size_range
 
 # What a rank's input and output become, said once more and in another way, with NumPy on whole arrays.
 Arrays = list[np.ndarray[Any, Any]]
@@ -449,3 +450,168 @@ def test_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     engine.write_text("import time; time.sleep(60)")
     with pytest.raises(SetError, match="0 of 3 ranks came in the 0 s that a start may take"):
         RankSet.of_pycomm(3, engine)
+
+
+STAR = """
+import pycomm
+
+def write(b, world):
+    if b.rank == 0:
+        ranks = range(world.size)
+        b.combine([b.out(rank=r) for r in ranks], [b.in_(rank=r) for r in ranks], final=True)
+    else:
+        b.offer(0, b.in_())
+        b.offer(0, b.out())
+        b.accept(0, b.in_())
+        b.accept(0, b.out())
+
+star = pycomm.Algorithm("star", "all_reduce", write)
+gentle = pycomm.codecs.Int8(rounding="nearest")
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user's module in the current directory, of a name that no other test imports."""
+    name = f"own_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(STAR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+def test_a_users_own_algorithm_and_codec(capsys: pytest.CaptureFixture[str], own_module: str) -> None:
+    options = ["-b", "4K", "-e", "4K", "-n", "2", "--json", "-"]
+    rows = json.loads(bench(capsys, "--algorithms", f"all,{own_module}:star", *options)[0])["rows"]
+    assert "star" in [row["algorithm"] for row in rows] and not any(row["wrong"] for row in rows)
+    assert sum(row["default"] for row in rows) == 1
+    assert sorted(form for row in rows for form in row["fastest"]) == ["in_place", "out_of_place"]
+    rows = json.loads(bench(capsys, "--codecs", f"none,{own_module}:gentle", *options)[0])["rows"]
+    assert [row["codec"] for row in rows] == [None, f"{own_module}:gentle"]
+
+    _, err = bench(capsys, "broadcast", "--algorithms", f"{own_module}:star", code=2)
+    assert f"--algorithms {own_module}:star: is one for all_reduce" in err
+
+
+def test_addresses_are_where_they_were_asked_for() -> None:
+    dtype = np.dtype(np.float32)
+    for huge in (False, True):
+        for offset in (0, 4, 60):
+            x = memory.plain(1 << 20, dtype, offset, huge)
+            assert (x.ctypes.data % memory.PAGE, x.size, x.dtype) == (offset, 1 << 20, dtype)
+    whole = memory.plain(2 * memory.PAGE + 40, np.dtype(np.uint8), 0)
+    assert memory.placed(whole, 10, dtype, 16).ctypes.data == whole.ctypes.data + 16
+
+
+def test_offsets_and_cold_caches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "REPETITIONS", (2, 2))
+    options = ["all_gather", "-b", "4K", "-e", "4K", "--offset", "4,60", "--json", "-"]
+    [found] = json.loads(bench(capsys, *options)[0])["rows"]
+    assert found["offsets"] == [4, 60] and found["wrong"] == 0
+    [found] = json.loads(bench(capsys, *options, "--cold")[0])["rows"]
+    for times in found["forms"].values():  # a sample is one call, and no call is made beside them
+        assert len(times["samples_us"]) == 2 and times["call_median_us"] is None
+
+
+def test_the_first_byte_of_a_rank_set_is_where_it_was_asked_for(tmp_path: Path) -> None:
+    """The engine says what it was given: what the option means is tested where the call is made."""
+    engine = tmp_path / "strict.py"
+    check = "assert (x.ctypes.data % 4096, out.ctypes.data % 4096) == tuple(variant['offsets'])"
+    engine.write_text(LIAR.format(path=str(PYCOMM)).replace("text, names", f"{check}; text, names", 1))
+    warnings: list[str] = []
+    with RankSet.of_pycomm(2, engine) as ranks:
+        options = Options(2, [1 << 16], iterations=1, offsets=(16, 48))
+        way = measure.variant((16, 48), forms=["out_of_place"])
+        answers = ranks.order(
+            "open", case=vars(Case("all_reduce", 100, "float32")), variants=[way], check=False
+        )
+    assert [list(answer["forms"]) for [answer] in answers] == [["out_of_place"]] * 2, answers
+    assert options.offsets == (16, 48) and warnings == []
+
+
+def test_a_run_that_is_interrupted_keeps_its_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure._measure_case
+    calls: list[int] = []
+
+    def second_is_interrupted(*args: Any) -> list[Row]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(measure, "_measure_case", second_is_interrupted)
+    files = [tmp_path / name for name in ("out.json", "out.csv", "out.md")]
+    paths = ["--json", str(files[0]), "--csv", str(files[1]), "--markdown", str(files[2])]
+    out, err = bench(capsys, "-b", "64", "-e", "4K", "-n", "1", *paths, code=130)
+    assert "interrupted" in err and "0 wrong: OK" in out
+    found = json.loads(files[0].read_text())
+    assert [row["bytes"] for row in found["rows"]] == [64] and found["ended"] == "interrupted"
+    assert len(files[1].read_text().splitlines()) == 2
+    assert "| 64 B |" in files[2].read_text()
+
+
+def test_ranks_that_die_late_leave_the_rows_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure._measure_case
+    calls: list[int] = []
+
+    def second_kills(size: int, case: Case, options: Options, engines: measure.Engines) -> list[Row]:
+        calls.append(1)
+        if len(calls) == 2:
+            engines.ours._processes[1].kill()
+        return measured(size, case, options, engines)
+
+    monkeypatch.setattr(measure, "_measure_case", second_kills)
+    out, err = bench(capsys, "-b", "64", "-e", "4K", "-n", "1", "--csv", "-", code=2)
+    assert [line["bytes"] for line in csv.DictReader(out.splitlines())] == ["64"]
+    assert "failed: pycomm's own ranks" in err
+
+
+def test_what_a_record_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(bench(capsys, "barrier", "--ranks", "1,2", "-n", "1", "--json", "-")[0])
+    assert found["command"].startswith("pycomm") and found["time"].endswith("Z")
+    assert found["settings"]["collective"] == ["barrier"] and "environment" in found["settings"]
+    assert found["processor"]["model"] and found["processor"]["isa"]
+    assert all(cache["bytes"] > 0 for cache in found["processor"]["caches"])
+    assert found["ended"] == "complete" and found["versions"]["pycomm"].startswith("pycomm ")
+    assert [row["ranks"] for row in found["rows"]] == [1, 2]
+
+
+def test_steps_types_and_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-b", "1K", "-e", "3K", "-i", "1K", "-n", "1", "-d", "half,uint8"]
+    out, _ = bench(capsys, "all_gather", *options)
+    lines = out.splitlines()
+    sizes = [line.split()[0] for line in lines if line.strip()[:4] in ("1024", "2048", "3072")]
+    assert sizes == ["1024", "2048", "3072"] * 2
+    assert "all_gather, float16, 2 ranks" in lines and "all_gather, uint8, 2 ranks" in lines
+    assert lines[-1].endswith("0 wrong: OK")
+    every = dtypes("all", "bxor", ["all_reduce"])
+    assert "int8" in every and "float32" not in every
+    assert {"float32", "bool", "complex64"} <= set(dtypes("all", "sum", ["all_gather"]))
+
+
+def test_another_build_is_no_stranger() -> None:
+    [other, named] = parse_peers("pycomm=/some/python,pycomm-parent=/")
+    assert (other.name, other.python, other.root) == ("pycomm-other", "/some/python", "")
+    assert (named.name, named.python, named.root) == ("pycomm-parent", sys.executable, "/")
+    [ours] = parse_peers(f"pycomm={Path(__file__).parents[2]}")
+    with pytest.raises(SetError, match="the very pycomm that is measured"):
+        RankSet.of_peer(ours, 1)
+
+
+def test_peers_out_of_place_and_in_place_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """With pycomm as its own peer: the table, the markdown and the CSV keep the two forms apart."""
+    found = row(1024, 1.0, {"openmpi": 4.0, "mpich": 8.0})
+    text = report.markdown([found], ["openmpi", "mpich"])
+    assert (
+        "| size | us, out of place | us, in place | better MPI, out of place | better MPI, in place |" in text
+    )
+    assert "| 1 KiB | 2.00 | 1.00 | 6.00x | 4.00x |" in text
+    file = io.StringIO()
+    record.write_csv([found], file)
+    [line] = csv.DictReader(file.getvalue().splitlines())
+    assert (line["openmpi_out_of_place_ratio"], line["openmpi_in_place_ratio"]) == ("6.0", "4.0")
+    assert float(line["mpich_in_place_median_us"]) == 8.0

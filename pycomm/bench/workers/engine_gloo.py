@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pycomm.bench.workers.data import Array, Case
 
 OUT_OF_PLACE = {
-    "reduce_scatter": "dist.reduce_scattertensor(out, x, op)",
-    "all_gather": "dist.all_gather_intotensor(out, x)",
+    "reduce_scatter": "dist.reduce_scatter_tensor(out, x, op)",
+    "all_gather": "dist.all_gather_into_tensor(out, x)",
     "gather": "dist.gather(x, out_parts, root)",
     "scatter": "dist.scatter(out, x_parts, root)",
     "all_to_all": "dist.all_to_all_single(out, x)",
