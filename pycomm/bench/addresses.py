@@ -116,9 +116,8 @@ def sweep(
     ours: RankSet,
     peers: dict[Peer, RankSet],
     warn: Warn,
-    rounds: int = ROUNDS,
 ) -> Iterator[list[Sweep]]:
-    """For each size one for each engine and form; `rounds` of one sample for each address."""
+    """For each size one for each engine and form."""
     engines = Engines(ours, peers, warn)
     # In place there is but one address.
     ways = [
@@ -134,7 +133,7 @@ def sweep(
             ]
             for engine, answers in opened.items()
         }
-        _measure(found, options, engines, rounds)
+        _measure(found, options, engines)
         yield [
             Sweep(
                 collective,
@@ -152,7 +151,7 @@ def sweep(
         ]
 
 
-def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Engines, rounds: int) -> None:
+def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Engines) -> None:
     order = random.Random(0)
 
     def calibrate(forms: Sequence[Form], name: str) -> Callable[[], None]:
@@ -179,7 +178,7 @@ def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Eng
         return lambda: form.repeat(options.cold)
 
     turns = {engine: [repeat(form) for form in forms] for engine, forms in found.items()}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         engines.in_turn(turns, order)
 
 

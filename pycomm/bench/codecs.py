@@ -111,16 +111,22 @@ KINDS: dict[str, Kind] = {
 
 
 def measure(data: Gradients, ranks: Sequence[int], algorithms: Sequence[str]) -> Iterator[Row]:
+    for size, algorithm, name in cases(ranks, algorithms):
+        row = _row(name, KINDS[name], data, size, algorithm)
+        yield row if algorithm else replace(row, algorithm="its own")
+
+
+def cases(ranks: Sequence[int], algorithms: Sequence[str]) -> Iterator[tuple[int, str | None, str]]:
+    """Ranks, algorithm and name of each row; None where the codec is an all_reduce of its own."""
     for size in ranks:
         for algorithm in algorithms:
-            for name, kind in KINDS.items():
+            for name in KINDS:
                 of_all_reduce = name.startswith(("topk", "shared_int"))
                 if of_all_reduce and algorithm != algorithms[0]:
                     continue
                 if name.startswith("shared_int") and not _has_levels(int(name.split()[1]), size):
                     continue
-                row = _row(name, kind, data, size, None if of_all_reduce else algorithm)
-                yield replace(row, algorithm="its own") if of_all_reduce else row
+                yield size, None if of_all_reduce else algorithm, name
 
 
 def _has_levels(width: int, ranks: int) -> bool:

@@ -65,11 +65,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(machine(), highlight=False)
     rows: list[c.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("measuring", total=None)
+        total = len(data) * sum(1 for _ in c.cases(ranks, algorithms))
+        task = progress.add_task("measuring", total=total)
         for of in data:
             for row in c.measure(of, ranks, algorithms):
                 rows.append(row)
-                progress.update(task, description=f"{row.data}, {row.ranks} ranks: {row.codec}", refresh=True)
+                words = f"{row.data}, {row.ranks} ranks: {row.codec}"
+                progress.update(task, description=words, advance=1, refresh=True)
     console.print(c.table(rows, args.steps))
     output.write_json(args, c.as_json(rows, machine(), args.steps))
     if args.plot:

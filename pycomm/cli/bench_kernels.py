@@ -48,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
         console.print("bfloat16 and float8 are left out: pip install ml_dtypes for them", highlight=False)
     rows: list[k.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("measuring", total=None)
+        task = progress.add_task("measuring", total=len(set(families)))
         for row in k.measure(device, families, workloads, modules):
             rows.append(row)
-            progress.update(task, description=f"{row.workload}: {row.kernel}", refresh=True)
+            begun = len({row.family for row in rows}) - 1
+            words = f"{row.workload}: {row.kernel}"
+            progress.update(task, description=words, completed=begun, refresh=True)
     console.print(report.table(rows))
     output.write_json(args, report.as_json(rows, device.describe()))
     if args.plot:

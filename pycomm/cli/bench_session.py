@@ -163,6 +163,6 @@ def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
     if args.plot and any(row.bytes for row in rows):
         from pycomm.bench.plot import plot
 
-        plot(rows, args.plot, machine.describe())
+        plot(rows, output.named(args.plot), machine.describe())
     if rows:
         session.say(report.closing(rows, bool(args.check)))

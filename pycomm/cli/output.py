@@ -23,7 +23,11 @@ FILES = ("json", "csv", "markdown")  # `-` is standard output
 def add_options(
     parser: argparse.ArgumentParser, csv: bool = False, markdown: bool = False, plot: bool = True
 ) -> None:
-    parser.add_argument("--json", metavar="PATH", help="- is standard output, which then holds nothing else")
+    parser.add_argument(
+        "--json",
+        metavar="PATH",
+        help="- is standard output, which then holds nothing else; {processor} in a name is this one",
+    )
     if csv:
         parser.add_argument("--csv", metavar="PATH", help="likewise")
     if markdown:
@@ -75,8 +79,16 @@ def write(args: argparse.Namespace, option: str, text: str) -> None:
             file.write(text)
 
 
+def named(path: str) -> str:
+    """{processor} in the name of a file is the processor: records of several machines lie side by side."""
+    from pycomm.bench.machine import slug
+
+    return path.replace("{processor}", slug()) if "{processor}" in path else path
+
+
 @contextmanager
 def opened(path: str) -> Iterator[TextIO]:
+    path = named(path)
     if path == "-":
         yield sys.stdout
     else:

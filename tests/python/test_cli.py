@@ -1,4 +1,6 @@
+import errno
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +10,33 @@ import pytest
 
 import pycomm
 from pycomm import _native
+from pycomm.bench import machine
 from pycomm.cli import info, main, verify
+
+OWN = """
+import pycomm
+
+def write_hub(b, world):
+    if b.rank == 0:
+        ranks = range(world.size)
+        b.combine([b.out(rank=r) for r in ranks], [b.in_(rank=r) for r in ranks], final=True)
+    else:
+        b.offer(0, b.in_())
+        b.offer(0, b.out())
+        b.accept(0, b.in_())
+        b.accept(0, b.out())
+
+def write_hasty(b, world):
+    others = [r for r in range(world.size) if r != b.rank]
+    for peer in others:
+        b.offer(peer, b.in_())
+    b.combine([b.out()], [b.in_(rank=r) for r in range(world.size) if r != b.rank] or [b.in_()], final=True)
+    for peer in others:
+        b.accept(peer, b.in_())
+
+hub = pycomm.Algorithm("hub", "all_reduce", write_hub)
+hasty = pycomm.Algorithm("hasty", "all_reduce", write_hasty)
+"""
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,8 +50,8 @@ def test_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main.main(["--help"])
     out = capsys.readouterr().out
-    for command in ("run", "bench", "verify", "explain", "info"):
-        assert f"\n    {command} " in out
+    for command in ("run", "bench", "bench p2p", "bench overlap", "verify", "explain", "info"):
+        assert f"\n    {command}" in out
 
 
 @pytest.mark.parametrize("command", ["run", "bench", "verify", "explain", "info"])
@@ -70,6 +98,67 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert str(len(os.sched_getaffinity(0))) in facts["cores"]
     assert facts["memfd"] == facts["pidfd"] == "yes"
     assert "GiB available" in facts["memory"]
+    assert facts["processor"].startswith(machine.processor().model)
+    for name in ("caches", "SMT", "NUMA", "huge pages", "single copy"):
+        assert facts[name]
+    assert facts["settings"] == "all as by default"
+
+
+def test_info_for_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYCOMM_SPIN_US", "7")
+    monkeypatch.setenv("PYCOMM_SPIN_MS", "7")
+    monkeypatch.setenv("PYCOMM_SINGLE_COPY", "0")
+    assert main.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["PYCOMM_SPIN_US"] == "7" and found["settings"]["PYCOMM_TIMEOUT"] == "600"
+    assert found["facts"]["settings"].startswith("PYCOMM_SINGLE_COPY=0, PYCOMM_SPIN_US=7")
+    assert found["facts"]["settings"].endswith("PYCOMM_SPIN_MS is not one")
+    assert found["facts"]["single copy"] == "no: PYCOMM_SINGLE_COPY=0"
+    assert found["processor"]["isa"] == _native.isa()
+
+
+def test_info_says_how_to_mend_huge_pages_and_single_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "huge_pages", {"enabled": "always", "shmem_enabled": "never"}.get)
+    assert info._huge_pages().startswith("always for arrays, never for shared memory; ")
+    assert "`echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled`" in info._huge_pages()
+    monkeypatch.setattr(machine, "huge_pages", {"enabled": "always", "shmem_enabled": "advise"}.get)
+    assert info._huge_pages() == "always for arrays, advise for shared memory"
+    monkeypatch.delenv("PYCOMM_SINGLE_COPY", raising=False)
+    monkeypatch.setattr(info, "_read_a_child", lambda: errno.EPERM)
+    monkeypatch.setattr(info, "read", lambda path: "2")
+    assert "`sudo sysctl kernel.yama.ptrace_scope=1`" in info.single_copy()
+
+
+def test_a_processor_by_its_numbers() -> None:
+    def family(vendor: str, family: int, model: int) -> str:
+        return machine._family({"vendor_id": vendor, "cpu family": str(family), "model": str(model)})
+
+    assert family("AuthenticAMD", 25, 1) == "AMD Zen 3"
+    assert family("AuthenticAMD", 25, 0x11) == "AMD Zen 4"
+    assert family("AuthenticAMD", 26, 2) == "AMD Zen 5"
+    assert family("GenuineIntel", 6, 143) == "family 6 model 143"
+    assert machine.count("0-3,8") == 5
+
+
+def test_a_users_own_algorithm(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    name = f"cli_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main.main(["explain", "all_reduce", "100", "--algorithm", f"{name}:hub"]) == 0
+    assert "hub" in capsys.readouterr().out
+    few = ["--collective", "all_reduce", "--ranks", "1-3", "--counts", "5"]
+    assert main.main(["verify", "--algorithm", f"ring,{name}:hub", *few]) == 0
+    out = capsys.readouterr().out
+    assert "hub" in out and "ring" in out and "wrong" not in out
+    assert main.main(["verify", "--algorithm", f"{name}:hasty", *few]) == 1
+    assert "hasty all_reduce of 5 float32 (sum) on 2 ranks" in capsys.readouterr().out
+    for command in (["verify"], ["explain", "all_reduce", "1"]):
+        assert main.main([*command, "--algorithm", f"{name}:nothing"]) == 2
+        assert f"{name}:nothing: module" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
