@@ -109,7 +109,7 @@ def _repeat(forms: dict[str, list[Form]], options: Options, engines: Engines) ->
             blocking, alone, compute, together = parts
             ranks = alone.ranks
             alone.calibrate(options)
-            target = min(alone.run(1, alone.calls, 1)[0] for _ in range(3))
+            target = statistics.median(alone.run(1, alone.calls, 1)[0] for _ in range(5))
             ranks.order("compute_for", units=100)
             compute.run(1, 10, 1)
             unit = min(compute.run(1, 10, 1)[0] for _ in range(3)) / 100
