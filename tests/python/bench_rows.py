@@ -1,0 +1,22 @@
+"""What the tests of `pycomm bench` share."""
+
+from typing import Any
+
+import pytest
+
+from pycomm.bench.rows import Row, Times
+from pycomm.cli import main
+
+
+def bench(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> tuple[str, str]:
+    assert main.main(["bench", *args]) == code
+    return capsys.readouterr()
+
+
+def row(size: int, us: float, peers: dict[str, float], **changes: Any) -> Row:
+    """Twice as long out of place, for pycomm and for peers three times."""
+    fields = {"collective": "all_reduce", "count": size // 4, "dtype": "float32", "op": "sum", "ranks": 4}
+    forms = {"out_of_place": Times([2 * us]), "in_place": Times([us])}
+    fields |= {"algorithm": "ring", "buffers": "plain", "persistent": False, "forms": forms}
+    beside = {peer: {"out_of_place": Times([3 * us]), "in_place": Times([us])} for peer, us in peers.items()}
+    return Row(**{**fields, "bytes": size, "beside": beside, **changes})
