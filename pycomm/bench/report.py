@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from pycomm import _native
 from pycomm.bench.rows import BETTER_MPI, FORMS, Forms, Options, Row, Times, average_busbw, summarize
-from pycomm.bench.workers.data import REDUCING, ROOTED
+from pycomm.bench.workers.data import POINT_TO_POINT, REDUCING, ROOTED
 
 WIDTH = 100
 TITLES = {"out_of_place": "out of place", "in_place": "in place"}
@@ -75,7 +75,7 @@ class Table:
         self._several = len(options.algorithms) > 1
         names = [*options.algorithms]
         if None in names:
-            names += _native.algorithms(collective) if not is_point_to_point(collective) else ["direct"]
+            names += [] if collective in POINT_TO_POINT else _native.algorithms(collective)
         ways = [*options.buffers, *options.codecs, "persistent" if options.persistent else ""]
         name = max(len(str(name).rpartition(":")[2]) for name in names) + self._several
         way = max(len(_short(way or "")) for way in ways) + len(" persistent") * options.persistent
@@ -164,12 +164,8 @@ def _short(way: str) -> str:
     return "".join(f" {word}" for word in way.split() if word != "plain")
 
 
-def is_point_to_point(collective: str) -> bool:
-    return collective in ("send_recv", "ping_pong", "one_way", "two_way")
-
-
 def _has_in_place(collective: str) -> bool:
-    return collective != "barrier" and not is_point_to_point(collective)
+    return collective not in ("barrier", "send_recv", *POINT_TO_POINT)
 
 
 def engines(ranks: int, versions: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,8 +59,8 @@ class Session:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and the failure of our own ranks end the measuring, and nothing else: what was
-        found is still there to be written."""
+        """Ctrl-C, SIGTERM and whatever fails end the measuring, and nothing else: what was found is still there
+        to be written."""
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with self._progress:
@@ -68,6 +69,9 @@ class Session:
             self.ended = "interrupted"
         except SetError as error:
             self.ended = f"failed: pycomm's own ranks: {error}"
+        except Exception as error:
+            traceback.print_exc()
+            self.ended = f"failed: {type(error).__name__}: {error}"
         finally:
             signal.signal(signal.SIGTERM, before)
 
