@@ -59,8 +59,8 @@ class Session:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and whatever fails end the measuring, and nothing else: what was found is still there
-        to be written."""
+        """Ctrl-C, SIGTERM and whatever fails end the measuring, and nothing else: what was found is still
+        there to be written."""
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with self._progress:
