@@ -9,18 +9,17 @@
 #include <cstring>
 
 #include "common/error.h"
+#include "transport/memory.h"
 
 namespace pycomm::runtime {
 
 namespace {
-constexpr int64_t kPage = 4096;
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 int64_t header_bytes(int size) {
   const int64_t n = size;
-  return round_up(static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) +
-                                       n * n * (2 * kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
-                  kPage);
+  return transport::round_up(
+      static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) +
+                           n * n * (2 * kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
+      transport::kSmallPage);
 }
 }  // namespace
 

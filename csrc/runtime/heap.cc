@@ -2,18 +2,20 @@
 
 #include <algorithm>
 
+#include "transport/memory.h"
+
 namespace pycomm::runtime {
 
 namespace {
-constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
+using transport::kHugePage;
+using transport::kSmallPage;
 // Slices of huge size start on huge pages, so that they can use them.
 int64_t slice_bytes(int64_t bytes) {
-  const int64_t unit = bytes >= kHugePage ? kHugePage : kPage;
-  return (std::max<int64_t>(bytes, 1) + unit - 1) / unit * unit;
+  return transport::round_up(std::max<int64_t>(bytes, 1), bytes >= kHugePage ? kHugePage : kSmallPage);
 }
 }  // namespace
 
-int64_t Heap::extent_bytes(int64_t bytes, int ranks) { return ranks * slice_bytes(bytes) + kPage; }
+int64_t Heap::extent_bytes(int64_t bytes, int ranks) { return ranks * slice_bytes(bytes) + kSmallPage; }
 
 std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, int rank, int ranks) {
   auto allocation = std::make_shared<Allocation>();

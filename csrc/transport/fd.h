@@ -1,11 +1,17 @@
-// A file descriptor with an owner.
+// A file descriptor with an owner, and why the system gave none.
 #pragma once
 
 #include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
+#include <string>
 #include <utility>
 
 namespace pycomm::transport {
+
+// What the system says of the call that just failed.
+inline std::string reason() { return std::strerror(errno); }
 
 class Fd {
  public:

@@ -32,8 +32,6 @@ constexpr int64_t kStep = int64_t{64} << 20;  // taken between two looks; not mo
 
 int64_t margin(int64_t bytes) { return kMargin + bytes / 64; }
 
-std::string reason() { return std::strerror(errno); }
-
 std::string mebibytes(int64_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
 
 std::optional<int64_t> read_number(const std::string& path) {

@@ -10,6 +10,8 @@ namespace pycomm::transport {
 
 int64_t page_size();
 inline constexpr int64_t kHugePage = int64_t{2} << 20;
+// What parts of an extent begin on, whatever the machine's page is.
+inline constexpr int64_t kSmallPage = 4096;
 
 constexpr int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 

@@ -30,8 +30,6 @@ constexpr milliseconds kTick{50};     // between two calls of on_wait
 constexpr milliseconds kGrace{2000};  // rank 0 knows more about a timeout: the others let it speak first
 constexpr int kBatch = 128;           // pidfds a message; the kernel takes 253
 
-std::string reason() { return std::strerror(errno); }
-
 // ---- messages: one hello up; members, in batches, or an error down ----
 
 enum class Kind : int32_t { hello, members, value_error, comm_error, peer_lost, timeout };
