@@ -1,4 +1,4 @@
-# make demo | test | lint | format | stubs | check-stubs | sanitize | build | clean | test-gpu | bench-gpu
+# make demo | test | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
 # A machine with Python >= 3.10, a C++20 compiler and make is enough; the rest is installed into .venv.
 
 VENV := .venv
@@ -7,31 +7,37 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
 CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(BIN):$(PATH)
+export CCACHE_BASEDIR := $(CURDIR)  # where ccache is: what another clone compiled is found as well
 
-.PHONY: demo test build lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
+.PHONY: demo test build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
-	$(call install,OFF)
+	$(call install,OFF,OFF)
 	@$(BIN)/python examples/train_lm.py
 
 test: build
 	@echo "== C++ tests"
-	@ctest --test-dir build --output-on-failure --no-tests=error -j 2
-	@echo "== Python tests"
-	@$(BIN)/python -m pytest
+	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
+	@echo "== Python tests without ranks, beside each other"
+	@$(BIN)/python -m pytest -m pure -n auto
+	@echo "== Python tests of ranks, which need the cores for themselves"
+	@$(BIN)/python -m pytest -m 'not pure'
 
 build: $(VENV)/.dev
-	$(call install,ON)
+	$(call install,ON,OFF)
+
+# With the CUDA kernels for every kind of GPU. nvcc is needed, a GPU is not; warnings are errors.
+cuda: $(VENV)/.dev
+	$(call install,ON,ON;CMAKE_CUDA_FLAGS=--Werror=all-warnings)
+	@$(BIN)/python -m pytest tests/python/test_cuda.py
 
 # An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or
-# OFF) link the very library that the module is made of. Where nvcc is, the CUDA kernels are built with the tests, for one
-# kind of GPU, which takes a minute or two; a wheel has them for all.
-CUDA_ARCHITECTURES := 90
+# OFF) link the very library that the module is made of. $(2): the same for the CUDA kernels.
 define install
 @echo "== build"
 @SKBUILD_BUILD_DIR=build \
-  SKBUILD_CMAKE_DEFINE="PYCOMM_TESTS=$(1);PYCOMM_CUDA=$(if $(filter ON,$(1)),AUTO,OFF);PYCOMM_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)" \
+  SKBUILD_CMAKE_DEFINE="PYCOMM_TESTS=$(1);PYCOMM_CUDA=$(2)" \
   $(PIP) install --no-build-isolation --no-deps -e .
 endef
 
@@ -41,7 +47,7 @@ $(VENV)/.dev: EXTRAS := demo test lint
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.python
 	@echo "== environment: packages for $(EXTRAS)"
 	@$(BIN)/python scripts/requirements.py $(EXTRAS) >$(VENV)/requirements.txt
-	@$(PIP) install cmake ninja -r $(VENV)/requirements.txt
+	@$(PIP) install --no-compile cmake ninja -r $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/.python: pyproject.toml scripts/requirements.py

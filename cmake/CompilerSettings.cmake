@@ -9,6 +9,15 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
 endif()
 
+# What was compiled before is not compiled again, where ccache is.
+find_program(CCACHE ccache)
+mark_as_advanced(CCACHE)
+foreach(language CXX CUDA)
+  if(CCACHE AND NOT CMAKE_${language}_COMPILER_LAUNCHER)
+    set(CMAKE_${language}_COMPILER_LAUNCHER ${CCACHE})
+  endif()
+endforeach()
+
 add_library(pycomm_settings INTERFACE)
 # Without contraction a * b + c has the same bits on every machine and for every instruction set.
 target_compile_options(pycomm_settings INTERFACE -Wall -Wextra -ffp-contract=off)

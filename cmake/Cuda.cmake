@@ -1,39 +1,25 @@
-# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda, if there is a compiler for them: then
-# PYCOMM_HAS_CUDA is on. A machine without CUDA configures as well; only PYCOMM_CUDA=ON insists.
-if(NOT PYCOMM_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "PYCOMM_CUDA=${PYCOMM_CUDA} is unknown: use AUTO, ON or OFF")
-endif()
+# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda: with PYCOMM_CUDA=ON alone, since they take
+# minutes to compile, which only a machine with a GPU has a use for.
 set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80;90 (those of our time that nvcc knows)")
-set(PYCOMM_HAS_CUDA OFF)
-
-if(PYCOMM_CUDA STREQUAL "OFF")
-  message(STATUS "pycomm: CUDA is switched off (PYCOMM_CUDA=OFF)")
+if(NOT PYCOMM_CUDA)
   return()
 endif()
+
 include(CheckLanguage)
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # named below, when the compiler's version is known
 endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  if(PYCOMM_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "PYCOMM_CUDA=ON, but there is no CUDA compiler: put nvcc on the PATH, set CUDACXX, or use "
-                        "PYCOMM_CUDA=AUTO")
-  endif()
-  message(STATUS "pycomm: no CUDA compiler, building for the CPU alone")
-  return()
+  message(FATAL_ERROR "PYCOMM_CUDA=ON, but there is no CUDA compiler: put nvcc on the PATH, set CUDACXX, or leave "
+                      "PYCOMM_CUDA off")
 endif()
 
 enable_language(CUDA)
 find_package(CUDAToolkit)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4 OR NOT TARGET CUDA::cudart_static)
-  set(reason "CUDA 12.4 or newer with its static runtime is needed, and ${CMAKE_CUDA_COMPILER} is "
-             "${CMAKE_CUDA_COMPILER_VERSION}")
-  if(PYCOMM_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "PYCOMM_CUDA=ON, but " ${reason})
-  endif()
-  message(STATUS "pycomm: " ${reason} ": building for the CPU alone")
-  return()
+  message(FATAL_ERROR "PYCOMM_CUDA=ON, but CUDA 12.4 or newer with its static runtime is needed, and "
+                      "${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
 
 if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # older CMakes do not know that nvcc has it
@@ -53,15 +39,13 @@ list(GET cuda_architectures -1 last_architecture)
 list(TRANSFORM cuda_architectures APPEND -real)
 list(APPEND cuda_architectures ${last_architecture}-virtual)
 
-set(PYCOMM_HAS_CUDA ON)
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/kernels/cuda/*.cu)
 add_library(pycomm_cuda OBJECT ${cuda_sources})
 target_include_directories(pycomm_cuda PRIVATE csrc)
 target_compile_definitions(pycomm_cuda PRIVATE PYCOMM_ISA=cuda)
 set_target_properties(pycomm_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
                       POSITION_INDEPENDENT_CODE ON CUDA_ARCHITECTURES "${cuda_architectures}")
-# Without contraction a * b + c has the same bits as
-# on the CPU. --threads: architectures beside each other.
+# Without contraction a * b + c has the same bits as on the CPU. --threads: architectures beside each other.
 target_compile_options(pycomm_cuda PRIVATE -fmad=false --expt-relaxed-constexpr --threads=2
                        -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
 if(PYCOMM_WERROR)

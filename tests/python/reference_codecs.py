@@ -7,6 +7,7 @@ rotation's for int4), float64 says what the bits must be near to.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,12 +76,17 @@ def philox(key: int, low: Array, high: int) -> Array:
     return np.stack(counters, axis=1).astype("<u4")
 
 
+@functools.lru_cache(maxsize=8)  # data of nearly one length need the same ones
+def _philox_again(key: int, packed_low: bytes, high: int) -> Array:
+    return philox(key, np.frombuffer(packed_low, np.uint64), high)
+
+
 def random_bits(bits: int, seed: int, stream: tuple[int, int, int], places: Array) -> Array:
     """`bits` (8 or 16) for each element, whose `places` are tensor << 40 | offset."""
     step, stage, rank = stream
     per_counter = 128 // bits
     groups, where = np.unique(places // np.uint64(per_counter), return_inverse=True)
-    words = philox(seed, groups, step << 32 | (stage & 0xFF) << 24 | rank & 0xFFFFFF)
+    words = _philox_again(seed, groups.tobytes(), step << 32 | (stage & 0xFF) << 24 | rank & 0xFFFFFF)
     drawn = words.view(np.uint8 if bits == 8 else "<u2")
     return drawn[where.ravel(), (places % np.uint64(per_counter)).astype(np.int64)].astype(np.int64)
 
@@ -140,11 +146,16 @@ def block_scales(codec: Any, amax: Array) -> Array:
 
 def hadamard(blocks: Array) -> Array:
     """Rows of 32 times Sylvester's matrix, in float64: twice that is 32 times the rows."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < 32:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    rotated: Array = blocks.astype(np.float64) @ matrix
+    rotated: Array = blocks.astype(np.float64) @ sylvester(32)
     return rotated
+
+
+@functools.cache
+def sylvester(order: int) -> Array:
+    if order == 1:
+        return np.ones((1, 1))
+    half = sylvester(order // 2)
+    return np.block([[half, half], [half, -half]])
 
 
 def encode(
