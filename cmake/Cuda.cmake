@@ -1,5 +1,5 @@
-# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda: with PYCOMM_CUDA=ON alone, since they take
-# minutes to compile, which only a machine with a GPU has a use for.
+# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda. With PYCOMM_CUDA=ON alone, since they take
+# minutes to compile, and a machine without a GPU has no use for them.
 set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80;90 (those of our time that nvcc knows)")
 if(NOT PYCOMM_CUDA)
   return()

@@ -7,6 +7,8 @@ set(neon_flags "")
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(instruction_sets baseline avx2 avx512)
+  # Processors from before 2013: vectors as well, but loops that are not unrolled compile in half the time.
+  list(APPEND baseline_flags "$<$<AND:$<CXX_COMPILER_ID:GNU>,$<CONFIG:Release>>:-O2;-fvect-cost-model=dynamic>")
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(instruction_sets neon)  # every one of them has it
 else()

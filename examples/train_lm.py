@@ -3,8 +3,8 @@
     python examples/train_lm.py
 
 The training itself is `train` in lm/train.py, some thirty lines to read. This file starts it with
-`pycomm run`, once on one rank and once on several, with the same seed and the same global batch; shows the
-progress; and sums up in tables and in demo.png.
+`pycomm run`, once on one rank and once on several, with the same seed and the same global batch, for as many
+steps as take about a minute here; shows the progress; and sums up in tables and in demo.png.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+SECONDS = 60  # what both runs together should take
+FEWEST_STEPS = 60  # with fewer the loss has hardly begun to fall
+TRIED_STEPS = 6  # before, to learn what one takes
 
 # A rank is a process on a core of its own; with more BLAS threads, a rank alone would use the others' cores.
 ONE_BLAS_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -92,6 +96,19 @@ def events(ranks: int, steps: int) -> Iterator[dict[str, Any]]:
         raise SystemExit("".join(others) + f"`{' '.join(command[1:])}` ended with code {process.returncode}")
 
 
+def affordable_steps(seconds_a_step: float) -> int:
+    """How many steps of both runs, which take so long together, fit into SECONDS; within bounds."""
+    return max(FEWEST_STEPS, min(STEPS, int(SECONDS / seconds_a_step)))
+
+
+def tried_seconds(ranks: int) -> float:
+    """What a step takes, of a few: the median, as the first ones are slow."""
+    run = Run(ranks)
+    for event in events(ranks, TRIED_STEPS):
+        run.hear(event)
+    return float(np.median(run.column("seconds")))
+
+
 def train_beside(ranks: int, steps: int, console: Console) -> tuple[Run, Run]:
     """The same training on 1 rank and on `ranks`, one after the other, shown live."""
     progress = Progress(
@@ -140,10 +157,14 @@ def summary(one: Run, many: Run) -> Group:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"training steps (default: as many as take about {SECONDS} s, {FEWEST_STEPS} to {STEPS})",
+    )
     parser.add_argument("--ranks", type=int, default=2, help="ranks, at least 2 (default: %(default)s)")
     options = parser.parse_args()
-    if options.steps < 1:
+    if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: train at least one")
     if options.ranks < 2 or GLOBAL_BATCH % options.ranks:
         parser.error(
@@ -156,7 +177,12 @@ def main() -> None:
         f"{GLOBAL_BATCH} examples a step, first on 1 rank, then on {options.ranks}. "
         "Every rank is a process with one BLAS thread."
     )
-    one, many = train_beside(options.ranks, options.steps, console)
+    steps = options.steps
+    if steps is None:
+        with console.status("trying how long a step takes"):
+            steps = affordable_steps(tried_seconds(1) + tried_seconds(options.ranks))
+        console.print(f"{steps} steps: what fits into {SECONDS} s here, but {FEWEST_STEPS} to {STEPS}")
+    one, many = train_beside(options.ranks, steps, console)
     console.print(f"{many.start['parameters']:,} parameters, {many.start['text_bytes']:,} bytes of text")
     console.print(summary(one, many))
     with console.status("measuring all_reduce"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -233,7 +234,10 @@ def _cuda() -> str:
     nvcc = shutil.which("nvcc")
     release = [line for line in _says(nvcc, "--version") if "release" in line] if nvcc else []
     compiler = release[0] if release else "no compiler (nvcc)"
-    return f"driver {driver[0]}, {compiler}" if driver else f"no driver, {compiler}"
+    # Not imported: that would look for the driver.
+    built = importlib.util.find_spec("pycomm._cuda") is not None
+    kernels = "kernels built" if built else "kernels not built (pip install -C cmake.define.PYCOMM_CUDA=ON .)"
+    return f"{f'driver {driver[0]}' if driver else 'no driver'}, {compiler}, {kernels}"
 
 
 def _says(*command: str) -> list[str]:

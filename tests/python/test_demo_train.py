@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from lm.bandwidth import Bandwidth, from_json, render
 from lm.data import VOCABULARY, read_text
 from lm.model import Model, Shape
+from lm.train import STEPS as MOST_STEPS
 from lm.train import replicas_equal, train
+from train_lm import FEWEST_STEPS, SECONDS, affordable_steps
 
 SMALL = Shape(VOCABULARY, hidden=32)
 STEPS = 30
@@ -63,6 +65,15 @@ def test_replicas_that_differ_are_noticed() -> None:
         return replicas_equal(comm, model)
 
     assert pycomm.run_local(run, 2) == [False, False]
+
+
+def test_the_steps_fit_the_budget_of_time() -> None:
+    for seconds_a_step in (0.2, 0.4, 0.99):
+        steps = affordable_steps(seconds_a_step)
+        assert FEWEST_STEPS <= steps <= MOST_STEPS
+        assert SECONDS - seconds_a_step < steps * seconds_a_step <= SECONDS
+    assert affordable_steps(1e-9) == MOST_STEPS
+    assert affordable_steps(1e9) == FEWEST_STEPS
 
 
 def test_bandwidth_from_what_bench_wrote() -> None:
