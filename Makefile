@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
 CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(BIN):$(PATH)
-export CCACHE_BASEDIR := $(CURDIR)  # where ccache is: what another clone compiled is found as well
+# Where ccache is, what another clone compiled is found as well.
+export CCACHE_BASEDIR := $(CURDIR)
 
 .PHONY: demo test build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
 .DELETE_ON_ERROR:
