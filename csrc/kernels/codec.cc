@@ -68,7 +68,6 @@ class Transcoder {
     for (begin_ = 0; begin_ < count(); begin_ += kTile) {
       n_ = std::min(count() - begin_, kTile);
       const float* v = sum(direct());
-      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + 2 * kTile);
       if (args_.dst_format != Format::partial && args_.divisor != 1) {
         kernels_.divide(buffers_[0].x, v, static_cast<float>(args_.divisor));
         v = buffers_[0].x;
@@ -90,11 +89,6 @@ class Transcoder {
   Pointer here(Pointer p, Format format) const {
     if (format == Format::wire) return at(p, begin_ / kTile * tile_bytes_);
     return at(p, begin_ * static_cast<int64_t>(size_of(type_of(format))));
-  }
-
-  // The next tile comes while this one is encoded.
-  static void prefetch(const float* x) {
-    for (int64_t i = 0; i < kTile; i += kLine / sizeof *x) __builtin_prefetch(x + i);
   }
 
   // The destination, where the last sum can be written as it is.

@@ -6,13 +6,12 @@
 #include "kernels/arithmetic/stats.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack_kernels.h"
+#include "kernels/cpu/reduce_vector.h"
 #include "kernels/cpu/strips.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
-constexpr size_t kLine = 64;
-constexpr size_t kAhead = 8192;  // bytes that are fetched before they are read
 constexpr int kVectors = kStatsLanes / kWidth;
 constexpr int kStrip = kStatsLanes > 4 * kWidth ? kStatsLanes : 4 * kWidth;  // elements at once
 
@@ -38,15 +37,6 @@ struct Lanes {
     store(sums, squares[0]);
     return fold(sums, kWidth / 2);
   }
-
-  PYCOMM_INLINE uint32_t largest() const {
-    uint32_t words[kWidth];
-    store(words, top);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
-    }
-    return words[0];
-  }
 };
 
 // kStrip elements. With statistics, of numbers that do not overflow: enter() looks for others. kPast: past
@@ -57,7 +47,7 @@ PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& l
   for (int four = 0; four < kStrip / kWidth; four += 4) {
     Floats x[4];
     for (int v = 0; v < 4; ++v) {
-      x[v] = decode(src + (four + v) * kWidth * kFrom, From{});
+      x[v] = decode_number(src + (four + v) * kWidth * kFrom, From{});
       if constexpr (!kAsIs) x[v] *= scale;
       if constexpr (kStats) lanes.add((four + v) % kVectors, x[v]);
     }
@@ -91,7 +81,7 @@ template <class From, class To, bool kAsIs>
 
 template <class From, class To, bool kAsIs>
 PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst, size_t n, float scale) {
-  const uint32_t top = lanes.largest();
+  const uint32_t top = largest(lanes.top);
   if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
     return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
   }
@@ -106,8 +96,7 @@ void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   Lanes lanes;
   size_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    for (size_t line = 0; line < kStrip * kFrom; line += kLine)
-      __builtin_prefetch(src + i * kFrom + line + kAhead);
+    prefetch(src + i * kFrom, kStrip * kFrom);
     cast_strip<From, To, kAsIs, kStats, kPast>(src + i * kFrom, dst + i * kTo, scale, lanes);
   }
   if (i < n) {

@@ -37,4 +37,25 @@ PYCOMM_INLINE V reduce_each(V* vectors) {
   }
 }
 
+// Over the lanes of one vector.
+PYCOMM_INLINE uint32_t largest(Words top) {
+  uint32_t words[kWidth];
+  store(words, top);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
+  }
+  return words[0];
+}
+
+// Of what load(v) gives for each of kVectors vectors v: v takes v + kVectors / 2, then v + kVectors / 4, ...
+template <class O, int kVectors, class Load>
+PYCOMM_INLINE auto over_lanes(Load load, int at = 0, int stride = 1) {
+  if constexpr (kVectors == 1) {
+    return load(at);
+  } else {
+    return O::apply(over_lanes<O, kVectors / 2>(load, at, 2 * stride),
+                    over_lanes<O, kVectors / 2>(load, at + stride, 2 * stride));
+  }
+}
+
 }  // namespace pycomm::kernels::PYCOMM_ISA
