@@ -186,7 +186,7 @@ class Transcoder {
       pieces_.clear_gaps(own);
       v = own;
     }
-    const uint8_t* random = stochastic_ ? random_.draw(pieces_) : nullptr;
+    const uint8_t* random = stochastic_ ? random_.draw(pieces_, v) : nullptr;
     if (n_ == kTile && args_.num_dsts == 1) {
       wire_written(v, random, static_cast<uint8_t*>(here(args_.dsts[0], Format::wire)));
       return;

@@ -144,9 +144,9 @@ struct Mxfp8Code : FloatElement<Float8E4M3, 0x7e> {
 };
 
 // Two's complement integers under a bfloat16 scale, amax / kLimit rounded up.
-template <int kBlockSize, int kBitsOfElement, int kLimit, uint32_t kHeld>
+template <int kBlockSize, int kBitsOfElement, int kLargestInteger, uint32_t kHeld>
 struct IntegerCode {
-  static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement;
+  static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement, kLimit = kLargestInteger;
   using Scale = uint16_t;
 
   PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {

@@ -111,8 +111,9 @@ void divide(float* to, const float* from, float divisor) {
 
 // ---- random bits ----
 
-void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream) {
-  philox_run(bytes, counters / 16, seed, first, stream);
+void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream, const void* x,
+            size_t size) {
+  philox_run(bytes, counters / 16, seed, first, stream, x, size);
 }
 
 // ---- codecs without scales ----
@@ -173,15 +174,19 @@ void decode_plain(float* to, const float* from, const uint8_t* wire) {
 
 // ---- codecs with scales ----
 
-// Each block's elements, reduced: value(at) is of a vector's elements from `at` on.
+// Each block reduced, of what value() makes of its elements' magnitudes.
 template <class O, int kBlock, class V, class Value>
-PYCOMM_INLINE void reduce_blocks(void* results, Value value) {
+PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value) {
   constexpr int kBlocks = kElements / kBlock, kAtOnce = kBlocks < kWidth ? kBlocks : kWidth;
   for (int b = 0; b < kBlocks; b += kWidth) {
     V lanes[kWidth] = {};
     for (int i = 0; i < kAtOnce; ++i) {
       lanes[i] = over_lanes<O, kBlock / kWidth>(
-          [=](int v) PYCOMM_LAMBDA -> V { return value((b + i) * kBlock + v * kWidth); });
+          [=](int v) PYCOMM_LAMBDA -> V {
+            const int at = (b + i) * kBlock + v * kWidth;
+            if (v * kWidth % 32 == 0) __builtin_prefetch(tile + at + kAhead / sizeof *tile);
+            return value(load<Words>(tile + at) & 0x7fffffff);
+          });
     }
     const V reduced = reduce_each<O>(lanes);
     std::memcpy(static_cast<char*>(results) + b * sizeof(float), &reduced, kAtOnce * sizeof(float));
@@ -190,15 +195,17 @@ PYCOMM_INLINE void reduce_blocks(void* results, Value value) {
 
 template <int kBlock>
 PYCOMM_INLINE void find_amax(const float* tile, uint32_t* amax) {
-  reduce_blocks<Largest, kBlock, Words>(
-      amax, [=](int at) PYCOMM_LAMBDA { return load<Words>(tile + at) & 0x7fffffff; });
+  reduce_blocks<Largest, kBlock, Words>(amax, tile, [](Words magnitude) { return magnitude; });
 }
 
-// Elements of 4 bits go through bytes: signed ones on the way back.
+// Elements of 4 bits go through signed bytes.
 PYCOMM_INLINE void pack_nibbles(uint8_t* to, const uint8_t* codes) {
   const auto* pairs = in<uint16_t>(codes);
   PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements / 2; ++i) to[i] = static_cast<uint8_t>(pairs[i].value | pairs[i].value >> 4);
+  for (int i = 0; i < kElements / 2; ++i) {
+    const uint32_t both = pairs[i].value;
+    to[i] = static_cast<uint8_t>((both & 0x0f) | (both >> 4 & 0xf0));
+  }
 }
 PYCOMM_INLINE void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
   auto* pairs = out<uint16_t>(codes);
@@ -238,6 +245,35 @@ const float* without_unusual(const float* tile, float* factors, float* numbers) 
   return numbers;
 }
 
+// Of four vectors of scaled values: C::round().
+template <bool kStochastic, class C>
+PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
+  Integers q[4];
+  for (int v = 0; v < 4; ++v) {
+    q[v] = kStochastic ? round_stochastic<Words>(x[v], random[v]) : round_even<Words>(x[v]);
+  }
+  return narrow_four(q, C::kLimit);
+}
+template <bool kStochastic, class C>
+  requires requires { typename C::Rounded; }
+PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
+  using Rounded = typename C::Rounded;
+  Words held[4], codes[4], least = fill<Words>(kFloatInf);
+  for (int v = 0; v < 4; ++v) {
+    held[v] = Rounded::held(Lane<Words>::to_bits(x[v]));
+    if constexpr (kStochastic) least = smaller(least, held[v]);
+  }
+  if (kStochastic && all_reach(least, C::Format::kMinNormal)) {
+    for (int v = 0; v < 4; ++v) codes[v] = Rounded::round_stochastic_normal(held[v], random[v]);
+  } else {
+    for (int v = 0; v < 4; ++v) {
+      codes[v] = kStochastic ? Rounded::round_stochastic_magnitude(held[v], random[v])
+                             : C::Format::round_magnitude(held[v]) & (C::Format::kSign - 1);
+    }
+  }
+  return narrow_four(codes, x);
+}
+
 template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -253,14 +289,14 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
   }
   for (int i = 0; i < kElements; i += 4 * kWidth) {
     prefetch(tile + i, 4 * kWidth * sizeof *tile);
-    Words four[4];
-    for (int j = 0; j < 4; ++j) {
-      const int at = i + j * kWidth;
-      const Words bits = kStochastic ? widen(random + at, uint8_t{}) : Words{};
-      four[j] =
-          C::template round<kStochastic, Words>(load<Floats>(tile + at) * factors[at / C::kBlock], bits);
+    Floats scaled[4];
+    Words drawn[4] = {};
+    for (int v = 0; v < 4; ++v) {
+      const int at = i + v * kWidth;
+      scaled[v] = load<Floats>(tile + at) * factors[at / C::kBlock];
+      if constexpr (kStochastic) drawn[v] = widen(random + at, uint8_t{});
     }
-    kernels::PYCOMM_ISA::store(codes + i, narrow_four(four));
+    kernels::PYCOMM_ISA::store(codes + i, round_four<kStochastic>(scaled, drawn, C{}));
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
 }
@@ -296,8 +332,8 @@ void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8
   constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
   constexpr int kFour = 4 * kWidth;
   alignas(64) float sums[kBlocks];
-  reduce_blocks<Total, C::kBlock, Floats>(sums, [=](int at) PYCOMM_LAMBDA {
-    return Lane<Words>::to_float(load<Words>(tile + at) & 0x7fffffff) * (1.0f / C::kBlock);
+  reduce_blocks<Total, C::kBlock, Floats>(sums, tile, [](Words magnitude) PYCOMM_LAMBDA {
+    return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock);
   });
   uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
   for (int i = 0; i < kElements; i += kFour) {

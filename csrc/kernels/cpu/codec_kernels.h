@@ -35,8 +35,10 @@ struct CodecKernels {
   void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical
   void (*divide)(float* to, const float* from, float divisor);
 
-  // 16 bytes for each counter from `first` on; `first` and `counters` are multiples of 16
-  void (*random)(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream);
+  // 16 bytes for each counter from `first` on; `first` and `counters` are multiples of 16. Meanwhile, of
+  // what is encoded, some is fetched of what comes after the `size` bytes at x that the random bits are for.
+  void (*random)(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream, const void* x,
+                 size_t size);
   // [1] stochastic; counts: the elements that each kSegmentAlign of the tile has
   void (*encode[kNumTileCodes][2])(const float* x, const int32_t* counts, const uint8_t* random,
                                    uint8_t* wire);

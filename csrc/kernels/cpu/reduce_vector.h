@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "kernels/arithmetic/ops.h"
-#include "kernels/cpu/strips.h"
+#include "kernels/cpu/vectors.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 

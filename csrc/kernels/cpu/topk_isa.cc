@@ -5,8 +5,8 @@
 #include "kernels/arithmetic/codec_rounding.h"
 #include "kernels/codec.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/strips.h"
 #include "kernels/cpu/topk_kernels.h"
+#include "kernels/cpu/vectors.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
