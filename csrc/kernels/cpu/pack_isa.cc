@@ -28,13 +28,11 @@ struct Lanes {
     top = larger(top, Lane<Words>::to_bits(x) & 0x7fffffff);
   }
 
-  // fold() of arithmetic/stats.h, in vectors as long as they are full.
-  PYCOMM_INLINE double sum() {
-    for (int half = kVectors; half > 0; half /= 2) {
-      for (int v = 0; v < half; ++v) squares[v] += squares[v + half];
-    }
+  // fold() of arithmetic/stats.h, in vectors as long as they are full. No loop has a variable as an index, or the
+  // sums would not stay in registers.
+  PYCOMM_INLINE double sum() const {
     double sums[kWidth / 2];
-    store(sums, squares[0]);
+    store(sums, over_lanes<Total, 2 * kVectors>([this](int v) PYCOMM_LAMBDA { return squares[v]; }));
     return fold(sums, kWidth / 2);
   }
 };
@@ -44,14 +42,15 @@ struct Lanes {
 template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
-  for (int four = 0; four < kStrip / kWidth; four += 4) {
-    Floats x[4];
-    for (int v = 0; v < 4; ++v) {
-      x[v] = decode_number(src + (four + v) * kWidth * kFrom, From{});
+  constexpr int kFull = kToFill<To>;
+  for (int first = 0; first < kStrip / kWidth; first += kFull) {
+    Floats x[kFull];
+    for (int v = 0; v < kFull; ++v) {
+      x[v] = decode_number(src + (first + v) * kWidth * kFrom, From{});
       if constexpr (!kAsIs) x[v] *= scale;
-      if constexpr (kStats) lanes.add((four + v) % kVectors, x[v]);
+      if constexpr (kStats) lanes.add((first + v) % kVectors, x[v]);
     }
-    if constexpr (!kAsIs) encode_four<kStats, kPast>(dst + four * kWidth * kTo, x, To{});
+    if constexpr (!kAsIs) encode_full<kStats, kPast>(dst + first * kWidth * kTo, x, To{});
   }
   if constexpr (kAsIs && kPast) stream_lines(dst, src, kStrip * kTo / kLine);
   if constexpr (kAsIs && !kPast) std::memcpy(dst, src, kStrip * kTo);

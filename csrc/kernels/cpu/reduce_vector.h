@@ -15,7 +15,10 @@ struct Largest {
   PYCOMM_INLINE static Words apply(Words a, Words b) { return larger(a, b); }
 };
 struct Total {
-  PYCOMM_INLINE static Floats apply(Floats a, Floats b) { return a + b; }
+  template <class V>
+  PYCOMM_INLINE static V apply(V a, V b) {
+    return a + b;
+  }
 };
 
 template <class O, int kHalf, class V, int... i>

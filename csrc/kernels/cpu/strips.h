@@ -162,28 +162,32 @@ PYCOMM_INLINE void stream(void* to, V x) {
   store(to, x);
 }
 
-// Four vectors of the format F. kNumbers: of numbers that do not overflow. kPast: past the cache.
+// As many vectors as make one of the format F. kNumbers: of numbers that do not overflow. kPast: past the cache.
+template <class F>
+inline constexpr int kToFill = sizeof(float) / sizeof(typename F::Raw);
 template <bool kNumbers, bool kPast, class F>
-PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
-  const auto leave = [](char* at, auto codes) PYCOMM_LAMBDA {
+PYCOMM_INLINE void encode_full(char* to, const Floats* x, F) {
+  const auto leave = [=](auto codes) PYCOMM_LAMBDA {
     if constexpr (kPast) {
-      stream(at, codes);
+      stream(to, codes);
     } else {
-      store(at, codes);
+      store(to, codes);
     }
   };
-  constexpr size_t kBytes = sizeof(typename F::Raw);
-  if constexpr (kBytes == 1) {
+  if constexpr (kToFill<F> == 4 && kNumbers) {
     Words codes[4];
     for (int i = 0; i < 4; ++i) {
-      const Words bits = Lane<Words>::to_bits(x[i]);
-      codes[i] = kNumbers ? F::round_magnitude(bits & 0x7fffffff) & (F::kSign - 1) : F::encode_word(bits);
+      codes[i] = F::round_magnitude(Lane<Words>::to_bits(x[i]) & 0x7fffffff) & (F::kSign - 1);
     }
-    leave(to, kNumbers ? narrow_four(codes, x) : narrow_four(codes));
-  } else if constexpr (kBytes == 2) {
-    for (int i = 0; i < 4; i += 2) leave(to + i * kWidth * kBytes, encoded_two<kNumbers>(x + i, F{}));
+    leave(narrow_four(codes, x));
+  } else if constexpr (kToFill<F> == 4) {
+    Words codes[4];
+    for (int i = 0; i < 4; ++i) codes[i] = F::encode_word(Lane<Words>::to_bits(x[i]));
+    leave(narrow_four(codes));
+  } else if constexpr (kToFill<F> == 2) {
+    leave(encoded_two<kNumbers>(x, F{}));
   } else {
-    for (int i = 0; i < 4; ++i) leave(to + i * kWidth * kBytes, kNumbers ? x[i] : encoded(x[i], F{}));
+    leave(kNumbers ? x[0] : encoded(x[0], F{}));
   }
 }
 
