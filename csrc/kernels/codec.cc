@@ -93,12 +93,14 @@ class Transcoder {
 
   // The destination, where the last sum can be written as it is.
   float* direct() const {
-    const bool plain = n_ == kTile && args_.num_dsts == 1 && !args_.stream && args_.num_srcs <= 2 &&
+    const bool plain = n_ == kTile && args_.num_dsts == 1 && args_.num_srcs <= (args_.stream ? 1 : 2) &&
                        args_.src_formats[args_.num_srcs - 1] == Format::wire;
     if (!plain || args_.dst_format == Format::wire || type_of(args_.dst_format) != DType::float32)
       return nullptr;
     if (args_.dst_format == Format::final && args_.divisor != 1) return nullptr;
-    return static_cast<float*>(here(args_.dsts[0], args_.dst_format));
+    void* dst = here(args_.dsts[0], args_.dst_format);
+    if (args_.stream && reinterpret_cast<uintptr_t>(dst) % kLine != 0) return nullptr;
+    return static_cast<float*>(dst);
   }
 
   // Of the sources, as the bits of a counter: after leaf j as many pairs merge as j has trailing ones, the
@@ -151,7 +153,7 @@ class Transcoder {
       std::memset(wire_.bytes + bytes, 0, sizeof wire_.bytes - bytes);
       wire = wire_.bytes;
     }
-    kernels_.sum_decode[code_](to, from, wire);
+    kernels_.sum_decode[code_](to, from, wire, args_.stream && to == direct());
   }
 
   void store(const float* v) {
@@ -202,7 +204,7 @@ class Transcoder {
     kernels_.encode[code_][stochastic_](v, pieces_.counts, random, wire);
     if (!encoding.next_residual) return;
     float* decoded = buffers_[1].x;
-    kernels_.sum_decode[code_](decoded, nullptr, wire);
+    kernels_.sum_decode[code_](decoded, nullptr, wire, false);
     pieces_.clear_gaps(decoded);
     kernels_.keep_residual(encoding.next_residual + begin_, v, decoded, encoding.residual + begin_,
                            elements(), encoding.residual_scale);

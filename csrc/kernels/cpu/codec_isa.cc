@@ -46,7 +46,7 @@ PYCOMM_INLINE void sum_each(float* to, const float* from, size_t n, Value value)
 
 // The same for a tile, a vector at a time: value(i) of elements from i on.
 template <class Value>
-PYCOMM_INLINE void sum_vectors(float* to, const float* from, Value value) {
+PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value value) {
   constexpr int kFour = 4 * kWidth;
   if (from) {
     for (int i = 0; i < kElements; i += kFour) {
@@ -54,6 +54,10 @@ PYCOMM_INLINE void sum_vectors(float* to, const float* from, Value value) {
       for (int at = i; at < i + kFour; at += kWidth) {
         kernels::PYCOMM_ISA::encode(to + at, load<Floats>(from + at) + value(at), Wide<float>{});
       }
+    }
+  } else if (past) {
+    for (int i = 0; i < kElements; i += kFour) {
+      for (int at = i; at < i + kFour; at += kWidth) stream(to + at, encoded(value(at), Wide<float>{}));
     }
   } else {
     for (int i = 0; i < kElements; i += kFour) {
@@ -165,8 +169,8 @@ void encode_plain(const float* x, const int32_t*, const uint8_t* random, uint8_t
 }
 
 template <class C>
-void decode_plain(float* to, const float* from, const uint8_t* wire) {
-  sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA {
+void decode_plain(float* to, const float* from, const uint8_t* wire, bool past) {
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
     if (i % (4 * kWidth) == 0) prefetch(wire + 2 * i, 8 * kWidth);
     return decode_number(wire + 2 * i, typename C::Format{});
   });
@@ -174,19 +178,19 @@ void decode_plain(float* to, const float* from, const uint8_t* wire) {
 
 // ---- codecs with scales ----
 
-// Each block reduced, of what value() makes of its elements' magnitudes.
-template <class O, int kBlock, class V, class Value>
-PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value) {
+// Each block reduced, of what value() makes of its elements' magnitudes; then each(its first element).
+template <class O, int kBlock, class V, class Value, class Each>
+PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value, Each each) {
   constexpr int kBlocks = kElements / kBlock, kAtOnce = kBlocks < kWidth ? kBlocks : kWidth;
   for (int b = 0; b < kBlocks; b += kWidth) {
     V lanes[kWidth] = {};
     for (int i = 0; i < kAtOnce; ++i) {
-      lanes[i] = over_lanes<O, kBlock / kWidth>(
-          [=](int v) PYCOMM_LAMBDA -> V {
-            const int at = (b + i) * kBlock + v * kWidth;
-            if (v * kWidth % 32 == 0) __builtin_prefetch(tile + at + kAhead / sizeof *tile);
-            return value(load<Words>(tile + at) & 0x7fffffff);
-          });
+      const int begin = (b + i) * kBlock;
+      prefetch<2>(tile + begin, kBlock * sizeof *tile);
+      lanes[i] = over_lanes<O, kBlock / kWidth>([=](int v) PYCOMM_LAMBDA -> V {
+        return value(load<Words>(tile + begin + v * kWidth) & 0x7fffffff);
+      });
+      each(begin);
     }
     const V reduced = reduce_each<O>(lanes);
     std::memcpy(static_cast<char*>(results) + b * sizeof(float), &reduced, kAtOnce * sizeof(float));
@@ -195,7 +199,8 @@ PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value) 
 
 template <int kBlock>
 PYCOMM_INLINE void find_amax(const float* tile, uint32_t* amax) {
-  reduce_blocks<Largest, kBlock, Words>(amax, tile, [](Words magnitude) { return magnitude; });
+  reduce_blocks<Largest, kBlock, Words>(
+      amax, tile, [](Words magnitude) PYCOMM_LAMBDA { return magnitude; }, [](int) {});
 }
 
 // Elements of 4 bits go through signed bytes.
@@ -302,7 +307,7 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
 }
 
 template <class C>
-void decode_blocks(float* to, const float* from, const uint8_t* wire) {
+void decode_blocks(float* to, const float* from, const uint8_t* wire, bool past) {
   constexpr int kBlocks = kElements / C::kBlock;
   alignas(64) float scales[kBlocks];
   const auto* x = in<typename C::Scale>(wire);
@@ -314,7 +319,7 @@ void decode_blocks(float* to, const float* from, const uint8_t* wire) {
     unpack_nibbles(bytes, codes);
     codes = bytes;
   }
-  sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA {
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
     if (C::kBits == 8 && i % (4 * kWidth) == 0) prefetch(codes + i, 4 * kWidth);
     if constexpr (requires { typename C::Format; }) {
       return decode_number(codes + i, typename C::Format{}) * s[i / C::kBlock];
@@ -332,17 +337,19 @@ void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8
   constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
   constexpr int kFour = 4 * kWidth;
   alignas(64) float sums[kBlocks];
-  reduce_blocks<Total, C::kBlock, Floats>(sums, tile, [](Words magnitude) PYCOMM_LAMBDA {
-    return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock);
-  });
   uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
-  for (int i = 0; i < kElements; i += kFour) {
-    prefetch(tile + i, kFour * sizeof *tile);
-    Integers negative[4];
-    for (int v = 0; v < 4; ++v) negative[v] = load<Floats>(tile + i + v * kWidth) < 0;
-    const uint64_t mask = mask_of_four(negative);
-    std::memcpy(bits + i / 8, &mask, kFour / 8);
-  }
+  const auto share = [](Words magnitude) PYCOMM_LAMBDA {
+    return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock);
+  };
+  reduce_blocks<Total, C::kBlock, Floats>(sums, tile, share, [=](int begin) PYCOMM_LAMBDA {
+    prefetch<2>(tile + begin + kLine / sizeof *tile, C::kBlock * sizeof *tile);
+    for (int i = begin; i < begin + C::kBlock; i += kFour) {
+      Integers negative[4];
+      for (int v = 0; v < 4; ++v) negative[v] = load<Floats>(tile + i + v * kWidth) < 0;
+      const uint64_t mask = mask_of_four(negative);
+      std::memcpy(bits + i / 8, &mask, kFour / 8);
+    }
+  });
   auto* scales = out<C::Scale>(wire);
   for (int b = 0; b < kBlocks; ++b) {
     int32_t count = counts[b / kBlocksOfPiece] - b % kBlocksOfPiece * C::kBlock;
@@ -353,14 +360,14 @@ void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8
   }
 }
 
-void decode_sign(float* to, const float* from, const uint8_t* wire) {
+void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
   const uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
   Words lanes[32 / kWidth];  // each lane's bit of 32
   for (int i = 0; i < 32; ++i) lanes[i / kWidth][i % kWidth] = 1u << i;
-  sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA {
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
     const Words some = fill<Words>(load<uint32_t>(bits + i / 32 * 4)) & lanes[i / kWidth % (32 / kWidth)];
     const Words sign = __builtin_bit_cast(Words, some != 0) & 0x80000000;
     return Lane<Words>::to_float(sign ^ as_bits(C::value(scales[i / C::kBlock].value)));
@@ -414,7 +421,7 @@ void encode_rotated(const float* tile, const int32_t* counts, const uint8_t* ran
   encode_blocks<Int4Code, kStochastic>(rotated, counts, random, wire);
 }
 
-void decode_rotated(float* to, const float* from, const uint8_t* wire) {
+void decode_rotated(float* to, const float* from, const uint8_t* wire, bool past) {
   using C = Int4Code;
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
@@ -424,7 +431,7 @@ void decode_rotated(float* to, const float* from, const uint8_t* wire) {
   rotate_blocks(sums, [&](int i) PYCOMM_LAMBDA {  // integers, which float32 has
     return __builtin_convertvector(widen(codes + i, int8_t{}), Floats);
   });
-  sum_vectors(to, from, [&](int i) PYCOMM_LAMBDA {  // Hadamard::decode()
+  sum_vectors(to, from, past, [&](int i) PYCOMM_LAMBDA {  // Hadamard::decode()
     const Words bits = Lane<Words>::to_bits(load<Floats>(sums + i) * C::value(scales[i / C::kBlock].value));
     return Lane<Words>::to_float(bits + __builtin_bit_cast(Words, (bits & 0x7fffffff) == kFloatInf));
   });

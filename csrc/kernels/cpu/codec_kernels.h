@@ -30,7 +30,8 @@ struct CodecKernels {
   // x * prescale; n elements of float32, float16 or bfloat16, zeros after them
   void (*sum_load)(float* to, const float* from, const void* x, DType dtype, size_t n, float prescale);
   void (*sum)(float* to, const float* from, const float* x);
-  void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire);
+  // past: past the cache; then `to` is aligned to a cache line, and `from` null
+  void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire, bool past);
 
   void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical
   void (*divide)(float* to, const float* from, float divisor);
