@@ -30,21 +30,7 @@ namespace {
 constexpr int kElements = static_cast<int>(kTile);
 constexpr size_t kCount = kElements;
 
-// to = from + value(i); without `from` where that is null
-template <class Value>
-PYCOMM_INLINE void sum_each(float* to, const float* from, size_t n, Value value) {
-  auto* result = out<float>(to);
-  const auto* before = in<float>(from);
-  if (from) {
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) result[i].value = canonical(before[i].value + value(i));
-  } else {
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) result[i].value = canonical(value(i));
-  }
-}
-
-// The same for a tile, a vector at a time: value(i) of elements from i on.
+// to = from + value(i), of elements from i on, over a tile; without `from` where that is null.
 template <class Value>
 PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value value) {
   constexpr int kFour = 4 * kWidth;
@@ -70,14 +56,30 @@ PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value va
 
 // ---- floats ----
 
+// step(to, from, i) of kStep elements from i on, as long as they lie in types From and To; what is short of a
+// step goes through memory that holds one.
+template <class From, class To, int kStep, class Step>
+PYCOMM_INLINE void each_step(void* to, const void* from, size_t n, Step step) {
+  const auto* x = static_cast<const char*>(from);
+  auto* result = static_cast<char*>(to);
+  size_t i = 0;
+  for (; i + kStep <= n; i += kStep) step(result + i * sizeof(To), x + i * sizeof(From), i);
+  if (i == n) return;
+  char rest[kStep * sizeof(From)] = {}, results[kStep * sizeof(To)];
+  std::memcpy(rest, x + i * sizeof(From), (n - i) * sizeof(From));
+  step(results, rest, i);
+  std::memcpy(result + i * sizeof(To), results, (n - i) * sizeof(To));
+}
+
 template <class F>
 void sum_load_as(float* to, const float* from, const void* src, size_t n, float prescale) {
-  const auto* x = in<typename F::Raw>(src);
-  if (prescale == 1) {
-    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value); });
-  } else {
-    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value) * prescale; });
-  }
+  using Raw = typename F::Raw;
+  each_step<Raw, float, kWidth>(to, src, n, [=](char* result, const char* x, size_t i) PYCOMM_LAMBDA {
+    prefetch(x, kWidth * sizeof(Raw));
+    Floats value = decode_number(x, F{}) * prescale;
+    if (from) value += load<Floats>(from + i);
+    kernels::PYCOMM_ISA::encode(result, value, Wide<float>{});
+  });
   if (n < kCount) std::memset(to + n, 0, (kCount - n) * sizeof *to);
 }
 
@@ -88,16 +90,19 @@ void sum_load(float* to, const float* from, const void* x, DType dtype, size_t n
 }
 
 void sum(float* to, const float* from, const float* x) {
-  const auto* other = in<float>(x);
-  sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return other[i].value; });
+  sum_vectors(to, from, false, [=](int i) PYCOMM_LAMBDA { return load<Floats>(x + i); });
 }
 
 template <class F>
 void store_as(void* dst, const float* from, size_t n) {
-  auto* x = out<typename F::Raw>(dst);
-  const auto* value = in<float>(from);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) x[i].value = F::encode(value[i].value);
+  constexpr int kFull = kToFill<F>;
+  each_step<float, typename F::Raw, kFull * kWidth>(dst, from, n,
+                                                    [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+                                                      Floats values[kFull];
+                                                      for (int v = 0; v < kFull; ++v)
+                                                        values[v] = load<Floats>(x + v * sizeof(Floats));
+                                                      encode_full<false, false>(result, values, F{});
+                                                    });
 }
 
 void store(void* x, DType dtype, const float* from, size_t n) {
@@ -338,9 +343,8 @@ void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8
   constexpr int kFour = 4 * kWidth;
   alignas(64) float sums[kBlocks];
   uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
-  const auto share = [](Words magnitude) PYCOMM_LAMBDA {
-    return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock);
-  };
+  const auto share = [](Words magnitude)
+                         PYCOMM_LAMBDA { return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock); };
   reduce_blocks<Total, C::kBlock, Floats>(sums, tile, share, [=](int begin) PYCOMM_LAMBDA {
     prefetch<2>(tile + begin + kLine / sizeof *tile, C::kBlock * sizeof *tile);
     for (int i = begin; i < begin + C::kBlock; i += kFour) {
@@ -368,8 +372,9 @@ void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
   Words lanes[32 / kWidth];  // each lane's bit of 32
   for (int i = 0; i < 32; ++i) lanes[i / kWidth][i % kWidth] = 1u << i;
   sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
-    const Words some = fill<Words>(load<uint32_t>(bits + i / 32 * 4)) & lanes[i / kWidth % (32 / kWidth)];
-    const Words sign = __builtin_bit_cast(Words, some != 0) & 0x80000000;
+    const Words lane = lanes[i / kWidth % (32 / kWidth)];
+    const Words some = fill<Words>(load<uint32_t>(bits + i / 32 * 4)) & lane;
+    const Words sign = __builtin_bit_cast(Words, some == lane) & 0x80000000;
     return Lane<Words>::to_float(sign ^ as_bits(C::value(scales[i / C::kBlock].value)));
   });
 }
@@ -379,7 +384,8 @@ void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
 template <int kHalf, int... i>
 PYCOMM_INLINE Floats rotate_lanes(Floats x, std::integer_sequence<int, i...>) {
   const Words sign = {(i & kHalf ? 0x80000000u : 0)...};
-  return __builtin_shufflevector(x, x, (i ^ kHalf)...) + Lane<Words>::to_float(Lane<Words>::to_bits(x) ^ sign);
+  return __builtin_shufflevector(x, x, (i ^ kHalf)...) +
+         Lane<Words>::to_float(Lane<Words>::to_bits(x) ^ sign);
 }
 template <int kHalf = Hadamard::kBlock / 2>
 PYCOMM_INLINE void rotate(Floats* x) {
@@ -415,9 +421,8 @@ PYCOMM_INLINE void rotate_blocks(float* to, Load load_from) {
 template <bool kStochastic>
 void encode_rotated(const float* tile, const int32_t* counts, const uint8_t* random, uint8_t* wire) {
   alignas(64) float rotated[kElements];
-  rotate_blocks(rotated, [=](int i) PYCOMM_LAMBDA {
-    return load<Floats>(tile + i) * (1.0f / Hadamard::kBlock);
-  });
+  rotate_blocks(rotated,
+                [=](int i) PYCOMM_LAMBDA { return load<Floats>(tile + i) * (1.0f / Hadamard::kBlock); });
   encode_blocks<Int4Code, kStochastic>(rotated, counts, random, wire);
 }
 
@@ -497,29 +502,38 @@ void shared_decode(float* tile, const int32_t* q, const float* amax, int32_t lim
   }
 }
 
-template <class T>
-void narrow(void* to, const int32_t* q, size_t n) {
-  auto* x = out<T>(to);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) x[i].value = static_cast<T>(q[i]);
-}
 void shared_narrow(void* to, int width, const int32_t* q, size_t n) {
-  if (width == 8) return narrow<int8_t>(to, q, n);
-  if (width == 16) return narrow<int16_t>(to, q, n);
-  narrow<int32_t>(to, q, n);
+  if (width == 32) {
+    std::memcpy(to, q, n * sizeof *q);
+  } else if (width == 16) {
+    each_step<int32_t, int16_t, 2 * kWidth>(to, q, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+      const Words words[2] = {load<Words>(x), load<Words>(x + sizeof(Words))};
+      kernels::PYCOMM_ISA::store(result, narrow_two(words));
+    });
+  } else {
+    each_step<int32_t, int8_t, 4 * kWidth>(to, q, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+      Integers integers[4];
+      for (int v = 0; v < 4; ++v) integers[v] = load<Integers>(x + v * sizeof(Integers));
+      kernels::PYCOMM_ISA::store(result, narrow_four(integers, 127));
+    });
+  }
 }
 
 template <class T>
 void widen_from(int32_t* q, const void* from, size_t n) {
-  const auto* x = in<T>(from);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) q[i] = x[i].value;
-  if (n < static_cast<size_t>(kElements)) std::memset(q + n, 0, (kElements - n) * sizeof *q);
+  each_step<T, int32_t, kWidth>(q, from, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+    kernels::PYCOMM_ISA::store(result, widen(x, T{}));
+  });
 }
 void shared_widen(int32_t* q, int width, const void* from, size_t n) {
-  if (width == 8) return widen_from<int8_t>(q, from, n);
-  if (width == 16) return widen_from<int16_t>(q, from, n);
-  widen_from<int32_t>(q, from, n);
+  if (width == 8) {
+    widen_from<int8_t>(q, from, n);
+  } else if (width == 16) {
+    widen_from<int16_t>(q, from, n);
+  } else {
+    std::memcpy(q, from, n * sizeof *q);
+  }
+  if (n < kCount) std::memset(q + n, 0, (kCount - n) * sizeof *q);
 }
 
 }  // namespace

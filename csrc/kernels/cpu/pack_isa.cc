@@ -28,8 +28,8 @@ struct Lanes {
     top = larger(top, Lane<Words>::to_bits(x) & 0x7fffffff);
   }
 
-  // fold() of arithmetic/stats.h, in vectors as long as they are full. No loop has a variable as an index, or the
-  // sums would not stay in registers.
+  // fold() of arithmetic/stats.h, in vectors as long as they are full. No loop has a variable as an index, or
+  // the sums would not stay in registers.
   PYCOMM_INLINE double sum() const {
     double sums[kWidth / 2];
     store(sums, over_lanes<Total, 2 * kVectors>([this](int v) PYCOMM_LAMBDA { return squares[v]; }));

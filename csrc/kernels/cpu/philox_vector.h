@@ -113,8 +113,8 @@ PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, ui
   }
 }
 
-// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16. Meanwhile half the lines are fetched
-// of what comes after the `size` bytes at x.
+// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16. Meanwhile half the lines are
+// fetched of what comes after the `size` bytes at x.
 PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high,
                               const void* x, size_t size) {
   const size_t each = size / (16 * static_cast<size_t>(n));

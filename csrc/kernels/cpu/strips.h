@@ -59,8 +59,8 @@ PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
 PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm256_cvtph_ps(x)); }
 #endif
 
-// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it. decode_number(), for
-// what becomes canonical anyway, leaves NaNs as they come.
+// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it. decode_number(),
+// for what becomes canonical anyway, leaves NaNs as they come.
 PYCOMM_INLINE Floats without_payload(Floats x) {
   const Words bits = Lane<Words>::to_bits(x);
   return Lane<Words>::to_float(x == x ? bits : bits & ~0x3fffffu);
@@ -77,7 +77,9 @@ PYCOMM_INLINE Floats decode_number(const void* from, Float8E4M3) {
   const Words bits = Lane<Words>::to_bits(from_halves(middle_bits(from)) * 256.0f);
   return Lane<Words>::to_float(bits | __builtin_bit_cast(Words, bits << 1 == kPast << 1) >> 1);
 }
-PYCOMM_INLINE Floats decode(const void* from, Float16) { return without_payload(decode_number(from, Float16{})); }
+PYCOMM_INLINE Floats decode(const void* from, Float16) {
+  return without_payload(decode_number(from, Float16{}));
+}
 PYCOMM_INLINE Floats decode(const void* from, Float8E5M2) {
   return without_payload(decode_number(from, Float8E5M2{}));
 }
@@ -162,7 +164,8 @@ PYCOMM_INLINE void stream(void* to, V x) {
   store(to, x);
 }
 
-// As many vectors as make one of the format F. kNumbers: of numbers that do not overflow. kPast: past the cache.
+// As many vectors as make one of the format F. kNumbers: of numbers that do not overflow. kPast: past the
+// cache.
 template <class F>
 inline constexpr int kToFill = sizeof(float) / sizeof(typename F::Raw);
 template <bool kNumbers, bool kPast, class F>
@@ -218,14 +221,7 @@ PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; 
 
 // Whole cache lines past the cache: to is aligned to one.
 PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
-  constexpr size_t kLine = 64;
-#if defined(__AVX512F__)
-  for (size_t i = 0; i < lines * kLine; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load<__m512i>(from + i));
-  }
-#else
-  stream_copy(to, from, lines * kLine);
-#endif
+  for (size_t i = 0; i < lines * kLine; i += sizeof(Words)) stream(to + i, load<Words>(from + i));
 }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA

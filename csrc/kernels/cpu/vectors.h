@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set has them; from memory and back, narrower and wider. Included by *_isa.cc
-// alone, see isa.h.
+// Vectors as wide as the instruction set has them; from memory and back, narrower and wider. Included by
+// *_isa.cc alone, see isa.h.
 #pragma once
 
 #include <cstddef>
@@ -93,13 +93,14 @@ PYCOMM_INLINE void store(void* to, V x) {
 }
 
 // Fetches what will be read kAhead bytes later. The processor's own prefetching stops at a page's end. A core
-// has buffers for some 20 lines on their way, so that a few belong into each step of a loop's arithmetic; where
-// two loops go over the same data, every second line into the first one.
+// has buffers for some 20 lines on their way, so that a few belong into each step of a loop's arithmetic;
+// where two loops go over the same data, every second line into the first one.
 inline constexpr size_t kLine = 64, kAhead = 8192;
 template <size_t kEvery = 1>
 PYCOMM_INLINE void prefetch(const void* p, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + kAhead;  // of whatever is there: nothing is read
   for (size_t line = 0; line < bytes; line += kEvery * kLine) {
-    __builtin_prefetch(static_cast<const char*>(p) + kAhead + line);
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + line));
   }
 }
 
@@ -146,8 +147,8 @@ PYCOMM_INLINE Words widen(const void* from, uint16_t) {
 PYCOMM_INLINE Words widen(const void* from, uint8_t) {
   const Words low = {load<uint32_t>(from), 0, 0, 0};
   return widen_shorts(
-      __builtin_bit_cast(Shorts, __builtin_shufflevector(__builtin_bit_cast(Bytes, low), Bytes{}, 0, 16, 1, 17,
-                                                         2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)));
+      __builtin_bit_cast(Shorts, __builtin_shufflevector(__builtin_bit_cast(Bytes, low), Bytes{}, 0, 16, 1,
+                                                         17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)));
 }
 PYCOMM_INLINE Integers widen(const void* from, int8_t) {
   return __builtin_bit_cast(Integers, widen(from, uint8_t{}) << 24) >> 24;
@@ -155,9 +156,13 @@ PYCOMM_INLINE Integers widen(const void* from, int8_t) {
 
 #endif
 
+PYCOMM_INLINE Integers widen(const void* from, int16_t) {
+  return __builtin_bit_cast(Integers, widen(from, uint16_t{}) << 16) >> 16;
+}
+
 // Two vectors to one of half the bits, as the processor has it, which may be lane by lane: signed ones that
-// saturate, of 32 bits and of 16, and those of 16 bits to unsigned bytes. in_order() puts right what two steps
-// made of four vectors.
+// saturate, of 32 bits and of 16, and those of 16 bits to unsigned bytes. in_order() puts right what two
+// steps made of four vectors.
 #if defined(__AVX512F__)
 
 using Packed = __m512i;
@@ -197,7 +202,8 @@ PYCOMM_INLINE Packed halve_words(Packed a, Packed b) { return _mm_packs_epi32(a,
 PYCOMM_INLINE Packed halve_shorts(Packed a, Packed b) { return _mm_packs_epi16(a, b); }
 PYCOMM_INLINE Packed halve_unsigned(Packed a, Packed b) { return _mm_packus_epi16(a, b); }
 PYCOMM_INLINE Packed in_order(Packed bytes) { return bytes; }
-PYCOMM_INLINE Packed narrow_two(const Words* codes) {  // extended by their highest bits, so that none saturates
+PYCOMM_INLINE Packed
+narrow_two(const Words* codes) {  // extended by their highest bits, so that none saturates
   const auto at = [&](int i) {
     return __builtin_bit_cast(Packed, __builtin_bit_cast(Integers, codes[i] << 16) >> 16);
   };
@@ -290,8 +296,8 @@ PYCOMM_INLINE uint64_t mask_of_four(const Integers* masks) {
   // Each lane's bit is added to those of its neighbours, three times.
   Bytes bits = bytes & Bytes{1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
   for (int step = 0; step < 3; ++step) {
-    bits = even(bits, bits) + __builtin_shufflevector(bits, bits, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11,
-                                                      13, 15);
+    bits = even(bits, bits) +
+           __builtin_shufflevector(bits, bits, 1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
   }
   return __builtin_bit_cast(Shorts, bits)[0];
 #endif
