@@ -99,7 +99,7 @@ class Transcoder {
       return nullptr;
     if (args_.dst_format == Format::final && args_.divisor != 1) return nullptr;
     void* dst = here(args_.dsts[0], args_.dst_format);
-    if (args_.stream && reinterpret_cast<uintptr_t>(dst) % kLine != 0) return nullptr;
+    if (args_.stream && reinterpret_cast<uintptr_t>(dst) % kernels_.stream_align != 0) return nullptr;
     return static_cast<float*>(dst);
   }
 

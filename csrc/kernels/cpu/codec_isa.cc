@@ -507,7 +507,7 @@ void shared_narrow(void* to, int width, const int32_t* q, size_t n) {
     std::memcpy(to, q, n * sizeof *q);
   } else if (width == 16) {
     each_step<int32_t, int16_t, 2 * kWidth>(to, q, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
-      const Words words[2] = {load<Words>(x), load<Words>(x + sizeof(Words))};
+      const Words words[2] = {load<Words>(x) & 0xffff, load<Words>(x + sizeof(Words)) & 0xffff};
       kernels::PYCOMM_ISA::store(result, narrow_two(words));
     });
   } else {
@@ -540,6 +540,7 @@ void shared_widen(int32_t* q, int width, const void* from, size_t n) {
 
 #define PYCOMM_BLOCKS(...) {encode_blocks<__VA_ARGS__, false>, encode_blocks<__VA_ARGS__, true>}
 const CodecKernels codec_kernels = {
+    .stream_align = kStreamAlign,
     .sum_load = sum_load,
     .sum = sum,
     .sum_decode = {decode_plain<Float16Code>, decode_plain<BFloat16Code>, decode_blocks<Float8E4M3Code>,

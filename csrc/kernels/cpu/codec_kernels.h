@@ -27,10 +27,11 @@ enum class TileCode : uint8_t {
 inline constexpr int kNumTileCodes = 10;
 
 struct CodecKernels {
+  size_t stream_align;  // of a destination
   // x * prescale; n elements of float32, float16 or bfloat16, zeros after them
   void (*sum_load)(float* to, const float* from, const void* x, DType dtype, size_t n, float prescale);
   void (*sum)(float* to, const float* from, const float* x);
-  // past: past the cache; then `to` is aligned to a cache line, and `from` null
+  // past: past the cache; then `to` is a multiple of stream_align, and `from` null
   void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire, bool past);
 
   void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical

@@ -145,7 +145,7 @@ void cast(const CastArgs& args) {
   const auto* src = static_cast<const char*>(args.src);
   auto* dst = static_cast<char*>(args.dst);
   const bool in_place = src == dst, stream = args.stream && !in_place;
-  const bool past = stream && reinterpret_cast<uintptr_t>(dst) % kLine == 0;
+  const bool past = stream && reinterpret_cast<uintptr_t>(dst) % kStreamAlign == 0;
   Stream staged(dst);
   for (size_t begin = 0, n; begin < args.count; begin += n) {
     n = args.count - begin < kStatsChunk ? args.count - begin : kStatsChunk;

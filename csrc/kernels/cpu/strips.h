@@ -144,22 +144,27 @@ PYCOMM_INLINE void encode(void* to, Floats x, F) {
   store(to, encoded(x, F{}));
 }
 
-// Past the cache, where `to` is aligned.
+// Past the cache, where `to` is a multiple of kStreamAlign: of 16 bytes, as memory that a user has from
+// malloc() or NumPy is, if not of more; consecutive stores fill a line in the processor's buffers.
+#if defined(__AVX512F__)
+inline constexpr size_t kStreamAlign = 64;
+#else
+inline constexpr size_t kStreamAlign = 16;
+#endif
 template <class V>
 PYCOMM_INLINE void stream(void* to, V x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64)
+  if constexpr (sizeof(V) == 64) {
     return _mm512_stream_si512(static_cast<__m512i*>(to), __builtin_bit_cast(__m512i, x));
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(V) == 32)
-    return _mm256_stream_si256(static_cast<__m256i*>(to), __builtin_bit_cast(__m256i, x));
+  }
 #endif
 #if defined(__SSE2__)
-  if constexpr (sizeof(V) == 16)
-    return _mm_stream_si128(static_cast<__m128i*>(to), __builtin_bit_cast(__m128i, x));
-  if constexpr (sizeof(V) == 8)
-    return _mm_stream_si64(static_cast<long long*>(to), __builtin_bit_cast(long long, x));
+  if constexpr (sizeof(V) % 16 == 0) {
+    __m128i parts[sizeof(V) / 16];
+    std::memcpy(parts, &x, sizeof x);
+    for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
+    return;
+  }
 #endif
   store(to, x);
 }
