@@ -364,13 +364,19 @@ void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8
   }
 }
 
+template <int... i>
+PYCOMM_INLINE Words powers(std::integer_sequence<int, i...>) {
+  return Words{(1u << i)...};
+}
 void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
   const uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
   Words lanes[32 / kWidth];  // each lane's bit of 32
-  for (int i = 0; i < 32; ++i) lanes[i / kWidth][i % kWidth] = 1u << i;
+  for (int v = 0; v < 32 / kWidth; ++v) {
+    lanes[v] = powers(std::make_integer_sequence<int, kWidth>()) << (v * kWidth);
+  }
   sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
     const Words lane = lanes[i / kWidth % (32 / kWidth)];
     const Words some = fill<Words>(load<uint32_t>(bits + i / 32 * 4)) & lane;
