@@ -70,7 +70,6 @@ class Transcoder {
     for (begin_ = 0; begin_ < count(); begin_ += kTile) {
       n_ = std::min(count() - begin_, kTile);
       const float* v = sum(direct());
-      if (v != buffers_[0].x && args_.dst_format == Format::wire) prefetch(v + 2 * kTile);
       if (args_.dst_format != Format::partial && args_.divisor != 1) {
         kernels_.divide(buffers_[0].x, v, static_cast<float>(args_.divisor));
         v = buffers_[0].x;
@@ -94,19 +93,16 @@ class Transcoder {
     return at(p, begin_ * static_cast<int64_t>(size_of(type_of(format))));
   }
 
-  // The next tile comes while this one is encoded.
-  static void prefetch(const float* x) {
-    for (int64_t i = 0; i < kTile; i += kLine / sizeof *x) __builtin_prefetch(x + i);
-  }
-
   // The destination, where the last sum can be written as it is.
   float* direct() const {
-    const bool plain = n_ == kTile && args_.num_dsts == 1 && !args_.stream && args_.num_srcs <= 2 &&
+    const bool plain = n_ == kTile && args_.num_dsts == 1 && args_.num_srcs <= (args_.stream ? 1 : 2) &&
                        args_.src_formats[args_.num_srcs - 1] == Format::wire;
     if (!plain || args_.dst_format == Format::wire || type_of(args_.dst_format) != DType::float32)
       return nullptr;
     if (args_.dst_format == Format::final && args_.divisor != 1) return nullptr;
-    return static_cast<float*>(here(args_.dsts[0], args_.dst_format));
+    void* dst = here(args_.dsts[0], args_.dst_format);
+    if (args_.stream && reinterpret_cast<uintptr_t>(dst) % kernels_.stream_align != 0) return nullptr;
+    return static_cast<float*>(dst);
   }
 
   // Of the sources, as the bits of a counter: after leaf j as many pairs merge as j has trailing ones, the
@@ -159,7 +155,7 @@ class Transcoder {
       std::memset(wire_.bytes + bytes, 0, sizeof wire_.bytes - bytes);
       wire = wire_.bytes;
     }
-    kernels_.sum_decode[code_](to, from, wire);
+    kernels_.sum_decode[code_](to, from, wire, args_.stream && to == direct());
   }
 
   void store(const float* v) {
@@ -194,7 +190,7 @@ class Transcoder {
       pieces_.clear_gaps(own);
       v = own;
     }
-    const uint8_t* random = stochastic_ ? random_.draw(pieces_) : nullptr;
+    const uint8_t* random = stochastic_ ? random_.draw(pieces_, v) : nullptr;
     if (n_ == kTile && args_.num_dsts == 1) {
       wire_written(v, random, static_cast<uint8_t*>(here(args_.dsts[0], Format::wire)));
       return;
@@ -210,7 +206,7 @@ class Transcoder {
     kernels_.encode[code_][stochastic_](v, pieces_.counts, random, wire);
     if (!encoding.next_residual) return;
     float* decoded = buffers_[1].x;
-    kernels_.sum_decode[code_](decoded, nullptr, wire);
+    kernels_.sum_decode[code_](decoded, nullptr, wire, false);
     pieces_.clear_gaps(decoded);
     kernels_.keep_residual(encoding.next_residual + begin_, v, decoded, encoding.residual + begin_,
                            elements(), encoding.residual_scale);

@@ -88,7 +88,9 @@ class Random {
                 (encoding.rank & 0xffffff)),
         bits_(bits) {}
 
-  const uint8_t* draw(const Pieces& pieces) {
+  // For the floats at x.
+  const uint8_t* draw(const Pieces& pieces, const void* x) {
+    constexpr int64_t kPieceBytes = kSegmentAlign * int64_t{sizeof(float)};
     const int per_counter = 128 / bits_, counters = static_cast<int>(kSegmentAlign) / per_counter;
     for (int p = 0, end; p < kPieces; p = end) {
       // Pieces of a tensor that follow each other are one run.
@@ -97,7 +99,8 @@ class Random {
       if (pieces.counts[p] == 0) continue;
       const uint64_t first =
           (pieces.tensors[p] << 40 | pieces.offsets[p]) / static_cast<uint64_t>(per_counter);
-      kernels_.random(tile_.bytes + 16 * counters * p, counters * (end - p), seed_, first, stream_);
+      kernels_.random(tile_.bytes + 16 * counters * p, counters * (end - p), seed_, first, stream_,
+                      at(x, p * kPieceBytes), static_cast<size_t>((end - p) * kPieceBytes));
     }
     return tile_.bytes;
   }

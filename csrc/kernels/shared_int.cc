@@ -69,7 +69,8 @@ void shared_encode(DType dtype, const void* x, size_t count, const float* amax, 
     const int64_t n = std::min(static_cast<int64_t>(count) - begin, kTile);
     load_tile(kernels, tile, pieces, dtype, x, begin, n, encoding);
     load_amax(most, amax, begin, n);
-    kernels.shared_encode(tile.x, most, static_cast<int32_t>(limit), random.draw(pieces), integers);
+    kernels.shared_encode(tile.x, most, static_cast<int32_t>(limit),
+                          random.draw(pieces, at(x, begin * static_cast<int64_t>(size_of(dtype)))), integers);
     kernels.shared_narrow(at(q, begin * width / 8), width, integers, static_cast<size_t>(n));
     if (encoding.next_residual) {
       kernels.shared_decode(decoded.x, integers, most, static_cast<int32_t>(limit));

@@ -1,9 +1,12 @@
 #include "kernels/topk.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -31,17 +34,22 @@ struct Threshold {
 // The magnitude of the value of this rank, 1 being the largest's: by the histogram of the leading bits, then
 // of the next ones of those that share them.
 Threshold find_threshold(const float* values, size_t count, size_t rank) {
+  constexpr int kCopies = 4;  // equal bins follow each other, and none waits for the one before it
   uint32_t prefix = 0, mask = 0;
   size_t above = 0;
+  std::vector<std::array<uint32_t, kCopies>> histogram;
   for (const int shift : {20, 9, 0}) {
     const uint32_t bins = shift == 0 ? 1u << 9 : 1u << 11;
-    std::vector<uint32_t> histogram(bins);
+    histogram.assign(bins, {});
     for (size_t i = 0; i < count; ++i) {
       const uint32_t bits = magnitude(values[i]);
-      if ((bits & mask) == prefix) ++histogram[bits >> shift & (bins - 1)];
+      histogram[bits >> shift & (bins - 1)][i % kCopies] += (bits & mask) == prefix;
     }
+    const auto size = [&](uint32_t bin) {
+      return std::accumulate(histogram[bin].begin(), histogram[bin].end(), size_t{0});
+    };
     uint32_t bin = bins - 1;
-    for (; above + histogram[bin] < rank; --bin) above += histogram[bin];
+    for (; above + size(bin) < rank; --bin) above += size(bin);
     prefix |= bin << shift;
     mask |= (bins - 1) << shift;
   }
@@ -51,58 +59,58 @@ Threshold find_threshold(const float* values, size_t count, size_t rank) {
 // Whoever may be among the k largest, in order of their indices.
 class Candidates {
  public:
-  Candidates(size_t k, size_t count) : k_(k) {
-    const size_t room = std::min(2 * k, count) + kTileCount;
-    indices_.resize(room);
-    values_.resize(room);
-  }
+  Candidates(size_t k, size_t count)
+      : k_(k),
+        room_(std::min(2 * k, count) + kTileCount),
+        indices_(std::make_unique_for_overwrite<uint32_t[]>(room_)),
+        values_(std::make_unique_for_overwrite<float[]>(room_)) {}
 
   void restart(uint32_t least) {
     least_ = least;
     size_ = 0;
   }
   size_t size() const { return size_; }
-  const uint32_t* indices() const { return indices_.data(); }
-  const float* values() const { return values_.data(); }
+  const uint32_t* indices() const { return indices_.get(); }
+  const float* values() const { return values_.get(); }
 
   void scan(const TopkKernels& kernels, const float* x, size_t n, size_t index) {
-    if (size_ + n > values_.size()) reduce();
-    size_ += kernels.scan(x, n, least_, static_cast<uint32_t>(index), indices_.data() + size_,
-                          values_.data() + size_);
+    if (size_ + n > room_) reduce();
+    size_ += kernels.scan(x, n, least_, static_cast<uint32_t>(index), indices_.get() + size_,
+                          values_.get() + size_);
   }
 
   // Leaves the k largest. A later element must be larger than all of them are.
   void reduce() {
     if (size_ <= k_) return;
-    const Threshold threshold = find_threshold(values_.data(), size_, k_);
+    const Threshold threshold = find_threshold(values_.get(), size_, k_);
     size_t ties = k_ - threshold.above, kept = 0;
-    for (size_t i = 0; i < size_; ++i) {
+    for (size_t i = 0; i < size_; ++i) {  // without a branch: nobody can tell who stays
       const uint32_t bits = magnitude(values_[i]);
-      if (bits < threshold.magnitude) continue;
-      if (bits == threshold.magnitude && ties-- == 0) {
-        ++ties;
-        continue;
-      }
+      const bool tie = (bits == threshold.magnitude) & (ties > 0);
       indices_[kept] = indices_[i];
-      values_[kept++] = values_[i];
+      values_[kept] = values_[i];
+      kept += (bits > threshold.magnitude) | tie;
+      ties -= tie;
     }
     size_ = kept;
     least_ = threshold.magnitude + 1;
   }
 
  private:
-  size_t k_, size_ = 0;
+  size_t k_, room_, size_ = 0;
   uint32_t least_ = 0;
-  std::vector<uint32_t> indices_;
-  std::vector<float> values_;
+  std::unique_ptr<uint32_t[]> indices_;
+  std::unique_ptr<float[]> values_;
 };
 
-// Values as they are selected from, tile by tile.
+// Values as they are selected from, tile by tile: where they lie, if that will do.
 class Values {
  public:
   Values(const TopkArgs& args, const Isa& isa) : args_(args), isa_(isa) {}
 
   const float* load(size_t begin, size_t n) {
+    if (args_.dtype == DType::float32 && !args_.residual && !args_.next_residual)
+      return static_cast<const float*>(args_.x) + begin;
     isa_.codec->sum_load(tile_.x, nullptr, at(args_.x, static_cast<int64_t>(begin * size_of(args_.dtype))),
                          args_.dtype, n, 1);
     if (args_.residual)

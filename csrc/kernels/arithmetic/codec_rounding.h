@@ -60,21 +60,33 @@ struct SaturatingFloat {
   static constexpr uint32_t kMax = (kLargest << F::kShift) + F::kRebias;
 
   template <class W>
-  PYCOMM_INLINE static W nearest(W x) {
-    const W magnitude = smaller(x & 0x7fffffff, fill<W>(kMax));
-    return F::with_sign(F::round_magnitude(magnitude), x);
+  PYCOMM_INLINE static W held(W x) {
+    return smaller(x & 0x7fffffff, fill<W>(kMax));
   }
-
-  // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
+  template <class W>
+  PYCOMM_INLINE static W nearest(W x) {
+    return F::with_sign(F::round_magnitude(held(x)), x);
+  }
   template <class W>
   PYCOMM_INLINE static W stochastic(W x, W random) {
-    const W magnitude = smaller(x & 0x7fffffff, fill<W>(kMax));
+    return F::with_sign(round_stochastic_magnitude(held(x), random), x);
+  }
+
+  // Of a magnitude that is not subnormal.
+  template <class W>
+  PYCOMM_INLINE static W round_stochastic_normal(W magnitude, W random) {
+    constexpr int kPlace = F::kShift - kDitherBits;
+    return (magnitude + (random << (kPlace + 1)) + ((1u << kPlace) - F::kRebias)) >> F::kShift;
+  }
+  // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
+  template <class W>
+  PYCOMM_INLINE static W round_stochastic_magnitude(W magnitude, W random) {
     const Integer<W> dither = dither_of<F::kShift - kDitherBits>(random);
     const Integer<W> normal = (__builtin_bit_cast(Integer<W>, magnitude - F::kRebias) + dither) >> F::kShift;
     const Float<W> small = Lane<W>::to_float(smaller(magnitude, fill<W>(F::kMinNormal)));
     const float unit = as_float(F::power(F::kShift - (1 - F::kBias - kMantissa)));
     const Integer<W> places = (Lane<W>::to_integer(small * unit) + dither) >> F::kShift;
-    return F::with_sign(__builtin_bit_cast(W, larger(normal, places)), x);
+    return __builtin_bit_cast(W, larger(normal, places));
   }
 };
 

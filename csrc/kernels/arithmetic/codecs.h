@@ -35,18 +35,24 @@ PYCOMM_INLINE float inverse(float s) { return 1.0f / s; }
 
 // ---- without scales: NaN and Inf pass ----
 
+// number() is encode() of what is neither, of one element or of vectors of them.
+
 struct BFloat16Code {
   using Format = BFloat16;
   static constexpr int kBits = 16, kRandomBits = 16;
 
+  template <bool kStochastic, class W>
+  PYCOMM_INLINE static W number(W bits, W random) {
+    const W magnitude = bits & 0x7fffffff;
+    const W added = kStochastic ? random : (magnitude >> 16 & 1) + 0x7fff;
+    return (bits >> 16 & 0x8000) | smaller<W>((magnitude + added) >> 16, fill<W>(0x7f7f));
+  }
   template <bool kStochastic>
   PYCOMM_INLINE static uint16_t encode(float x, uint32_t random) {
     const uint32_t magnitude = magnitude_of(x), sign = as_bits(x) >> 16 & 0x8000;
-    const uint32_t added = kStochastic ? random : 0x7fff + (magnitude >> 16 & 1);
-    const uint32_t rounded = (magnitude + added) >> 16;
-    const uint32_t number = sign | if_less(rounded, 0x7f7f, rounded, 0x7f7f);
     const uint32_t special = if_less(kFloatInf, magnitude, kFloatNan >> 16, sign | kFloatInf >> 16);
-    return static_cast<uint16_t>(if_less(magnitude, kFloatInf, number, special));
+    return static_cast<uint16_t>(
+        if_less(magnitude, kFloatInf, number<kStochastic>(as_bits(x), random), special));
   }
   PYCOMM_INLINE static float decode(uint16_t bits) { return BFloat16::decode(bits); }
 };
@@ -54,15 +60,18 @@ struct BFloat16Code {
 struct Float16Code {
   using Format = Float16;
   static constexpr int kBits = 16, kRandomBits = 8;
+  using Rounded = SaturatingFloat<Float16, 0x7bff>;
 
+  template <bool kStochastic, class W>
+  PYCOMM_INLINE static W number(W bits, W random) {
+    return kStochastic ? Rounded::stochastic(bits, random) : Rounded::nearest(bits);
+  }
   template <bool kStochastic>
   PYCOMM_INLINE static uint16_t encode(float x, uint32_t random) {
-    using Rounded = SaturatingFloat<Float16, 0x7bff>;
     const uint32_t magnitude = magnitude_of(x), sign = as_bits(x) >> 16 & 0x8000;
-    const uint32_t number =
-        kStochastic ? Rounded::stochastic(as_bits(x), random) : Rounded::nearest(as_bits(x));
     const uint32_t special = if_less(kFloatInf, magnitude, 0x7e00, sign | 0x7c00);
-    return static_cast<uint16_t>(if_less(magnitude, kFloatInf, number, special));
+    return static_cast<uint16_t>(
+        if_less(magnitude, kFloatInf, number<kStochastic>(as_bits(x), random), special));
   }
   PYCOMM_INLINE static float decode(uint16_t bits) { return Float16::decode(bits); }
 };
@@ -135,9 +144,9 @@ struct Mxfp8Code : FloatElement<Float8E4M3, 0x7e> {
 };
 
 // Two's complement integers under a bfloat16 scale, amax / kLimit rounded up.
-template <int kBlockSize, int kBitsOfElement, int kLimit, uint32_t kHeld>
+template <int kBlockSize, int kBitsOfElement, int kLargestInteger, uint32_t kHeld>
 struct IntegerCode {
-  static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement;
+  static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement, kLimit = kLargestInteger;
   using Scale = uint16_t;
 
   PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/arithmetic/codecs.h"
 #include "kernels/arithmetic/ops.h"
@@ -28,44 +30,56 @@ namespace {
 constexpr int kElements = static_cast<int>(kTile);
 constexpr size_t kCount = kElements;
 
-// to = from + value(i); without `from` where that is null
+// to = from + value(i), of elements from i on, over a tile; without `from` where that is null.
 template <class Value>
-PYCOMM_INLINE void sum_each(float* to, const float* from, size_t n, Value value) {
-  auto* result = out<float>(to);
-  const auto* before = in<float>(from);
+PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value value) {
+  constexpr int kFour = 4 * kWidth;
   if (from) {
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) result[i].value = canonical(before[i].value + value(i));
-  } else {
-    PYCOMM_INDEPENDENT
-    for (size_t i = 0; i < n; ++i) result[i].value = canonical(value(i));
-  }
-}
-
-// The same for a tile, a vector at a time: value(i) of elements from i on.
-template <class Value>
-PYCOMM_INLINE void sum_vectors(float* to, const float* from, Value value) {
-  if (from) {
-    for (int i = 0; i < kElements; i += kWidth) {
-      kernels::PYCOMM_ISA::encode(to + i, load<Floats>(from + i) + value(i), Wide<float>{});
+    for (int i = 0; i < kElements; i += kFour) {
+      prefetch(from + i, kFour * sizeof *from);
+      for (int at = i; at < i + kFour; at += kWidth) {
+        kernels::PYCOMM_ISA::encode(to + at, load<Floats>(from + at) + value(at), Wide<float>{});
+      }
+    }
+  } else if (past) {
+    for (int i = 0; i < kElements; i += kFour) {
+      for (int at = i; at < i + kFour; at += kWidth) stream(to + at, encoded(value(at), Wide<float>{}));
     }
   } else {
-    for (int i = 0; i < kElements; i += kWidth) {
-      kernels::PYCOMM_ISA::encode(to + i, value(i), Wide<float>{});
+    for (int i = 0; i < kElements; i += kFour) {
+      for (int at = i; at < i + kFour; at += kWidth) {
+        kernels::PYCOMM_ISA::encode(to + at, value(at), Wide<float>{});
+      }
     }
   }
 }
 
 // ---- floats ----
 
+// step(to, from, i) of kStep elements from i on, as long as they lie in types From and To; what is short of a
+// step goes through memory that holds one.
+template <class From, class To, int kStep, class Step>
+PYCOMM_INLINE void each_step(void* to, const void* from, size_t n, Step step) {
+  const auto* x = static_cast<const char*>(from);
+  auto* result = static_cast<char*>(to);
+  size_t i = 0;
+  for (; i + kStep <= n; i += kStep) step(result + i * sizeof(To), x + i * sizeof(From), i);
+  if (i == n) return;
+  char rest[kStep * sizeof(From)] = {}, results[kStep * sizeof(To)];
+  std::memcpy(rest, x + i * sizeof(From), (n - i) * sizeof(From));
+  step(results, rest, i);
+  std::memcpy(result + i * sizeof(To), results, (n - i) * sizeof(To));
+}
+
 template <class F>
 void sum_load_as(float* to, const float* from, const void* src, size_t n, float prescale) {
-  const auto* x = in<typename F::Raw>(src);
-  if (prescale == 1) {
-    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value); });
-  } else {
-    sum_each(to, from, n, [=](size_t i) PYCOMM_LAMBDA { return F::decode(x[i].value) * prescale; });
-  }
+  using Raw = typename F::Raw;
+  each_step<Raw, float, kWidth>(to, src, n, [=](char* result, const char* x, size_t i) PYCOMM_LAMBDA {
+    prefetch(x, kWidth * sizeof(Raw));
+    Floats value = decode_number(x, F{}) * prescale;
+    if (from) value += load<Floats>(from + i);
+    kernels::PYCOMM_ISA::encode(result, value, Wide<float>{});
+  });
   if (n < kCount) std::memset(to + n, 0, (kCount - n) * sizeof *to);
 }
 
@@ -76,16 +90,19 @@ void sum_load(float* to, const float* from, const void* x, DType dtype, size_t n
 }
 
 void sum(float* to, const float* from, const float* x) {
-  const auto* other = in<float>(x);
-  sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return other[i].value; });
+  sum_vectors(to, from, false, [=](int i) PYCOMM_LAMBDA { return load<Floats>(x + i); });
 }
 
 template <class F>
 void store_as(void* dst, const float* from, size_t n) {
-  auto* x = out<typename F::Raw>(dst);
-  const auto* value = in<float>(from);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) x[i].value = F::encode(value[i].value);
+  constexpr int kFull = kToFill<F>;
+  each_step<float, typename F::Raw, kFull * kWidth>(dst, from, n,
+                                                    [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+                                                      Floats values[kFull];
+                                                      for (int v = 0; v < kFull; ++v)
+                                                        values[v] = load<Floats>(x + v * sizeof(Floats));
+                                                      encode_full<false, false>(result, values, F{});
+                                                    });
 }
 
 void store(void* x, DType dtype, const float* from, size_t n) {
@@ -103,110 +120,111 @@ void divide(float* to, const float* from, float divisor) {
 
 // ---- random bits ----
 
-void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream) {
-  philox_run(bytes, counters / 16, seed, first, stream);
+void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream, const void* x,
+            size_t size) {
+  philox_run(bytes, counters / 16, seed, first, stream, x, size);
 }
 
 // ---- codecs without scales ----
 
+// Two vectors of numbers.
+template <class C, bool kStochastic>
+PYCOMM_INLINE auto plain_codes(const Words* bits, const Words* random, C) {
+  const Words codes[2] = {C::template number<kStochastic>(bits[0], random[0]),
+                          C::template number<kStochastic>(bits[1], random[1])};
+  return narrow_two(codes);
+}
+#if defined(__F16C__)
+template <>
+PYCOMM_INLINE auto plain_codes<Float16Code, false>(const Words* bits, const Words*, Float16Code) {
+  const Words most = fill<Words>(Float16Code::Rounded::kMax);
+  Floats held[2];
+  for (int v = 0; v < 2; ++v) {
+    const Words magnitude = smaller(bits[v] & 0x7fffffff, most);
+    held[v] = Lane<Words>::to_float(magnitude | (bits[v] & 0x80000000));
+  }
+  return encoded_two<true>(held, Float16{});
+}
+#endif
+
+// A tile that has a NaN or Inf is done once more.
 template <class C, bool kStochastic>
 void encode_plain(const float* x, const int32_t*, const uint8_t* random, uint8_t* wire) {
+  using Random = std::conditional_t<C::kRandomBits == 16, uint16_t, uint8_t>;
+  Words top{};
+  for (int i = 0; i < kElements; i += 2 * kWidth) {
+    prefetch(x + i, 2 * kWidth * sizeof *x);
+    Words bits[2], drawn[2] = {};
+    for (int v = 0; v < 2; ++v) {
+      const int at = i + v * kWidth;
+      bits[v] = load<Words>(x + at);
+      if constexpr (kStochastic) drawn[v] = widen(random + at * sizeof(Random), Random{});
+      top = larger(top, bits[v] & 0x7fffffff);
+    }
+    kernels::PYCOMM_ISA::store(wire + 2 * i, plain_codes<C, kStochastic>(bits, drawn, C{}));
+  }
+  if (largest(top) < kFloatInf) return;
   const auto* from = in<float>(x);
+  const auto* drawn = in<Random>(random);
   auto* to = out<uint16_t>(wire);
-  const auto* wide = in<uint16_t>(random);
   PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements; ++i) {
-    const uint32_t bits = !kStochastic ? 0 : C::kRandomBits == 16 ? wide[i].value : random[i];
-    to[i].value = C::template encode<kStochastic>(from[i].value, bits);
+    to[i].value = C::template encode<kStochastic>(from[i].value, kStochastic ? drawn[i].value : 0);
   }
 }
 
 template <class C>
-void decode_plain(float* to, const float* from, const uint8_t* wire) {
-  sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA { return decode(wire + 2 * i, typename C::Format{}); });
+void decode_plain(float* to, const float* from, const uint8_t* wire, bool past) {
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
+    if (i % (4 * kWidth) == 0) prefetch(wire + 2 * i, 8 * kWidth);
+    return decode_number(wire + 2 * i, typename C::Format{});
+  });
 }
 
 // ---- codecs with scales ----
 
-// A block's elements over each lane.
-template <class O, int kBlock, class V, class Load>
-PYCOMM_INLINE V over_lanes(Load load) {
-  V of_half[kBlock / kWidth];
-  for (int i = 0; i < kBlock / kWidth; ++i) of_half[i] = load(i * kWidth);
-  for (int half = kBlock / kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) of_half[i] = O::apply(of_half[i], of_half[i + half]);
-  }
-  return of_half[0];
-}
-
-template <int kBlock>
-void find_amax(const float* tile, uint32_t* amax) {
-  constexpr int kBlocks = kElements / kBlock;
-  if constexpr (kBlocks < kWidth) {
-    const auto* x = in<float>(tile);
-    for (int b = 0; b < kBlocks; ++b) {
-      uint32_t most = 0;
-      for (int i = 0; i < kBlock; ++i) {
-        const uint32_t magnitude = magnitude_of(x[b * kBlock + i].value);
-        most = most < magnitude ? magnitude : most;
-      }
-      amax[b] = most;
-    }
-  } else {
-    for (int b = 0; b < kBlocks; b += kWidth) {
-      Words lanes[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const float* x = tile + (b + i) * kBlock;
-        lanes[i] = over_lanes<Largest, kBlock, Words>([=](int at) PYCOMM_LAMBDA {
-          Words bits;
-          std::memcpy(&bits, x + at, sizeof bits);
-          return bits & 0x7fffffff;
-        });
-      }
-      const Words most = reduce_each<Largest>(lanes);
-      std::memcpy(amax + b, &most, sizeof most);
-    }
-  }
-}
-
-void find_sums(const float* tile, float* sums) {
-  constexpr int kBlock = SignCode::kBlock, kBlocks = kElements / kBlock;
+// Each block reduced, of what value() makes of its elements' magnitudes; then each(its first element).
+template <class O, int kBlock, class V, class Value, class Each>
+PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value, Each each) {
+  constexpr int kBlocks = kElements / kBlock, kAtOnce = kBlocks < kWidth ? kBlocks : kWidth;
   for (int b = 0; b < kBlocks; b += kWidth) {
-    Floats lanes[kWidth] = {};
-    for (int i = 0; i < kWidth && b + i < kBlocks; ++i) {
-      const float* x = tile + (b + i) * kBlock;
-      lanes[i] = over_lanes<Total, kBlock, Floats>([=](int at) PYCOMM_LAMBDA {
-        Words bits;
-        std::memcpy(&bits, x + at, sizeof bits);
-        return reinterpret_cast<Floats>(bits & 0x7fffffff) * (1.0f / kBlock);
+    V lanes[kWidth] = {};
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int begin = (b + i) * kBlock;
+      prefetch<2>(tile + begin, kBlock * sizeof *tile);
+      lanes[i] = over_lanes<O, kBlock / kWidth>([=](int v) PYCOMM_LAMBDA -> V {
+        return value(load<Words>(tile + begin + v * kWidth) & 0x7fffffff);
       });
+      each(begin);
     }
-    const Floats total = reduce_each<Total>(lanes);
-    std::memcpy(sums + b, &total, sizeof(float) * (kBlocks < kWidth ? kBlocks : kWidth));
+    const V reduced = reduce_each<O>(lanes);
+    std::memcpy(static_cast<char*>(results) + b * sizeof(float), &reduced, kAtOnce * sizeof(float));
   }
 }
 
-// Each block's value for each of its elements.
 template <int kBlock>
-void spread(const float* of_blocks, float* of_elements) {
-  for (int b = 0; b < kElements / kBlock; ++b) {
-    for (int i = 0; i < kBlock; ++i) of_elements[b * kBlock + i] = of_blocks[b];
-  }
+PYCOMM_INLINE void find_amax(const float* tile, uint32_t* amax) {
+  reduce_blocks<Largest, kBlock, Words>(
+      amax, tile, [](Words magnitude) PYCOMM_LAMBDA { return magnitude; }, [](int) {});
 }
 
-// Elements of 4 bits go through bytes.
-void pack_nibbles(uint8_t* to, const uint8_t* codes) {
+// Elements of 4 bits go through signed bytes.
+PYCOMM_INLINE void pack_nibbles(uint8_t* to, const uint8_t* codes) {
   const auto* pairs = in<uint16_t>(codes);
   PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements / 2; ++i) to[i] = static_cast<uint8_t>(pairs[i].value | pairs[i].value >> 4);
+  for (int i = 0; i < kElements / 2; ++i) {
+    const uint32_t both = pairs[i].value;
+    to[i] = static_cast<uint8_t>((both & 0x0f) | (both >> 4 & 0xf0));
+  }
 }
-void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
+PYCOMM_INLINE void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
   auto* pairs = out<uint16_t>(codes);
   PYCOMM_INDEPENDENT
   for (int i = 0; i < kElements / 2; ++i) {
     const uint32_t both = from[i];
     pairs[i].value = static_cast<uint16_t>((both | both << 4) & 0x0f0f);
   }
+  for (int i = 0; i < kElements; ++i) codes[i] = static_cast<uint8_t>((codes[i] ^ 8) - 8);
 }
 
 // What a block's elements are multiplied by; true if all have a scale.
@@ -237,6 +255,35 @@ const float* without_unusual(const float* tile, float* factors, float* numbers) 
   return numbers;
 }
 
+// Of four vectors of scaled values: C::round().
+template <bool kStochastic, class C>
+PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
+  Integers q[4];
+  for (int v = 0; v < 4; ++v) {
+    q[v] = kStochastic ? round_stochastic<Words>(x[v], random[v]) : round_even<Words>(x[v]);
+  }
+  return narrow_four(q, C::kLimit);
+}
+template <bool kStochastic, class C>
+  requires requires { typename C::Rounded; }
+PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
+  using Rounded = typename C::Rounded;
+  Words held[4], codes[4], least = fill<Words>(kFloatInf);
+  for (int v = 0; v < 4; ++v) {
+    held[v] = Rounded::held(Lane<Words>::to_bits(x[v]));
+    if constexpr (kStochastic) least = smaller(least, held[v]);
+  }
+  if (kStochastic && all_reach(least, C::Format::kMinNormal)) {
+    for (int v = 0; v < 4; ++v) codes[v] = Rounded::round_stochastic_normal(held[v], random[v]);
+  } else {
+    for (int v = 0; v < 4; ++v) {
+      codes[v] = kStochastic ? Rounded::round_stochastic_magnitude(held[v], random[v])
+                             : C::Format::round_magnitude(held[v]) & (C::Format::kSign - 1);
+    }
+  }
+  return narrow_four(codes, x);
+}
+
 template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -251,157 +298,154 @@ void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uin
     tile = without_unusual<C::kBlock>(tile, factors, numbers);
   }
   for (int i = 0; i < kElements; i += 4 * kWidth) {
-    Words four[4];
-    for (int j = 0; j < 4; ++j) {
-      const int at = i + j * kWidth;
-      const Words bits = kStochastic ? widen(random + at, uint8_t{}) : Words{};
-      four[j] =
-          C::template round<kStochastic, Words>(load<Floats>(tile + at) * factors[at / C::kBlock], bits);
+    prefetch(tile + i, 4 * kWidth * sizeof *tile);
+    Floats scaled[4];
+    Words drawn[4] = {};
+    for (int v = 0; v < 4; ++v) {
+      const int at = i + v * kWidth;
+      scaled[v] = load<Floats>(tile + at) * factors[at / C::kBlock];
+      if constexpr (kStochastic) drawn[v] = widen(random + at, uint8_t{});
     }
-    kernels::PYCOMM_ISA::store(codes + i, narrow_four(four));
+    kernels::PYCOMM_ISA::store(codes + i, round_four<kStochastic>(scaled, drawn, C{}));
   }
   if constexpr (C::kBits == 4) pack_nibbles(elements, codes);
 }
 
-// The sums of a tile whose elements are bytes: decode(code, the block's scale).
-template <int kBlock, class Decode>
-PYCOMM_INLINE void sum_blocks(float* to, const float* from, const uint8_t* codes, const float* scales,
-                              Decode decode) {
-  if constexpr (kBlock >= 128) {
-    for (int b = 0; b < kElements / kBlock; ++b) {
-      const float s = scales[b];
-      const uint8_t* x = codes + b * kBlock;
-      sum_each(to + b * kBlock, from ? from + b * kBlock : nullptr, kBlock,
-               [=](size_t i) PYCOMM_LAMBDA { return decode(x[i], s); });
-    }
-  } else {
-    alignas(64) float spread_out[kElements];
-    spread<kBlock>(scales, spread_out);
-    const float* s = spread_out;
-    sum_each(to, from, kCount, [=](size_t i) PYCOMM_LAMBDA { return decode(codes[i], s[i]); });
-  }
-}
-
 template <class C>
-void decode_blocks(float* to, const float* from, const uint8_t* wire) {
+void decode_blocks(float* to, const float* from, const uint8_t* wire, bool past) {
   constexpr int kBlocks = kElements / C::kBlock;
   alignas(64) float scales[kBlocks];
   const auto* x = in<typename C::Scale>(wire);
   for (int b = 0; b < kBlocks; ++b) scales[b] = C::value(x[b].value);
   const uint8_t* codes = wire + kBlocks * sizeof(typename C::Scale);
-  if constexpr (requires { typename C::Format; }) {
-    const float* s = scales;
-    return sum_vectors(to, from, [=](int i) PYCOMM_LAMBDA {
-      return decode(codes + i, typename C::Format{}) * s[i / C::kBlock];
-    });
-  }
+  const float* s = scales;
   alignas(64) uint8_t bytes[kElements];
   if constexpr (C::kBits == 4) {
     unpack_nibbles(bytes, codes);
     codes = bytes;
   }
-  sum_blocks<C::kBlock>(to, from, codes, scales,
-                        [](uint8_t code, float s) PYCOMM_LAMBDA { return C::decode(code, s); });
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
+    if (C::kBits == 8 && i % (4 * kWidth) == 0) prefetch(codes + i, 4 * kWidth);
+    if constexpr (requires { typename C::Format; }) {
+      return decode_number(codes + i, typename C::Format{}) * s[i / C::kBlock];
+    } else {
+      return __builtin_convertvector(widen(codes + i, int8_t{}), Floats) * s[i / C::kBlock];
+    }
+  });
 }
 
 // ---- sign ----
 
-// Elements of a bit go through bytes that are 0 or 1, eight of them at once.
-void pack_bits(uint8_t* to, const uint8_t* codes) {
-  const auto* eights = in<uint64_t>(codes);
-  PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements / 8; ++i) {
-    to[i] = static_cast<uint8_t>(eights[i].value * 0x0102040810204080 >> 56);  // byte j goes to bit 56 + j
-  }
-}
-void unpack_bits(uint8_t* codes, const uint8_t* from) {
-  auto* eights = out<uint64_t>(codes);
-  PYCOMM_INDEPENDENT
-  for (int i = 0; i < kElements / 8; ++i) {
-    // Bit j alone in byte j; it carries into the highest bit.
-    const uint64_t bits = (uint64_t{from[i]} * 0x0101010101010101) & 0x8040201008040201;
-    eights[i].value = ((bits + 0x7f7f7f7f7f7f7f7f) | bits) >> 7 & 0x0101010101010101;
-  }
-}
-
+// A block's mean magnitude is finite where its elements are.
 void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8_t* wire) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
-  const auto* x = in<float>(tile);
-  alignas(64) uint32_t amax[kBlocks];
+  constexpr int kFour = 4 * kWidth;
   alignas(64) float sums[kBlocks];
-  alignas(64) uint8_t negative[kElements];
-  find_amax<C::kBlock>(tile, amax);
-  find_sums(tile, sums);
-  for (int i = 0; i < kElements; ++i) negative[i] = static_cast<uint8_t>(C::encode(x[i].value));
+  uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
+  const auto share = [](Words magnitude)
+                         PYCOMM_LAMBDA { return Lane<Words>::to_float(magnitude) * (1.0f / C::kBlock); };
+  reduce_blocks<Total, C::kBlock, Floats>(sums, tile, share, [=](int begin) PYCOMM_LAMBDA {
+    prefetch<2>(tile + begin + kLine / sizeof *tile, C::kBlock * sizeof *tile);
+    for (int i = begin; i < begin + C::kBlock; i += kFour) {
+      Integers negative[4];
+      for (int v = 0; v < 4; ++v) negative[v] = load<Floats>(tile + i + v * kWidth) < 0;
+      const uint64_t mask = mask_of_four(negative);
+      std::memcpy(bits + i / 8, &mask, kFour / 8);
+    }
+  });
   auto* scales = out<C::Scale>(wire);
   for (int b = 0; b < kBlocks; ++b) {
     int32_t count = counts[b / kBlocksOfPiece] - b % kBlocksOfPiece * C::kBlock;
     count = count < 0 ? 0 : count > C::kBlock ? C::kBlock : count;
-    const C::Scale scale = C::scale(amax[b], sums[b], count);
+    const C::Scale scale = C::scale(as_bits(sums[b]), sums[b], count);
     scales[b].value = scale;
-    if (!is_scale(C::value(scale))) std::memset(negative + b * C::kBlock, 0, C::kBlock);
+    if (!is_scale(C::value(scale))) std::memset(bits + b * C::kBlock / 8, 0, C::kBlock / 8);
   }
-  pack_bits(wire + kBlocks * sizeof(C::Scale), negative);
 }
 
-void decode_sign(float* to, const float* from, const uint8_t* wire) {
+template <int... i>
+PYCOMM_INLINE Words powers(std::integer_sequence<int, i...>) {
+  return Words{(1u << i)...};
+}
+void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock;
-  alignas(64) uint8_t negative[kElements];
-  alignas(64) float scales[kBlocks];
-  const auto* x = in<C::Scale>(wire);
-  for (int b = 0; b < kBlocks; ++b) scales[b] = C::value(x[b].value);
-  unpack_bits(negative, wire + kBlocks * sizeof(C::Scale));
-  sum_blocks<C::kBlock>(to, from, negative, scales,
-                        [](uint8_t bit, float s) PYCOMM_LAMBDA { return C::decode(bit, s); });
+  const auto* scales = in<C::Scale>(wire);
+  const uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
+  Words lanes[32 / kWidth];  // each lane's bit of 32
+  for (int v = 0; v < 32 / kWidth; ++v) {
+    lanes[v] = powers(std::make_integer_sequence<int, kWidth>()) << (v * kWidth);
+  }
+  sum_vectors(to, from, past, [=](int i) PYCOMM_LAMBDA {
+    const Words lane = lanes[i / kWidth % (32 / kWidth)];
+    const Words some = fill<Words>(load<uint32_t>(bits + i / 32 * 4)) & lane;
+    const Words sign = __builtin_bit_cast(Words, some == lane) & 0x80000000;
+    return Lane<Words>::to_float(sign ^ as_bits(C::value(scales[i / C::kBlock].value)));
+  });
 }
 
 // ---- int4 rotated ----
 
-template <int kHalf, class T>
-PYCOMM_INLINE void rotate_step(T* x) {
-  for (int i = 0; i < Hadamard::kBlock; i += 2 * kHalf) {
-    for (int j = i; j < i + kHalf; ++j) {
-      const T a = x[j], b = x[j + kHalf];
-      x[j] = static_cast<T>(a + b);
-      x[j + kHalf] = static_cast<T>(a - b);
+template <int kHalf, int... i>
+PYCOMM_INLINE Floats rotate_lanes(Floats x, std::integer_sequence<int, i...>) {
+  const Words sign = {(i & kHalf ? 0x80000000u : 0)...};
+  return __builtin_shufflevector(x, x, (i ^ kHalf)...) +
+         Lane<Words>::to_float(Lane<Words>::to_bits(x) ^ sign);
+}
+template <int kHalf = Hadamard::kBlock / 2>
+PYCOMM_INLINE void rotate(Floats* x) {
+  constexpr int kVectors = Hadamard::kBlock / kWidth;
+  if constexpr (kHalf >= kWidth) {
+    constexpr int kStride = kHalf / kWidth;
+    for (int v = 0; v < kVectors; ++v) {
+      if (v & kStride) continue;
+      const Floats a = x[v], b = x[v + kStride];
+      x[v] = a + b;
+      x[v + kStride] = a - b;
+    }
+  } else {
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = rotate_lanes<kHalf>(x[v], std::make_integer_sequence<int, kWidth>());
     }
   }
+  if constexpr (kHalf > 1) rotate<kHalf / 2>(x);
 }
-template <class T>
-PYCOMM_INLINE void rotate(T* x) {
-  rotate_step<16>(x);
-  rotate_step<8>(x);
-  rotate_step<4>(x);
-  rotate_step<2>(x);
-  rotate_step<1>(x);
+
+// Each block of 32 as load(i), of elements from i on, has it.
+template <class Load>
+PYCOMM_INLINE void rotate_blocks(float* to, Load load_from) {
+  constexpr int kVectors = Hadamard::kBlock / kWidth;
+  for (int b = 0; b < kElements; b += Hadamard::kBlock) {
+    Floats x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load_from(b + v * kWidth);
+    rotate(x);
+    for (int v = 0; v < kVectors; ++v) kernels::PYCOMM_ISA::store(to + b + v * kWidth, x[v]);
+  }
 }
 
 template <bool kStochastic>
 void encode_rotated(const float* tile, const int32_t* counts, const uint8_t* random, uint8_t* wire) {
-  const auto* x = in<float>(tile);
   alignas(64) float rotated[kElements];
-  for (int i = 0; i < kElements; ++i) rotated[i] = Hadamard::share(x[i].value);
-  for (int b = 0; b < kElements; b += Hadamard::kBlock) rotate(rotated + b);
+  rotate_blocks(rotated,
+                [=](int i) PYCOMM_LAMBDA { return load<Floats>(tile + i) * (1.0f / Hadamard::kBlock); });
   encode_blocks<Int4Code, kStochastic>(rotated, counts, random, wire);
 }
 
-void decode_rotated(float* to, const float* from, const uint8_t* wire) {
+void decode_rotated(float* to, const float* from, const uint8_t* wire, bool past) {
   using C = Int4Code;
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
   alignas(64) uint8_t codes[kElements];
+  alignas(64) float sums[kElements];
   unpack_nibbles(codes, wire + kBlocks * sizeof(C::Scale));
-  alignas(64) int16_t sums[kElements];
-  for (int i = 0; i < kElements; ++i) sums[i] = static_cast<int16_t>(C::integer(codes[i]));
-  for (int b = 0; b < kBlocks; ++b) rotate(sums + b * C::kBlock);
-  for (int b = 0; b < kBlocks; ++b) {
-    const float s = C::value(scales[b].value);
-    const int16_t* x = sums + b * C::kBlock;
-    sum_each(to + b * C::kBlock, from ? from + b * C::kBlock : nullptr, C::kBlock,
-             [=](size_t i) PYCOMM_LAMBDA { return Hadamard::decode(x[i], s); });
-  }
+  rotate_blocks(sums, [&](int i) PYCOMM_LAMBDA {  // integers, which float32 has
+    return __builtin_convertvector(widen(codes + i, int8_t{}), Floats);
+  });
+  sum_vectors(to, from, past, [&](int i) PYCOMM_LAMBDA {  // Hadamard::decode()
+    const Words bits = Lane<Words>::to_bits(load<Floats>(sums + i) * C::value(scales[i / C::kBlock].value));
+    return Lane<Words>::to_float(bits + __builtin_bit_cast(Words, (bits & 0x7fffffff) == kFloatInf));
+  });
 }
 
 // ---- error feedback ----
@@ -464,35 +508,45 @@ void shared_decode(float* tile, const int32_t* q, const float* amax, int32_t lim
   }
 }
 
-template <class T>
-void narrow(void* to, const int32_t* q, size_t n) {
-  auto* x = out<T>(to);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) x[i].value = static_cast<T>(q[i]);
-}
 void shared_narrow(void* to, int width, const int32_t* q, size_t n) {
-  if (width == 8) return narrow<int8_t>(to, q, n);
-  if (width == 16) return narrow<int16_t>(to, q, n);
-  narrow<int32_t>(to, q, n);
+  if (width == 32) {
+    std::memcpy(to, q, n * sizeof *q);
+  } else if (width == 16) {
+    each_step<int32_t, int16_t, 2 * kWidth>(to, q, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+      const Words words[2] = {load<Words>(x) & 0xffff, load<Words>(x + sizeof(Words)) & 0xffff};
+      kernels::PYCOMM_ISA::store(result, narrow_two(words));
+    });
+  } else {
+    each_step<int32_t, int8_t, 4 * kWidth>(to, q, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+      Integers integers[4];
+      for (int v = 0; v < 4; ++v) integers[v] = load<Integers>(x + v * sizeof(Integers));
+      kernels::PYCOMM_ISA::store(result, narrow_four(integers, 127));
+    });
+  }
 }
 
 template <class T>
 void widen_from(int32_t* q, const void* from, size_t n) {
-  const auto* x = in<T>(from);
-  PYCOMM_INDEPENDENT
-  for (size_t i = 0; i < n; ++i) q[i] = x[i].value;
-  if (n < static_cast<size_t>(kElements)) std::memset(q + n, 0, (kElements - n) * sizeof *q);
+  each_step<T, int32_t, kWidth>(q, from, n, [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+    kernels::PYCOMM_ISA::store(result, widen(x, T{}));
+  });
 }
 void shared_widen(int32_t* q, int width, const void* from, size_t n) {
-  if (width == 8) return widen_from<int8_t>(q, from, n);
-  if (width == 16) return widen_from<int16_t>(q, from, n);
-  widen_from<int32_t>(q, from, n);
+  if (width == 8) {
+    widen_from<int8_t>(q, from, n);
+  } else if (width == 16) {
+    widen_from<int16_t>(q, from, n);
+  } else {
+    std::memcpy(q, from, n * sizeof *q);
+  }
+  if (n < kCount) std::memset(q + n, 0, (kCount - n) * sizeof *q);
 }
 
 }  // namespace
 
 #define PYCOMM_BLOCKS(...) {encode_blocks<__VA_ARGS__, false>, encode_blocks<__VA_ARGS__, true>}
 const CodecKernels codec_kernels = {
+    .stream_align = kStreamAlign,
     .sum_load = sum_load,
     .sum = sum,
     .sum_decode = {decode_plain<Float16Code>, decode_plain<BFloat16Code>, decode_blocks<Float8E4M3Code>,

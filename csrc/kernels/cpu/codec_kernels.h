@@ -27,16 +27,20 @@ enum class TileCode : uint8_t {
 inline constexpr int kNumTileCodes = 10;
 
 struct CodecKernels {
+  size_t stream_align;  // of a destination
   // x * prescale; n elements of float32, float16 or bfloat16, zeros after them
   void (*sum_load)(float* to, const float* from, const void* x, DType dtype, size_t n, float prescale);
   void (*sum)(float* to, const float* from, const float* x);
-  void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire);
+  // past: past the cache; then `to` is a multiple of stream_align, and `from` null
+  void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire, bool past);
 
   void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical
   void (*divide)(float* to, const float* from, float divisor);
 
-  // 16 bytes for each counter from `first` on; `first` and `counters` are multiples of 16
-  void (*random)(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream);
+  // 16 bytes for each counter from `first` on; `first` and `counters` are multiples of 16. Meanwhile, of
+  // what is encoded, some is fetched of what comes after the `size` bytes at x that the random bits are for.
+  void (*random)(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_t stream, const void* x,
+                 size_t size);
   // [1] stochastic; counts: the elements that each kSegmentAlign of the tile has
   void (*encode[kNumTileCodes][2])(const float* x, const int32_t* counts, const uint8_t* random,
                                    uint8_t* wire);

@@ -6,13 +6,12 @@
 #include "kernels/arithmetic/stats.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack_kernels.h"
+#include "kernels/cpu/reduce_vector.h"
 #include "kernels/cpu/strips.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
-constexpr size_t kLine = 64;
-constexpr size_t kAhead = 8192;  // bytes that are fetched before they are read
 constexpr int kVectors = kStatsLanes / kWidth;
 constexpr int kStrip = kStatsLanes > 4 * kWidth ? kStatsLanes : 4 * kWidth;  // elements at once
 
@@ -29,23 +28,12 @@ struct Lanes {
     top = larger(top, Lane<Words>::to_bits(x) & 0x7fffffff);
   }
 
-  // fold() of arithmetic/stats.h, in vectors as long as they are full.
-  PYCOMM_INLINE double sum() {
-    for (int half = kVectors; half > 0; half /= 2) {
-      for (int v = 0; v < half; ++v) squares[v] += squares[v + half];
-    }
+  // fold() of arithmetic/stats.h, in vectors as long as they are full. No loop has a variable as an index, or
+  // the sums would not stay in registers.
+  PYCOMM_INLINE double sum() const {
     double sums[kWidth / 2];
-    store(sums, squares[0]);
+    store(sums, over_lanes<Total, 2 * kVectors>([this](int v) PYCOMM_LAMBDA { return squares[v]; }));
     return fold(sums, kWidth / 2);
-  }
-
-  PYCOMM_INLINE uint32_t largest() const {
-    uint32_t words[kWidth];
-    store(words, top);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
-    }
-    return words[0];
   }
 };
 
@@ -54,14 +42,15 @@ struct Lanes {
 template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
-  for (int four = 0; four < kStrip / kWidth; four += 4) {
-    Floats x[4];
-    for (int v = 0; v < 4; ++v) {
-      x[v] = decode(src + (four + v) * kWidth * kFrom, From{});
+  constexpr int kFull = kToFill<To>;
+  for (int first = 0; first < kStrip / kWidth; first += kFull) {
+    Floats x[kFull];
+    for (int v = 0; v < kFull; ++v) {
+      x[v] = decode_number(src + (first + v) * kWidth * kFrom, From{});
       if constexpr (!kAsIs) x[v] *= scale;
-      if constexpr (kStats) lanes.add((four + v) % kVectors, x[v]);
+      if constexpr (kStats) lanes.add((first + v) % kVectors, x[v]);
     }
-    if constexpr (!kAsIs) encode_four<kStats, kPast>(dst + four * kWidth * kTo, x, To{});
+    if constexpr (!kAsIs) encode_full<kStats, kPast>(dst + first * kWidth * kTo, x, To{});
   }
   if constexpr (kAsIs && kPast) stream_lines(dst, src, kStrip * kTo / kLine);
   if constexpr (kAsIs && !kPast) std::memcpy(dst, src, kStrip * kTo);
@@ -91,7 +80,7 @@ template <class From, class To, bool kAsIs>
 
 template <class From, class To, bool kAsIs>
 PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst, size_t n, float scale) {
-  const uint32_t top = lanes.largest();
+  const uint32_t top = largest(lanes.top);
   if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
     return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
   }
@@ -106,8 +95,7 @@ void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   Lanes lanes;
   size_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
-    for (size_t line = 0; line < kStrip * kFrom; line += kLine)
-      __builtin_prefetch(src + i * kFrom + line + kAhead);
+    prefetch(src + i * kFrom, kStrip * kFrom);
     cast_strip<From, To, kAsIs, kStats, kPast>(src + i * kFrom, dst + i * kTo, scale, lanes);
   }
   if (i < n) {
@@ -157,7 +145,7 @@ void cast(const CastArgs& args) {
   const auto* src = static_cast<const char*>(args.src);
   auto* dst = static_cast<char*>(args.dst);
   const bool in_place = src == dst, stream = args.stream && !in_place;
-  const bool past = stream && reinterpret_cast<uintptr_t>(dst) % kLine == 0;
+  const bool past = stream && reinterpret_cast<uintptr_t>(dst) % kStreamAlign == 0;
   Stream staged(dst);
   for (size_t begin = 0, n; begin < args.count; begin += n) {
     n = args.count - begin < kStatsChunk ? args.count - begin : kStatsChunk;

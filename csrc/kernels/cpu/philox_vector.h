@@ -9,6 +9,7 @@
 
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/philox.h"
+#include "kernels/cpu/vectors.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -112,14 +113,22 @@ PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, ui
   }
 }
 
-// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16.
-PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high) {
+// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16. Meanwhile half the lines are
+// fetched of what comes after the `size` bytes at x.
+PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high,
+                              const void* x, size_t size) {
+  const size_t each = size / (16 * static_cast<size_t>(n));
+  const auto fetch = [&](int counter, size_t counters) PYCOMM_LAMBDA {
+    prefetch<2>(static_cast<const char*>(x) + each * static_cast<size_t>(counter), each * counters);
+  };
   constexpr int kGroup = kLanes == 8 ? 64 : 16;
   int done = 0;
   for (; done + kGroup <= 16 * n; done += kGroup) {
+    fetch(done, kGroup);
     philox_group<kGroup>(bytes + 16 * done, key, first + static_cast<uint64_t>(done), counter_high);
   }
   for (; done < 16 * n; done += 16) {
+    fetch(done, 16);
     philox_group<16>(bytes + 16 * done, key, first + static_cast<uint64_t>(done), counter_high);
   }
 }

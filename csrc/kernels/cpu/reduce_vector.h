@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "kernels/arithmetic/ops.h"
-#include "kernels/cpu/strips.h"
+#include "kernels/cpu/vectors.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
@@ -15,7 +15,10 @@ struct Largest {
   PYCOMM_INLINE static Words apply(Words a, Words b) { return larger(a, b); }
 };
 struct Total {
-  PYCOMM_INLINE static Floats apply(Floats a, Floats b) { return a + b; }
+  template <class V>
+  PYCOMM_INLINE static V apply(V a, V b) {
+    return a + b;
+  }
 };
 
 template <class O, int kHalf, class V, int... i>
@@ -34,6 +37,27 @@ PYCOMM_INLINE V reduce_each(V* vectors) {
     return reduce_each<O, kHalf / 2>(vectors);
   } else {
     return vectors[0];
+  }
+}
+
+// Over the lanes of one vector.
+PYCOMM_INLINE uint32_t largest(Words top) {
+  uint32_t words[kWidth];
+  store(words, top);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
+  }
+  return words[0];
+}
+
+// Of what load(v) gives for each of kVectors vectors v: v takes v + kVectors / 2, then v + kVectors / 4, ...
+template <class O, int kVectors, class Load>
+PYCOMM_INLINE auto over_lanes(Load load, int at = 0, int stride = 1) {
+  if constexpr (kVectors == 1) {
+    return load(at);
+  } else {
+    return O::apply(over_lanes<O, kVectors / 2>(load, at, 2 * stride),
+                    over_lanes<O, kVectors / 2>(load, at + stride, 2 * stride));
   }
 }
 

@@ -1,5 +1,4 @@
-// Vectors as wide as the instruction set has them, and elements from memory to vectors of float32 and back.
-// Included by *_isa.cc alone, see isa.h.
+// Elements from memory to vectors of float32 and back. Included by *_isa.cc alone, see isa.h.
 //
 // The arithmetic is that of small_float.h, on several words side by side. float16 goes through the
 // processor's own conversions where there are any: they round alike, and only what they make of NaNs has to
@@ -8,158 +7,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/small_float.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#define PYCOMM_LAMBDA __attribute__((always_inline))
+#include "kernels/cpu/vectors.h"
 
 namespace pycomm::kernels::PYCOMM_ISA {
-
-#if defined(__AVX512F__)
-inline constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-inline constexpr int kWidth = 8;
-#else
-inline constexpr int kWidth = 4;
-#endif
-
-template <class T, int kCount>
-struct VectorOf {
-  using type __attribute__((vector_size(sizeof(T) * kCount))) = T;
-};
-using Words = VectorOf<uint32_t, kWidth>::type;
-using Integers = VectorOf<int32_t, kWidth>::type;
-using Floats = VectorOf<float, kWidth>::type;
-using Halves = VectorOf<float, kWidth / 2>::type;
-using Doubles = VectorOf<double, kWidth / 2>::type;
-
-// For the operators of ops.h.
-template <>
-struct Bits<Floats> {
-  using type = Words;
-};
-template <>
-inline constexpr bool kIsFloat<Floats> = true;
-
-template <>
-struct Lane<Words> {
-  using Float = Floats;
-  using Integer = Integers;
-  PYCOMM_INLINE static Floats to_float(Words bits) { return __builtin_bit_cast(Floats, bits); }
-  PYCOMM_INLINE static Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
-  PYCOMM_INLINE static Words select_less(Words a, Words b, Words yes, Words no) {
-    return __builtin_bit_cast(Integers, a) < __builtin_bit_cast(Integers, b) ? yes : no;
-  }
-  PYCOMM_INLINE static Integers to_integer(Floats x) { return __builtin_convertvector(x, Integers); }
-  PYCOMM_INLINE static Integers floor(Floats x) {
-#if defined(__AVX512F__)
-    return __builtin_bit_cast(Integers,
-                              _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-    return __builtin_convertvector(__builtin_bit_cast(Floats, _mm256_floor_ps(x)), Integers);
-#else
-    const Integers cut = __builtin_convertvector(x, Integers);
-    return cut + (x < __builtin_convertvector(cut, Floats));
-#endif
-  }
-};
-
-// An element in memory, at any address and of any declared type.
-template <class T>
-struct __attribute__((packed, may_alias)) Unaligned {
-  T value;
-};
-template <class T>
-PYCOMM_INLINE const Unaligned<T>* in(const void* p) {
-  return static_cast<const Unaligned<T>*>(p);
-}
-template <class T>
-PYCOMM_INLINE Unaligned<T>* out(void* p) {
-  return static_cast<Unaligned<T>*>(p);
-}
-
-template <class V>
-PYCOMM_INLINE V load(const void* from) {
-  V x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-template <class V>
-PYCOMM_INLINE void store(void* to, V x) {
-  std::memcpy(to, &x, sizeof x);
-}
-
-// Codes of 8 and 16 bits to words and back.
-#if defined(__AVX512F__)
-
-PYCOMM_INLINE Words widen(const void* from, uint8_t) {
-  return __builtin_bit_cast(Words, _mm512_cvtepu8_epi32(load<__m128i>(from)));
-}
-PYCOMM_INLINE Words widen(const void* from, uint16_t) {
-  return __builtin_bit_cast(Words, _mm512_cvtepu16_epi32(load<__m256i>(from)));
-}
-PYCOMM_INLINE __m128i narrow(Words codes, uint8_t) {
-  return _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes));
-}
-PYCOMM_INLINE __m256i narrow(Words codes, uint16_t) {
-  return _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, codes));
-}
-// Four vectors of codes to bytes.
-PYCOMM_INLINE __m512i narrow_four(const Words* codes) {
-  const auto at = [&](int i) { return __builtin_bit_cast(__m512i, codes[i]); };
-  const __m512i low = _mm512_packus_epi32(at(0), at(1)), high = _mm512_packus_epi32(at(2), at(3));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
-}
-
-#elif defined(__AVX2__)
-
-PYCOMM_INLINE Words widen(const void* from, uint8_t) {
-  return __builtin_bit_cast(Words, _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
-}
-PYCOMM_INLINE Words widen(const void* from, uint16_t) {
-  return __builtin_bit_cast(Words, _mm256_cvtepu16_epi32(load<__m128i>(from)));
-}
-PYCOMM_INLINE __m128i narrow(Words codes, uint16_t) {
-  const auto words = __builtin_bit_cast(__m256i, codes);
-  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-}
-PYCOMM_INLINE uint64_t narrow(Words codes, uint8_t) {
-  const __m128i halves = narrow(codes, uint16_t{});
-  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves)));
-}
-PYCOMM_INLINE __m256i narrow_four(const Words* codes) {
-  const auto at = [&](int i) { return __builtin_bit_cast(__m256i, codes[i]); };
-  const __m256i low = _mm256_packus_epi32(at(0), at(1)), high = _mm256_packus_epi32(at(2), at(3));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
-}
-
-#else
-
-template <class R>
-PYCOMM_INLINE Words widen(const void* from, R) {
-  return __builtin_convertvector(load<typename VectorOf<R, kWidth>::type>(from), Words);
-}
-template <class R>
-PYCOMM_INLINE auto narrow(Words codes, R) {
-  return __builtin_convertvector(codes, typename VectorOf<R, kWidth>::type);
-}
-PYCOMM_INLINE auto narrow_four(const Words* codes) {
-  const auto both = [&](int i) {
-    return __builtin_shufflevector(narrow(codes[i], uint8_t{}), narrow(codes[i + 1], uint8_t{}), 0, 1, 2, 3,
-                                   4, 5, 6, 7);
-  };
-  return __builtin_shufflevector(both(0), both(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-
-#endif
 
 // kWidth elements of the format F.
 template <class F>
@@ -206,87 +59,143 @@ PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
 PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm256_cvtph_ps(x)); }
 #endif
 
-// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it.
+// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it. decode_number(),
+// for what becomes canonical anyway, leaves NaNs as they come.
 PYCOMM_INLINE Floats without_payload(Floats x) {
   const Words bits = Lane<Words>::to_bits(x);
   return Lane<Words>::to_float(x == x ? bits : bits & ~0x3fffffu);
 }
 
+template <class F>
+PYCOMM_INLINE Floats decode_number(const void* from, F) {
+  return decode(from, F{});
+}
+PYCOMM_INLINE Floats decode_number(const void* from, Float16) { return from_halves(load<HalfCodes>(from)); }
+PYCOMM_INLINE Floats decode_number(const void* from, Float8E5M2) { return from_halves(upper_halves(from)); }
+PYCOMM_INLINE Floats decode_number(const void* from, Float8E4M3) {
+  constexpr uint32_t kPast = 0x43f00000;  // 480: what the NaN's code would be
+  const Words bits = Lane<Words>::to_bits(from_halves(middle_bits(from)) * 256.0f);
+  return Lane<Words>::to_float(bits | __builtin_bit_cast(Words, bits << 1 == kPast << 1) >> 1);
+}
 PYCOMM_INLINE Floats decode(const void* from, Float16) {
-  return without_payload(from_halves(load<HalfCodes>(from)));
+  return without_payload(decode_number(from, Float16{}));
 }
 PYCOMM_INLINE Floats decode(const void* from, Float8E5M2) {
-  return without_payload(from_halves(upper_halves(from)));
+  return without_payload(decode_number(from, Float8E5M2{}));
 }
 PYCOMM_INLINE Floats decode(const void* from, Float8E4M3) {
-  constexpr uint32_t kLargest = 0x43e00000;  // 448: the code after it is the NaN
-  const Words bits = Lane<Words>::to_bits(from_halves(middle_bits(from)) * 256.0f);
-  return Lane<Words>::to_float(Lane<Words>::select_less(fill<Words>(kLargest), bits & 0x7fffffff,
-                                                        (bits & 0x80000000) | kFloatNan, bits));
+  return without_payload(decode_number(from, Float8E4M3{}));
 }
 
 #if defined(__AVX512F__)
+PYCOMM_INLINE HalfCodes encoded_number(Floats x, Float16) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
 PYCOMM_INLINE HalfCodes encoded(Floats x, Float16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m256i codes = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-  return _mm256_mask_mov_epi16(codes, nan, _mm256_set1_epi16(0x7e00));
+  return _mm256_mask_mov_epi16(encoded_number(x, Float16{}), nan, _mm256_set1_epi16(0x7e00));
+}
+PYCOMM_INLINE __m512i joined(HalfCodes a, HalfCodes b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 #else
+PYCOMM_INLINE HalfCodes encoded_number(Floats x, Float16) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
 PYCOMM_INLINE HalfCodes encoded(Floats x, Float16) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m128i narrow_nan = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
-  const __m128i codes = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-  return _mm_blendv_epi8(codes, _mm_set1_epi16(0x7e00), narrow_nan);
+  return _mm_blendv_epi8(encoded_number(x, Float16{}), _mm_set1_epi16(0x7e00), narrow_nan);
+}
+PYCOMM_INLINE __m256i joined(HalfCodes a, HalfCodes b) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
 }
 #endif
 
+// Two vectors of a format of 16 bits. kNumbers: of numbers that do not overflow.
+template <bool kNumbers>
+PYCOMM_INLINE auto encoded_two(const Floats* x, Float16) {
+  if constexpr (kNumbers) return joined(encoded_number(x[0], Float16{}), encoded_number(x[1], Float16{}));
+  return joined(encoded(x[0], Float16{}), encoded(x[1], Float16{}));
+}
+
+#else
+
+template <class F>
+PYCOMM_INLINE Floats decode_number(const void* from, F) {
+  return decode(from, F{});
+}
+
 #endif
+
+template <bool kNumbers, class F>
+PYCOMM_INLINE Words code_of(Floats x, F) {
+  const Words bits = Lane<Words>::to_bits(x);
+  return kNumbers ? F::encode_number(bits) : F::encode_word(bits);
+}
+template <bool kNumbers, class F>
+PYCOMM_INLINE auto encoded_two(const Floats* x, F) {
+  const Words codes[2] = {code_of<kNumbers>(x[0], F{}), code_of<kNumbers>(x[1], F{})};
+  return narrow_two(codes);
+}
 
 template <class F>
 PYCOMM_INLINE void encode(void* to, Floats x, F) {
   store(to, encoded(x, F{}));
 }
 
-// Past the cache, where `to` is aligned.
+// Past the cache, where `to` is a multiple of kStreamAlign: of 16 bytes, as memory that a user has from
+// malloc() or NumPy is, if not of more; consecutive stores fill a line in the processor's buffers.
+#if defined(__AVX512F__)
+inline constexpr size_t kStreamAlign = 64;
+#else
+inline constexpr size_t kStreamAlign = 16;
+#endif
 template <class V>
 PYCOMM_INLINE void stream(void* to, V x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64)
+  if constexpr (sizeof(V) == 64) {
     return _mm512_stream_si512(static_cast<__m512i*>(to), __builtin_bit_cast(__m512i, x));
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(V) == 32)
-    return _mm256_stream_si256(static_cast<__m256i*>(to), __builtin_bit_cast(__m256i, x));
+  }
 #endif
 #if defined(__SSE2__)
-  if constexpr (sizeof(V) == 16)
-    return _mm_stream_si128(static_cast<__m128i*>(to), __builtin_bit_cast(__m128i, x));
-  if constexpr (sizeof(V) == 8)
-    return _mm_stream_si64(static_cast<long long*>(to), __builtin_bit_cast(long long, x));
+  if constexpr (sizeof(V) % 16 == 0) {
+    __m128i parts[sizeof(V) / 16];
+    std::memcpy(parts, &x, sizeof x);
+    for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
+    return;
+  }
 #endif
   store(to, x);
 }
 
-// Four vectors of the format F. kNumbers: of numbers that do not overflow. kPast: past the cache.
+// As many vectors as make one of the format F. kNumbers: of numbers that do not overflow. kPast: past the
+// cache.
+template <class F>
+inline constexpr int kToFill = sizeof(float) / sizeof(typename F::Raw);
 template <bool kNumbers, bool kPast, class F>
-PYCOMM_INLINE void encode_four(char* to, const Floats* x, F) {
-  const auto leave = [](char* at, auto codes) PYCOMM_LAMBDA {
+PYCOMM_INLINE void encode_full(char* to, const Floats* x, F) {
+  const auto leave = [=](auto codes) PYCOMM_LAMBDA {
     if constexpr (kPast) {
-      stream(at, codes);
+      stream(to, codes);
     } else {
-      store(at, codes);
+      store(to, codes);
     }
   };
-  constexpr size_t kBytes = sizeof(typename F::Raw);
-  if constexpr (kBytes == 1) {
+  if constexpr (kToFill<F> == 4 && kNumbers) {
     Words codes[4];
     for (int i = 0; i < 4; ++i) {
-      const Words bits = Lane<Words>::to_bits(x[i]);
-      codes[i] = kNumbers ? F::encode_number(bits) : F::encode_word(bits);
+      codes[i] = F::round_magnitude(Lane<Words>::to_bits(x[i]) & 0x7fffffff) & (F::kSign - 1);
     }
-    leave(to, narrow_four(codes));
+    leave(narrow_four(codes, x));
+  } else if constexpr (kToFill<F> == 4) {
+    Words codes[4];
+    for (int i = 0; i < 4; ++i) codes[i] = F::encode_word(Lane<Words>::to_bits(x[i]));
+    leave(narrow_four(codes));
+  } else if constexpr (kToFill<F> == 2) {
+    leave(encoded_two<kNumbers>(x, F{}));
   } else {
-    for (int i = 0; i < 4; ++i) leave(to + i * kWidth * kBytes, encoded(x[i], F{}));
+    leave(kNumbers ? x[0] : encoded(x[0], F{}));
   }
 }
 
@@ -317,13 +226,7 @@ PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; 
 
 // Whole cache lines past the cache: to is aligned to one.
 PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
-  constexpr size_t kLine = 64;
-  constexpr int kVectors = kLine / sizeof(Words);
-  for (size_t i = 0; i < lines * kLine; i += kLine) {
-    Words x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load<Words>(from + i + v * sizeof(Words));
-    for (int v = 0; v < kVectors; ++v) stream(to + i + v * sizeof(Words), x[v]);
-  }
+  for (size_t i = 0; i < lines * kLine; i += sizeof(Words)) stream(to + i, load<Words>(from + i));
 }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA
