@@ -48,7 +48,7 @@ bool fit_to_read(const Fd& pagemap, const void* data, int64_t bytes) {
   const auto first = reinterpret_cast<uint64_t>(data), last = first + length - 1;
   if (length > kFewPages * page) {
     const uint64_t huge = bytes_in_huge_pages(pagemap, first / page * page, (last / page + 1) * page);
-    if (huge < length / 4 * 3) return false;  // arrays often end in small pages
+    if (huge < length / 4) return false;
   }
   char ends[2];
   const iovec local{ends, 2};

@@ -10,7 +10,7 @@ namespace pycomm::transport {
 
 // Whether others can read this memory of ours, and fast: the kernel looks up every page, so that small pages
 // cost it more than the copy itself, and memory of a device or pinned for one it cannot lend at all. What
-// lies for the most part in one row of huge pages is fit, or in whatever pages if they are few. A kernel
+// lies to a quarter in one row of huge pages is fit, or in whatever pages if they are few. A kernel
 // before 6.7 cannot tell, and the answer is no. `pagemap`: open_pagemap's.
 bool fit_to_read(const Fd& pagemap, const void* data, int64_t bytes);
 Fd open_pagemap();

@@ -25,7 +25,6 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
-constexpr size_t kLine = 64;
 constexpr size_t kBlockBytes = 2048;
 constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
 

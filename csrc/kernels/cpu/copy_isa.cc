@@ -10,7 +10,6 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
-constexpr size_t kLine = 64;
 constexpr size_t kStep = 2 * kLine;
 constexpr size_t kShort = 4 * kLine;  // below, libc is as fast
 static_assert(kShort >= kLine + kStep);

@@ -157,7 +157,7 @@ void cast(const CastArgs& args) {
     char* out = stream || in_place ? staged.room() : place;  // a chunk with a NaN is read twice
     cast_chunk<From, To, kAsIs, kStats, false>(src + begin * kFrom, out, n, args);
     if (in_place) {
-      if (!kAsIs) std::memcpy(place, out, n * kTo);
+      if (!kAsIs) copy(place, out, n * kTo);
     } else if (stream) {
       staged.put(n * kTo, begin + n == args.count);
     }
