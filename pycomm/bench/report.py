@@ -188,18 +188,20 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
         name: len({found[name] for found in summary}) > 1
         for name in ("dtype", "ranks", "algorithm", "buffers")
     }
-    names = ["collective", *(name for name, differs in several.items() if differs), "peer"]
-    for name in names:
-        shown.add_column(name, no_wrap=True)
+    names = ["collective", *(name for name, differs in several.items() if differs)]
+    shown.add_column("peer", overflow="fold")  # names give way to numbers
     for form in FORMS:
         shown.add_column(TITLES[form], justify="right", no_wrap=True)
         shown.add_column("least", justify="right", no_wrap=True)
+    group = ""
     for found in summary:
-        cells = [str(found[name]) for name in names]
+        if group != (group := ", ".join(str(found[name]) for name in names)):
+            shown.add_row(group)
+        cells = [f"  {found['peer']}"]
         for form in FORMS:
             of = found["forms"].get(form)
             cells += (
-                [f"{of['geometric_mean']:.2f}x", f"{of['min']:.2f}x at {of['min_at_bytes']}"]
+                [f"{of['geometric_mean']:.2f}x", f"{of['min']:.2f}x at {human(of['min_at_bytes'])}"]
                 if of
                 else ["-", ""]
             )
