@@ -139,6 +139,7 @@ void copy(const py::object& out, const py::object& x, bool stream) {
   }
   const py::gil_scoped_release release;
   kernels::copy_bytes(to.data, from.data, static_cast<size_t>(to.bytes()), stream);
+  if (stream) kernels::stream_fence();
 }
 
 }  // namespace

@@ -50,7 +50,8 @@ int count_cores(const std::string& list) {
 
 Caches read_caches(const std::string& root, int cpu) {
   int64_t l2 = 0, last = 0;
-  int last_level = 2, sharers = 1;
+  int last_level = 2;
+  int sharers = static_cast<int>(sysconf(_SC_NPROCESSORS_CONF));  // not said: all
   for (int index = 0; index < 8; ++index) {
     const std::string directory = root + "/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
                                   "/cache/index" + std::to_string(index) + "/";
@@ -70,11 +71,9 @@ Caches read_caches(const std::string& root, int cpu) {
   }
   Caches found;
   if (l2 > 0) found.l2 = std::clamp(l2, kLeastL2, kMostL2);
-  if (last > 0) {
-    found.last = last;
-    found.sharers = sharers;
-  }
+  if (last > 0) found.last = last;
   found.last = std::clamp(found.last, found.l2, kMostLast);
+  found.sharers = std::max(sharers, 1);
   return found;
 }
 

@@ -14,8 +14,9 @@ struct Caches {
 };
 
 // Reads /sys of the core `cpu`; `root` is prepended (for tests). What is not said there is asked of the C
-// library (on x86: of the processor), and what that does not know either is a default. A virtual machine may
-// show anything: sizes are bounded to what processors have, l2 to [256 KiB, 4 MiB], last to [l2, 64 MiB].
+// library (on x86: of the processor), and what that does not know either is a default; all cores then share
+// the last level. A virtual machine may show anything: sizes are bounded to what processors have, l2 to [256
+// KiB, 4 MiB], last to [l2, 64 MiB].
 Caches read_caches(const std::string& root = "", int cpu = 0);
 
 // This machine's, read once. Of core 0 whatever cores the process may use, so that the ranks of a node agree.

@@ -224,7 +224,7 @@ PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; 
 
 #endif
 
-// Whole cache lines past the cache: to is aligned to one.
+// As many bytes as `lines` cache lines have past the cache: `to` is aligned to kStreamAlign.
 PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
   for (size_t i = 0; i < lines * kLine; i += sizeof(Words)) stream(to + i, load<Words>(from + i));
 }
