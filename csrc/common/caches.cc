@@ -77,8 +77,8 @@ Caches read_caches(const std::string& root, int cpu) {
   return found;
 }
 
-int64_t past_cache_bytes(int cores, const Caches& caches) {
-  return caches.last * 3 / 4 / std::clamp(cores, 2, std::max(caches.sharers, 2));
+int64_t past_cache_bytes(int cores, const Caches& found) {
+  return found.last * 3 / 4 / std::clamp(cores, 2, std::max(found.sharers, 2));
 }
 
 const Caches& caches() {

@@ -26,6 +26,6 @@ const Caches& caches();
 // all that they read and write is then more than the last level holds. Never for fewer than two cores,
 // whatever a virtual machine says. Measured on a last level of 32 MiB: near this bound both ways take as
 // long, at half of it non-temporal stores take up to 1.7 times as long, at five times of it 0.7 to 0.9.
-int64_t past_cache_bytes(int cores, const Caches& caches = caches());
+int64_t past_cache_bytes(int cores, const Caches& found = caches());
 
 }  // namespace pycomm

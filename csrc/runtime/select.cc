@@ -62,12 +62,12 @@ Choice select(const schedule::Call& call, bool crowded) {
 
 // One copy by the kernel replaces two through the window, from a block on that outlives the L2 by far: both
 // processors turn at 2 MiB, in huge pages alone (Node::fit_to_read).
-bool single_copy_pays(const schedule::Call& call, const Caches& caches) {
+bool single_copy_pays(const schedule::Call& call, const Caches& found) {
   switch (call.world.collective) {
     case Collective::all_gather:
       return *std::max_element(call.counts.begin(), call.counts.end()) *
                  static_cast<int64_t>(size_of(call.dtype)) >=
-             caches.last / 16;
+             found.last / 16;
     // One rank shows what others take: through the window both work at once, and the copies cost no more.
     case Collective::broadcast:
     case Collective::gather:
@@ -86,10 +86,10 @@ bool single_copy_pays(const schedule::Call& call, const Caches& caches) {
 // A trip is as long as the bank's two slots allow, if the windows take no more than a quarter of the last
 // level: fewer signals, and data that has left the writer's L2 for the last level is read faster than out of
 // another core's L2. From 112 KiB to 1 MiB the worst regret of this is 1.25.
-Geometry host_geometry(int ranks, const Caches& caches) {
+Geometry host_geometry(int ranks, const Caches& found) {
   return {.bank_bytes = kBankBytes,
-          .trip_bytes = std::clamp<int64_t>(caches.last / 64, 64 << 10, 448 << 10),
-          .stream_bytes = past_cache_bytes(ranks, caches),
+          .trip_bytes = std::clamp<int64_t>(found.last / 64, 64 << 10, 448 << 10),
+          .stream_bytes = past_cache_bytes(ranks, found),
           .max_cells = kCellsPerPair,
           .payload_bytes = schedule::kPayloadBytes};
 }

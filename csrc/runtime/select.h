@@ -21,10 +21,10 @@ Choice select(const schedule::Call& call, bool crowded);
 
 // Whether ranks that can should read a plain `in` of this call through the kernel, where it lies
 // (Placement::reachable), if it is fit for that on all of them. Pure in what all ranks know.
-bool single_copy_pays(const schedule::Call& call, const Caches& caches);
+bool single_copy_pays(const schedule::Call& call, const Caches& found);
 
 // How `ranks` ranks cut data, and from where on they store it past their caches. Ranks that exchange must
-// find the same: `caches` is what all of them have.
-Geometry host_geometry(int ranks, const Caches& caches = caches());
+// find the same: `found` is what all of them have.
+Geometry host_geometry(int ranks, const Caches& found = caches());
 
 }  // namespace pycomm::runtime

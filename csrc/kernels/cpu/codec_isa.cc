@@ -95,14 +95,12 @@ void sum(float* to, const float* from, const float* x) {
 
 template <class F>
 void store_as(void* dst, const float* from, size_t n) {
-  constexpr int kFull = kToFill<F>;
-  each_step<float, typename F::Raw, kFull * kWidth>(dst, from, n,
-                                                    [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
-                                                      Floats values[kFull];
-                                                      for (int v = 0; v < kFull; ++v)
-                                                        values[v] = load<Floats>(x + v * sizeof(Floats));
-                                                      encode_full<false, false>(result, values, F{});
-                                                    });
+  const auto step = [](char* result, const char* x, size_t) PYCOMM_LAMBDA {
+    Floats values[kToFill<F>];
+    for (int v = 0; v < kToFill<F>; ++v) values[v] = load<Floats>(x + v * sizeof(Floats));
+    encode_full<false, false>(result, values, F{});
+  };
+  each_step<float, typename F::Raw, kToFill<F> * kWidth>(dst, from, n, step);
 }
 
 void store(void* x, DType dtype, const float* from, size_t n) {
