@@ -54,6 +54,7 @@ class Sweep:
     engine: str
     form: str
     addresses: list[Address]
+    wrong: int = 0  # elements, at all addresses together
 
     @property
     def best(self) -> Address:
@@ -85,6 +86,7 @@ class Sweep:
             "worst_at": self.worst.offsets,
             "worst_over_best": self.worst_over_best,
             "spread_of_one_address": self.spread,
+            "wrong": self.wrong,
             "addresses": [
                 {
                     "offsets": address.offsets,
@@ -143,6 +145,7 @@ def sweep(
                 engine,
                 name,
                 [Address(ways[form.number]["offsets"], form.found_us) for form in forms if form.name == name],
+                sum(answer.get("forms", {}).get(name, 0) for answer in opened[engine]),
             )
             for engine, forms in found.items()
             if engines.has(engine)
@@ -162,8 +165,9 @@ def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Eng
             of[0].calibrate(options)
             for form in of:
                 # One sample a round, of a millisecond or more: short ones vary more than addresses do.
-                form.calls = of[0].calls * (3 if of[0].calls > 1 else 1)
-                form.samples, form.warmup = 1, max(1, form.calls // 10)
+                longer = 3 if options.iterations is None and of[0].calls > 1 else 1
+                form.samples, form.calls = 1, of[0].calls * longer
+                form.warmup = max(1, form.calls // 10) if options.warmup is None else options.warmup
 
         return do
 
@@ -186,7 +190,7 @@ def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Eng
 
 HEADING = (
     f"{'size':>9}  {'form':<12}  {'engine':<10} {'best':>9} {'worst':>9}  {'at in, out':<10}"
-    f" {'worst/best':>10} {'same address':>12}",
+    f" {'worst/best':>10} {'same address':>12} {'#wrong':>6}",
     f"{'B':>9}  {'':<12}  {'':<10} {'us':>9} {'us':>9}",
 )
 
@@ -195,7 +199,7 @@ def line(found: Sweep) -> str:
     at = ", ".join(map(str, found.worst.offsets))
     return (
         f"{found.bytes:>9}  {TITLES[found.form]:<12}  {found.engine:<10} {found.best.us:>9.2f} "
-        f"{found.worst.us:>9.2f}  {at:<10} {found.worst_over_best:>10.2f} {found.spread:>12.2f}"
+        f"{found.worst.us:>9.2f}  {at:<10} {found.worst_over_best:>10.2f} {found.spread:>12.2f} {found.wrong:>6}"
     )
 
 
@@ -214,7 +218,9 @@ def markdown(found: Sequence[Sweep]) -> str:
         for collective, form in dict.fromkeys((s.collective, s.form) for s in of_engine):
             by_size = {s.bytes: s for s in of_engine if (s.collective, s.form) == (collective, form)}
             cells = [
-                f"{s.worst_over_best:.2f} ({s.spread:.2f})" if (s := by_size.get(size)) else "-"
+                f"{s.worst_over_best:.2f} ({s.spread:.2f}){f', {s.wrong} wrong' * bool(s.wrong)}"
+                if (s := by_size.get(size))
+                else "-"
                 for size in sizes
             ]
             lines.append(f"| {collective} | {TITLES[form]} | {' | '.join(cells)} |")

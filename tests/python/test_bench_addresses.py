@@ -2,12 +2,16 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pycomm.bench import addresses
 from pycomm.bench.addresses import Address, Sweep
+from pycomm.bench.measure import Engines, Form
+from pycomm.bench.rows import Options
 from pycomm.cli import main
 
 
@@ -52,6 +56,48 @@ def test_markdown() -> None:
     assert "| all_reduce | out of place | 2.50 (1.50) | 2.50 (1.50) |" in lines
     assert "| all_reduce | out of place | 2.50 (1.50) | - |" in lines
     assert sum(line.startswith("pycomm") for line in lines) == 2
+
+
+@pytest.mark.parametrize("engine", ["pycomm", "gloo"])
+def test_wrong_elements_are_told_and_end_in_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    """Of pycomm's own ranks; those of peers are warned of."""
+    found = replace(sweep(engine), wrong=7)
+    monkeypatch.setattr(addresses, "sweep", lambda *_: iter([[found]]))
+    path = tmp_path / "a.json"
+    args = ["bench", "--offsets", "0,16", "-b", "4K", "-e", "4K", "--json", str(path), "--markdown", "-"]
+    assert main.main(args) == (2 if engine == "pycomm" else 0)
+    out, err = capsys.readouterr()
+    assert "| 2.50 (1.50), 7 wrong |" in out and addresses.line(found).endswith(" 7")
+    assert ("7 elements are wrong" in err) == (engine == "pycomm")
+    assert json.loads(path.read_text())["rows"][0]["wrong"] == 7
+
+
+def test_a_sweep_counts_the_wrong_elements_of_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ranks:
+        def order(self, do: str, **order: Any) -> list[Any]:
+            """Two ranks; each has an element wrong in every form at every address."""
+            forms = [dict.fromkeys(way["forms"], 1) for way in order["variants"]]
+            return [[{"forms": of, "algorithm": "a", "default": "a"} for of in forms]] * 2
+
+    monkeypatch.setattr(addresses, "_measure", lambda *_: None)
+    [found] = addresses.sweep("all_reduce", Options(2, [4096]), [0, 16], Ranks(), {}, print)  # type: ignore[arg-type]
+    assert {of.form: of.wrong for of in found} == {"out_of_place": 8, "in_place": 4}
+
+
+def test_calls_and_warmup_are_as_asked() -> None:
+    class Ranks:
+        asked: list[tuple[int, int, int]] = []
+
+        def order(self, do: str, **order: Any) -> list[list[float]]:
+            self.asked.append((order["samples"], order["calls"], order["warmup"]))
+            return [[1.0] * order["samples"]] * 2
+
+    form = Form(Ranks(), 0, "out_of_place")  # type: ignore[arg-type]
+    engines = Engines(form.ranks, {}, print)
+    addresses._measure({"pycomm": [form]}, Options(2, [4096], iterations=5, warmup=0), engines)
+    assert Ranks.asked[-1] == (1, 5, 0)
 
 
 def test_the_command(
