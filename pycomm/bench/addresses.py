@@ -199,7 +199,8 @@ def line(found: Sweep) -> str:
     at = ", ".join(map(str, found.worst.offsets))
     return (
         f"{found.bytes:>9}  {TITLES[found.form]:<12}  {found.engine:<10} {found.best.us:>9.2f} "
-        f"{found.worst.us:>9.2f}  {at:<10} {found.worst_over_best:>10.2f} {found.spread:>12.2f} {found.wrong:>6}"
+        f"{found.worst.us:>9.2f}  {at:<10} {found.worst_over_best:>10.2f} {found.spread:>12.2f}"
+        f" {found.wrong:>6}"
     )
 
 

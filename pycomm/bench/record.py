@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from pycomm.bench import machine
 from pycomm.bench.rows import FORMS, Row, Times, summarize
@@ -75,7 +76,7 @@ def as_json(
     return record.as_json(versions, [row.as_dict() for row in rows], ended, summary=summarize(rows, mpis))
 
 
-def write_csv(rows: Sequence[Row], file: TextIO) -> None:
+def as_csv(rows: Sequence[Row]) -> str:
     """A line a row; of each engine and form the figures, of pycomm's own without a name before them."""
     columns = [
         "collective",
@@ -89,11 +90,13 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
         "buffers",
         "persistent",
     ]
-    columns.append("codec")
+    columns += ["codec", "offsets", "cores"]
     peers = list(dict.fromkeys(peer for row in rows for peer in row.beside))
     lines = []
     for row in rows:
         line: dict[str, Any] = {name: getattr(row, name) for name in columns}
+        for name in ("offsets", "cores"):
+            line[name] = ",".join(map(str, line[name] or ()))  # as the options have them
         for form, times in row.forms.items():
             line |= _figures(row, form, times)
         for peer, forms in row.beside.items():
@@ -106,9 +109,11 @@ def write_csv(rows: Sequence[Row], file: TextIO) -> None:
         for form in FORMS:
             columns += [f"{engine}{form}_{name}" for name in FIGURES]
             columns += [f"{engine}{form}_ratio"] if engine else []
-    writer = csv.DictWriter(file, columns, restval="")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
+    return text.getvalue()
 
 
 FIGURES = (

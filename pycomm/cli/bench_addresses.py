@@ -6,7 +6,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 
-from pycomm.bench import addresses, machine, measure, report
+from pycomm.bench import addresses, measure, report
 from pycomm.bench.peers import Peer
 from pycomm.bench.rows import Options
 from pycomm.cli import bench_options as options
@@ -57,7 +57,6 @@ def run(
         for dtype in dtypes
     ]
     session = Session(args, sum(1 for name, of in tables for _ in measure.cases(name, of)))
-    session.say(machine.describe())
     found: list[addresses.Sweep] = []
     with session.measuring():
         for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
@@ -73,8 +72,11 @@ def run(
                         found += rows
                         session.say(*map(addresses.line, rows))
                         session.advance(name)
-    output.write_json(
-        args, session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
+    text = session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
+    session.write(
+        {
+            "json": lambda path: output.write_text(path, text),
+            "markdown": lambda path: output.write_text(path, addresses.markdown(found)),
+        }
     )
-    output.write(args, "markdown", addresses.markdown(found))
     return session.code(sum(row.wrong for row in found if row.engine == "pycomm"), bool(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from pycomm.cli import output
 from pycomm.cli.main import fail
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
                 words = f"{row.data}, {row.ranks} ranks: {row.codec}"
                 progress.update(task, description=words, advance=1, refresh=True)
     console.print(c.table(rows, args.steps))
-    output.write_json(args, c.as_json(rows, machine(), args.steps))
-    if args.plot:
-        c.plot(rows, args.plot, machine())
-    return 0
+    outputs: dict[str, Callable[[str], None]] = {
+        "json": lambda path: output.write_text(path, c.as_json(rows, machine(), args.steps)),
+        "plot": lambda path: c.plot(rows, path, machine()),
+    }
+    return output.not_written([*output.write(args, outputs), *output.lost(console)])

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pycomm.bench import machine, measure
+from pycomm.bench import measure
 from pycomm.bench.peers import Peer
 from pycomm.bench.rows import Options, Row
 from pycomm.cli.bench_session import Session, finish
@@ -20,7 +20,6 @@ def run(args: argparse.Namespace, options: Options, pairs: Sequence[Pair], peers
         ("one_way", replace(options, sizes=options.sizes[-1:])),
     ]
     session = Session(args, len(pairs) * len(tables))
-    session.say(machine.describe())
     rows: list[Row] = []
     with session.measuring():
         for pair in pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 
 from pycomm.cli import output
 from pycomm.cli.main import fail
@@ -55,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
             words = f"{row.workload}: {row.kernel}"
             progress.update(task, description=words, completed=begun, refresh=True)
     console.print(report.table(rows))
-    output.write_json(args, report.as_json(rows, device.describe()))
-    if args.plot:
-        report.plot(rows, args.plot, device.describe())
-    return 0
+    outputs: dict[str, Callable[[str], None]] = {
+        "json": lambda path: output.write_text(path, report.as_json(rows, device.describe())),
+        "plot": lambda path: report.plot(rows, path, device.describe()),
+    }
+    return output.not_written([*output.write(args, outputs), *output.lost(console)])
 
 
 def _known(wanted: list[str], known: list[str], what: str) -> list[str]:

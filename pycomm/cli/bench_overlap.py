@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         output.check(args, "pycomm bench overlap")
     except ValueError as error:
         return fail(str(error))
-    from pycomm.bench import machine, measure, overlap, report
+    from pycomm.bench import measure, overlap, report
     from pycomm.bench.peers import parse_peers
     from pycomm.bench.rows import Options
     from pycomm.cli.bench_session import Session
@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         for dtype in dtypes
     ]
     session = Session(args, sum(1 for name, of in tables for _ in measure.cases(name, of)))
-    session.say(machine.describe())
     found: list[overlap.Overlap] = []
     with session.measuring():
         for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
@@ -68,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
                         found += rows
                         session.say(*map(overlap.line, rows))
                         session.advance(name)
-    output.write_json(
-        args, session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
-    )
+    text = session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
+    session.write({"json": lambda path: output.write_text(path, text)})
     return session.code(sum(row.wrong for row in found if row.engine == "pycomm"), bool(found))

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,6 +40,7 @@ class Session:
         )
         self._task = self._progress.add_task("", total=total)
         self._warned: set[str] = set()
+        self._unwritten: list[str] = []
         self.versions: dict[str, str] = {}
         self.ended = "complete"
         settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
@@ -48,32 +49,39 @@ class Session:
     def warn(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            self._messages.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            self._messages.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def advance(self, what: str, by: int = 1) -> None:
         self._progress.update(self._task, description=what, advance=by, refresh=True)
+        if output.lost(self.console):
+            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and whatever fails end the measuring, and nothing else: what was found is still
-        there to be written."""
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        """Ctrl-C, SIGTERM, SIGHUP, a reader that went away and whatever fails end the measuring, and nothing
+        else: what was found is still there to be written."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, signal.default_int_handler)
         try:
             with self._progress:
+                self.say(machine.describe())
                 yield
         except KeyboardInterrupt:
             self.ended = "interrupted"
         except SetError as error:
             self.ended = f"failed: pycomm's own ranks: {error}"
         except Exception as error:
-            traceback.print_exc()
+            self.warn(traceback.format_exc())
             self.ended = f"failed: {type(error).__name__}: {error}"
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def sets(
@@ -92,13 +100,17 @@ class Session:
                     self.warn(f"{peer.name} is left out: {error}")
             yield ours, theirs
 
+    def write(self, outputs: Mapping[str, Callable[[str], None]]) -> None:
+        self._unwritten += output.write(self.args, outputs)
+
     def code(self, wrong: int, found: bool) -> int:
+        unwritten = output.not_written([*self._unwritten, *output.lost(self.console)])
         if self.ended.startswith("failed"):
             return fail(self.ended)
         if self.ended == "interrupted":
             self.warn("interrupted: the outputs hold what was measured until then")
             return 130
-        return fail(f"{wrong} elements are wrong") if wrong else 0 if found else 1
+        return fail(f"{wrong} elements are wrong") if wrong else unwritten if found else 1
 
 
 def columns(text: str | None) -> list[str]:
@@ -119,7 +131,6 @@ def run(
     session = Session(args, sum(1 for name, options in tables for _ in measure.cases(name, options)))
     mpis = [peer.name for peer in peers if peer.is_mpi]
     rows: list[Row] = []
-    session.say(machine.describe())
     with session.measuring():
         for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
             with session.sets(world, peers) as (ours, theirs):
@@ -155,18 +166,24 @@ def _measure(
 
 
 def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
-    """The summary, and every output that was asked for."""
-    args, console = session.args, session.console
-    session.say("")
-    report.print_summary(console, rows, mpis)
-    output.write_json(args, record.as_json(session.record, rows, session.versions, mpis, session.ended))
-    if args.csv:
-        with output.opened(args.csv) as file:
-            record.write_csv(rows, file)
-    output.write(args, "markdown", report.markdown(rows, mpis))
-    if args.plot and any(row.bytes for row in rows):
-        from pycomm.bench.plot import plot
+    """Every output that was asked for, and the summary."""
 
-        plot(rows, output.named(args.plot), machine.describe())
+    def draw(path: str) -> None:
+        if any(row.bytes for row in rows):
+            from pycomm.bench.plot import plot
+
+            plot(rows, path, machine.describe())
+
+    text = record.as_json(session.record, rows, session.versions, mpis, session.ended)
+    session.write(
+        {
+            "json": lambda path: output.write_text(path, text),
+            "csv": lambda path: output.write_text(path, record.as_csv(rows)),
+            "markdown": lambda path: output.write_text(path, report.markdown(rows, mpis)),
+            "plot": draw,
+        }
+    )
+    session.say("")
+    report.print_summary(session.console, rows, mpis)
     if rows:
-        session.say(report.closing(rows, bool(args.check)))
+        session.say(report.closing(rows, bool(session.args.check)))

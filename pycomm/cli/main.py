@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 import pycomm
 
@@ -23,6 +25,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if " ".join(argv[:2]) in COMMANDS:
         argv[:2] = [" ".join(argv[:2])]
@@ -40,13 +43,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        code = 1
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        silence(sys.stdout)
+        return code or fail(f"not written: standard output: {error.strerror}", 1)
     return code
 
 
-def fail(message: str) -> int:
-    """For what the user can mend: one line on stderr, and argparse's exit code for it."""
-    print(f"pycomm: error: {message}", file=sys.stderr)
-    return 2
+def fail(message: str, code: int = 2) -> int:
+    """One line on stderr, and the exit code: argparse's for what the user can mend."""
+    try:
+        print(f"pycomm: error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+    return code
+
+
+def silence(stream: TextIO) -> None:
+    """What is still written to it is dropped, and Python's last flush does not fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _open_standard_streams() -> None:
+    """One that is closed leads nowhere: else the next file that is opened takes its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            while os.open(os.devnull, os.O_RDWR) < number:
+                pass
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 if __name__ == "__main__":

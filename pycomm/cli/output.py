@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from pycomm.cli.main import fail, silence
 from pycomm.cli.values import needs
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def add_options(
 
 
 def check(args: argparse.Namespace, command: str) -> None:
-    """Raises ValueError for what is missing: a package, or the directory of a file."""
+    """Raises ValueError for what is missing: a package, or a place for a file."""
     if not importlib.util.find_spec("rich"):
         raise ValueError(needs(command, "rich"))
     plot = getattr(args, "plot", None)
@@ -48,35 +49,97 @@ def check(args: argparse.Namespace, command: str) -> None:
         raise ValueError(
             f"{' and '.join(on_stdout)}: standard output holds one of them; name a file for the other"
         )
+    taken: dict[str, str] = {}
     for option in (*FILES, "plot"):
-        path = getattr(args, option, None)
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no directory {Path(path).parent}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{option} {path}: is a directory, name a file")
-        if option == "plot" and path and Path(path).suffix.lower() not in CHARTS:
-            raise ValueError(f"--plot {path}: the name of a chart ends in {', '.join(CHARTS)}")
+        given = getattr(args, option, None)
+        if not given or (given == "-" and option in FILES):
+            continue
+        path = Path(named(given))
+        says = f"--{option} {given}"
+        if option == "plot" and path.suffix.lower() not in CHARTS:
+            raise ValueError(f"{says}: the name of a chart ends in {', '.join(CHARTS)}")
+        if not path.parent.is_dir():
+            raise ValueError(f"{says}: there is no directory {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{says}: is a directory, name a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{says}: may not be written, name another place")
+        other = taken.setdefault(os.path.realpath(path), says)
+        if other != says:
+            raise ValueError(f"{other} and {says}: are one file, name two")
+
+
+class Stream:
+    """Standard output or error, for a console. That nobody reads it any more, or that it has no room, is no
+    exception: `lost` says why, and the rest is dropped. What was measured is still to be written to files."""
+
+    def __init__(self, of: TextIO) -> None:
+        self._of = of
+        self.lost = ""
+
+    def write(self, text: str) -> int:
+        self._do(lambda: self._of.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._of.flush)
+
+    def _do(self, what: Callable[[], Any]) -> None:
+        try:
+            what()
+        except OSError as error:
+            self.lost = self.lost or str(error.strerror)
+            silence(self._of)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
+def console(stream: TextIO, width: int | None = None) -> Console:
+    """Text is what it says: names and errors have no markup, and no emoji."""
+    from rich.console import Console
+
+    return Console(file=cast(TextIO, Stream(stream)), width=width, markup=False, emoji=False)
 
 
 def consoles(args: argparse.Namespace, width: int) -> tuple[Console, Console]:
     """The one for tables, `width` columns wide where nobody looks at it on a terminal, and stderr's."""
-    from rich.console import Console
-
-    errors = Console(stderr=True)
+    errors = console(sys.stderr)
     taken = any(getattr(args, option, None) == "-" for option in FILES)
     to_terminal = errors.is_terminal if taken else sys.stdout.isatty()
-    return Console(stderr=taken, width=None if to_terminal else width), errors
+    return console(sys.stderr if taken else sys.stdout, None if to_terminal else width), errors
 
 
-def write_json(args: argparse.Namespace, text: str) -> None:
-    write(args, "json", text + "\n")
+def lost(console: Console) -> list[str]:
+    """What could not be printed, and why."""
+    why = cast(Stream, console.file).lost
+    return [f"the tables: {why}"] if why else []
 
 
-def write(args: argparse.Namespace, option: str, text: str) -> None:
-    """To the file that --`option` names, if it is given."""
-    if getattr(args, option, None):
-        with opened(getattr(args, option)) as file:
-            file.write(text)
+def write(args: argparse.Namespace, outputs: Mapping[str, Callable[[str], None]]) -> list[str]:
+    """Calls, for each option that was given, what writes to its path. One that cannot be written keeps no
+    other from it; returns which they are, and why."""
+    failed = []
+    for option, do in outputs.items():
+        if given := getattr(args, option, None):
+            try:
+                do(named(given))
+            except OSError as error:
+                failed.append(f"--{option} {given}: {error.strerror or error}")
+    return failed
+
+
+def not_written(failed: list[str]) -> int:
+    """Says so. The exit code."""
+    return fail(f"not written: {'; '.join(failed)}", 1) if failed else 0
+
+
+def write_text(path: str, text: str) -> None:
+    """`-` is standard output."""
+    if path == "-":
+        print(text.rstrip("\n"), flush=True)
+    else:
+        Path(path).write_text(text.rstrip("\n") + "\n", newline="")
 
 
 def named(path: str) -> str:
@@ -84,13 +147,3 @@ def named(path: str) -> str:
     from pycomm.bench.machine import slug
 
     return path.replace("{processor}", slug()) if "{processor}" in path else path
-
-
-@contextmanager
-def opened(path: str) -> Iterator[TextIO]:
-    path = named(path)
-    if path == "-":
-        yield sys.stdout
-    else:
-        with open(path, "w", newline="") as file:
-            yield file

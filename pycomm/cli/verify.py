@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import pycomm
 from pycomm import _native
 from pycomm.bench.workers.load import is_own
+from pycomm.cli import output
 from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
 from pycomm.cli.values import at_least, needs
@@ -87,16 +89,16 @@ def run(args: argparse.Namespace) -> int:
             f"--algorithm {args.algorithm} --collective {args.collective}: no algorithm has these names"
         )
     try:
-        from rich.console import Console
         from rich.progress import Progress
         from rich.table import Table
+        from rich.text import Text
     except ImportError:
         return fail(needs("pycomm verify", "rich"))
 
     table = Table("collective", "algorithm", "ranks", "plans", "seconds", "result")
     failure: tuple[Case, str] | None = None
     pairs = [(collective, name) for collective, names in algorithms.items() for name in names]
-    console = Console()
+    console = output.console(sys.stdout)
     with Progress(console=console, transient=True) as progress:
         for collective, algorithm in progress.track(pairs, description="proving"):
             start, proved, found = time.perf_counter(), 0, None
@@ -110,14 +112,15 @@ def run(args: argparse.Namespace) -> int:
                     break
                 proved += 1
             seconds = f"{time.perf_counter() - start:.2f}"
-            result = f"[red]wrong[/] on {case.size} ranks" if found else "[green]proved[/]"
-            table.add_row(collective, algorithm, args.ranks, str(proved), seconds, result)
+            proof = Text("proved", "green")
+            result = Text.assemble(("wrong", "red"), f" on {case.size} ranks") if found else proof
+            table.add_row(collective, str(algorithm), args.ranks, str(proved), seconds, result)
     console.print(table)
     if failure:
         case, found = failure
-        console.print(f"{case}:\n  {found}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{case}:\n  {found}", highlight=False, soft_wrap=True)
         return 1
-    return 0
+    return output.not_written(output.lost(console))
 
 
 def numbers(text: str) -> list[int]:

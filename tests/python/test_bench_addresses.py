@@ -87,17 +87,17 @@ def test_a_sweep_counts_the_wrong_elements_of_every_address(monkeypatch: pytest.
 
 
 def test_calls_and_warmup_are_as_asked() -> None:
-    class Ranks:
-        asked: list[tuple[int, int, int]] = []
+    asked: list[tuple[int, int, int]] = []
 
+    class Ranks:
         def order(self, do: str, **order: Any) -> list[list[float]]:
-            self.asked.append((order["samples"], order["calls"], order["warmup"]))
+            asked.append((order["samples"], order["calls"], order["warmup"]))
             return [[1.0] * order["samples"]] * 2
 
     form = Form(Ranks(), 0, "out_of_place")  # type: ignore[arg-type]
     engines = Engines(form.ranks, {}, print)
     addresses._measure({"pycomm": [form]}, Options(2, [4096], iterations=5, warmup=0), engines)
-    assert Ranks.asked[-1] == (1, 5, 0)
+    assert asked[-1] == (1, 5, 0)
 
 
 def test_the_command(

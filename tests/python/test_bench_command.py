@@ -1,22 +1,26 @@
 """`pycomm bench` as a command: its options, its table, what it writes and when."""
 
+import argparse
 import csv
-import io
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_rows import bench, row
 
-from pycomm.bench import measure, record, report
+from pycomm.bench import machine, measure, record, report
 from pycomm.bench.rows import Options, Row
 from pycomm.bench.sets import RankSet
 from pycomm.bench.workers.data import Case
-from pycomm.cli import main
+from pycomm.cli import main, output
 from pycomm.cli.bench_options import checked_dtype, dtypes
 
 
@@ -145,6 +149,8 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["--csv", "-", "--json", "-"], "standard output holds one of them"),
         (["--vs", "pycomm"], "say which other pycomm"),
         (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),
+        (["--csv", "a", "--json", "./a"], "--json ./a and --csv a: are one file"),
+        (["--csv", "no/{processor}/a.csv"], f"there is no directory no/{machine.slug()}"),
         (["--buffers", "pinned"], "--buffers pinned"),
         (["--vs", "nccl"], "--vs nccl"),
         (["--vs", "gloo,gloo"], "twice"),
@@ -294,6 +300,57 @@ def test_a_run_that_is_interrupted_keeps_its_rows(
     assert "| 64 B |" in files[2].read_text()
 
 
+def test_what_cannot_be_written_loses_nothing_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "measure", lambda *_: iter([[row(64, 1.0, {})]]))
+    files = [tmp_path / name for name in ("a.csv", "a.md")]
+    options = ["--json", "/dev/full", "--csv", str(files[0]), "--markdown", str(files[1])]
+    out, err = bench(capsys, "-b", "64", "-e", "64", *options, code=1)
+    assert "not written: --json /dev/full: No space left on device" in err and "0 wrong: OK" in out
+    assert all(file.read_text() for file in files)
+
+
+SHELL = f"{sys.executable} -m pycomm bench -b 64 -e 1K -n 1 --csv a.csv --json a.json"
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "ended"),
+    [
+        ("> /dev/full", 130, "interrupted"),
+        ("| true; exit ${PIPESTATUS[0]}", 130, "interrupted"),
+        ("2> /dev/full", 0, "complete"),
+        (">&- 2>&-", 0, "complete"),
+        ("<&-", 0, "complete"),
+    ],
+)
+def test_streams_that_are_closed_or_full_lose_no_file(
+    tmp_path: Path, streams: str, code: int, ended: str
+) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{SHELL} {streams}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=100
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["ended"] == ended and len((tmp_path / "a.csv").read_text().splitlines()) >= 2
+    assert found["rows"][0]["wrong"] == 0
+    assert ended == "complete" or "not written: the tables: " in done.stderr
+
+
+def test_a_terminal_that_hangs_up_interrupts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs_up(*_: Any) -> Iterator[list[Row]]:
+        yield [row(64, 1.0, {})]
+        signal.raise_signal(signal.SIGHUP)
+
+    before = signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(measure, "measure", hangs_up)
+    bench(capsys, "-b", "64", "-e", "64", "--csv", str(tmp_path / "a.csv"), code=130)
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
 def test_ranks_that_die_late_leave_the_rows_before(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,8 +400,32 @@ def test_peers_out_of_place_and_in_place_by_name(capsys: pytest.CaptureFixture[s
         "| size | us, out of place | us, in place | better MPI, out of place | better MPI, in place |" in text
     )
     assert "| 1 KiB | 2.00 | 1.00 | 6.00x | 4.00x |" in text
-    file = io.StringIO()
-    record.write_csv([found], file)
-    [line] = csv.DictReader(file.getvalue().splitlines())
+    [line] = csv.DictReader(record.as_csv([found]).splitlines())
     assert (line["openmpi_out_of_place_ratio"], line["openmpi_in_place_ratio"]) == ("6.0", "4.0")
     assert float(line["mpich_in_place_median_us"]) == 8.0
+
+
+def test_lines_of_csv_tell_cores_and_offsets_apart() -> None:
+    found = [row(64, 1.0, {}, cores=(0, 1), offsets=(4, 16)), row(64, 1.0, {}, cores=(0, 2))]
+    lines = list(csv.DictReader(record.as_csv(found).splitlines()))
+    assert [(line["cores"], line["offsets"]) for line in lines] == [("0,1", "4,16"), ("0,2", "")]
+
+
+def test_a_directory_may_be_named_by_the_processor(tmp_path: Path) -> None:
+    (tmp_path / machine.slug()).mkdir()
+    args = argparse.Namespace(csv=str(tmp_path / "{processor}" / "a.csv"))
+    output.check(args, "pycomm bench")
+    assert output.write(args, {"csv": lambda path: output.write_text(path, "x")}) == []
+    assert (tmp_path / machine.slug() / "a.csv").read_text() == "x\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_may_not_be_written_is_named_before(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="may not be written"):
+        output.check(argparse.Namespace(csv=str(tmp_path / "a.csv")), "pycomm bench")
+
+
+def test_text_has_neither_markup_nor_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    output.console(sys.stdout).print("load:star: nothing[/]x [red]y[/]")
+    assert capsys.readouterr().out == "load:star: nothing[/]x [red]y[/]\n"
