@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         buffers = args.buffers.split(",")
         if not set(buffers) <= {"plain", "symmetric"}:
             raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
+        if "symmetric" in buffers and collectives == ["send_recv"]:
+            raise ValueError(f"--buffers {args.buffers}: send_recv is measured in plain buffers alone")
         codecs = options.codecs(args.codecs, collectives, dtypes, args.op)
         offsets = options.offsets(args.offset, dtypes)
         peers = parse_peers(args.vs)
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
                 warmup=args.warmup_iters,
                 check=bool(args.check),
                 algorithms=algorithms[name],
-                buffers=buffers if name != "send_recv" else ["plain"],
+                buffers=buffers if name != "send_recv" else [kind for kind in buffers if kind == "plain"],
                 persistent=args.persistent,
                 codecs=codecs,
                 offsets=offsets,

@@ -4,6 +4,8 @@ that names the option and its value, before any rank is started."""
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,10 +14,11 @@ import pycomm
 from pycomm import _native
 from pycomm.bench.workers.data import OPS, REDUCING, numpy_dtype
 from pycomm.bench.workers.load import is_own, load
-from pycomm.cli.values import at_least, dtype_name, parse_size
+from pycomm.cli.values import at_least, check_ranks, dtype_name, parse_size
 from pycomm.codecs import Codec
 from pycomm.codecs import call as codecs_call
 
+MOST_SIZES = 1000
 DTYPES = (  # what `all` means
     *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -73,6 +76,9 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 def check_calls(args: argparse.Namespace) -> None:
     at_least(1, "-n", args.iters)
     at_least(0, "-w", args.warmup_iters)
+    for option, value in (("-n", args.iters), ("-w", args.warmup_iters)):
+        if getattr(args, "cold", False) and value is not None:
+            raise ValueError(f"--cold and {option} {value}: a cold call is one, and nothing warms up for it")
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
@@ -84,15 +90,18 @@ def sizes(args: argparse.Namespace) -> list[int]:
 
 
 def size_range(low: str, high: str, factor: int = 2, step: str | None = None) -> list[int]:
-    first, last = parse_size(low), parse_size(high)
+    first, last = parse_size(low, "-b"), parse_size(high, "-e")
     if not 0 < first <= last:
         raise ValueError(f"-b {low} -e {high}: sizes go from a positive one up")
     if factor < 2:
         raise ValueError(f"-f {factor}: sizes grow by a factor of 2 or more")
     if step is not None:
-        if parse_size(step) < 1:
+        by = parse_size(step, "-i")
+        if by < 1:
             raise ValueError(f"-i {step}: sizes grow by a byte or more")
-        return list(range(first, last + 1, parse_size(step)))
+        if (last - first) // by >= MOST_SIZES:
+            raise ValueError(f"-b {low} -e {high} -i {step}: more than {MOST_SIZES} sizes; take larger steps")
+        return list(range(first, last + 1, by))
     found = []
     while first <= last:
         found.append(first)
@@ -104,9 +113,9 @@ def world_sizes(text: str) -> list[int]:
     """--ranks 2,4"""
     found = []
     for part in text.split(","):
-        if not part.lstrip("-").isdecimal():
+        if not re.fullmatch(r"-?\d{1,20}", part):
             raise ValueError(f"--ranks {text}: {part!r} is no number of ranks")
-        at_least(1, "--ranks", int(part))
+        check_ranks("--ranks", int(part))
         found.append(int(part))
     return list(dict.fromkeys(found))
 
@@ -166,12 +175,25 @@ def chosen_algorithms(collective: str, wanted: str) -> list[str | None]:
     return list(dict.fromkeys(found))
 
 
+@functools.cache
 def own_algorithm(text: str) -> pycomm.Algorithm:
+    """What its `write` raises is a ValueError that says so."""
     found = load(text)
     if not isinstance(found, pycomm.Algorithm):
         raise ValueError(
             f"{text} is a {type(found).__name__}, not a pycomm.Algorithm: see docs/algorithms.md"
         )
+    write = found.write
+
+    def named(builder: pycomm.algorithm.Builder, world: pycomm.algorithm.World) -> None:
+        try:
+            write(builder, world)
+        except ValueError:  # of the builder: it says what is wrong
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{text}: write() raises {type(error).__name__}: {error}") from error
+
+    found.write = named
     return found
 
 
@@ -198,6 +220,8 @@ def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
         pycomm.run_local(lambda comm: codecs_call(comm, collective, x, codec=own, op=op), 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--codecs {codec}: {error}") from None
+    except Exception as error:  # of a user's codec
+        raise ValueError(f"--codecs {codec}: it raises {type(error).__name__}: {error}") from error
 
 
 def offsets(text: str | None, dtypes: Sequence[str]) -> tuple[int, int] | None:

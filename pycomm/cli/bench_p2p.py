@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pycomm.cli import bench_options as options
 from pycomm.cli import output
 from pycomm.cli.main import fail
-from pycomm.cli.values import parse_size
-from pycomm.cli.verify import numbers
+from pycomm.cli.values import numbers, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         offsets = options.offsets(args.offset, dtypes)
         columns = session.columns(args.columns)
         cores = checked_cores(args.cores) if args.cores is not None else []
+        if cores:
+            _check_matrix(args, dtypes)
     except ValueError as error:
         return fail(str(error))
     tables = [
@@ -83,6 +85,23 @@ def run(args: argparse.Namespace) -> int:
         pairs = list(itertools.combinations(cores, 2))
         return bench_cores.run(args, replace(tables[0][1], sizes=ends), pairs, peers)
     return session.run(args, tables, peers, columns)
+
+
+def _check_matrix(args: argparse.Namespace, dtypes: Sequence[str]) -> None:
+    """A matrix is one of two patterns, each at one size and of one type."""
+    unused = {
+        "-f": args.stepfactor,
+        "-i": args.stepbytes,
+        "--columns": args.columns,
+        "pattern": None if args.pattern == ["all"] else " ".join(args.pattern),
+        "-d": args.datatype if len(dtypes) > 1 else None,
+    }
+    for option, value in unused.items():
+        if value is not None:
+            raise ValueError(
+                f"--cores and {option} {value}: a matrix of cores has ping_pong at size -b and one_way at"
+                " size -e, of one type"
+            )
 
 
 def checked_cores(text: str) -> list[int]:

@@ -152,8 +152,11 @@ def _measure(
     columns: Sequence[str],
     rows: list[Row],
 ) -> None:
+    lacks = "" if options.buffers else "symmetric buffers"
     if not options.algorithms:
-        session.warn(f"{name} is left out: it has no algorithm {session.args.algorithms}")
+        lacks = f"algorithm {session.args.algorithms}"
+    if lacks:
+        session.warn(f"{name} is left out: it has no {lacks}")
         session.advance(name, sum(1 for _ in measure.cases(name, options)))
         return
     largest = max((size, case.count) for size, case in measure.cases(name, options))

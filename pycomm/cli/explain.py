@@ -8,7 +8,7 @@ import pycomm
 from pycomm.bench.workers.load import is_own
 from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least, dtype_name, parse_size
+from pycomm.cli.values import check_ranks, dtype_name, parse_size
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        at_least(1, "--ranks", args.ranks)
+        check_ranks("--ranks", args.ranks)
         if not 0 <= args.root < args.ranks:
             raise ValueError(f"--root {args.root}: the ranks are 0 to {args.ranks - 1}")
         count = parse_size(args.count)

@@ -18,7 +18,7 @@ from pycomm import _native
 from pycomm.bench import machine
 from pycomm.bench.machine import read
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least
+from pycomm.cli.values import check_ranks
 from pycomm.launch import split_cores
 
 OPTIONAL = ("mpi4py", "torch", "jax", "ml_dtypes", "rich", "matplotlib")
@@ -43,16 +43,13 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     try:
-        at_least(1, "--ranks", args.ranks)
-    except ValueError as error:
+        check_ranks("--ranks", args.ranks)
+        facts = _facts(args.ranks)
+        processor = machine.as_dict()
+    except ValueError as error:  # also of a variable that is not understood
         return fail(str(error))
-    facts = _facts(args.ranks)
     if args.json:
-        print(
-            json.dumps(
-                {"facts": dict(facts), "processor": machine.as_dict(), "settings": settings()}, indent=1
-            )
-        )
+        print(json.dumps({"facts": dict(facts), "processor": processor, "settings": settings()}, indent=1))
         return 0
     for name, value in facts:
         print(f"{name:<18}{value}")

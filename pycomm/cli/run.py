@@ -8,6 +8,7 @@ import re
 import sys
 
 from pycomm.cli.main import fail
+from pycomm.cli.values import check_ranks
 from pycomm.launch import GRACE_S, NOTICE_S, launch
 
 
@@ -28,8 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.size < 1:
-        return fail(f"-n {args.size}: start at least one rank")
+    try:
+        check_ranks("-n", args.size)
+    except ValueError as error:
+        return fail(str(error))
     if not args.module and not os.path.exists(args.script):
         if re.fullmatch(r"python[\d.]*", os.path.basename(args.script)):
             return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")

@@ -14,7 +14,7 @@ from pycomm.bench.workers.load import is_own
 from pycomm.cli import output
 from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
-from pycomm.cli.values import at_least, needs
+from pycomm.cli.values import check_ranks, needs, numbers
 
 COLLECTIVES = (
     "all_reduce",
@@ -81,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
         collectives = COLLECTIVES if args.collective == "all" else args.collective.split(",")
         algorithms = {name: _algorithms(name, args.algorithm) for name in collectives}
         sizes, counts = numbers(args.ranks), numbers(args.counts)
-        at_least(1, "--ranks", min(sizes))
+        for size in (min(sizes), max(sizes)):
+            check_ranks("--ranks", size)
+        for name in args.algorithm.split(","):
+            if name != "all" and not any(_algorithms(collective, name) for collective in collectives):
+                raise ValueError(
+                    f"--algorithm {name} --collective {args.collective}: no algorithm has this name"
+                )
     except ValueError as error:
         return fail(str(error))
-    if not any(algorithms.values()):
-        return fail(
-            f"--algorithm {args.algorithm} --collective {args.collective}: no algorithm has these names"
-        )
     try:
         from rich.progress import Progress
         from rich.table import Table
@@ -121,21 +123,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{case}:\n  {found}", highlight=False, soft_wrap=True)
         return 1
     return output.not_written(output.lost(console))
-
-
-def numbers(text: str) -> list[int]:
-    """The numbers that a list such as "1-4,8" means."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            new = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise ValueError(f"{part!r} in {text!r} is neither a number nor a range such as 1-17") from None
-        if not new:
-            raise ValueError(f"{part!r} in {text!r}: a range goes up")
-        found += new
-    return found
 
 
 def _algorithms(collective: str, wanted: str) -> list[str]:

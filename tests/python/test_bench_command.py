@@ -19,6 +19,7 @@ from bench_rows import bench, row
 from pycomm.bench import machine, measure, record, report
 from pycomm.bench.rows import Options, Row
 from pycomm.bench.sets import RankSet
+from pycomm.bench.workers import memory
 from pycomm.bench.workers.data import Case
 from pycomm.cli import main, output
 from pycomm.cli.bench_options import checked_dtype, dtypes
@@ -151,12 +152,20 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),
         (["--csv", "a", "--json", "./a"], "--json ./a and --csv a: are one file"),
         (["--csv", "no/{processor}/a.csv"], f"there is no directory no/{machine.slug()}"),
+        (["--ranks", "99999999999999999999"], "--ranks 99999999999999999999: at most 4096"),
+        (["--ranks=--2"], "'--2' is no number of ranks"),
+        (["-i", "1", "-e", "100G"], "-b 4 -e 100G -i 1: more than 1000 sizes"),
+        (["-b", "x"], "-b 'x' is not a size"),
+        (["--cold", "-n", "5"], "--cold and -n 5"),
+        (["--cold", "-w", "0"], "--cold and -w 0"),
+        (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers alone"),
+        (["p2p", "--cores", "0-99999999"], "at most 4096 numbers"),
         (["--buffers", "pinned"], "--buffers pinned"),
         (["--vs", "nccl"], "--vs nccl"),
         (["--vs", "gloo,gloo"], "twice"),
     ],
 )
-def test_mistakes_are_named(
+def test_mistakes_are_named(  # of `bench p2p` too
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
 ) -> None:
     monkeypatch.setattr(RankSet, "of_pycomm", None)  # nothing is started
@@ -224,6 +233,17 @@ def test_what_a_collective_lacks_is_left_out(capsys: pytest.CaptureFixture[str])
     out, err = bench(capsys, "barrier", "all_reduce", *options, "--json", "-")
     assert [row["collective"] for row in json.loads(out)["rows"]] == ["all_reduce"]
     assert "barrier is left out: it has no algorithm ring" in err
+    options = ["-b", "8", "-e", "8", "-n", "1", "--buffers", "symmetric"]
+    out, err = bench(capsys, "send_recv", "all_reduce", *options, "--json", "-")
+    assert [row["collective"] for row in json.loads(out)["rows"]] == ["all_reduce"]
+    assert "send_recv is left out: it has no symmetric buffers" in err
+
+
+def test_what_the_kernel_says_about_caches(tmp_path: Path) -> None:
+    for number, text in enumerate(["32K\n", "", "16G", "1M", "512"]):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(text)
+    assert sorted(memory._sizes(tmp_path)) == [512, 32 << 10, 1 << 20, 16 << 30]
 
 
 STAR = """
@@ -265,6 +285,25 @@ def test_a_users_own_algorithm_and_codec(capsys: pytest.CaptureFixture[str], own
 
     _, err = bench(capsys, "broadcast", "--algorithms", f"{own_module}:star", code=2)
     assert f"--algorithms {own_module}:star: is one for all_reduce" in err
+
+
+@pytest.mark.parametrize("name", ["data", "load", "memory", "worker", "test"])
+def test_a_module_may_be_called_as_ours_are(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text(STAR)
+    options = ["-b", "64", "-e", "64", "-n", "1", "--json", "a.json", "--algorithms", f"{name}:star"]
+    command = [sys.executable, "-m", "pycomm", "bench", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["algorithm"] == "star"
+
+
+def test_a_module_that_another_hides_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text(STAR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert f"rename {tmp_path}/json.py" in bench(capsys, "--algorithms", "json:star", code=2)[1]
 
 
 def test_offsets_and_cold_caches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

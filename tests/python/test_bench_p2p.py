@@ -72,13 +72,19 @@ def test_pairs_of_cores(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert "pycomm: one-way bandwidth of 65536 B in GB/s" in out
 
 
-def test_cores_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cores_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--cores 0-x"):
         checked_cores("0-x")
     with pytest.raises(ValueError, match="may not run on 100000"):
         checked_cores("100000-100001")
     with pytest.raises(ValueError, match="a pair has two cores"):
         checked_cores(str(min(os.sched_getaffinity(0))))
+    with pytest.raises(ValueError, match="at most 4096 numbers"):
+        checked_cores("0-99999999")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for args in (["-f", "2"], ["-i", "8"], ["--columns", "min"], ["one_way"], ["-d", "uint8,int8"]):
+        err = run(capsys, "bench p2p", "--cores", "0,1", *args, code=2)[1]
+        assert "--cores and " in err and args[-1] in err
     assert "no pattern 'ping'" in run(capsys, "bench p2p", "ping", code=2)[1]
 
 

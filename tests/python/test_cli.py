@@ -11,7 +11,7 @@ import pytest
 import pycomm
 from pycomm import _native
 from pycomm.bench import machine
-from pycomm.cli import info, main, verify
+from pycomm.cli import info, main, values
 
 OWN = """
 import pycomm
@@ -162,6 +162,39 @@ def test_a_users_own_algorithm(
 
 
 @pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("1 / 0", "importing {name} raises ZeroDivisionError: division by zero"),
+        ("def", "importing {name} raises SyntaxError"),
+        ("raise SystemExit(3)", "importing {name} raises SystemExit: 3"),
+        (
+            f"{OWN}\ndef no(b, world): return {{}}['key']\nhub = pycomm.Algorithm('no', 'all_reduce', no)",
+            "KeyError",
+        ),
+    ],
+)
+def test_what_a_users_module_raises_is_named(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    words: str,
+) -> None:
+    name = f"raises_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    commands = [["verify", "--ranks", "2"], ["explain", "all_reduce", "1"]]
+    for command in commands:
+        assert main.main([*command, "--algorithm", f"{name}:hub"]) == 2
+        assert words.format(name=name) in capsys.readouterr().err
+    if words != "KeyError":
+        for option in ("--algorithms", "--codecs"):
+            assert main.main(["bench", option, f"{name}:hub"]) == 2
+            assert words.format(name=name) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("numbers", "text"), [(set(), ""), ({3}, "3"), ({0, 1, 2, 3, 8}, "0-3,8"), ({1, 3, 4}, "1,3-4")]
 )
 def test_ranges(numbers: set[int], text: str) -> None:
@@ -195,10 +228,12 @@ def test_explain_a_call(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_numbers() -> None:
-    assert verify.numbers("1-4,8") == [1, 2, 3, 4, 8]
-    assert verify.numbers("7") == [7]
+    assert values.numbers("1-4,8") == [1, 2, 3, 4, 8]
+    assert values.numbers("7") == [7]
     with pytest.raises(ValueError, match="'x'"):
-        verify.numbers("1,x")
+        values.numbers("1,x")
+    with pytest.raises(ValueError, match="at most 4096 numbers"):
+        values.numbers("0-9999999999999999999999")
 
 
 def test_verify_proves(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +279,9 @@ def test_verify_prints_the_counterexample(
     ("args", "words"),
     [
         (["--algorithm", "no_such"], "no_such"),
+        (["--algorithm", "ring,rnig"], "--algorithm rnig"),
+        (["--ranks", "2,5000"], "--ranks 5000: at most 4096"),
+        (["--counts", "0-99999999999"], "at most 4096 numbers"),
         (["--collective", "no_such"], "no_such"),
         (["--ranks", "1-x"], "1-x"),
         (["--ranks", "0"], "--ranks 0: at least 1"),
@@ -253,6 +291,35 @@ def test_verify_prints_the_counterexample(
 def test_verify_usage(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["verify", *args]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "--ranks", "999999999"],
+        ["explain", "all_reduce", "4", "--ranks", "999999999"],
+        ["run", "-n", "999999999", "-m", "this"],
+    ],
+)
+def test_so_many_ranks_are_none(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(command) == 2
+    assert "999999999: at most 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PYCOMM_ISA", "PYCOMM_DEBUG"])
+def test_info_names_a_variable_that_is_not_understood(name: str) -> None:
+    command = [sys.executable, "-m", "pycomm", "info"]
+    done = subprocess.run(command, env={**os.environ, name: "foo"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"pycomm: error: {name}='foo' is not understood")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["info", "explain all_reduce 4"])
+def test_nobody_has_to_read_on(command: str) -> None:
+    for where, code, says in (("| true", 1, ""), ("> /dev/full", 1, "No space left"), (">&-", 0, "")):
+        line = f"{sys.executable} -m pycomm {command} {where}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True)
+        assert done.returncode == code and says in done.stderr and len(done.stderr.splitlines()) <= 1
 
 
 def test_what_is_not_installed_is_named(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib.machinery import PathFinder
 from typing import Any
 
 
@@ -13,14 +14,33 @@ def is_own(text: str) -> bool:
 
 
 def load(text: str) -> Any:
-    """The object that "module:name" names; modules of the current directory are found too. ValueError if
-    there is no such thing."""
+    """The object that "module:name" names; modules of the current directory come first. ValueError if there
+    is no such thing, or if the module raises."""
     module, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if os.getcwd() in sys.path:
+        sys.path.remove(os.getcwd())
+    sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
+        found = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{text}: {error}; name a module that can be imported from here") from None
+    except (Exception, SystemExit) as error:  # of whatever the module does
+        raise ValueError(f"{text}: importing {module} raises {type(error).__name__}: {error}") from None
+    _check_origin(text, module.partition(".")[0])
+    try:
+        return getattr(found, name)
+    except AttributeError as error:
+        raise ValueError(f"{text}: {error}; name what is in it") from None
+
+
+def _check_origin(text: str, package: str) -> None:
+    """A module that was imported before hides one of the same name: nobody asked for that one."""
+    here = PathFinder.find_spec(package, [os.getcwd()])
+    if here is None or here.origin is None:
+        return
+    origin = getattr(sys.modules[package].__spec__, "origin", None)
+    if origin is None or not os.path.exists(origin) or not os.path.samefile(origin, here.origin):
         raise ValueError(
-            f"{text}: {error}; name a module that can be imported from here, and what is in it"
-        ) from None
+            f"{text}: the name {package} is taken by another module that is imported already; rename"
+            f" {here.origin}"
+        )

@@ -7,6 +7,7 @@ a cache line. Copies and vectors are faster at some addresses than others, so no
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ class Caches:
         np.add(self._filler, 1, out=self._filler)
 
 
-def _sizes() -> list[int]:
+def _sizes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[int]:
     found = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        found.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    for file in folder.glob("index*/size"):
+        if says := re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()):  # some kernels do not say
+            found.append(int(says[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[says[2]])
     return found

@@ -207,10 +207,19 @@ class Worker:
         gc.collect()
 
 
+def _forget_our_modules() -> None:
+    """A user's data.py or load.py is then found under its name, as it is where no rank runs."""
+    here = Path(__file__).parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here.resolve()]
+    for file in here.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
 def main() -> None:
     path, address, rank, size, cpus = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends the ranks
     engine: Engine = runpy.run_path(path)["Engine"](int(rank), int(size), str(Path(address).parent))
+    _forget_our_modules()
     places = json.loads(cpus)
     os.sched_setaffinity(0, places[engine.rank])
     worker = Worker(engine, int(size))
