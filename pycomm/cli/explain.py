@@ -7,7 +7,7 @@ import argparse
 import pycomm
 from pycomm.bench.workers.load import is_own
 from pycomm.cli.bench_options import own_algorithm
-from pycomm.cli.main import fail
+from pycomm.cli.main import fail, show
 from pycomm.cli.values import check_ranks, dtype_name, parse_size
 
 
@@ -46,5 +46,4 @@ def run(args: argparse.Namespace) -> int:
         )
     except (TypeError, ValueError) as error:
         return fail(str(error))
-    print(texts[0])
-    return 0
+    return show(texts[0])

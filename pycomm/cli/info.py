@@ -17,7 +17,7 @@ import pycomm
 from pycomm import _native
 from pycomm.bench import machine
 from pycomm.bench.machine import read
-from pycomm.cli.main import fail
+from pycomm.cli.main import fail, show
 from pycomm.cli.values import check_ranks
 from pycomm.launch import split_cores
 
@@ -49,11 +49,9 @@ def run(args: Namespace) -> int:
     except ValueError as error:  # also of a variable that is not understood
         return fail(str(error))
     if args.json:
-        print(json.dumps({"facts": dict(facts), "processor": processor, "settings": settings()}, indent=1))
-        return 0
-    for name, value in facts:
-        print(f"{name:<18}{value}")
-    return 0
+        found = {"facts": dict(facts), "processor": processor, "settings": settings()}
+        return show(json.dumps(found, indent=1))
+    return show("\n".join(f"{name:<18}{value}" for name, value in facts))
 
 
 def settings() -> dict[str, str]:

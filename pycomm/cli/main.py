@@ -43,14 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        code = 1
+    return code
+
+
+def show(text: str) -> int:
+    """On standard output. The exit code."""
     try:
-        sys.stdout.flush()
+        print(text, flush=True)
     except OSError as error:
         silence(sys.stdout)
-        return code or fail(f"not written: standard output: {error.strerror}", 1)
-    return code
+        return fail(f"not written: standard output: {error.strerror}", 1)
+    return 0
 
 
 def fail(message: str, code: int = 2) -> int:

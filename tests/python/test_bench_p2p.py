@@ -82,7 +82,7 @@ def test_cores_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with pytest.raises(ValueError, match="at most 4096 numbers"):
         checked_cores("0-99999999")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    for args in (["-f", "2"], ["-i", "8"], ["--columns", "min"], ["one_way"], ["-d", "uint8,int8"]):
+    for args in (["-f", "2"], ["-i", "1M"], ["--columns", "min"], ["one_way"], ["-d", "uint8,int8"]):
         err = run(capsys, "bench p2p", "--cores", "0,1", *args, code=2)[1]
         assert "--cores and " in err and args[-1] in err
     assert "no pattern 'ping'" in run(capsys, "bench p2p", "ping", code=2)[1]
