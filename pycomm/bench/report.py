@@ -67,8 +67,9 @@ class Table:
         peers: Sequence[str] = (),
         columns: Sequence[str] = (),
         largest: tuple[int, int] = (0, 0),
+        width: int = WIDTH,
     ) -> None:
-        """`largest`: the largest size in bytes, and count."""
+        """`largest`: the largest size in bytes, and count. `width`: what a terminal has."""
         self._collective = collective
         self._options = options
         self._columns = {name: COLUMNS[name] for name in columns or default_columns(bool(peers))}
@@ -84,9 +85,10 @@ class Table:
         self._size, self._count = (max(len(str(n)), 6) for n in largest)
         self._forms = [form for form in FORMS if form == "out_of_place" or _has_in_place(collective)]
         self._form_width = sum(column.width + 1 for column in self._columns.values()) + self._several
-        if self._width() > WIDTH:  # the type is in the heading
+        most = min(width, WIDTH)
+        if self._width() > most:  # the type is in the heading
             self._count = 0
-        self._way_above = self._width() > WIDTH
+        self._way_above = self._width() > most
         if self._way_above:
             self._name = max(name, way, least)
 

@@ -160,7 +160,9 @@ def _measure(
         session.advance(name, sum(1 for _ in measure.cases(name, options)))
         return
     largest = max((size, case.count) for size, case in measure.cases(name, options))
-    table = report.Table(name, options, [peer.name for peer in theirs], columns, largest)
+    table = report.Table(
+        name, options, [peer.name for peer in theirs], columns, largest, session.console.width
+    )
     session.say("", *table.heading())
     for found in measure.measure(name, options, ours, theirs, session.warn):
         rows += found

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from bench_rows import bench, row
+from rich.console import Console
 
 from pycomm.bench import machine, measure, record, report
 from pycomm.bench.rows import Options, Row
@@ -218,6 +220,26 @@ def test_the_table_fits_and_cuts_no_number(
         assert number in text.split() or f"{number}+" in text.split()
     assert "all_reduce, float32, sum, 2 ranks" in lines[0]
     assert ("ratio" in text) == bool(peers)
+
+
+def test_a_terminal_of_80_columns_has_no_counts_and_whole_numbers() -> None:
+    rows = [
+        row(size, 7654.32, dict.fromkeys(("openmpi", "mpich", "gloo-of-a-long-name"), 7e9), dtype=dtype, **of)
+        for size in (4, 1 << 30)
+        for dtype in ("float32", "float8_e4m3fn")
+        for of in ({"ranks": 2}, {"ranks": 16, "algorithm": "my_module:of_a_very_long_name", "forced": True})
+    ]
+    largest = (64 << 20, 16 << 20)
+    table = report.Table("all_reduce", Options(2, [64 << 20]), (), (), largest, width=80)
+    [line] = table.lines([row(64 << 20, 7654.32, {})])
+    assert line.split()[:2] == [str(64 << 20), "ring"] and str(16 << 20) not in line
+    console = Console(file=io.StringIO(), width=80, markup=False)
+    report.print_summary(console, rows, ["openmpi", "mpich"])
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    # One peer's four numbers are in one line, for each of four groups and "better MPI".
+    whole = [line for line in lines if line.count("x at 4 B") == 2]
+    assert len(whole) == 16 and all(line.count("x ") == 4 for line in whole)
 
 
 def test_the_heading_names_the_ranks_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
