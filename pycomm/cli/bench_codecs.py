@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from pycomm.bench.machine import describe as machine
 
     try:
+        about = machine()
         at_least(1, "--steps", args.steps)
         at_least(1, "--count", args.count)
         if not all(size.isdecimal() and int(size) for size in args.ranks.split(",")):
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return fail(f"--count {args.count}: that many, of every step and rank, do not fit into memory")
 
     console, errors = output.consoles(args, 160)
-    console.print(machine(), highlight=False)
+    console.print(about, highlight=False)
     rows: list[c.Row] = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
         total = len(data) * sum(1 for _ in c.cases(ranks, algorithms))
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 progress.update(task, description=words, advance=1, refresh=True)
     console.print(c.table(rows, args.steps))
     outputs: dict[str, Callable[[str], None]] = {
-        "json": lambda path: output.write_text(path, c.as_json(rows, machine(), args.steps)),
-        "plot": lambda path: c.plot(rows, path, machine()),
+        "json": lambda path: output.write_text(path, c.as_json(rows, about, args.steps)),
+        "plot": lambda path: c.plot(rows, path, about),
     }
     return output.not_written([*output.write(args, outputs), *output.lost(console)])

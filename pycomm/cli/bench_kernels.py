@@ -40,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     console, errors = output.consoles(args, 200)
     try:
         device = k.DEVICES[args.device]()
+        about = device.describe()
     except ImportError:
         return fail(f"pycomm bench kernels --device {args.device} needs torch, to have memory and a rival")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return fail(str(error))
-    console.print(device.describe(), highlight=False)
+    console.print(about, highlight=False)
     if importlib.util.find_spec("ml_dtypes") is None:
         console.print("bfloat16 and float8 are left out: pip install ml_dtypes for them", highlight=False)
     rows: list[k.Row] = []
@@ -57,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, description=words, completed=begun, refresh=True)
     console.print(report.table(rows))
     outputs: dict[str, Callable[[str], None]] = {
-        "json": lambda path: output.write_text(path, report.as_json(rows, device.describe())),
-        "plot": lambda path: report.plot(rows, path, device.describe()),
+        "json": lambda path: output.write_text(path, report.as_json(rows, about)),
+        "plot": lambda path: report.plot(rows, path, about),
     }
     return output.not_written([*output.write(args, outputs), *output.lost(console)])
 

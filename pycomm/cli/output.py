@@ -27,7 +27,7 @@ def add_options(
     parser.add_argument(
         "--json",
         metavar="PATH",
-        help="- is standard output, which then holds nothing else; {processor} in a name is this one",
+        help="- is standard output, which then holds nothing else; {processor} in a path is this one",
     )
     if csv:
         parser.add_argument("--csv", metavar="PATH", help="likewise")
