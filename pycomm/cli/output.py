@@ -137,7 +137,11 @@ def not_written(failed: list[str]) -> int:
 def write_text(path: str, text: str) -> None:
     """`-` is standard output."""
     if path == "-":
-        print(text.rstrip("\n"), flush=True)
+        try:
+            print(text.rstrip("\n"), flush=True)
+        except OSError:
+            silence(sys.stdout)
+            raise
     else:
         Path(path).write_text(text.rstrip("\n") + "\n", newline="")
 

@@ -398,6 +398,14 @@ def test_streams_that_are_closed_or_full_lose_no_file(
     assert ended == "complete" or "not written: the tables: " in done.stderr
 
 
+def test_json_that_nobody_reads_loses_no_file(tmp_path: Path) -> None:
+    line = f"{SHELL} --json - | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1 and "not written: --json -: Broken pipe" in done.stderr
+    assert "Exception" not in done.stderr
+    assert len((tmp_path / "a.csv").read_text().splitlines()) >= 2
+
+
 def test_a_terminal_that_hangs_up_interrupts(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
