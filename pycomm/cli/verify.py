@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ class Case:
     count: int
     root: int
     placement: str
+    in_place: bool
     dtype: str
     op: str
 
@@ -50,6 +52,7 @@ class Case:
             self.count,
             root=self.root,
             placement=self.placement,
+            in_place=self.in_place,
             dtype=self.dtype,
             op=self.op,
             write=own.write if own is not None else None,
@@ -59,7 +62,7 @@ class Case:
         root = f" from root {self.root}" if self.root else ""
         return (
             f"{self.algorithm} {self.collective} of {self.count} {self.dtype} ({self.op}) on {self.size}"
-            f" ranks{root}, {self.placement} buffers"
+            f" ranks{root}, {self.placement} buffers{', in place' if self.in_place else ''}"
         )
 
 
@@ -143,5 +146,5 @@ def _cases(
         roots = sorted({0, size // 2, size - 1}) if collective in ROOTED else [0]
         for count in counts if collective != "barrier" else [0]:
             for root in roots:
-                for placement in ("plain", "symmetric"):
-                    yield Case(collective, algorithm, size, count, root, placement, dtype, op)
+                for placement, in_place in itertools.product(("plain", "symmetric"), (False, True)):
+                    yield Case(collective, algorithm, size, count, root, placement, in_place, dtype, op)

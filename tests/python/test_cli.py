@@ -246,6 +246,35 @@ def test_verify_proves(capsys: pytest.CaptureFixture[str]) -> None:
     assert "proved" in out and "wrong" not in out
 
 
+HASTY = """
+import pycomm
+
+
+def write(b, world):
+    others = [r for r in range(world.size) if r != b.rank]
+    for peer in others:
+        b.offer(peer, b.in_())
+    b.combine([b.out()], [b.in_(rank=r) for r in range(world.size)], final=True)
+    for peer in others:
+        b.accept(peer, b.in_())
+
+
+hasty = pycomm.Algorithm("hasty", "all_reduce", write)
+"""
+
+
+def test_verify_looks_at_calls_in_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong where `out` is the `in` that others read, in symmetric memory, and there alone."""
+    pytest.importorskip("rich")
+    (tmp_path / "hasty_module.py").write_text(HASTY)
+    monkeypatch.chdir(tmp_path)
+    args = ["verify", "--collective", "all_reduce", "--algorithm", "hasty_module:hasty", "--ranks", "2"]
+    assert main.main(args) == 1
+    assert "symmetric buffers, in place" in " ".join(capsys.readouterr().out.split())
+
+
 def test_verify_prints_the_counterexample(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
