@@ -64,6 +64,22 @@ def test_blocks_of_all_sizes(ranks: Ranks, counts: list[int]) -> None:
     ranks(fn, len(counts))
 
 
+@pytest.mark.parametrize("shifts", [(0, 16), (16, 0), (4, 67), (1, 64)])
+def test_input_and_output_at_any_distance(ranks: Ranks, shifts: tuple[int, int]) -> None:
+    """Where the kernel would copy slowly, windows take over: on all ranks or on none."""
+
+    def fn(comm: Communicator) -> None:
+        shift_in, shift_out = shifts if comm.rank else (0, 0)  # only some ranks' addresses are slow ones
+        x = empty(4 * MIB + shift_in)[shift_in:]
+        out = empty(comm.size * 4 * MIB + shift_out)[shift_out:]
+        for salt in range(3):
+            x[:] = pattern(comm.rank, x.size, salt)
+            comm.all_gather(x, out=out)
+            assert (out == gathered([x.size] * comm.size, salt)).all()
+
+    ranks(fn, 3)
+
+
 def test_an_input_belongs_to_its_caller_after_the_call(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = empty(3 * MIB, np.int32)
