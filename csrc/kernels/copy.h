@@ -1,7 +1,7 @@
 // Copies of bytes: the loops behind every move that computes nothing.
 //
 // libc's memcpy is not used for more than a few hundred bytes. From about 2 KiB on it is `rep movsb` on many
-// processors, which AMD's Zen 3 and Zen 4 run up to 30 times slower when the destination lies 1 to 63 bytes
+// processors, which AMD's Zen 3 and Zen 4 run up to 30 times slower when the destination lies 1 to 31 bytes
 // beyond the source modulo 4 KiB; and large NumPy arrays lie 16 bytes beyond a page, windows at its begin.
 #pragma once
 

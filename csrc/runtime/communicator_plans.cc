@@ -301,7 +301,7 @@ bool reads_fast(const schedule::Call& call, const std::vector<int64_t>& words) {
       const int64_t in = words[from] >> 1 & (kPage - 1), out = words[to] >> (1 + kPageBits);
       const int64_t block = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
       const int64_t beyond = (out + block - in) & (kPage - 1);
-      if (beyond > 0 && beyond < 64) return false;
+      if (beyond > 0 && beyond < 32) return false;
     }
   }
   return true;

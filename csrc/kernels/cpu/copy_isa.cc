@@ -21,6 +21,33 @@ PYCOMM_INLINE void copy_step(char* to, const char* from) {
   for (int i = 0; i < kVectors; ++i) store(to + i * sizeof(Words), x[i]);
 }
 
+struct Line {
+  static constexpr int kVectors = kLine / sizeof(Words);
+  Words x[kVectors];
+
+  PYCOMM_INLINE static Line load_from(const char* from) {
+    Line line;
+    for (int i = 0; i < kVectors; ++i) line.x[i] = load<Words>(from + i * sizeof(Words));
+    return line;
+  }
+  PYCOMM_INLINE void leave(char* to) const {
+    for (int i = 0; i < kVectors; ++i) stream(to + i * sizeof(Words), x[i]);
+  }
+};
+
+// A line is loaded before the one ahead of it leaves: where the destination lies up to a line beyond the
+// source modulo 4 KiB, the load would else look like one of what was just stored, and wait for it.
+PYCOMM_INLINE void copy_lines_past(char* to, const char* from, size_t lines) {
+  if (lines == 0) return;
+  Line line = Line::load_from(from);
+  for (size_t i = kLine; i < lines * kLine; i += kLine) {
+    const Line next = Line::load_from(from + i);
+    line.leave(to + i - kLine);
+    line = next;
+  }
+  line.leave(to + (lines - 1) * kLine);
+}
+
 // Bytes before the first whole line.
 PYCOMM_INLINE size_t before_line(const char* to) { return -reinterpret_cast<uintptr_t>(to) % kLine; }
 
@@ -44,7 +71,7 @@ void copy_past(void* dst, const void* src, size_t bytes) {
   const size_t head = before_line(to) < bytes ? before_line(to) : bytes;
   const size_t lines = (bytes - head) / kLine, end = head + lines * kLine;
   std::memcpy(to, from, head);
-  stream_lines(to + head, from + head, lines);
+  copy_lines_past(to + head, from + head, lines);
   std::memcpy(to + end, from + end, bytes - end);
 }
 
