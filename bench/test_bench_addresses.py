@@ -79,7 +79,11 @@ def test_address(
     if (collective, size) not in sweeps:
         options = Options(RANKS, [SIZES[size]], DTYPE)
         offsets = addresses.fitting(DTYPE)
-        [sweeps[collective, size]] = addresses.sweep(collective, options, offsets, ranks, {}, pytest.fail)
+
+        def fail(why: object) -> None:
+            pytest.fail(str(why))
+
+        [sweeps[collective, size]] = addresses.sweep(collective, options, offsets, ranks, {}, fail)
     sweep = next(found for found in sweeps[collective, size] if found.form == form)
     address = next(found for found in sweep.addresses if found.offsets == pair)
     benchmark.group = f"{collective}, {size}, {form.replace('_', ' ')}"

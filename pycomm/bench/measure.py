@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pycomm.bench.peers import Peer, SetError
-from pycomm.bench.rows import FORMS, MESSAGES, Forms, Options, Row, Times, percentile
+from pycomm.bench.rows import FORMS, MESSAGES, Forms, NotRun, Options, Row, Times, percentile
 from pycomm.bench.sets import RankSet
 from pycomm.bench.workers.data import POINT_TO_POINT, REDUCING, SHAPES, Case, numpy_dtype
 
@@ -28,7 +28,7 @@ REPETITIONS = (5, 15)
 TRACED = (5, 1000)  # calls that are timed one by one
 
 Variant = dict[str, Any]
-Warn = Callable[[str], None]
+Warn = Callable[[str | NotRun], None]
 
 
 @dataclass
@@ -108,7 +108,8 @@ class Engines:
         answers = {"pycomm": _open(self.ours, case, variants, check)}
         for variant, answer in zip(variants, answers["pycomm"], strict=True):
             if "error" in answer:
-                self.warn(f"{case.collective}, {_words(variant)}: {answer['error']}")
+                what = f"{case.collective}, {case.dtype}, {_words(variant)}"
+                self.warn(NotRun(what, f"{what}: {answer['error']}", failure="lacks" not in answer))
         for peer, ranks in list(self.peers.items()):
             theirs = list(variants) if peer.kind_name == "pycomm" else _of_peers(variants)
             try:
@@ -118,7 +119,8 @@ class Engines:
                 continue
             for answer in answers[peer.name]:
                 if "error" in answer:
-                    self.warn(f"{peer.name}: {answer['error']}")
+                    what = f"{peer.name}, {case.collective}, {case.dtype}"
+                    self.warn(NotRun(what, f"{peer.name}: {answer['error']}"))
                 elif wrong := sum(answer["forms"].values()):
                     self.warn(f"{peer.name}: {wrong} elements of {case.collective} are wrong")
         return answers
@@ -146,7 +148,7 @@ class Engines:
         return name == "pycomm" or any(peer.name == name for peer in self.peers)
 
     def give_up(self, name: str, error: SetError) -> None:
-        self.warn(f"{name} is left out from here on: {error}")
+        self.warn(NotRun(name, f"{name} is left out from here on: {error}"))
         self.peers.pop(self._peer(name)).close()
 
     def _peer(self, name: str) -> Peer:

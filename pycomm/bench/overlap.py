@@ -15,7 +15,7 @@ from typing import Any
 
 from pycomm.bench.measure import REPETITIONS, Engines, Form, Warn, cases, variant
 from pycomm.bench.peers import Peer, SetError
-from pycomm.bench.rows import Options
+from pycomm.bench.rows import NotRun, Options
 from pycomm.bench.sets import RankSet
 from pycomm.bench.workers.data import Case
 
@@ -64,8 +64,9 @@ def measure(
                 engines.give_up(engine, error)
             else:
                 if "error" in opened[engine]:
-                    warn(f"{engine}: {opened[engine]['error']}")
-                    del opened[engine]
+                    answer, what = opened.pop(engine), f"{engine}, {collective}, {case.dtype}"
+                    failure = engine == "pycomm" and "lacks" not in answer
+                    warn(NotRun(what, f"{what}: {answer['error']}", failure))
         forms = {engine: [Form(engines.ranks(engine), 0, part) for part in PARTS] for engine in opened}
         _repeat(forms, options, engines)
         found = []

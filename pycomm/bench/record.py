@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pycomm.bench import machine
-from pycomm.bench.rows import FORMS, Row, Times, summarize
+from pycomm.bench.rows import FORMS, Row, Times
 
 
 class Record:
@@ -33,7 +33,7 @@ class Record:
         self,
         versions: Mapping[str, str],
         rows: Sequence[Mapping[str, Any]],
-        ended: str = "complete",
+        ended: str,
         **more: Any,
     ) -> str:
         """A row a line, so that records can be compared with diff. `ended`: why there is no more."""
@@ -64,16 +64,6 @@ def environment() -> dict[str, str]:
         name: value for name, value in os.environ.items() if name.startswith(prefixes) and name not in secret
     }
     return dict(sorted(found.items()))
-
-
-def as_json(
-    record: Record,
-    rows: Sequence[Row],
-    versions: Mapping[str, str],
-    mpis: Sequence[str],
-    ended: str = "complete",
-) -> str:
-    return record.as_json(versions, [row.as_dict() for row in rows], ended, summary=summarize(rows, mpis))
 
 
 def as_csv(rows: Sequence[Row]) -> str:

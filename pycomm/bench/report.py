@@ -211,13 +211,20 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
     console.print(shown)
 
 
-def closing(rows: Sequence[Row], checked: bool) -> str:
-    """The last line, as nccl-tests has it."""
-    wrong = sum(row.wrong for row in rows)
+def closing(rows: Sequence[Row], checked: bool, not_run: Sequence[str] = (), failed: bool = False) -> str:
+    """The last line, as nccl-tests has it, with what could not be run."""
     average = average_busbw(rows)
     parts = [] if average is None else [f"average bus bandwidth {average:.3f} GB/s"]
-    parts.append("not checked" if not checked else f"{wrong} wrong: {'OK' if wrong == 0 else 'FAILED'}")
-    return "; ".join(parts)
+    found = f"{sum(row.wrong for row in rows)} wrong" if checked else "not checked"
+    if not_run:
+        found += f", {len(not_run)} not run ({listed(not_run)})"
+    verdict = ": FAILED" if failed else ": OK" if checked else ""
+    return "; ".join([*parts, found + verdict])
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    more = f"; and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
 
 
 def markdown(rows: Sequence[Row], mpis: Sequence[str]) -> str:

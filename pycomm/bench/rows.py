@@ -35,6 +35,18 @@ class Options:
     cold: bool = False
 
 
+@dataclass(frozen=True)
+class NotRun:
+    """What was asked for and could not be run: words that name it, and words that say why."""
+
+    what: str
+    why: str
+    failure: bool = False  # pycomm has such a call, and refused it or failed
+
+    def __str__(self) -> str:
+        return self.why
+
+
 @dataclass
 class Times:
     """Of one form, in microseconds. A sample is the time for a call, of as many calls in a row as take a good

@@ -72,7 +72,7 @@ def run(
                         found += rows
                         session.say(*map(addresses.line, rows))
                         session.advance(name)
-    text = session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
+    text = session.as_json([row.as_dict() for row in found])
     session.write(
         {
             "json": lambda path: output.write_text(path, text),

@@ -67,6 +67,6 @@ def run(args: argparse.Namespace) -> int:
                         found += rows
                         session.say(*map(overlap.line, rows))
                         session.advance(name)
-    text = session.record.as_json(session.versions, [row.as_dict() for row in found], session.ended)
+    text = session.as_json([row.as_dict() for row in found])
     session.write({"json": lambda path: output.write_text(path, text)})
     return session.code(sum(row.wrong for row in found if row.engine == "pycomm"), bool(found))

@@ -8,12 +8,13 @@ import itertools
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pycomm.bench import machine, measure, record, report
 from pycomm.bench.peers import Peer, SetError
-from pycomm.bench.rows import Options, Row
+from pycomm.bench.rows import NotRun, Options, Row, summarize
 from pycomm.bench.sets import Cpus, RankSet
 from pycomm.cli import output
 from pycomm.cli.main import fail
@@ -41,12 +42,16 @@ class Session:
         self._task = self._progress.add_task("", total=total)
         self._warned: set[str] = set()
         self._unwritten: list[str] = []
+        self.not_run: list[NotRun] = []  # at each size
         self.versions: dict[str, str] = {}
         self.ended = "complete"
         settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
         self.record = record.Record(settings)
 
-    def warn(self, text: str) -> None:
+    def warn(self, of: str | NotRun) -> None:
+        if isinstance(of, NotRun):
+            self.not_run.append(of)
+        text = str(of)
         if text not in self._warned:
             self._warned.add(text)
             self._messages.print(text, style="yellow", highlight=False, soft_wrap=True)
@@ -97,20 +102,32 @@ class Session:
                     theirs[peer] = stack.enter_context(RankSet.of_peer(peer, size, cpus))
                     self.versions[peer.name] = theirs[peer].version
                 except SetError as error:
-                    self.warn(f"{peer.name} is left out: {error}")
+                    self.warn(NotRun(peer.name, f"{peer.name} is left out: {error}"))
             yield ours, theirs
+
+    def as_json(self, rows: Sequence[Mapping[str, Any]], **more: Any) -> str:
+        not_run = {of.what: of.why for of in self.not_run}
+        return self.record.as_json(self.versions, rows, self.ended, not_run=not_run, **more)
 
     def write(self, outputs: Mapping[str, Callable[[str], None]]) -> None:
         self._unwritten += output.write(self.args, outputs)
 
+    def failure(self, wrong: int, found: bool) -> str:
+        """Why the run failed; nothing if it did not. What an engine does not have is no failure."""
+        if self.ended.startswith("failed"):
+            return self.ended
+        failed = dict.fromkeys(of.what for of in self.not_run if of.failure)
+        reasons = [f"{wrong} elements are wrong"] * bool(wrong)
+        reasons += [f"not run: {report.listed(list(failed))}"] * bool(failed)
+        return "; ".join(reasons) or "nothing was measured" * (not found)
+
     def code(self, wrong: int, found: bool) -> int:
         unwritten = output.not_written([*self._unwritten, *output.lost(self.console)])
-        if self.ended.startswith("failed"):
-            return fail(self.ended)
         if self.ended == "interrupted":
             self.warn("interrupted: the outputs hold what was measured until then")
             return 130
-        return fail(f"{wrong} elements are wrong") if wrong else unwritten if found else 1
+        failure = self.failure(wrong, found)
+        return fail(failure) if failure else unwritten
 
 
 def columns(text: str | None) -> list[str]:
@@ -156,7 +173,7 @@ def _measure(
     if not options.algorithms:
         lacks = f"algorithm {session.args.algorithms}"
     if lacks:
-        session.warn(f"{name} is left out: it has no {lacks}")
+        session.warn(NotRun(f"{name}, {lacks}", f"{name} is left out: it has no {lacks}"))
         session.advance(name, sum(1 for _ in measure.cases(name, options)))
         return
     largest = max((size, case.count) for size, case in measure.cases(name, options))
@@ -179,7 +196,7 @@ def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
 
             plot(rows, path, machine.describe())
 
-    text = record.as_json(session.record, rows, session.versions, mpis, session.ended)
+    text = session.as_json([row.as_dict() for row in rows], summary=summarize(rows, mpis))
     session.write(
         {
             "json": lambda path: output.write_text(path, text),
@@ -190,5 +207,7 @@ def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
     )
     session.say("")
     report.print_summary(session.console, rows, mpis)
-    if rows:
-        session.say(report.closing(rows, bool(session.args.check)))
+    if rows or session.not_run:
+        failed = bool(session.failure(sum(row.wrong for row in rows), bool(rows)))
+        not_run = list(dict.fromkeys(of.what for of in session.not_run))
+        session.say(report.closing(rows, bool(session.args.check), not_run, failed))

@@ -149,7 +149,7 @@ def test_a_peer_that_dies_is_left_out() -> None:
         rows = list(measure.measure("barrier", Options(2, [8], iterations=2), ours, peers, warnings.append))
     assert [list(row.beside) for [row] in rows] == [[]]
     assert peers == {}
-    assert len(warnings) == 1 and warnings[0].startswith("gloo is left out from here on")
+    assert len(warnings) == 1 and str(warnings[0]).startswith("gloo is left out from here on")
 
 
 def test_summary() -> None:

@@ -113,6 +113,7 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
     peers = "gloo=/bin/false,openmpi=/nowhere/python"
     out, err = bench(capsys, "barrier", "-n", "1", "--vs", peers, "--json", "-")
     assert len(json.loads(out)["rows"]) == 1
+    assert err.endswith("\n0 wrong, 2 not run (gloo; openmpi): OK\n")
     text = " ".join(err.split())
     assert "gloo is left out: /bin/false has no torch: pip install torch" in text
     assert "openmpi is left out: cannot run /nowhere/python" in text
@@ -255,10 +256,15 @@ def test_what_a_collective_lacks_is_left_out(capsys: pytest.CaptureFixture[str])
     out, err = bench(capsys, "barrier", "all_reduce", *options, "--json", "-")
     assert [row["collective"] for row in json.loads(out)["rows"]] == ["all_reduce"]
     assert "barrier is left out: it has no algorithm ring" in err
+    assert "0 wrong, 1 not run (barrier, algorithm ring): OK" in err
     options = ["-b", "8", "-e", "8", "-n", "1", "--buffers", "symmetric"]
     out, err = bench(capsys, "send_recv", "all_reduce", *options, "--json", "-")
     assert [row["collective"] for row in json.loads(out)["rows"]] == ["all_reduce"]
     assert "send_recv is left out: it has no symmetric buffers" in err
+    _, err = bench(capsys, "send_recv", "barrier", "-n", "1", "--ranks", "1", "--json", "-")
+    assert "0 wrong, 1 not run (send_recv, " in err
+    _, err = bench(capsys, "send_recv", "-n", "1", "--ranks", "1", "--json", "-", code=2)
+    assert "pycomm: error: nothing was measured" in err
 
 
 def test_what_the_kernel_says_about_caches(tmp_path: Path) -> None:
@@ -281,7 +287,12 @@ def write(b, world):
         b.accept(0, b.in_())
         b.accept(0, b.out())
 
+def write_wrong(b, world):
+    write(b, world)
+    b.offer(b.rank - 1, b.in_())
+
 star = pycomm.Algorithm("star", "all_reduce", write)
+wrong = pycomm.Algorithm("wrong", "all_reduce", write_wrong)
 gentle = pycomm.codecs.Int8(rounding="nearest")
 """
 
@@ -307,6 +318,27 @@ def test_a_users_own_algorithm_and_codec(capsys: pytest.CaptureFixture[str], own
 
     _, err = bench(capsys, "broadcast", "--algorithms", f"{own_module}:star", code=2)
     assert f"--algorithms {own_module}:star: is one for all_reduce" in err
+
+
+def test_what_pycomm_refuses_is_a_failure(capsys: pytest.CaptureFixture[str], own_module: str) -> None:
+    options = ["-b", "64", "-e", "1K", "-n", "1", "--json", "a.json"]
+    what = f"all_reduce, float32, {own_module}:wrong, plain buffers"
+    for others, sizes in (["ring,", [64, 256, 1024]], ["", []]):
+        out, err = bench(capsys, "--algorithms", f"{others}{own_module}:wrong", *options, code=2)
+        assert out.endswith(f"0 wrong, 1 not run ({what}): FAILED\n")
+        assert err.endswith(f"pycomm: error: not run: {what}\n")
+        found = json.loads(Path("a.json").read_text())
+        assert [row["bytes"] for row in found["rows"]] == sizes
+        assert list(found["not_run"]) == [what] and "ValueError" in found["not_run"][what]
+
+
+def test_the_last_line_says_what_was_not_run() -> None:
+    names = ["openmpi", "mpich", "gloo", "impi"]
+    assert report.closing([], True) == "0 wrong: OK"
+    assert report.closing([], False) == "not checked"
+    assert report.closing([], True, names[:1]) == "0 wrong, 1 not run (openmpi): OK"
+    assert report.closing([], False, names[:2], True) == "not checked, 2 not run (openmpi; mpich): FAILED"
+    assert report.closing([], True, names).endswith(", 4 not run (openmpi; mpich; gloo; and 1 more): OK")
 
 
 @pytest.mark.parametrize("name", ["data", "load", "memory", "worker", "test"])
@@ -435,7 +467,7 @@ def test_ranks_that_die_late_leave_the_rows_before(
     monkeypatch.setattr(measure, "_measure_case", second_kills)
     out, err = bench(capsys, "-b", "64", "-e", "4K", "-n", "1", "--csv", "-", code=2)
     assert [line["bytes"] for line in csv.DictReader(out.splitlines())] == ["64"]
-    assert "failed: pycomm's own ranks" in err
+    assert "failed: pycomm's own ranks" in err and "0 wrong: FAILED" in err
 
 
 def test_what_a_record_holds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,3 +109,12 @@ def test_overlap_of_every_collective(
         assert found["wrong"] == 0 and 0 <= found["overlap"] <= 1
         assert min(found[f"{part}_us"] for part in overlap.PARTS) > 0
     assert "no collective 'barrier'" in run(capsys, "bench overlap", "barrier", code=2)[1]
+
+
+def test_an_asynchronous_call_that_fails_is_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "_open", lambda *_: {"error": "RuntimeError: x"})
+    err = run(capsys, "bench overlap", "-e", "64K", code=2)[1]
+    assert "pycomm, all_reduce, float32: RuntimeError: x" in err
+    assert err.endswith("pycomm: error: not run: pycomm, all_reduce, float32\n")

@@ -71,7 +71,7 @@ class Worker:
 
     def open(self, case: dict[str, Any], variants: list[dict[str, Any]], check: bool) -> list[dict[str, Any]]:
         """Binds a case in its variants. Says of each which forms it has, what ran and how much was wrong, or
-        what forbids it."""
+        what forbids it; `lacks` if there is no such call at all."""
         self.close()
         return [self._open(Case(**case), number, variant, check) for number, variant in enumerate(variants)]
 
@@ -94,7 +94,7 @@ class Worker:
                 forms[form] = wrong(x, out, case, self.engine.rank, self.size, lossy) if check else 0
                 self.calls[number, form] = (call, timeit.Timer(f"moment()\n{text}\nmoment()", globals=names))
             if not forms:
-                return {"error": f"has no {case.collective}"}
+                return {"error": f"has no {case.collective}", "lacks": True}
             chosen = self.engine.algorithm(case, {**variant, "algorithm": None})
             return {"forms": forms, "algorithm": self.engine.algorithm(case, variant), "default": chosen}
         except Exception as error:  # of any engine: it is the answer
@@ -115,7 +115,7 @@ class Worker:
         try:
             start = f"work = {self.engine.start(text)}"
         except AttributeError:
-            return {"error": f"has no asynchronous {of.collective}"}
+            return {"error": f"has no asynchronous {of.collective}", "lacks": True}
         texts = {
             "blocking": text,
             "alone": f"{start}; work.wait()",
