@@ -1,8 +1,10 @@
 """`pycomm bench`: the check, the ranks and peers, the figures."""
 
 import math
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from bench_rows import row
 from pycomm.bench import measure, peers
 from pycomm.bench.peers import SetError, parse_peers
 from pycomm.bench.rows import Options, Times, percentile, summarize
-from pycomm.bench.sets import PYCOMM, RankSet
+from pycomm.bench.sets import PYCOMM, WORKERS, RankSet
 from pycomm.bench.workers import data, memory
 from pycomm.bench.workers.data import SHAPES, Case
 from pycomm.cli.bench_options import size_range
@@ -267,3 +269,38 @@ def test_another_build_is_no_stranger() -> None:
     [ours] = parse_peers(f"pycomm={Path(__file__).parents[2]}")
     with pytest.raises(SetError, match="the very pycomm that is measured"):
         RankSet.of_peer(ours, 1)
+
+
+class NamedMpi:
+    """Stands for mpi4py.MPI, whose constants are here their names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(Waitall=None) if name == "Request" else name
+
+
+@pytest.mark.parametrize("collective", [name for name in SHAPES if name not in data.POINT_TO_POINT])
+def test_mpi_moves_the_bytes_of_a_type_that_it_cannot_reduce(
+    monkeypatch: pytest.MonkeyPatch, collective: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=NamedMpi()))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "data", data)
+    engine_type = runpy.run_path(str(WORKERS / "engine_mpi.py"))["Engine"]
+    engine = engine_type.__new__(engine_type)
+    engine.rank, engine.comm = 0, SimpleNamespace(size=2)
+
+    def bound(dtype: str, form: str) -> Any:
+        x, out = np.ones(4, dtype), np.ones(4, dtype)
+        return x, engine.bind(Case(collective, 2, dtype), form, {}, x, out)
+
+    for form in ("out_of_place", "in_place"):
+        x, found = bound("float32", form)
+        if found is None:
+            continue
+        assert found[1]["x"][0] is x and found[1]["x"][1] == "FLOAT"
+        if collective in data.REDUCING:
+            with pytest.raises(TypeError, match="MPI has no type float16"):
+                bound("float16", form)
+        else:
+            x, (_, names) = bound("float16", form)
+            assert names["x"][1] == names["out"][1] == "BYTE"
+            assert names["x"][0].nbytes == x.nbytes and np.shares_memory(names["x"][0], x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from data import POINT_TO_POINT, WINDOW
+from data import POINT_TO_POINT, REDUCING, WINDOW
 from mpi4py import MPI
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class Engine:
             return None
         if case.op not in OPS:
             raise TypeError(f"MPI has no operation {case.op}")
-        kind = TYPES.get(x.dtype.name)
-        if kind is None:
-            raise TypeError(f"MPI has no type {x.dtype.name}")
-        source, target, size = [x, kind], [out, kind], self.comm.size
+        if case.collective in REDUCING and x.dtype.name not in TYPES:
+            raise TypeError(f"MPI has no type {x.dtype.name}, and cannot reduce what it does not know")
+        source, target, size = _typed(x), _typed(out), self.comm.size
         return call, {
             "comm": self.comm,
             "x": source,
@@ -126,3 +125,9 @@ class Engine:
 
     def close(self) -> None:
         MPI.Finalize()
+
+
+def _typed(x: Array) -> list[Any]:
+    """With its MPI type. What MPI has no type for it moves as bytes."""
+    kind = TYPES.get(x.dtype.name)
+    return [x.view(np.uint8), MPI.BYTE] if kind is None else [x, kind]
