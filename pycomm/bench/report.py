@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from pycomm import _native
-from pycomm.bench.rows import BETTER_MPI, FORMS, Forms, Options, Row, Times, average_busbw, summarize
+from pycomm.bench.rows import BETTER_MPI, FORMS, Forms, Options, Row, Times, summarize
 from pycomm.bench.workers.data import POINT_TO_POINT, REDUCING, ROOTED
 
 WIDTH = 100
@@ -211,15 +212,26 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
     console.print(shown)
 
 
+def averages(rows: Sequence[Row]) -> list[str]:
+    """Of one table, as nccl-tests has it: the mean over all sizes and forms, for each way of calling."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.bytes:
+            way = (row.algorithm if row.forced else "the library's choice") + _short(row.way)
+            found.setdefault(way, []).extend(row.busbw(times.median_us) for times in row.forms.values())
+    return [
+        f"average bus bandwidth {statistics.fmean(gbs):.3f} GB/s" + f", {way}" * (len(found) > 1)
+        for way, gbs in found.items()
+    ]
+
+
 def closing(rows: Sequence[Row], checked: bool, not_run: Sequence[str] = (), failed: bool = False) -> str:
     """The last line, as nccl-tests has it, with what could not be run."""
-    average = average_busbw(rows)
-    parts = [] if average is None else [f"average bus bandwidth {average:.3f} GB/s"]
     found = f"{sum(row.wrong for row in rows)} wrong" if checked else "not checked"
     if not_run:
         found += f", {len(not_run)} not run ({listed(not_run)})"
     verdict = ": FAILED" if failed else ": OK" if checked else ""
-    return "; ".join([*parts, found + verdict])
+    return found + verdict
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

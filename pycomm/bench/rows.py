@@ -207,12 +207,6 @@ def with_better_mpi(row: Row, mpis: Sequence[str]) -> dict[str, dict[str, float]
     return ratios
 
 
-def average_busbw(rows: Sequence[Row]) -> float | None:
-    """As nccl-tests has it: the mean over all sizes and forms."""
-    found = [row.busbw(times.median_us) for row in rows if row.bytes for times in row.forms.values()]
-    return statistics.fmean(found) if found else None
-
-
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest of the values that is no less than so many percent of them."""
     return sorted(values)[max(math.ceil(percent / 100 * len(values)), 1) - 1]

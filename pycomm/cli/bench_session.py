@@ -181,10 +181,13 @@ def _measure(
         name, options, [peer.name for peer in theirs], columns, largest, session.console.width
     )
     session.say("", *table.heading())
+    begin = len(rows)
     for found in measure.measure(name, options, ours, theirs, session.warn):
         rows += found
         session.say(*table.lines(found))
         session.advance(f"{name}, {options.dtype}, {options.ranks} ranks")
+    if averages := report.averages(rows[begin:]):
+        session.say("", *averages)
 
 
 def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:

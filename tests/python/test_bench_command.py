@@ -68,7 +68,10 @@ def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp
     out, _ = bench(capsys, "all_reduce", *options, *paths)
     for word in ("size", "(B)", "#wrong", "busbw", "ring", "two_shot", "two_shot persistent", "GB/s"):
         assert word.strip("()") in out
-    assert out.splitlines()[-1].startswith("average bus bandwidth ") and out.endswith("; 0 wrong: OK\n")
+    averages = [line for line in out.splitlines() if line.startswith("average bus bandwidth ")]
+    ways = ["ring", "ring persistent", "two_shot", "two_shot persistent"]
+    assert [line.partition(" GB/s, ")[2] for line in averages] == ways
+    assert out.endswith("\n0 wrong: OK\n")
     rows = json.loads(files[0].read_text())["rows"]
     fastest = [form for row in rows if not row["persistent"] for form in row["fastest"]]
     assert sorted(fastest) == ["in_place", "out_of_place"]
@@ -330,6 +333,18 @@ def test_what_pycomm_refuses_is_a_failure(capsys: pytest.CaptureFixture[str], ow
         found = json.loads(Path("a.json").read_text())
         assert [row["bytes"] for row in found["rows"]] == sizes
         assert list(found["not_run"]) == [what] and "ValueError" in found["not_run"][what]
+
+
+def test_an_average_is_of_one_way_of_calling() -> None:
+    found = [row(4000, 1.0, {}), row(8000, 1.0, {})]  # 4 ranks: 1.5 times 2 and 4, and 4 and 8 GB/s
+    assert report.averages(found) == ["average bus bandwidth 6.750 GB/s"]
+    found += [row(4000, 1.0, {}, buffers="symmetric"), row(4000, 0.5, {}, forced=True, algorithm="tree")]
+    assert report.averages(found) == [
+        "average bus bandwidth 6.750 GB/s, the library's choice",
+        "average bus bandwidth 4.500 GB/s, the library's choice symmetric",
+        "average bus bandwidth 9.000 GB/s, tree",
+    ]
+    assert report.averages([row(0, 1.0, {}, collective="barrier")]) == []
 
 
 def test_the_last_line_says_what_was_not_run() -> None:
