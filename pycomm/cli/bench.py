@@ -87,6 +87,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
         if "symmetric" in buffers and collectives == ["send_recv"]:
             raise ValueError(f"--buffers {args.buffers}: send_recv is measured in plain buffers alone")
+        for option, given in ((f"--offset {args.offset}", args.offset), ("--huge", args.huge)):
+            if given and "symmetric" in buffers:
+                raise ValueError(
+                    f"{option} and --buffers {args.buffers}: pycomm alone says where symmetric buffers lie;"
+                    " measure plain ones with it"
+                )
         codecs = options.codecs(args.codecs, collectives, dtypes, args.op)
         offsets = options.offsets(args.offset, dtypes)
         peers = parse_peers(args.vs)

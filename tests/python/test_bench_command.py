@@ -167,6 +167,8 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers alone"),
         (["p2p", "--cores", "0-99999999"], "at most 4096 numbers"),
         (["--buffers", "pinned"], "--buffers pinned"),
+        (["--buffers", "symmetric", "--offset", "0"], "--offset 0 and --buffers symmetric: pycomm"),
+        (["--buffers", "plain,symmetric", "--huge"], "--huge and --buffers plain,symmetric: pycomm"),
         (["--vs", "nccl"], "--vs nccl"),
         (["--vs", "gloo,gloo"], "twice"),
     ],
