@@ -4,6 +4,7 @@ that names the option and its value, before any rank is started."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pycomm
 from pycomm import _native
 from pycomm.bench.workers.data import OPS, REDUCING, numpy_dtype
 from pycomm.bench.workers.load import is_own, load
+from pycomm.cli.main import warn
 from pycomm.cli.values import at_least, check_ranks, dtype_name, parse_size
 from pycomm.codecs import Codec
 from pycomm.codecs import call as codecs_call
@@ -124,12 +126,14 @@ def dtypes(text: str, op: str, collectives: Sequence[str]) -> list[str]:
     """-d float,half; all: those that the collectives have with this operator."""
     if text != "all":
         return list(dict.fromkeys(checked_dtype(name, op, collectives) for name in text.split(",")))
-    found = []
+    found: list[str] = []
+    missing: list[str] = []
     for name in DTYPES:
-        try:
-            found.append(checked_dtype(name, op, collectives))
-        except ValueError:
-            continue
+        with contextlib.suppress(TypeError, ValueError):
+            _check_dtype(name, op, collectives)
+            (found if _numpy_has(name) else missing).append(name)
+    if missing:
+        warn(f"-d all leaves out {', '.join(missing)}, which NumPy lacks: pip install ml_dtypes")
     return found
 
 
@@ -137,12 +141,25 @@ def checked_dtype(name: str, op: str, collectives: Sequence[str]) -> str:
     """What NumPy calls the type; it and the operator are such that all the collectives have them."""
     try:
         dtype: str = numpy_dtype(dtype_name(name)).name
-        reducing = any(name in REDUCING for name in collectives)
-        call = ("all_reduce", op) if reducing else ("all_gather", "sum")
-        pycomm.run_local(lambda comm: comm.explain(call[0], 1, dtype, op=call[1]), 1)
+        _check_dtype(dtype, op, collectives)
     except (TypeError, ValueError) as error:
         raise ValueError(f"-d {name}{f' -o {op}' if op != 'sum' else ''}: {error}") from None
     return dtype
+
+
+def _check_dtype(dtype: str, op: str, collectives: Sequence[str]) -> None:
+    """TypeError or ValueError if the library has no such calls."""
+    reducing = any(name in REDUCING for name in collectives)
+    call = ("all_reduce", op) if reducing else ("all_gather", "sum")
+    pycomm.run_local(lambda comm: comm.explain(call[0], 1, dtype, op=call[1]), 1)
+
+
+def _numpy_has(dtype: str) -> bool:
+    try:
+        numpy_dtype(dtype)
+    except ValueError:
+        return False
+    return True
 
 
 def check_op(op: str) -> None:

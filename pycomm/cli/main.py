@@ -58,11 +58,20 @@ def show(text: str) -> int:
 
 def fail(message: str, code: int = 2) -> int:
     """One line on stderr, and the exit code: argparse's for what the user can mend."""
+    _say(f"error: {message}")
+    return code
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
     try:
-        print(f"pycomm: error: {message}", file=sys.stderr, flush=True)
+        print(f"pycomm: {message}", file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
-    return code
 
 
 def silence(stream: TextIO) -> None:

@@ -510,6 +510,16 @@ def test_steps_types_and_the_last_line(capsys: pytest.CaptureFixture[str]) -> No
     assert {"float32", "bool", "complex64"} <= set(dtypes("all", "sum", ["all_gather"]))
 
 
+def test_types_that_are_not_installed_are_named() -> None:
+    code = "import sys; sys.modules['ml_dtypes'] = None; from pycomm.cli.bench_options import dtypes;"
+    for op, says in (("sum", "bfloat16, float8_e4m3fn, float8_e5m2"), ("band", "")):
+        command = [sys.executable, "-c", f"{code} print(dtypes('all', {op!r}, ['all_reduce']))"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "'int8'" in done.stdout and "bfloat16" not in done.stdout
+        line = f"pycomm: warning: -d all leaves out {says}, which NumPy lacks: pip install ml_dtypes\n"
+        assert done.stderr == (line if says else "")
+
+
 def test_peers_out_of_place_and_in_place_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     """With pycomm as its own peer: the table, the markdown and the CSV keep the two forms apart."""
     found = row(1024, 1.0, {"openmpi": 4.0, "mpich": 8.0})
