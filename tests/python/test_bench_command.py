@@ -325,6 +325,17 @@ def test_a_users_own_algorithm_and_codec(capsys: pytest.CaptureFixture[str], own
     assert f"--algorithms {own_module}:star: is one for all_reduce" in err
 
 
+def test_what_a_users_module_prints_is_no_part_of_an_output(
+    capsys: pytest.CaptureFixture[str], own_module: str
+) -> None:
+    with open(f"{own_module}.py", "a") as file:
+        file.write("print('hello')\n")
+    options = ["-b", "64", "-e", "64", "-n", "1", "--csv", "-"]
+    out, err = bench(capsys, "--algorithms", f"{own_module}:star", *options)
+    assert [line["algorithm"] for line in csv.DictReader(out.splitlines())] == ["star"]
+    assert err.startswith("hello\n")
+
+
 def test_what_pycomm_refuses_is_a_failure(capsys: pytest.CaptureFixture[str], own_module: str) -> None:
     options = ["-b", "64", "-e", "1K", "-n", "1", "--json", "a.json"]
     what = f"all_reduce, float32, {own_module}:wrong, plain buffers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -15,13 +16,14 @@ def is_own(text: str) -> bool:
 
 def load(text: str) -> Any:
     """The object that "module:name" names; modules of the current directory come first. ValueError if there
-    is no such thing, or if the module raises."""
+    is no such thing, or if the module raises. What it prints goes to stderr: stdout may be a file of ours."""
     module, _, name = text.partition(":")
     if os.getcwd() in sys.path:
         sys.path.remove(os.getcwd())
     sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}; name a module that can be imported from here") from None
     except (Exception, SystemExit) as error:  # of whatever the module does
