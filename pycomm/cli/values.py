@@ -63,4 +63,4 @@ def numbers(text: str) -> list[int]:
 
 
 def needs(what: str, package: str) -> str:
-    return f"{what} needs {package}: pip install 'pycomm-collectives[bench]'"
+    return f"{what} needs {package}: pip install {package}"
