@@ -54,8 +54,10 @@ COLUMNS = {  # of each form, by the names that --columns takes
 }
 
 
-def default_columns(peers: bool) -> list[str]:
-    return ["time", "busbw", "ratio"] if peers else ["time", "algbw", "busbw"]
+def default_columns(peers: bool, few: bool = False) -> list[str]:
+    """`few`: without a bandwidth that the size and the time say."""
+    bandwidth, last = ("busbw", "ratio") if peers else ("algbw", "busbw")
+    return ["time", last] if few else ["time", bandwidth, last]
 
 
 class Table:
@@ -70,10 +72,11 @@ class Table:
         largest: tuple[int, int] = (0, 0),
         width: int = WIDTH,
     ) -> None:
-        """`largest`: the largest size in bytes, and count. `width`: what a terminal has."""
+        """`largest`: the largest size in bytes, and count. `width`: what a terminal has. Where not all fits,
+        the count is left out, then ways of calling stand on lines of their own, then a bandwidth is left out,
+        and at last long names stand on lines of their own too."""
         self._collective = collective
         self._options = options
-        self._columns = {name: COLUMNS[name] for name in columns or default_columns(bool(peers))}
         self._several = len(options.algorithms) > 1
         names = [*options.algorithms]
         if None in names:
@@ -82,20 +85,26 @@ class Table:
         name = max(len(str(name).rpartition(":")[2]) for name in names) + self._several
         way = max(len(_short(way or "")) for way in ways) + len(" persistent") * options.persistent
         least = max(*(len(peer) + 2 for peer in (*peers, "")), len("algorithm"))
-        self._name = max(name + way, least)
-        self._size, self._count = (max(len(str(n)), 6) for n in largest)
+        self._size, count = (max(len(str(n)), 6) for n in largest)
         self._forms = [form for form in FORMS if form == "out_of_place" or _has_in_place(collective)]
-        self._form_width = sum(column.width + 1 for column in self._columns.values()) + self._several
-        most = min(width, WIDTH)
-        if self._width() > most:  # the type is in the heading
-            self._count = 0
-        self._way_above = self._width() > most
-        if self._way_above:
-            self._name = max(name, way, least)
+        shown, fewer = (columns or default_columns(bool(peers), few) for few in (False, True))
+        together, apart = max(name + way, least), max(name, way, least)
+        for self._count, self._way_above, self._name, found in (
+            (count, False, together, shown),
+            (0, False, together, shown),
+            (0, True, apart, shown),
+            (0, True, apart, fewer),
+        ):
+            self._columns = {name: COLUMNS[name] for name in found}
+            self._form_width = sum(column.width + 1 for column in self._columns.values()) + self._several
+            too_wide = self._width() - min(width, WIDTH)
+            if too_wide <= 0:
+                return
+        self._name = max(self._name - too_wide, len("algorithm"))
 
     def _width(self) -> int:
         count = self._count + 1 if self._count else 0
-        return self._size + 1 + count + 1 + self._name + self._form_width * len(self._forms) + 7
+        return self._size + count + 2 + self._name + self._form_width * len(self._forms) + 7
 
     def heading(self) -> list[str]:
         titles, names, units = (
@@ -131,25 +140,28 @@ class Table:
     def lines(self, rows: Sequence[Row]) -> list[str]:
         found = []
         for row in rows:
-            name, way = row.algorithm + "*" * (self._several and row.default), _short(row.way)
-            lead = self._lead(str(row.bytes), str(row.count), name + way * (not self._way_above))
-            if way and self._way_above:
-                found.append("".join(self._lead("", "", way.strip())).rstrip())
-            found.append(self._line(lead, row, row.forms, {}))
+            name = row.algorithm + "*" * (self._several and row.default)
+            figures = self._figures(row, row.forms, {})
+            found += self._line(str(row.bytes), str(row.count), name, _short(row.way), figures)
             for peer, forms in row.beside.items():
-                found.append(
-                    self._line(self._lead("", "", f"  {peer}"), row, forms, row.ratios[peer], peer=True)
-                )
+                figures = self._figures(row, forms, row.ratios[peer], peer=True)
+                found += self._line("", "", f"  {peer}", "", figures)
         return found
+
+    def _line(self, size: str, count: str, name: str, way: str, figures: str) -> list[str]:
+        """And one above it for what does not fit into the column of names."""
+        above, name = (way.strip(), name) if self._way_above else ("", name + way)
+        if len(name) > self._name:
+            above, name = f"{name} {above}".rstrip(), ""
+        lines = [self._lead("", "", above)] if above else []
+        return ["".join(lead).rstrip() for lead in lines] + ["".join(self._lead(size, count, name)) + figures]
 
     def _lead(self, size: str, count: str, name: str) -> list[str]:
         counted = [f" {count:>{self._count}}"] if self._count else []
         return [f"{size:>{self._size}}", *counted, f"  {name:<{self._name}}"]
 
-    def _line(
-        self, lead: list[str], row: Row, forms: Forms, ratios: dict[str, float], *, peer: bool = False
-    ) -> str:
-        parts = [*lead]
+    def _figures(self, row: Row, forms: Forms, ratios: dict[str, float], *, peer: bool = False) -> str:
+        parts = []
         for form in self._forms:
             times = forms.get(form)
             for name, column in self._columns.items():

@@ -202,8 +202,9 @@ def test_types_as_nccl_tests_has_them(name: str, numpy_name: str) -> None:
 
 @pytest.mark.parametrize("peers", [(), ("openmpi", "mpich", "impi", "gloo", "deepspeed")])
 @pytest.mark.parametrize("algorithms", [(None,), ("recursive_doubling", "halving_doubling")])
+@pytest.mark.parametrize("width", [100, 80])
 def test_the_table_fits_and_cuts_no_number(
-    peers: tuple[str, ...], algorithms: tuple[str | None, ...]
+    peers: tuple[str, ...], algorithms: tuple[str | None, ...], width: int
 ) -> None:
     options = Options(2, [1 << 30], algorithms=algorithms, buffers=("plain", "symmetric"), persistent=True)
     size = 1 << 30
@@ -216,9 +217,9 @@ def test_the_table_fits_and_cuts_no_number(
         persistent=True,
         fastest=["in_place"],
     )
-    table = report.Table("all_reduce", options, peers, (), (size, size // 4))
+    table = report.Table("all_reduce", options, peers, (), (size, size // 4), width)
     lines = [*table.heading(), *table.lines([found])]
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= width
     of_engines = table.lines([found])[-1 - len(peers) :]
     assert len({len(line) for line in of_engines}) == 1  # the columns are under each other
     text = "\n".join(lines)
@@ -246,6 +247,20 @@ def test_a_terminal_of_80_columns_has_no_counts_and_whole_numbers() -> None:
     # One peer's four numbers are in one line, for each of four groups and "better MPI".
     whole = [line for line in lines if line.count("x at 4 B") == 2]
     assert len(whole) == 16 and all(line.count("x ") == 4 for line in whole)
+
+
+def test_a_name_that_does_not_fit_stands_on_a_line_of_its_own() -> None:
+    peers = ("pycomm-of-the-commit-before", "gloo")
+    names = ("mine:of_a_very_long_name_indeed", "ring")
+    options = Options(2, [64 << 20], algorithms=names, buffers=("symmetric",))
+    table = report.Table("all_reduce", options, peers, (), (64 << 20, 16 << 20), width=80)
+    found = row(64 << 20, 7654.32, dict.fromkeys(peers, 7e6), algorithm="of_a_very_long_name_indeed")
+    found.buffers = "symmetric"
+    lines = table.lines([found])
+    assert max(map(len, [*table.heading(), *lines])) <= 80
+    words = [line.split()[0] for line in lines]
+    assert words == ["of_a_very_long_name_indeed*", str(64 << 20), peers[0], "21000000", "gloo"]
+    assert lines[0].split()[1:] == ["symmetric"] and len({len(line) for line in lines[1::2]}) == 1
 
 
 def test_the_heading_names_the_ranks_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
