@@ -199,11 +199,8 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    several = {
-        name: len({found[name] for found in summary}) > 1
-        for name in ("dtype", "ranks", "algorithm", "buffers")
-    }
-    names = ["collective", *(name for name, differs in several.items() if differs)]
+    of_group = ("collective", "dtype", "ranks", "algorithm", "buffers")
+    names = [name for name in of_group if len({found[name] for found in summary}) > 1] or ["collective"]
     shown.add_column("peer", overflow="fold")  # names give way to numbers
     for form in FORMS:
         shown.add_column(TITLES[form], justify="right", no_wrap=True)

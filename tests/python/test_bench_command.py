@@ -249,6 +249,24 @@ def test_a_terminal_of_80_columns_has_no_counts_and_whole_numbers() -> None:
     assert len(whole) == 16 and all(line.count("x ") == 4 for line in whole)
 
 
+def test_groups_of_the_summary_are_named_by_what_differs() -> None:
+    def groups(*rows: Row) -> list[str]:
+        console = Console(file=io.StringIO(), width=80, markup=False)
+        report.print_summary(console, rows, [])
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return [line.strip() for line in text.partition("───")[2].splitlines()[1:] if "x at" not in line][:-1]
+
+    plain, symmetric = (row(64, 1.0, {"gloo": 2.0}, buffers=kind) for kind in ("plain", "symmetric"))
+    assert groups(plain) == ["all_reduce"]
+    assert groups(plain, symmetric) == ["plain", "symmetric"]
+    gathers = row(64, 1.0, {"gloo": 2.0}, collective="all_gather")
+    assert groups(plain, symmetric, gathers) == [
+        "all_reduce, plain",
+        "all_reduce, symmetric",
+        "all_gather, plain",
+    ]
+
+
 def test_a_name_that_does_not_fit_stands_on_a_line_of_its_own() -> None:
     peers = ("pycomm-of-the-commit-before", "gloo")
     names = ("mine:of_a_very_long_name_indeed", "ring")
