@@ -11,8 +11,8 @@ namespace {
 // What the peer is called is the method's business: dst, src.
 constexpr auto kPeer = static_cast<size_t>(Arg::peer);
 constexpr std::array<const char*, kNumArgs> kNames = {
-    "x",        "peer",   "op",   "out",    "algorithm",   "deterministic", "timeout", "tag",
-    "async_op", "stream", "root", "counts", "send_counts", "recv_counts",   "codec",   "step"};
+    "x",        "peer",   "out",  "src",    "op",          "algorithm",   "deterministic", "timeout", "tag",
+    "async_op", "stream", "root", "counts", "send_counts", "recv_counts", "codec",         "step"};
 
 // The argument that a keyword names, or kNumArgs. Keywords in calls are interned, so that comparing pointers
 // nearly always settles it.
@@ -22,12 +22,13 @@ size_t find_argument(PyObject* keyword, const char* peer_name) {
     for (size_t i = 0; i < kNumArgs; ++i) made[i] = PyUnicode_InternFromString(kNames[i]);
     return made;
   }();
+  const auto is_peer = [&](const char* text) { return peer_name && std::strcmp(text, peer_name) == 0; };
   for (size_t i = 0; i < kNumArgs; ++i) {
-    if (keyword == interned[i] && i != kPeer) return i;
+    if (keyword == interned[i] && i != kPeer) return is_peer(kNames[i]) ? kPeer : i;
   }
   const char* text = PyUnicode_AsUTF8(keyword);
   if (!text) throw pybind11::error_already_set();
-  if (peer_name && std::strcmp(text, peer_name) == 0) return kPeer;
+  if (is_peer(text)) return kPeer;
   for (size_t i = 0; i < kNumArgs; ++i) {
     if (std::strcmp(text, kNames[i]) == 0 && i != kPeer) return i;
   }

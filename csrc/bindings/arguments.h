@@ -8,11 +8,12 @@
 
 namespace pycomm::bindings {
 
-enum class Arg : uint8_t {
+enum class Arg : uint8_t {  // those that may come without a keyword first, in their order
   x,
   peer,
-  op,
   out,
+  src,  // of send_recv, whose peer is dst
+  op,
   algorithm,
   deterministic,
   timeout,
@@ -26,7 +27,7 @@ enum class Arg : uint8_t {
   codec,
   step,
 };
-inline constexpr int kNumArgs = 16;
+inline constexpr int kNumArgs = 17;
 
 constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 

@@ -50,7 +50,13 @@ constexpr Method kSend{"send", Collective::send_recv, (kCommon & ~bit(Arg::out))
                        false};
 constexpr Method kRecv{"recv", Collective::send_recv, (kCommon & ~bit(Arg::out)) | bit(Arg::peer), 2, "src",
                        false};
-
+constexpr Method kSendRecv{"send_recv",
+                           Collective::send_recv,
+                           bit(Arg::x) | bit(Arg::peer) | bit(Arg::out) | bit(Arg::src) | bit(Arg::timeout) |
+                               bit(Arg::tag) | bit(Arg::stream),
+                           4,
+                           "dst",
+                           false};
 PyCommunicator& self_of(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
@@ -80,6 +86,49 @@ py::object run_list(PyCommunicator& comm, const Arguments& args) {
     }
   }
   return result;
+}
+
+// send_recv as the two calls that it makes.
+Arguments side_of(const Arguments& args, Arg buffer, Arg peer) {
+  Arguments side;
+  for (const auto& [to, from] :
+       {std::pair(Arg::x, buffer), {Arg::peer, peer}, {Arg::timeout, Arg::timeout}, {Arg::tag, Arg::tag}}) {
+    if (!args[from]) continue;
+    side.values[static_cast<size_t>(to)] = args[from];
+    side.given |= bit(to);
+  }
+  return side;
+}
+
+py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
+  const Arguments sends = side_of(args, Arg::x, Arg::peer), receives = side_of(args, Arg::out, Arg::src);
+  Memo::Query sent(kSend, sends), received(kRecv, receives);
+  const bool can_be_kept = args[Arg::x] && args[Arg::out] && sent.read_buffers() && received.read_buffers();
+  if (can_be_kept) {
+    const Memo::Use send = comm.handle->memo.find(sent), receive = comm.handle->memo.find(received);
+    if (send && receive && !overlap(sent.x, received.x)) {
+      GilPatience patience(send->eager || receive->eager);
+      comm->run_both(send->bound, receive->bound, patience);
+      return py::reinterpret_borrow<py::object>(args[Arg::out]);
+    }
+  }
+  const Memo::Use send = can_be_kept ? comm.handle->memo.claim(sent) : Memo::Use(),
+                  receive = can_be_kept ? comm.handle->memo.claim(received) : Memo::Use();
+  auto calls = check_exchange(kSendRecv, comm, args);
+  std::array<Bound, 2> bounds;
+  const std::array places = {&send, &receive};
+  GilPatience patience(calls[0].eager(comm) || calls[1].eager(comm));
+  for (size_t i = 0; i < calls.size(); ++i) bounds[i] = comm->bind(calls[i].request);
+  comm->run_both(bounds[0], bounds[1], patience);
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Memo::Use& place = *places[i];
+    if (!place) continue;
+    place->result = i == 0 ? std::nullopt : std::optional(Arg::x);
+    place->eager = calls[i].eager(comm);
+    place->bound = std::move(bounds[i]);
+    place.keep();
+  }
+  return std::move(calls[1].result);
 }
 
 py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Arguments& args) {
@@ -135,6 +184,7 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
                                          argv, nargs, keywords);
   if (args.given & kCodec) [[unlikely]]
     return call_codec(method, self, args);
+  if (&method == &kSendRecv) return run_exchange(comm, args);
   Memo::Query query(method, args);
   if (!query.read_buffers()) return run_anew(comm, method, args, nullptr);
   if (const Memo::Use known = comm.handle->memo.find(query)) return run_known(comm, *known, args);
@@ -173,6 +223,7 @@ void add_collectives(py::module_& module, py::class_<PyCommunicator>& communicat
       define<kBarrier>(docs::kBarrier),
       define<kSend>(docs::kSend),
       define<kRecv>(docs::kRecv),
+      define<kSendRecv>(docs::kSendRecv),
   };
   for (PyMethodDef& def : methods) {
     PyObject* method = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(communicator.ptr()), &def);

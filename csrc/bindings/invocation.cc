@@ -16,6 +16,12 @@ namespace pycomm::bindings {
 using runtime::Request;
 using schedule::Collective;
 
+bool overlap(const Buffer& in, const Buffer& out) {
+  if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return false;
+  const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
+  return a < b + out.bytes() && b < a + in.bytes();
+}
+
 namespace {
 
 constexpr int64_t kShortBytes = 32 << 10;
@@ -122,9 +128,8 @@ std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
 // error.
 void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
   const Buffer &in = call.in, &out = call.out;
-  if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return;
+  if (!overlap(in, out)) return;
   const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
-  if (a >= b + out.bytes() || b >= a + in.bytes()) return;
   if (a == own_in && b == own_out) {
     call.request.call.in_place = true;
     return;
@@ -299,20 +304,30 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
   }
 }
 
-void take_peer(Invocation& call, const PyCommunicator& comm, const Method& method, const Arguments& args) {
-  const bool sends = std::strcmp(method.name, "send") == 0;
-  if (!args[Arg::peer]) throw TypeError(std::string(method.name) + "() needs `" + method.peer_name + "`");
-  const int peer = rank_argument(comm, args[Arg::peer], method.peer_name);
-  if (peer == comm->rank()) {
-    throw ValueError(std::string("`") + method.peer_name + "` is this rank itself: copy the buffer instead");
+// A message: what the buffer and the peer are called is the method's business.
+struct Side {
+  bool sends;
+  Arg buffer, peer;
+  const char *buffer_name, *peer_name;
+};
+
+void take_message(Invocation& call, const PyCommunicator& comm, const Method& method, const Arguments& args,
+                  const Side& side) {
+  for (const auto& [arg, name] : {std::pair(side.buffer, side.buffer_name), {side.peer, side.peer_name}}) {
+    if (!args[arg]) throw TypeError(std::string(method.name) + "() needs `" + name + "`");
   }
-  Buffer buffer = get_buffer(args[Arg::x], "x");
-  if (!sends) require_writable(buffer, "x");
+  const int peer = rank_argument(comm, args[side.peer], side.peer_name);
+  if (peer == comm->rank()) {
+    throw ValueError(std::string("`") + side.peer_name + "` is this rank itself: copy the buffer instead");
+  }
+  Buffer buffer = get_buffer(args[side.buffer], side.buffer_name);
+  if (!side.sends) require_writable(buffer, side.buffer_name);
   call.request.call.counts.assign(1, buffer.count);
-  call.request.call.world.root = sends ? comm->rank() : peer;
-  call.request.call.world.peer = sends ? peer : comm->rank();
-  (sends ? call.in : call.out) = buffer;
-  call.result = sends ? py::none() : call.x;
+  call.request.call.world.root = side.sends ? comm->rank() : peer;
+  call.request.call.world.peer = side.sends ? peer : comm->rank();
+  (side.sends ? call.in : call.out) = buffer;
+  call.x = py::reinterpret_borrow<py::object>(args[side.buffer]);
+  call.result = side.sends ? py::none() : call.x;
 }
 
 // Several buffers of one type in one call: packed side by side, reduced, unpacked.
@@ -401,11 +416,29 @@ Invocation check_call(const Method& method, const PyCommunicator& comm, const Ar
       call.result = py::none();
       break;
     case Collective::send_recv:
-      take_peer(call, comm, method, args);
+      take_message(call, comm, method, args,
+                   {std::strcmp(method.name, "send") == 0, Arg::x, Arg::peer, "x", method.peer_name});
       break;
   }
   finish_request(call);
   return call;
+}
+
+std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
+                                         const Arguments& args) {
+  std::array<Invocation, 2> calls;
+  for (Invocation& call : calls) {
+    call.request.call.world.collective = method.collective;
+    take_common(call.request, args);
+  }
+  auto& [sent, received] = calls;
+  take_message(sent, comm, method, args, {true, Arg::x, Arg::peer, "x", "dst"});
+  take_message(received, comm, method, args, {false, Arg::out, Arg::src, "out", "src"});
+  if (overlap(sent.in, received.out)) {
+    throw ValueError("`x` and `out` overlap: what comes would overwrite what has not been sent yet");
+  }
+  for (Invocation& call : calls) finish_request(call);
+  return calls;
 }
 
 std::vector<Invocation> check_list(const Arguments& args) {

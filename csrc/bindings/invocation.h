@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -39,6 +40,10 @@ struct Invocation {
 
 // Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
 Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
+bool overlap(const Buffer& in, const Buffer& out);
+// send_recv: the send and the receive.
+std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
+                                         const Arguments& args);
 // all_reduce([a, b, c]): one call for each element type among them, of a packed copy; `then` unpacks it.
 std::vector<Invocation> check_list(const Arguments& args);
 

@@ -167,8 +167,9 @@ void Communicator::learn_single_copy() {
 Communicator::~Communicator() {
   if (transport::forked_since(fork_generation_)) {  // the parent's: nothing of it is here
     if (progress_.joinable()) progress_.detach();
-    new (&queue_changed_)
-        std::condition_variable;  // the parent's would wait for its waiters, who are not here
+    for (auto* condition : {&queue_changed_, &work_left_}) {
+      new (condition) std::condition_variable;  // the parent's would wait for its waiters, who are not here
+    }
     return;
   }
   try {
@@ -184,7 +185,7 @@ void Communicator::close(Patience& patience) {
     const std::lock_guard lock(queue_mutex_);
     if (std::exchange(stopping_, true)) return;
   }
-  queue_changed_.notify_all();
+  work_left_.notify_all();
   const std::exception_ptr interrupted = wait_for_queue(patience);
   if (progress_.joinable()) progress_.join();  // it finishes what is queued
   closed_.store(true);

@@ -3,7 +3,7 @@
 // Thread-safe. A group's collectives run one at a time, in the order in which they were made, and so do the
 // messages from one rank to another; these sequences run beside each other. A call that finds nothing queued
 // takes the group's token and runs at once; asynchronous calls queue up, and whoever waits for one drives all
-// that are queued (else the progress thread does).
+// that are queued (while nobody does, the progress thread).
 #pragma once
 
 #include <array>
@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -31,8 +32,6 @@
 #include "schedule/plan.h"
 
 namespace pycomm::runtime {
-
-inline constexpr int64_t kChannelBankBytes = 256 << 10;  // of a pair's domain, for send and recv
 
 // One call as the caller made it. Buffers have been checked for size, contiguity and overlap.
 struct Request {
@@ -119,6 +118,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   uint32_t codec_step() const { return codec_step_.load(std::memory_order_relaxed); }
   uint32_t take_codec_step() { return codec_step_.fetch_add(1, std::memory_order_relaxed); }
   void run(const Bound& bound, Patience& patience);
+  // Two messages (they have no agreements), neither of which waits for the other.
+  void run_both(const Bound& first, const Bound& second, Patience& patience);
   std::shared_ptr<Work> submit(Bound bound);
   void execute(Request request, Patience& patience) { run(bind(request), patience); }
 
@@ -163,22 +164,35 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Under the token.
   Sequence& sequence_of(const Bound& bound);
   void run_alone(const Bound& bound, Patience& patience);
+  void run_both_alone(const Bound& first, const Bound& second, Patience& patience);
   void run_queued(const std::shared_ptr<Work>& work, Patience& patience);
   struct Active {
     std::shared_ptr<Work> work;
-    const Bound* bound;  // what runs: the work's own, its agreement's exchange, what that concluded
-    Sequence* sequence;
+    const Bound* bound = nullptr;  // what runs: the work's own, its agreement's exchange, what that concluded
+    Sequence* sequence = nullptr;
     Pending pending;
   };
   void start(Active& active, const Bound& bound);
   bool go_on(Active& active, int polls);
   void complete(Active& active);
-  uint64_t take_up();
+  void take_up();
+  bool advance_all(int polls);
   void complete_some(Patience& patience, const WaitPolicy& policy);
-  void join_queue(const Bound& bound, Sequence& sequence, const Pending& pending, Patience& patience);
+  void join_queue(std::span<Active> begun, Patience& patience);
 
   void drive(const Work& work, Patience& patience);
   void progress();
+  void wake_progress();
+  class Driving {  // while a thread is here that drives what it waits for
+   public:
+    explicit Driving(Communicator& comm) : comm_(comm) { ++comm_.drivers_; }
+    ~Driving();
+    Driving(const Driving&) = delete;
+    Driving& operator=(const Driving&) = delete;
+
+   private:
+    Communicator& comm_;
+  };
   std::exception_ptr wait_for_queue(Patience& patience);
   std::optional<std::string> find_last_mismatch() const;
   void refuse_reentry() const;
@@ -233,11 +247,16 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::vector<UserAlgorithm> user_algorithms_;
 
   std::mutex queue_mutex_;
-  std::condition_variable queue_changed_;
+  std::condition_variable
+      queue_changed_;                  // a call has ended, or the progress thread has given back the token
+  std::condition_variable work_left_;  // for the progress thread, while it rests
   std::map<std::pair<int, int>, std::deque<std::shared_ptr<Work>>> queues_;  // by sequence
   std::atomic<uint64_t> queued_{0};                                          // in all of them
+  std::atomic<uint64_t> attention_{
+      0};  // grows with each call that is queued, and each thread that comes to wait
+  std::atomic<int> drivers_{0};
   std::thread progress_;
-  bool stopping_ = false;
+  bool stopping_ = false, rests_ = false;
 };
 
 }  // namespace pycomm::runtime

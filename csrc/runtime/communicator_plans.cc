@@ -19,15 +19,6 @@ namespace {
 
 constexpr size_t kCachedPlans = 1024;
 
-Geometry geometry_for(Collective collective, int ranks, const Caches& caches) {
-  Geometry geometry = host_geometry(ranks, caches);
-  if (collective == Collective::send_recv) {
-    geometry.bank_bytes = kChannelBankBytes;
-    geometry.trip_bytes = kChannelBankBytes / 2 - 4096;
-  }
-  return geometry;
-}
-
 uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int rank) {
   Hasher h;
   h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
@@ -61,7 +52,7 @@ std::function<schedule::Schedule(const schedule::World&)> Communicator::user_alg
 
 schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::string& algorithm,
                                        int rank) const {
-  const Geometry geometry = geometry_for(call.world.collective, size(), caches_);
+  const Geometry geometry = host_geometry(size(), caches_);
   const auto write = user_algorithm(call.world.collective, algorithm);
   if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
     throw ValueError("algorithm \"" + algorithm +

@@ -1,12 +1,28 @@
 // Running calls: at once where nothing is queued, else as part of the queue.
+#include <sched.h>
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <utility>
 
 #include "common/error.h"
 #include "runtime/communicator.h"
+#include "schedule/layout.h"
 
 namespace pycomm::runtime {
+
+namespace {
+constexpr int64_t kShortBytes = 64 << 10;  // moved in less time than another thread takes to wake up
+
+bool shorter_than_waking(const Bound& bound) {
+  if (bound.before || bound.agreement) return false;
+  const schedule::Call& call = bound.prepared->plan.call;
+  const int root = call.world.root;
+  const int64_t elements = std::max(schedule::in_elements(call, root), schedule::out_elements(call, root));
+  return elements * static_cast<int64_t>(size_of(call.dtype)) <= kShortBytes;
+}
+}  // namespace
 
 // ---- at once ----
 
@@ -16,6 +32,7 @@ void Communicator::run(const Bound& bound, Patience& patience) {
     if (token && queued_.load(std::memory_order_acquire) == 0) return run_alone(bound, patience);
   }
   refuse_reentry();
+  const Driving here(*this);  // so that nobody is woken to do it
   const auto work = submit(bound);
   run_queued(work, patience);
 }
@@ -44,7 +61,8 @@ void Communicator::run_alone(const Bound& asked, Patience& patience) {
     const Blocked submission{&queued_, 1};
     wait({&pending, 1}, policy_, patience, &submission);
     if (submission.met()) {
-      join_queue(*bound, sequence, pending, patience);
+      Active active{nullptr, bound, &sequence, pending};
+      join_queue({&active, 1}, patience);
       if (asked.then) asked.then();
       return;
     }
@@ -53,31 +71,76 @@ void Communicator::run_alone(const Bound& asked, Patience& patience) {
   if (asked.then) asked.then();
 }
 
-// Another thread has made a call, which this one may be waiting for in the end.
-void Communicator::join_queue(const Bound& bound, Sequence& sequence, const Pending& pending,
-                              Patience& patience) {
-  auto work = std::make_shared<Work>();
-  work->owner_ = this;
-  work->bound_ = bound;
-  work->bound_.agreement = nullptr;  // that is done
-  work->bound_.before = nullptr;
-  work->bound_.then = nullptr;
-  work->taken_up_ = true;
-  active_.push_back({work, &work->bound_, &sequence, pending});
-  {
+void Communicator::run_both(const Bound& first, const Bound& second, Patience& patience) {
+  if (queued_.load(std::memory_order_acquire) == 0) {
+    const std::unique_lock token(token_, std::try_to_lock);
+    if (token && queued_.load(std::memory_order_acquire) == 0) {
+      return run_both_alone(first, second, patience);
+    }
+  }
+  refuse_reentry();
+  const Driving here(*this);
+  const std::array works = {submit(first), submit(second)};
+  std::exception_ptr error;
+  for (const auto& work : works) {
+    try {
+      run_queued(work, patience);
+    } catch (...) {
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+void Communicator::run_both_alone(const Bound& first, const Bound& second, Patience& patience) {
+  check_usable();
+  std::array<Active, 2> calls;
+  for (const Bound* bound : {&first, &second}) start(calls[bound == &second], *bound);
+  for (size_t left = calls.size();;) {
+    for (size_t i = left; i-- > 0;) {
+      Sequence& sequence = *calls[i].sequence;
+      if (sequence.run().mismatched() >= 0 || !sequence.run().advance()) continue;
+      sequence.finish();
+      std::swap(calls[i], calls[--left]);
+    }
+    if (left == 0) return;
+    std::array pending = {calls[0].pending, calls[1].pending};
+    const Blocked submission{&queued_, 1};
+    wait({pending.data(), left}, policy_, patience, &submission);
+    for (size_t i = 0; i < left; ++i) calls[i].pending = pending[i];
+    if (submission.met()) return join_queue({calls.data(), left}, patience);
+  }
+}
+
+// Another thread has made a call, which these, that have begun, may be waiting for in the end.
+void Communicator::join_queue(std::span<Active> begun, Patience& patience) {
+  for (Active& active : begun) {
+    auto work = active.work = std::make_shared<Work>();
+    work->owner_ = this;
+    work->bound_ = *active.bound;
+    work->bound_.agreement = nullptr;  // that is done
+    work->bound_.before = nullptr;
+    work->bound_.then = nullptr;
+    work->taken_up_ = true;
+    active_.push_back({work, &work->bound_, active.sequence, active.pending});
     const std::lock_guard lock(queue_mutex_);
-    queues_[bound.sequence()].push_front(work);
+    queues_[work->bound_.sequence()].push_front(work);
     queued_.fetch_add(1, std::memory_order_release);
   }
+  const auto completed = [&] {
+    return std::ranges::all_of(begun, [](const Active& a) { return a.work->is_completed(); });
+  };
   try {
-    while (!work->is_completed()) complete_some(patience, policy_);
+    while (!completed()) complete_some(patience, policy_);
   } catch (...) {         // interrupted, and the group has failed
     patience.on_block();  // others must be able to complete their calls
     Patience none;
-    while (!work->is_completed()) complete_some(none, policy_);
+    while (!completed()) complete_some(none, policy_);
     throw;
   }
-  if (work->error_) std::rethrow_exception(work->error_);
+  for (const Active& active : begun) {
+    if (active.work->error_) std::rethrow_exception(active.work->error_);
+  }
 }
 
 // A blocking call as part of the queue: the caller's buffers are its own again when this returns or throws.
@@ -104,7 +167,7 @@ Sequence& Communicator::sequence_of(const Bound& bound) {
   std::atomic<int64_t>& offset = domain_->channel_offset(bound.src, bound.dst);
   int64_t there = offset.load(std::memory_order_acquire);
   if (there == 0) {
-    const int64_t bytes = Domain::bytes(2, kChannelBankBytes), made = node.reserve(bytes);
+    const int64_t bytes = Domain::bytes(2), made = node.reserve(bytes);
     if (offset.compare_exchange_strong(there, made, std::memory_order_acq_rel)) {
       there = made;
     } else {
@@ -113,26 +176,37 @@ Sequence& Communicator::sequence_of(const Bound& bound) {
   }
   const std::vector<int> pair = {domain_->node_ranks()[bound.src], domain_->node_ranks()[bound.dst]};
   auto domain = std::make_unique<Domain>(domain_->shared_node(), pair, rank() == bound.src ? 0 : 1, there,
-                                         kChannelBankBytes, domain_.get());
+                                         kBankBytes, domain_.get());
   return channels_.try_emplace(bound.sequence(), std::move(domain)).first->second.messages;
 }
 
 // ---- the queue ----
 
+// A short call is begun by the thread that makes it: peers find its data sooner, and where their data is
+// there already, no other thread has to wake up for it.
 std::shared_ptr<Work> Communicator::submit(Bound bound) {
   check_usable();
+  const bool is_short = shorter_than_waking(bound);
   auto work = std::make_shared<Work>();
   work->owner_ = this;
   work->bound_ = std::move(bound);
+  bool first = false;
   {
     const std::lock_guard lock(queue_mutex_);
     if (stopping_) throw AbortedError("rank " + std::to_string(rank()) + " is closing this communicator");
     if (!progress_.joinable()) progress_ = std::thread([this] { progress(); });
     queues_[work->bound_.sequence()].push_back(work);
-    queued_.fetch_add(1, std::memory_order_release);
+    first = queued_.fetch_add(1) == 0;
   }
-  queue_changed_.notify_all();
-  domain_->ring(rank());  // whoever drives may sleep
+  attention_.fetch_add(1);
+  std::unique_lock token(token_, std::defer_lock);
+  if (first && is_short && token.try_lock()) {
+    advance_all(1);
+    token.unlock();
+  } else {
+    domain_->ring(rank());  // whoever drives may sleep
+  }
+  if (!work->is_completed()) wake_progress();
   return work;
 }
 
@@ -143,20 +217,18 @@ void Communicator::start(Active& active, const Bound& bound) {
   active.pending = active.sequence->pending(bound.timeout_s);
 }
 
-// Starts the first call of every sequence that has one. Returns how many are queued in all.
-uint64_t Communicator::take_up() {
+// Starts the first call of every sequence that has one.
+void Communicator::take_up() {
   std::vector<std::shared_ptr<Work>> fresh;
-  uint64_t queued = 0;
   {
     const std::lock_guard lock(queue_mutex_);
     for (auto& [sequence, queue] : queues_) {
       if (std::exchange(queue.front()->taken_up_, true)) continue;
       fresh.push_back(queue.front());
     }
-    queued = queued_.load(std::memory_order_relaxed);
   }
   for (auto& work : fresh) {
-    Active active{work, nullptr, nullptr, {}};
+    Active active{.work = work};
     try {
       if (domain_->failed()) domain_->raise_failure(Domain::Caller::under_way);  // it was made before that
       if (work->bound_.before) work->bound_.before();
@@ -167,10 +239,8 @@ uint64_t Communicator::take_up() {
     } catch (...) {
       work->error_ = std::current_exception();
       complete(active);
-      --queued;
     }
   }
-  return queued;
 }
 
 // True when the call has ended, well or not.
@@ -205,23 +275,27 @@ void Communicator::complete(Active& active) {
   queue_changed_.notify_all();
 }
 
-// Runs what is queued until a call has ended, if there is one.
-void Communicator::complete_some(Patience& patience, const WaitPolicy& policy) {
-  for (;;) {
-    const uint64_t queued = take_up();
-    const auto ended = std::stable_partition(
-        active_.begin(), active_.end(),
-        [&, polls = active_.size() > 1 ? 1 : policy.polls()](Active& a) { return !go_on(a, polls); });
-    const bool any = ended != active_.end();
-    std::for_each(ended, active_.end(), [&](Active& a) { complete(a); });
-    active_.erase(ended, active_.end());
-    if (any || active_.empty()) return;
+// As far as what is queued can go without waiting. True if a call has ended, or there is none.
+bool Communicator::advance_all(int polls) {
+  take_up();
+  if (active_.size() > 1) polls = 1;
+  const auto ended =
+      std::stable_partition(active_.begin(), active_.end(), [&](Active& a) { return !go_on(a, polls); });
+  const bool any = ended != active_.end();
+  std::for_each(ended, active_.end(), [&](Active& a) { complete(a); });
+  active_.erase(ended, active_.end());
+  return any || active_.empty();
+}
 
+// Runs what is queued until a call has ended, if there is one, or another thread draws attention.
+void Communicator::complete_some(Patience& patience, const WaitPolicy& policy) {
+  const uint64_t seen = attention_.load(std::memory_order_acquire);
+  const Blocked attention{&attention_, seen + 1};
+  while (!advance_all(policy.polls())) {
     std::vector<Pending> pending;
     for (const Active& active : active_) pending.push_back(active.pending);
-    const Blocked submission{&queued_, queued + 1};
     try {
-      wait(pending, policy, patience, &submission);
+      wait(pending, policy, patience, &attention);
     } catch (const CommError&) {  // the group's
       for (Active& active : active_) {
         active.work->error_ = std::current_exception();
@@ -231,23 +305,54 @@ void Communicator::complete_some(Patience& patience, const WaitPolicy& policy) {
       return;
     }
     for (size_t i = 0; i < active_.size(); ++i) active_[i].pending.started = pending[i].started;
+    if (attention.met()) return;
   }
 }
 
+// Drives what nobody waits for. Whoever comes to wait drives sooner than another thread can wake up: so this
+// one stands back while somebody is there, and lets the thread that woke it go on first, if they share a
+// core. (A sleep would cost more than most calls: a timer is an exit of a virtual machine.)
 void Communicator::progress() {
   Patience patience;
-  for (;;) {
+  for (bool rested = true;; rested = false) {
     {
       std::unique_lock lock(queue_mutex_);
-      queue_changed_.wait(lock, [&] { return stopping_ || !queues_.empty(); });
+      while (!stopping_ && (queues_.empty() || drivers_ > 0)) {
+        rests_ = rested = true;
+        work_left_.wait(lock);
+        rests_ = false;
+      }
       if (queues_.empty()) return;
     }
-    const std::lock_guard token(token_);
-    complete_some(patience, background_policy_);
+    if (rested) {
+      sched_yield();
+      if (drivers_ > 0) continue;
+    }
+    {
+      const std::lock_guard token(token_);
+      complete_some(patience, background_policy_);
+    }
+    const std::lock_guard lock(queue_mutex_);
+    queue_changed_.notify_all();  // the token is free
+  }
+}
+
+void Communicator::wake_progress() {
+  if (drivers_ > 0) return;
+  const std::lock_guard lock(queue_mutex_);
+  if (rests_) work_left_.notify_one();
+}
+
+Communicator::Driving::~Driving() {
+  if (comm_.drivers_.fetch_sub(1) == 1 && comm_.queued_.load() != 0) {
+    comm_.wake_progress();
   }
 }
 
 void Communicator::drive(const Work& work, Patience& patience) {
+  const Driving here(*this);
+  attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
+  domain_->ring(rank());
   while (!work.is_completed()) {
     if (const std::unique_lock token(token_, std::try_to_lock); token) {
       complete_some(patience, policy_);
@@ -257,7 +362,8 @@ void Communicator::drive(const Work& work, Patience& patience) {
     patience.on_block();
     {
       std::unique_lock lock(queue_mutex_);
-      queue_changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return work.is_completed(); });
+      queue_changed_.wait_for(lock, std::chrono::milliseconds(20),
+                              [&] { return work.is_completed() || !token_.taken(); });
     }
     patience.on_tick();
   }

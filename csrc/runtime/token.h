@@ -24,6 +24,7 @@ class Token {
     while (state_.exchange(kAwaited, std::memory_order_acquire) != kFree) state_.wait(kAwaited);
     owner_.store(pthread_self(), std::memory_order_relaxed);
   }
+  bool taken() const { return state_.load(std::memory_order_acquire) != kFree; }
   // By this thread.
   bool held() const { return owner_.load(std::memory_order_relaxed) == pthread_self(); }
   void unlock() {

@@ -247,6 +247,36 @@ TEST(sequences_run_beside_each_other) {
 }
 
 // A rank that is no part of a pair never hears of it.
+// Around a ring, while another thread of each rank reduces: an exchange that began alone joins the queue.
+TEST(exchanges_beside_other_threads) {
+  run_threads(3, [](Communicator& comm) {
+    const int n = comm.size(), me = comm.rank(), next = (me + 1) % n, before = (me + n - 1) % n;
+    std::thread other([&] {
+      for (int i = 0; i < 50; ++i) {
+        std::vector<int64_t> data(10, me + 1);
+        all_reduce(comm, data);
+        CHECK(data[9] == total(n));
+      }
+    });
+    for (const int64_t count : {1, 1000, 200000}) {
+      for (int i = 0; i < 20; ++i) {
+        std::vector<int64_t> out(count, 100 * me + i), in(count, -1);
+        const auto message = [&](int src, int dst, std::vector<int64_t>& data) {
+          Request r = request(comm, Collective::send_recv, count, data.data(), data.data());
+          r.call.in_place = false;
+          r.call.world.root = src;
+          r.call.world.peer = dst;
+          return comm.bind(r);
+        };
+        Patience patience;
+        comm.run_both(message(me, next, out), message(before, me, in), patience);
+        CHECK(in.front() == 100 * before + i && in.back() == in.front());
+      }
+    }
+    other.join();
+  });
+}
+
 TEST(pairs_run_beside_the_rest) {
   run_threads(4, [](Communicator& comm) {
     const int peer = comm.rank() ^ 1;

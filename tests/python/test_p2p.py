@@ -78,6 +78,111 @@ def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str
     ranks(fn, 2)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
+    """Again and again with the same buffers, and with others: both are remembered."""
+
+    def fn(comm: Communicator) -> None:
+        me, right, left = comm.rank, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        for count in (0, 1, 7, 1000, 50_001, 1_000_003):
+            for x, y in [(np.empty(count, np.float32), np.empty(count, np.float32)) for _ in range(2)]:
+                for turn in range(3):
+                    x[:], y[:] = 10 * me + turn, -1
+                    assert comm.send_recv(x, right, y, left) is y
+                    x[:] = -2  # it may be used again
+                    assert (y == 10 * left + turn).all()
+        received = np.empty(3, np.int64)  # a message each way may be of another type and length
+        if me == 0:
+            comm.send_recv(b"words", 1, received, src=size - 1, tag=None, timeout=60)
+            assert (received == size - 1).all()
+        elif me == 1:
+            assert comm.recv(bytearray(5), 0) == b"words"
+        if me == size - 1:
+            comm.send(np.full(3, me), dst=0)
+
+    ranks(fn, size)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_send_recv_beside_what_is_queued(ranks: Ranks, count: int) -> None:
+    """It takes its turn behind messages of the pair, and joins the queue when another thread makes a call."""
+
+    def fn(comm: Communicator) -> None:
+        other = 1 - comm.rank
+        outs = [np.full(count, -1) for _ in range(4)]
+        works = [comm.send(np.full(count, 10 * comm.rank), other, async_op=True)]
+        works.append(comm.recv(outs[0], other, async_op=True))
+        total = comm.all_reduce(np.ones(count), async_op=True)
+        comm.send_recv(np.full(count, 10 * comm.rank + 1), other, outs[1], other)
+
+        def reduce() -> None:
+            assert (comm.all_reduce(np.ones(count)) == 2).all()
+
+        thread = threading.Thread(target=reduce)
+        if comm.rank == 0:
+            thread.start()
+        comm.send_recv(np.full(count, 10 * comm.rank + 2), other, outs[2], other)
+        if comm.rank == 1:
+            thread.start()
+        comm.send_recv(np.full(count, 10 * comm.rank + 3), other, outs[3], other)
+        thread.join()
+        for work in works:
+            work.wait()
+        assert (total.wait() == 2).all()
+        for i, out in enumerate(outs):
+            assert (out == 10 * other + i).all()
+
+    ranks(fn, 2)
+
+
+def test_send_recv_refuses_before_anything_moves(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x, out, me, other = np.ones(4), np.zeros(4), comm.rank, 1 - comm.rank
+        read_only = np.zeros(4)
+        read_only.flags.writeable = False
+        whole = np.zeros(6)
+        for error, match, call in [
+            (TypeError, "needs `x`", lambda: comm.send_recv()),
+            (TypeError, "needs `dst`", lambda: comm.send_recv(x)),
+            (TypeError, "needs `out`", lambda: comm.send_recv(x, other)),
+            (TypeError, "needs `src`", lambda: comm.send_recv(x, other, out)),
+            (TypeError, "positional", lambda: comm.send_recv(x, other, out, other, 5)),
+            (TypeError, "multiple values", lambda: comm.send_recv(x, other, out, other, dst=other)),
+            (
+                TypeError,
+                "unexpected keyword argument 'async_op'",
+                lambda: comm.send_recv(x, other, out, other, async_op=True),
+            ),
+            (ValueError, "`dst` is this rank", lambda: comm.send_recv(x, me, out, other)),
+            (ValueError, "`src` is this rank", lambda: comm.send_recv(x, other, out, me)),
+            (ValueError, "`src` is 7", lambda: comm.send_recv(x, other, out, 7)),
+            (ValueError, "`out`.*read-only", lambda: comm.send_recv(x, other, read_only, other)),
+            (ValueError, "overlap", lambda: comm.send_recv(x, other, x, other)),
+            (ValueError, "overlap", lambda: comm.send_recv(whole[:4], other, whole[2:], other)),
+            (TypeError, "`out`", lambda: comm.send_recv(x, other, "text", other)),
+        ]:
+            with pytest.raises(error, match=match):
+                call()
+        comm.send_recv(whole[:3], other, whole[3:], other)
+        comm.send(x, other)
+        assert (comm.recv(out, other) == 1).all()
+
+    ranks(fn, 2)
+
+
+def test_send_recv_names_what_differs(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        other = 1 - comm.rank
+        with pytest.raises(pycomm.CommError) as caught:
+            comm.send_recv(np.ones(5 + comm.rank), other, np.empty(5), other)
+            comm.barrier()  # a short send may be over before it is seen
+        if comm.rank == 0:
+            assert isinstance(caught.value, pycomm.MismatchError)
+            caught.match("rank 0 called recv.*count=5.*rank 1 called send.*count=6")
+
+    ranks(fn, 2)
+
+
 def test_messages_and_collectives_do_not_wait_for_each_other(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         n, me = comm.size, comm.rank

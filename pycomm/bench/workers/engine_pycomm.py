@@ -23,6 +23,7 @@ OUT_OF_PLACE = {
     "scatter": "comm.scatter({x_at_root}, out=out{more})",
     "all_to_all": "comm.all_to_all(x, out=out{more})",
     "barrier": "comm.barrier({more})",
+    "send_recv": "comm.send_recv(x, right, out, left)",
 }
 IN_PLACE = {
     **OUT_OF_PLACE,
@@ -31,8 +32,6 @@ IN_PLACE = {
     "reduce": "comm.reduce(x{more})",
     "all_to_all": "comm.all_to_all(x, out=x{more})",
 }
-# Every rank sends to the next. Some receive first, or all would wait for each other.
-SEND_RECV = ("comm.send(x, right)", "comm.recv(out, left)")
 TWO_RANKS = {
     "ping_pong": ("comm.send(x, 1); comm.recv(out, 1)", "comm.recv(out, 0); comm.send(x, 0)"),
     "one_way": (
@@ -74,9 +73,9 @@ class Engine:
         comm, size = self.comm, self.comm.size
         names = {"comm": comm, "x": x, "out": out}
         if case.collective == "send_recv":
-            first, second = SEND_RECV if self.rank % 2 == 0 else SEND_RECV[::-1]
-            neighbours = {"right": (self.rank + 1) % size, "left": (self.rank - 1) % size}
-            return None if form == "in_place" or size == 1 else (f"{first}; {second}", names | neighbours)
+            if form == "in_place" or size == 1:
+                return None
+            names |= {"right": (self.rank + 1) % size, "left": (self.rank - 1) % size}
         if case.collective in POINT_TO_POINT:
             text = TWO_RANKS[case.collective][self.rank]
             return None if form == "in_place" else (text, {**names, "window": range(WINDOW)})
