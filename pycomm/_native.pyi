@@ -330,9 +330,27 @@ class Communicator:
         """
         Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
 
-        Returns when `x` may be used again: a message of up to 128 KiB may not have been received by then, a longer one is
-        received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
-        no other call. Two ranks that exchange long messages start one with async_op=True, or one of them receives first.
+        Returns when `x` may be used again: a message of a few hundred KiB may not have been received by then, a longer one
+        is received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
+        no other call. Two ranks that exchange long messages call send_recv.
+        """
+
+    def send_recv(
+        self,
+        x: typing.Any,
+        dst: int,
+        out: typing.Any,
+        src: int,
+        *,
+        timeout: float | None = None,
+        tag: str | None = None,
+        stream: typing.Any = None,
+    ) -> typing.Any:
+        """
+        Sends `x` to rank `dst` while it receives into `out` what rank `src` sends; returns `out`.
+
+        As a send and a receive that do not wait for each other: ranks that all exchange, in pairs or along a ring, need no
+        order among them. The peers may as well call send, recv, or both. `x` and `out` must not overlap. See send.
         """
 
     def shrink(self) -> Communicator:
