@@ -28,9 +28,11 @@ test: build
 build: $(VENV)/.dev
 	$(call install,ON,OFF)
 
-# With the CUDA kernels for every kind of GPU. nvcc is needed, a GPU is not; warnings are errors.
+# With the CUDA kernels, for every kind of GPU or for ARCHITECTURES=80,90 alone. nvcc is needed, a GPU is not; warnings
+# are errors.
+ARCHITECTURES :=
 cuda: $(VENV)/.dev
-	$(call install,ON,ON;CMAKE_CUDA_FLAGS=--Werror=all-warnings)
+	$(call install,ON,ON;PYCOMM_CUDA_ARCHITECTURES=$(ARCHITECTURES);CMAKE_CUDA_FLAGS=--Werror=all-warnings)
 	@$(BIN)/python -m pytest tests/python/test_cuda.py
 
 # An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or

@@ -1,6 +1,6 @@
 # The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda. With PYCOMM_CUDA=ON alone, since they take
 # minutes to compile, and a machine without a GPU has no use for them.
-set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80;90 (those of our time that nvcc knows)")
+set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80,90 (those of our time that nvcc knows)")
 if(NOT PYCOMM_CUDA)
   return()
 endif()
@@ -29,7 +29,7 @@ endif()
 
 # Machine code for the data centre's GPUs, and PTX of the last for those to come.
 if(PYCOMM_CUDA_ARCHITECTURES)
-  set(cuda_architectures ${PYCOMM_CUDA_ARCHITECTURES})
+  string(REPLACE "," ";" cuda_architectures "${PYCOMM_CUDA_ARCHITECTURES}")
 elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
   set(cuda_architectures 80 90)
 else()

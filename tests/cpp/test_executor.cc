@@ -476,8 +476,8 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
 
 }  // namespace
 
-// ThreadSanitizer looks at the executor, and would take a minute for eight ranks on two cores.
-#ifdef __SANITIZE_THREAD__
+// Sanitizers look at the executor, and would take minutes for eight ranks on two cores.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr std::array kWorlds = {1, 2, 3, 4};
 #else
 constexpr std::array kWorlds = {1, 2, 3, 4, 5, 8};
