@@ -191,12 +191,12 @@ void Communicator::close(Patience& patience) {
   closed_.store(true);
   domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
+  std::optional<std::string> mismatch;
+  if (!interrupted && !domain_->failed()) mismatch = find_last_mismatch();
+  if (mismatch) domain_->fail(FailureKind::mismatch, *mismatch);
+  domain_->let_go();
   if (interrupted) std::rethrow_exception(interrupted);
-  if (domain_->failed()) return;
-  const auto mismatch = find_last_mismatch();
-  if (!mismatch) return;
-  domain_->fail(FailureKind::mismatch, *mismatch);
-  throw MismatchError(*mismatch);
+  if (mismatch) throw MismatchError(*mismatch);
 }
 
 // Until nothing is queued. If the caller is interrupted, what is queued fails, and this is what it was
@@ -290,7 +290,7 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
       offset = -1;
     }
   }
-  const auto all = exchange({bytes, offset}, patience);
+  const auto all = exchange_extent({bytes, offset}, offset, extent, patience);
   for (int r = 0; r < size(); ++r) {
     if (all[2 * r] == bytes) continue;
     if (rank() == 0 && offset > 0) node.release(offset, extent);
@@ -303,7 +303,18 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
     throw OutOfMemoryError("rank 0 could not reserve " + std::to_string(extent) +
                            " bytes of shared memory for all ranks; its error says what there is");
   }
-  return heap_->open(all[1], bytes, rank(), size());
+  return heap_->open(all[1], bytes, domain_->node_ranks(), rank());
+}
+
+// What it has reserved, if offset > 0, is nobody's where that fails.
+std::vector<int64_t> Communicator::exchange_extent(const std::vector<int64_t>& mine, int64_t offset,
+                                                   int64_t bytes, Patience& patience) {
+  try {
+    return exchange(mine, patience);
+  } catch (...) {
+    if (offset > 0) domain_->node().release(offset, bytes);
+    throw;
+  }
 }
 
 std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Patience& patience) {
@@ -314,17 +325,18 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   }
   std::stable_sort(members.begin(), members.end(),
                    [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
+  const int64_t extent = Domain::bytes(static_cast<int>(members.size()));
   int64_t offset = 0;
   std::exception_ptr failed;
   if (!members.empty() && members[0] == rank()) {
     try {
-      offset = domain_->node().reserve(Domain::bytes(static_cast<int>(members.size())));
+      offset = domain_->node().reserve(extent);
     } catch (const OutOfMemoryError&) {
       failed = std::current_exception();
       offset = -1;
     }
   }
-  const auto offsets = exchange({offset}, patience);
+  const auto offsets = exchange_extent({offset}, offset, extent, patience);
   if (failed) std::rethrow_exception(failed);
   if (members.empty()) return nullptr;
   const int leader = members[0];

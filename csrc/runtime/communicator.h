@@ -198,6 +198,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void refuse_reentry() const;
   // Everyone's values, rank by rank; all give equally many.
   std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
+  std::vector<int64_t> exchange_extent(const std::vector<int64_t>& mine, int64_t offset, int64_t bytes,
+                                       Patience& patience);
   void check_coding(const Request& request) const;
   void finish_coding(const Request& request, Bound& bound) const;
   void deliver_exact_share(const Request& request, Bound& bound) const;

@@ -18,7 +18,8 @@ int64_t header_bytes(int size) {
   const int64_t n = size;
   return transport::round_up(
       static_cast<int64_t>(sizeof(Failure) + n * sizeof(Member) +
-                           n * n * (2 * kCellsPerPair * sizeof(Cell) + sizeof(int64_t))),
+                           n * n * (2 * kCellsPerPair * sizeof(Cell) + sizeof(int64_t)) +
+                           (n + 63) / 64 * sizeof(uint64_t)),
       transport::kSmallPage);
 }
 }  // namespace
@@ -77,6 +78,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
       display_ranks_(node_ranks_.size()),
       rank_(rank),
       bank_bytes_(bank_bytes),
+      offset_(offset),
       mapping_(node_->map(offset, bytes(size(), bank_bytes))) {
   char* base = mapping_->data();
   failure_ = parent ? parent->failure_ : reinterpret_cast<Failure*>(base);
@@ -84,6 +86,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   group_ = parent ? parent->group_ : members_;
   cells_ = reinterpret_cast<Cell*>(members_ + size());
   channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + size() * next_reader());
+  let_go_ = reinterpret_cast<std::atomic<uint64_t>*>(channels_ + size() * size());
   windows_ = base + header_bytes(size());
   raised_ = parent ? parent->raised_ : std::make_shared<std::atomic<bool>>(false);
   for (int r = 0; r < size(); ++r) {
@@ -93,6 +96,21 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     display_ranks_[r] =
         static_cast<int>(std::find(ranks.begin(), ranks.end(), node_ranks_[r]) - ranks.begin());
   }
+}
+
+void Domain::let_go() {
+  node_->let_go({.mapping = mapping_,
+                 .offset = offset_,
+                 .bytes = bytes(size(), bank_bytes_),
+                 .let_go = let_go_,
+                 .ranks = node_ranks_,
+                 .me = rank_,
+                 .with_it = [channels = channels_, n = size()](transport::Node& node) {
+                   for (int pair = 0; pair < n * n; ++pair) {
+                     const int64_t offset = channels[pair].load(std::memory_order_acquire);
+                     if (offset != 0 && pair / n != pair % n) node.release(offset, bytes(2));
+                   }
+                 }});
 }
 
 void Domain::enter(uint64_t call, const CallRecord& record) {

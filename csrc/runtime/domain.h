@@ -91,8 +91,8 @@ struct Failure {
   std::atomic<char> text[1000];
 };
 
-// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets,
-// windows.
+// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets, who has
+// let go, windows.
 class Domain {
  public:
   static int64_t bytes(int size, int64_t bank_bytes = kBankBytes);
@@ -158,6 +158,8 @@ class Domain {
   bool closed(int rank) const {  // a pair's ranks close with their group
     return group_[display_ranks_[rank]].closed.load(std::memory_order_acquire) != 0;
   }
+  // This rank needs the memory no more, nor that of its pairs. Nothing in it may be used after that.
+  void let_go();
   // The rank's name in messages: a pair's domain counts as its group does.
   int display_rank(int rank) const { return display_ranks_[rank]; }
 
@@ -168,11 +170,13 @@ class Domain {
   std::vector<int> node_ranks_, display_ranks_;
   int rank_;
   int64_t bank_bytes_;
+  int64_t offset_;
   std::shared_ptr<transport::Mapping> mapping_;
   Failure* failure_;
   Member *members_, *group_;
   Cell* cells_;
   std::atomic<int64_t>* channels_;
+  std::atomic<uint64_t>* let_go_;
   char* windows_;
   std::shared_ptr<std::atomic<bool>> raised_;
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already

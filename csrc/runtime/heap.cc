@@ -17,19 +17,24 @@ int64_t slice_bytes(int64_t bytes) {
 
 int64_t Heap::extent_bytes(int64_t bytes, int ranks) { return ranks * slice_bytes(bytes) + kSmallPage; }
 
-std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, int rank, int ranks) {
+// The slices, then a page that says who has let go.
+std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, std::vector<int> ranks, int me) {
+  const auto n = static_cast<int>(ranks.size());
+  const int64_t total = extent_bytes(bytes, n);
+  auto mapping = node_->map(offset, total);
+  char* const data = mapping->data();
   auto allocation = std::make_shared<Allocation>();
-  allocation->heap_ = shared_from_this();
-  allocation->offset_ = offset;
-  allocation->total_ = extent_bytes(bytes, ranks);
-  allocation->mapping_ = node_->map(offset, allocation->total_);
   allocation->slice_ = slice_bytes(bytes);
   allocation->bytes_ = bytes;
-  allocation->ranks_ = ranks;
   allocation->generation_ = transport::fork_generation();
-  allocation->own_ = allocation->mapping_->data() + rank * allocation->slice_;
-  allocation->dropped_ =
-      reinterpret_cast<std::atomic<uint32_t>*>(allocation->mapping_->data() + ranks * allocation->slice_);
+  allocation->own_ = data + me * allocation->slice_;
+  allocation->extent_ = {.mapping = std::move(mapping),
+                         .offset = offset,
+                         .bytes = total,
+                         .let_go = reinterpret_cast<std::atomic<uint64_t>*>(data + n * allocation->slice_),
+                         .ranks = std::move(ranks),
+                         .me = me};
+  allocation->heap_ = shared_from_this();
   const std::lock_guard lock(mutex_);
   allocations_[allocation->own_] = allocation.get();
   count_.store(allocations_.size(), std::memory_order_release);
@@ -43,9 +48,7 @@ Allocation::~Allocation() {
     heap_->allocations_.erase(own_);
     heap_->count_.store(heap_->allocations_.size(), std::memory_order_release);
   }
-  if (dropped_->fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(ranks_)) {
-    heap_->node_->release(offset_, total_);
-  }
+  heap_->node_->let_go(std::move(extent_));
 }
 
 Heap::Place Heap::find(const void* data, int64_t bytes, int ranks) const {
@@ -55,8 +58,10 @@ Heap::Place Heap::find(const void* data, int64_t bytes, int ranks) const {
   auto next = allocations_.upper_bound(at);
   if (next == allocations_.begin()) return {};
   const Allocation& allocation = *std::prev(next)->second;
-  if (allocation.ranks_ != ranks || at + bytes > allocation.own_ + allocation.bytes_) return {};
-  return {allocation.slice_, allocation.offset_ + (at - allocation.own_)};
+  if (static_cast<int>(allocation.extent_.ranks.size()) != ranks ||
+      at + bytes > allocation.own_ + allocation.bytes_)
+    return {};
+  return {allocation.slice_, allocation.extent_.offset + (at - allocation.own_)};
 }
 
 }  // namespace pycomm::runtime

@@ -1,7 +1,7 @@
 // Symmetric memory: allocations that every rank of a group has at the same offset, and who can find them by
 // address.
 //
-// Freed lazily: each rank drops its own handle when it likes; the last one gives the pages back.
+// Freed lazily: each rank drops its own handle when it likes; the pages go back when all have.
 #pragma once
 
 #include <atomic>
@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "transport/node.h"
 
@@ -25,13 +26,10 @@ class Allocation {
  private:
   friend class Heap;
   std::shared_ptr<Heap> heap_;
-  std::shared_ptr<transport::Mapping> mapping_;
-  int64_t offset_ = 0, total_ = 0;  // of the extent in the node's file
+  transport::Node::Extent extent_;
   int64_t slice_ = 0, bytes_ = 0;
-  int ranks_ = 1;
   uint64_t generation_ = 0;
   char* own_ = nullptr;
-  std::atomic<uint32_t>* dropped_ = nullptr;  // in the extent's first page: how many ranks have let go
 };
 
 class Heap : public std::enable_shared_from_this<Heap> {
@@ -40,7 +38,8 @@ class Heap : public std::enable_shared_from_this<Heap> {
 
   // Bytes of an extent that holds one slice per rank. One rank reserves it and tells the others.
   static int64_t extent_bytes(int64_t bytes, int ranks);
-  std::shared_ptr<Allocation> open(int64_t offset, int64_t bytes, int rank, int ranks);
+  // By rank `me` of those that share it, which are `ranks` of the node.
+  std::shared_ptr<Allocation> open(int64_t offset, int64_t bytes, std::vector<int> ranks, int me);
 
   // Where a buffer lies: `distance` bytes from one rank's to the next one's; 0 if it is not wholly in one
   // allocation of `ranks` ranks. `offset` names the place, the same on every rank.

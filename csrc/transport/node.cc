@@ -128,6 +128,7 @@ char* Node::root_page() const { return shared_->root.data(); }
 
 int64_t Node::reserve(int64_t bytes) {
   require_positive(bytes);
+  give_back();
   const int64_t unit = extent_unit(bytes);
   require_available(bytes);  // before any address space is spent on it
   bytes = round_up(bytes, page_size());
@@ -148,6 +149,7 @@ std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
   if (!threads()) return fresh();
   // One for all rank threads, so that a sanitizer sees who touches what.
   const std::lock_guard lock(shared_->mutex);
+  std::erase_if(shared_->mappings, [](const auto& entry) { return entry.second.expired(); });
   std::weak_ptr<Mapping>& known = shared_->mappings[{offset, bytes}];
   std::shared_ptr<Mapping> mapping = known.lock();
   if (!mapping) known = mapping = fresh();
@@ -157,6 +159,35 @@ std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
 void Node::release(int64_t offset, int64_t bytes) {
   require_positive(bytes);
   punch(shared_->memory.get(), offset, round_up(bytes, extent_unit(bytes)));
+}
+
+void Node::let_go(Extent extent) {
+  extent.let_go[extent.me / 64].fetch_or(uint64_t{1} << extent.me % 64, std::memory_order_acq_rel);
+  {
+    const std::lock_guard lock(left_mutex_);
+    left_.push_back(std::move(extent));
+  }
+  give_back();
+}
+
+// Several ranks may give the same back: offsets are never used again. Where another rank has, the bits are
+// zero, and to look at them took a page, which goes back as well.
+void Node::give_back() {
+  const auto has_let_go = [](const Extent& extent, int rank) {
+    return extent.let_go[rank / 64].load(std::memory_order_acquire) >> rank % 64 & 1;
+  };
+  const std::lock_guard lock(left_mutex_);
+  if (left_.empty()) return;
+  const bool deaths = any_dead().has_value();
+  std::erase_if(left_, [&](Extent& extent) {
+    const bool given_back = !has_let_go(extent, extent.me);
+    for (size_t i = 0; i < extent.ranks.size() && !given_back; ++i) {
+      if (!has_let_go(extent, static_cast<int>(i)) && !(deaths && dead(extent.ranks[i]))) return false;
+    }
+    if (extent.with_it && !given_back) extent.with_it(*this);
+    release(extent.offset, extent.bytes);
+    return true;
+  });
 }
 
 int Node::read(int rank, void* to, uint64_t from, int64_t bytes) {

@@ -11,9 +11,11 @@
 // hand.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -85,6 +87,19 @@ class Node {
   std::shared_ptr<Mapping> map(int64_t offset, int64_t bytes);
   // Gives an extent's pages back (whoever still has it mapped reads zeros).
   void release(int64_t offset, int64_t bytes);
+
+  // An extent as one of the ranks that share it has it.
+  struct Extent {
+    std::shared_ptr<Mapping> mapping;
+    int64_t offset, bytes;
+    std::atomic<uint64_t>* let_go;       // in it, zero at first: a bit for each of
+    std::vector<int> ranks;              // these, by their ranks of the node
+    int me;                              // which of them this rank is
+    std::function<void(Node&)> with_it;  // if set, gives back what goes with it
+  };
+  // This rank needs the extent no more. The pages go back when all of its ranks have said so or have ended:
+  // whichever rank notices that, in its next let_go() or reserve().
+  void let_go(Extent extent);
   // The first page of the file, zeroed at the start: for the root group to find its memory.
   // Word 0 is the allocator's; bytes [64, 4096) are free to use.
   char* root_page() const;
@@ -104,6 +119,9 @@ class Node {
   std::shared_ptr<Shared> shared_;
   std::vector<int> pidfds_;
   std::vector<int64_t> pids_;
+  void give_back();
+  std::mutex left_mutex_;
+  std::vector<Extent> left_;  // let go by this rank, and not by all
 };
 
 }  // namespace pycomm::transport

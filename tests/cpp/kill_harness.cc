@@ -140,7 +140,7 @@ class Rank {
     register_for_fences();
     policy_ = wait_policy(c.size, static_cast<int>(std::thread::hardware_concurrency()));
     if (c.placement == Placement::symmetric) {
-      allocation_ = std::make_shared<Heap>(node_)->open(board.symmetric.load(), bytes, rank, c.size);
+      allocation_ = std::make_shared<Heap>(node_)->open(board.symmetric.load(), bytes, ranks, rank);
       data_ = reinterpret_cast<float*>(allocation_->data());
       buffers_.in_distance = buffers_.out_distance =
           Heap::extent_bytes(bytes, 2) - Heap::extent_bytes(bytes, 1);

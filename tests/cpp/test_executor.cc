@@ -258,7 +258,9 @@ class Rank {
     int64_t distance = 0, size = 0;
     void make(Rank& rank, Placement placement, int64_t extent, int64_t most, int64_t bytes, int ranks) {
       if (placement == Placement::symmetric) {
-        allocation = rank.heap_->open(extent, most, rank.rank_, ranks);
+        std::vector<int> all(ranks);
+        std::iota(all.begin(), all.end(), 0);
+        allocation = rank.heap_->open(extent, most, all, rank.rank_);
         data = allocation->data();
         distance = rank.heap_->find(data, bytes, ranks).distance;
         return;

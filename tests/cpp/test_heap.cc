@@ -15,6 +15,7 @@ using namespace pycomm::runtime;
 namespace {
 
 constexpr int kRanks = 3;
+const std::vector<int> kNodeRanks = {0, 1, 2};
 
 // One heap per rank thread, over one node.
 struct Heaps {
@@ -26,7 +27,8 @@ struct Heaps {
   std::vector<std::shared_ptr<Allocation>> allocate(int64_t bytes) {
     const int64_t offset = nodes[0]->reserve(Heap::extent_bytes(bytes, kRanks));
     std::vector<std::shared_ptr<Allocation>> all;
-    for (int rank = 0; rank < kRanks; ++rank) all.push_back(heaps[rank]->open(offset, bytes, rank, kRanks));
+    for (int rank = 0; rank < kRanks; ++rank)
+      all.push_back(heaps[rank]->open(offset, bytes, kNodeRanks, rank));
     return all;
   }
 };
@@ -95,6 +97,27 @@ TEST(pages_go_back_with_the_last_owner) {
   CHECK_EQ(heaps.heaps[1]->find(mine, 10, kRanks).distance, 0);
   all[2].reset();
   CHECK_EQ(pages->data()[kBytes / 2], 0);  // given back: reads as zeros
+}
+
+// Those that have ended do not count, whenever they end.
+TEST(pages_go_back_without_the_dead) {
+  for (const bool early : {true, false}) {
+    Heaps heaps;
+    constexpr int64_t kBytes = 8 << 20;
+    auto all = heaps.allocate(kBytes);
+    const auto pages =
+        heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes, kRanks).offset, kBytes);
+    std::memset(all[0]->data(), 7, kBytes);
+    if (early) heaps.nodes[1]->mark_dead(1);
+    all[0].reset();
+    all[2].reset();
+    if (!early) {
+      CHECK_EQ(pages->data()[kBytes / 2], 7);
+      heaps.nodes[1]->mark_dead(1);
+      auto later = heaps.allocate(100);  // ranks look again whenever they take or give back
+    }
+    CHECK_EQ(pages->data()[kBytes / 2], 0);
+  }
 }
 
 // A child's handles are not its own to drop.
