@@ -9,6 +9,7 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -89,11 +90,10 @@ class Communicator(_native.Communicator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self.close()
-        except _native.CommError:
-            if error is None:  # else the error that is on its way says more
-                raise
+        if error is None:
+            return self.close()
+        with suppress(_native.CommError):  # the error that is on its way says more
+            self.leave(_in_words(error))
 
     def __repr__(self) -> str:
         return f"<pycomm.Communicator rank {self.rank} of {self.size}>"
@@ -144,11 +144,12 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
     def run(comm: Communicator) -> None:
         try:
             results[comm.rank] = fn(comm)
+            comm.close()
         except BaseException as error:
             errors.append(error)
             comm.abandon()
-        finally:
-            comm.close()
+            with suppress(_native.CommError):
+                comm.leave(_in_words(error))
 
     threads = [
         threading.Thread(target=run, args=(comm,), name=f"pycomm rank {rank}", daemon=True)
@@ -167,6 +168,10 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
         consequences = (_native.PeerLostError, _native.AbortedError)
         raise next((error for error in errors if not isinstance(error, consequences)), errors[0])
     return [results[rank] for rank in range(n)]
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 _init_calls = itertools.count()

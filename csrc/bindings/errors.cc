@@ -84,9 +84,9 @@ std::shared_ptr<void> keep_alive(py::object object) {
   });
 }
 
-void close_quietly(runtime::Communicator& comm, runtime::Patience& patience) {
+void close_quietly(runtime::Communicator& comm, runtime::Patience& patience, const std::string& error) {
   try {
-    comm.close(patience);
+    error.empty() ? comm.close(patience) : comm.leave(error, patience);
   } catch (const CommError& error) {
     log(LogLevel::warn, error.what());
   } catch (py::error_already_set& error) {

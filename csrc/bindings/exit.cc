@@ -22,7 +22,15 @@ std::set<runtime::Communicator*> open;
 std::atomic<bool> ending{false};
 std::thread::id last;  // the thread that ends the interpreter; written before `ending`
 
+// What the interpreter ends with, if that is an exception that nobody caught.
+std::string uncaught() {
+  const py::object error = py::getattr(py::module_::import("sys"), "last_value", py::none());
+  if (error.is_none()) return "";
+  return py::str("{}: {}").format(py::type::of(error).attr("__name__"), error).cast<std::string>();
+}
+
 void end() {
+  const std::string error = uncaught();
   std::vector<std::shared_ptr<runtime::Communicator>> left;
   {
     const std::lock_guard lock(mutex);
@@ -30,7 +38,7 @@ void end() {
   }
   for (const auto& comm : left) {
     GilPatience patience(true);
-    close_quietly(*comm, patience);
+    close_quietly(*comm, patience, error);
   }
   last = std::this_thread::get_id();
   ending.store(true, std::memory_order_release);

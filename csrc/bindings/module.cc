@@ -198,6 +198,15 @@ PYBIND11_MODULE(_native, module) {
           "PeerLostError. Raises MismatchError if another rank's last call was another one; the group is "
           "closed all the same.")
       .def(
+          "leave",
+          [](PyCommunicator& self, const std::string& error) {
+            GilPatience patience(true);
+            self->leave(error, patience);
+          },
+          py::arg("error"),
+          "As close(), with an error on its way: what is queued is not waited for. Peers in these calls get "
+          "PeerLostError, which quotes `error`.")
+      .def(
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")
       .def("explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32",

@@ -39,8 +39,8 @@ class GilPatience : public runtime::Patience {
   PyThreadState* released_ = nullptr;
 };
 
-// For who cannot throw: what close() throws is logged.
-void close_quietly(runtime::Communicator& comm, runtime::Patience& patience);
+// For whoever cannot throw: what close(), or with an error on its way leave(), throws is logged.
+void close_quietly(runtime::Communicator& comm, runtime::Patience& patience, const std::string& error = "");
 
 // Closes the communicator with the last Python object that refers to it.
 struct Handle {

@@ -199,6 +199,17 @@ void Communicator::close(Patience& patience) {
   if (mismatch) throw MismatchError(*mismatch);
 }
 
+void Communicator::leave(const std::string& error, Patience& patience) {
+  if (transport::forked_since(fork_generation_)) return;
+  if (!closed() && queued_.load(std::memory_order_acquire) != 0) {
+    domain_->fail(FailureKind::peer_lost,
+                  "rank " + std::to_string(rank()) +
+                      " left the group with calls under way, because of an error: " + error);
+    domain_->ring(rank());
+  }
+  close(patience);
+}
+
 // Until nothing is queued. If the caller is interrupted, what is queued fails, and this is what it was
 // interrupted by.
 std::exception_ptr Communicator::wait_for_queue(Patience& patience) {
@@ -247,12 +258,16 @@ void Communicator::abandon() {
   domain_->ring_all();
 }
 
-void Communicator::check_usable() const {
+void Communicator::refuse_child() const {
   if (transport::forked_since(fork_generation_)) {
     throw CommError(
         "this communicator belongs to the parent process: a child of fork() cannot use it. Call "
         "pycomm.init() in the processes that communicate.");
   }
+}
+
+void Communicator::check_usable() const {
+  refuse_child();
   if (closed()) throw AbortedError("rank " + std::to_string(rank()) + " has closed this communicator");
   if (domain_->failed()) domain_->raise_failure(Domain::Caller::starting);
 }

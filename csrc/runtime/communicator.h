@@ -143,6 +143,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     Patience none;
     close(none);
   }
+  // As close(), with an error on its way: what is queued is not waited for, and fails the group.
+  void leave(const std::string& error, Patience& patience);
   // For rank threads: this rank has failed and will make no more calls.
   void abandon();
 
@@ -150,6 +152,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   friend class Work;
   Communicator(std::unique_ptr<Domain> domain, double timeout_s);
   void check_usable() const;
+  void refuse_child() const;
   std::shared_ptr<const Prepared> prepare(const schedule::Call& call, const std::string& algorithm, int rank);
   std::function<schedule::Schedule(const schedule::World&)> user_algorithm(schedule::Collective collective,
                                                                            const std::string& name) const;

@@ -370,6 +370,7 @@ void Communicator::drive(const Work& work, Patience& patience) {
 }
 
 void Work::wait(double timeout_s, Patience& patience) {
+  if (!is_completed()) owner_->refuse_child();
   if (is_completed()) {
   } else if (std::isinf(timeout_s)) {
     owner_->drive(*this, patience);

@@ -21,7 +21,7 @@ int64_t Heap::extent_bytes(int64_t bytes, int ranks) { return ranks * slice_byte
 std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, std::vector<int> ranks, int me) {
   const auto n = static_cast<int>(ranks.size());
   const int64_t total = extent_bytes(bytes, n);
-  auto mapping = node_->map(offset, total);
+  auto mapping = node_->map(offset, total, true);
   char* const data = mapping->data();
   auto allocation = std::make_shared<Allocation>();
   allocation->slice_ = slice_bytes(bytes);

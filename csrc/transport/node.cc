@@ -20,9 +20,29 @@
 namespace pycomm::transport {
 namespace {
 
+struct Region {
+  int64_t bytes;
+  int file;
+  int64_t offset;
+};
+std::mutex shown_mutex;
+std::map<char*, Region> shown;  // to children of fork()
+
+void show_in_child() {
+  for (const auto& [data, region] : shown) {
+    mmap(data, static_cast<size_t>(region.bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE,
+         region.file, region.offset);
+  }
+  shown.clear();  // its own children inherit them
+}
+
 std::atomic<uint64_t> forks{0};
-const int registered =
-    pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+const int registered = pthread_atfork([] { shown_mutex.lock(); }, [] { shown_mutex.unlock(); },
+                                      [] {
+                                        forks.fetch_add(1, std::memory_order_relaxed);
+                                        show_in_child();
+                                        shown_mutex.unlock();
+                                      });
 
 // The first word of the file: where its free part begins.
 using Bump = std::atomic<int64_t>;
@@ -37,8 +57,18 @@ void require_positive(int64_t bytes) {
 uint64_t fork_generation() { return forks.load(std::memory_order_relaxed); }
 bool forked_since(uint64_t generation) { return fork_generation() != generation; }
 
+void Mapping::show_to_children(int file, int64_t offset) {
+  const std::lock_guard lock(shown_mutex);
+  shown[data_] = {bytes_, file, offset};
+}
+
 Mapping::~Mapping() {
-  if (!forked_since(generation_)) munmap(data_, static_cast<size_t>(bytes_));
+  if (forked_since(generation_)) return;
+  {
+    const std::lock_guard lock(shown_mutex);
+    shown.erase(data_);
+  }
+  munmap(data_, static_cast<size_t>(bytes_));
 }
 
 struct Node::Shared {
@@ -140,11 +170,14 @@ int64_t Node::reserve(int64_t bytes) {
   return offset;
 }
 
-std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes) {
+std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes, bool for_users) {
   require_positive(bytes);
   bytes = round_up(bytes, page_size());
   const auto fresh = [&] {
-    return std::make_shared<Mapping>(map_extent(shared_->memory.get(), offset, bytes, true), bytes);
+    const int file = shared_->memory.get();
+    auto mapping = std::make_shared<Mapping>(map_extent(file, offset, bytes, true), bytes);
+    if (for_users) mapping->show_to_children(file, offset);
+    return mapping;
   };
   if (!threads()) return fresh();
   // One for all rank threads, so that a sanitizer sees who touches what.

@@ -5,7 +5,8 @@
 // Space is handed out by offset and never reused (the file's address space is practically endless; release()
 // gives the pages back). The descriptor and every rank's pidfd are passed once, at join, over an abstract
 // Unix socket (SCM_RIGHTS); the kernel's word for the uid is checked both ways (SO_PEERCRED). Mappings are
-// MADV_DONTFORK. Descriptors are close-on-exec.
+// MADV_DONTFORK; those that users see are mapped again, privately, in a child of fork(). Descriptors are
+// close-on-exec.
 //
 // A node may also be made of rank threads of one process (local): same memory, no sockets, deaths marked by
 // hand.
@@ -31,6 +32,9 @@ uint64_t fork_generation();
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
+  // A child of fork() finds there what is there at the fork and later, until it writes; what it writes is its
+  // own. `file`, where it lies at `offset`, must stay open as long as this.
+  void show_to_children(int file, int64_t offset);
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
@@ -83,8 +87,8 @@ class Node {
   // comes. One rank calls it and tells the others the offset. Thread- and process-safe.
   int64_t reserve(int64_t bytes);
   // Maps an extent that was reserved, page tables filled (no fault later); huge pages are advised where the
-  // system offers them for shared memory.
-  std::shared_ptr<Mapping> map(int64_t offset, int64_t bytes);
+  // system offers them for shared memory. `for_users`: children of fork() may read it.
+  std::shared_ptr<Mapping> map(int64_t offset, int64_t bytes, bool for_users = false);
   // Gives an extent's pages back (whoever still has it mapped reads zeros).
   void release(int64_t offset, int64_t bytes);
 

@@ -1,0 +1,151 @@
+"""How a rank leaves: with an error on its way, in a child of fork, with an error of close() alone."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import Gate, started
+
+import pycomm
+from pycomm import Communicator
+
+Ranks = Callable[..., list[Any]]
+
+PENDING = {
+    "a collective": lambda comm: comm.all_reduce(np.ones(10), async_op=True),
+    "a long one": lambda comm: comm.all_reduce(np.ones(1_000_000), async_op=True),
+    "a message": lambda comm: comm.recv(np.ones(10), 1, async_op=True),
+    "many": lambda comm: [comm.all_reduce(np.ones(i), async_op=True) for i in range(50)],
+    "none": lambda comm: None,
+}
+
+
+@pytest.mark.parametrize("what", PENDING)
+def test_an_error_is_not_kept_waiting(what: str, ranks: Ranks) -> None:
+    """Not by calls that are under way; the others learn of it, whatever they wait for."""
+
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 0:
+            with pytest.raises(RuntimeError, match="boom"), comm:
+                PENDING[what](comm)
+                raise RuntimeError("boom")
+            return ""
+        with pytest.raises(pycomm.PeerLostError) as caught:
+            comm.recv(np.empty(3), src=0)
+        return str(caught.value)
+
+    before = time.monotonic()
+    text = ranks(fn, 2, timeout=60)[1]
+    assert time.monotonic() - before < 10
+    assert "rank 0" in text and ("RuntimeError: boom" in text) == (what != "none"), text
+
+
+def test_an_error_in_a_rank_thread_with_calls_under_way() -> None:
+    def fn(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.all_reduce(np.ones(10), async_op=True)
+            raise RuntimeError("boom")
+        comm.recv(np.empty(3), src=0)
+
+    before = time.monotonic()
+    with pytest.raises(RuntimeError, match="boom"):
+        pycomm.run_local(fn, 2, timeout=60)
+    assert time.monotonic() - before < 10
+
+
+def test_an_error_that_nobody_catches(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import numpy as np, pycomm\n"
+        "comm = pycomm.init(timeout=60)\n"
+        "if comm.rank == 0:\n"
+        "    comm.all_reduce(np.ones(10), async_op=True)\n"
+        "    raise RuntimeError('boom')\n"
+        "comm.recv(np.empty(3), src=0)\n"
+    )
+    before = time.monotonic()
+    command = [sys.executable, "-m", "pycomm", "run", "-n", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - before < 10
+    assert done.returncode == 1
+    assert "PeerLostError: rank 0 left the group with calls under way" in done.stderr
+    assert "because of an error: RuntimeError: boom" in done.stderr
+
+
+def test_an_error_of_close_is_run_locals() -> None:
+    def fn(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.broadcast(np.ones(3))  # a root needs nobody
+
+    with pytest.raises(pycomm.MismatchError, match="rank 0 called broadcast"):
+        pycomm.run_local(fn, 2)
+
+
+def in_child(body: Callable[[], str]) -> str:
+    """What it returns in a child of fork()."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        try:
+            os.write(write, body().encode())
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        text = file.read().decode()
+    status = os.waitpid(pid, 0)[1]
+    assert status == 0, f"the child ended with status {status}"
+    return text
+
+
+@pytest.mark.parametrize("count", [3, 1_000_000])
+def test_a_child_reads_symmetric_memory(count: int, ranks: Ranks) -> None:
+    """Of several arrays, also in a grandchild; what it writes is its own."""
+
+    def fn(comm: Communicator) -> None:
+        x, others = comm.empty(count), [comm.empty(5, "int8")]
+        x[:], others[0][:] = 7 + comm.rank, 3
+
+        def child() -> str:
+            grandchild = in_child(lambda: f"{x[-1]:g}")
+            x[0] = 100
+            return f"{x[0]:g} {x[-1]:g} {others[0].sum()} {grandchild}"
+
+        assert in_child(child) == f"100 {7 + comm.rank} 15 {7 + comm.rank}"
+        assert x[0] == 7 + comm.rank
+        assert comm.all_reduce(x)[-1] == sum(7 + rank for rank in range(comm.size))
+        others.clear()
+        assert in_child(lambda: f"{x[0]:g}") == f"{x[0]:g}"
+
+    ranks(fn, 2)
+
+
+def test_a_child_waits_for_nothing() -> None:
+    gate = Gate()
+
+    def fn(comm: Communicator) -> None:
+        if comm.rank == 1:
+            gate.wait_for(1)
+            comm.send(np.ones(3), 0)
+            return
+        work = comm.recv(np.empty(3), 1, async_op=True)
+        for wait in (work.wait, work.result, lambda: work.wait(timeout=5)):
+            text = in_child(lambda wait=wait: str(wait()))
+            assert text.startswith("CommError: ") and "pycomm.init" in text
+        gate.arrive()
+        done = work.wait()
+        assert in_child(lambda: str(work.wait().sum())) == "3.0"  # what has completed may be asked
+        assert (done == 1).all()
+
+    with started(fn, 2) as job:
+        for rank in job:
+            rank.outcome(30)
