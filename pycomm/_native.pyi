@@ -244,6 +244,11 @@ class Communicator:
         Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.
         """
 
+    def leave(self, error: str) -> None:
+        """
+        As close(), with an error on its way: what is queued is not waited for. Peers in these calls get PeerLostError, which quotes `error`.
+        """
+
     def recv(
         self,
         x: typing.Any,
@@ -350,7 +355,7 @@ class Communicator:
         Sends `x` to rank `dst` while it receives into `out` what rank `src` sends; returns `out`.
 
         As a send and a receive that do not wait for each other: ranks that all exchange, in pairs or along a ring, need no
-        order among them. The peers may as well call send, recv, or both. `x` and `out` must not overlap. See send.
+        order among them. The peers may as well call send, recv, or both; a rank that is both peers itself copies. `x` and `out` must not overlap. See send.
         """
 
     def shrink(self) -> Communicator:

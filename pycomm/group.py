@@ -91,9 +91,10 @@ class Communicator(_native.Communicator):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            return self.close()
-        with suppress(_native.CommError):  # the error that is on its way says more
-            self.leave(_in_words(error))
+            self.close()
+        else:
+            with suppress(_native.CommError):  # the error that is on its way says more
+                self.leave(_in_words(error))
 
     def __repr__(self) -> str:
         return f"<pycomm.Communicator rank {self.rank} of {self.size}>"

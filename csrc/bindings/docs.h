@@ -108,6 +108,6 @@ inline constexpr const char* kSendRecv =
 Sends `x` to rank `dst` while it receives into `out` what rank `src` sends; returns `out`.
 
 As a send and a receive that do not wait for each other: ranks that all exchange, in pairs or along a ring, need no
-order among them. The peers may as well call send, recv, or both. `x` and `out` must not overlap. See send.)";
+order among them. The peers may as well call send, recv, or both; a rank that is both peers itself copies. `x` and `out` must not overlap. See send.)";
 
 }  // namespace pycomm::bindings::docs

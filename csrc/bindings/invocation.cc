@@ -309,6 +309,7 @@ struct Side {
   bool sends;
   Arg buffer, peer;
   const char *buffer_name, *peer_name;
+  bool may_be_self = false;
 };
 
 void take_message(Invocation& call, const PyCommunicator& comm, const Method& method, const Arguments& args,
@@ -317,7 +318,7 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
     if (!args[arg]) throw TypeError(std::string(method.name) + "() needs `" + name + "`");
   }
   const int peer = rank_argument(comm, args[side.peer], side.peer_name);
-  if (peer == comm->rank()) {
+  if (peer == comm->rank() && !side.may_be_self) {
     throw ValueError(std::string("`") + side.peer_name + "` is this rank itself: copy the buffer instead");
   }
   Buffer buffer = get_buffer(args[side.buffer], side.buffer_name);
@@ -432,8 +433,18 @@ std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunica
     take_common(call.request, args);
   }
   auto& [sent, received] = calls;
-  take_message(sent, comm, method, args, {true, Arg::x, Arg::peer, "x", "dst"});
-  take_message(received, comm, method, args, {false, Arg::out, Arg::src, "out", "src"});
+  const auto me = comm->rank();
+  const bool alone = args[Arg::peer] && args[Arg::src] && rank_argument(comm, args[Arg::peer], "dst") == me &&
+                     rank_argument(comm, args[Arg::src], "src") == me;
+  take_message(sent, comm, method, args, {true, Arg::x, Arg::peer, "x", "dst", alone});
+  take_message(received, comm, method, args, {false, Arg::out, Arg::src, "out", "src", alone});
+  if (alone) {
+    require_same_dtype(sent.in, received.out);
+    if (sent.in.count != received.out.count) {
+      throw ValueError("`out` has " + std::to_string(received.out.count) + " elements where `x` has " +
+                       std::to_string(sent.in.count) + ": this rank sends to itself");
+    }
+  }
   if (overlap(sent.in, received.out)) {
     throw ValueError("`x` and `out` overlap: what comes would overwrite what has not been sent yet");
   }

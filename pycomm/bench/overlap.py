@@ -41,8 +41,8 @@ class Overlap:
 
     @property
     def overlap(self) -> float:
-        """0 to 1."""
-        return min(max(1 - (self.together_us - self.compute_us) / self.alone_us, 0.0), 1.0)
+        """At most 1. Below 0 the two take longer together than one after the other."""
+        return min(1 - (self.together_us - self.compute_us) / self.alone_us, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "overlap": self.overlap}

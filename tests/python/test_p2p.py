@@ -78,7 +78,7 @@ def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str
     ranks(fn, 2)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
     """Again and again with the same buffers, and with others: both are remembered."""
 
@@ -91,6 +91,8 @@ def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
                     assert comm.send_recv(x, right, y, left) is y
                     x[:] = -2  # it may be used again
                     assert (y == 10 * left + turn).all()
+        if size == 1:
+            return
         received = np.empty(3, np.int64)  # a message each way may be of another type and length
         if me == 0:
             comm.send_recv(b"words", 1, received, src=size - 1, tag=None, timeout=60)
@@ -155,6 +157,13 @@ def test_send_recv_refuses_before_anything_moves(ranks: Ranks) -> None:
             ),
             (ValueError, "`dst` is this rank", lambda: comm.send_recv(x, me, out, other)),
             (ValueError, "`src` is this rank", lambda: comm.send_recv(x, other, out, me)),
+            (ValueError, "`out` has 3 elements where `x` has 4", lambda: comm.send_recv(x, me, out[:3], me)),
+            (
+                TypeError,
+                "`out` is float32 where `x` is float64",
+                lambda: comm.send_recv(x, me, out.astype("f4"), me),
+            ),
+            (ValueError, "overlap", lambda: comm.send_recv(x, me, x, me)),
             (ValueError, "`src` is 7", lambda: comm.send_recv(x, other, out, 7)),
             (ValueError, "`out`.*read-only", lambda: comm.send_recv(x, other, read_only, other)),
             (ValueError, "overlap", lambda: comm.send_recv(x, other, x, other)),
