@@ -1,12 +1,14 @@
 #include "bindings/invocation.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <span>
 #include <utility>
 
 #include "common/error.h"
+#include "common/hash.h"
 #include "kernels/copy.h"
 
 namespace py = pybind11;
@@ -331,6 +333,26 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
   call.result = side.sends ? py::none() : call.x;
 }
 
+// How a list is cut, for ranks to compare: its shapes, and where these are too many for a message a number
+// for all.
+std::string shapes_of(const std::vector<Buffer>& list) {
+  constexpr size_t kLongest = 180;
+  Hasher all;
+  std::string text;
+  bool whole = true;
+  for (const Buffer& buffer : list) {
+    const std::string shape = shape_text(buffer.shape);
+    all.add(shape);
+    whole = whole && text.size() + shape.size() <= kLongest;
+    if (whole) text += (text.empty() ? "" : " ") + shape;
+  }
+  text = "list of " + std::to_string(list.size()) + ": " + text;
+  if (whole) return text;
+  char number[24];
+  std::snprintf(number, sizeof number, " ... #%08x", static_cast<unsigned>(all.digest()));
+  return text + number;
+}
+
 // Several buffers of one type in one call: packed side by side, reduced, unpacked.
 void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
                std::shared_ptr<void> keep) {
@@ -344,6 +366,7 @@ void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> ou
     kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
     to += b.bytes();
   }
+  call.in.signature = shapes_of(ins);
   call.in.data = call.out.data = storage.get();
   call.in.dtype = call.out.dtype = ins[0].dtype;
   call.in.count = call.out.count = total / static_cast<int64_t>(size_of(ins[0].dtype));

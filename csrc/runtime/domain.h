@@ -57,7 +57,7 @@ struct CallRecord {
   Side side = Side::both;  // send and recv: this rank's; `peer` is the other rank of the group
   int16_t peer = 0;
   char algorithm[24] = {};
-  char tag[48] = {};
+  char tag[240] = {};   // long enough for the shapes of a list
   char codec[80] = {};  // its name and options, and the call's step
 };
 static_assert(sizeof(CallRecord) % 8 == 0);

@@ -265,6 +265,29 @@ def test_a_list_is_one_call_for_each_type(ranks: Ranks) -> None:
     ranks(fn, 3)
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        ([(6,), (2, 3)], [(2, 3), (6,)]),
+        ([(6,), (2,)], [(8,)]),
+        ([(2, 3)], [(3, 2)]),
+        ([(1, n + 1) for n in range(60)], [(1, n + 1) for n in range(58)] + [(1, 60), (1, 59)]),
+    ],
+)
+def test_lists_that_are_cut_differently(ranks: Ranks, mine: list[Any], theirs: list[Any]) -> None:
+    """As many elements in all, which would be added across parameters."""
+
+    def fn(comm: Communicator) -> str:
+        shapes = mine if comm.rank == 0 else theirs
+        with pytest.raises(pycomm.MismatchError) as caught:
+            comm.all_reduce([np.ones(shape) for shape in shapes])
+        return str(caught.value)
+
+    for text in ranks(fn, 2):
+        for shapes in (mine, theirs):
+            assert f'"list of {len(shapes)}: ' + " ".join(map(str, shapes))[:150] in text
+
+
 def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = np.zeros(8, np.float32)
