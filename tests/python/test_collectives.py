@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pycomm
 from pycomm import Communicator, _native
 
 SIZES = [1, 2, 3, 4, 5]
