@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pycomm import _native, checks
+from pycomm.gradients import Gradients, is_tensor
 from pycomm.group import Communicator
 
 ID_BITS = 24
@@ -50,10 +50,15 @@ class Segment(NamedTuple):
 class Bucket:
     """A buffer with a place for each of several tensors; `comm.all_reduce(bucket)` reduces all of them.
 
-    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. `dtype`:
-    the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the
-    buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
+    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. Torch's
+    parameters stand for their gradients: pack() and unpack() copy the `.grad` that each has then, which
+    zero_grad() and backward() replace in every step. Pass x.detach() for a parameter's own values.
+
+    `dtype`: the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts
+    the buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
     window. `names`: of the tensors, which error feedback keeps its residuals by; "0", "1", ... by default.
+    `missing_as_zero`: a parameter whose `.grad` is None gets one of zeros, where it is a ValueError
+    otherwise; optimizers, which leave out what has no gradient, do see it then.
 
     Every tensor starts at a multiple of 256 elements; what lies between is zero. All ranks' buckets in a call
     must have the same names and shapes in the same order: MismatchError otherwise.
@@ -65,6 +70,7 @@ class Bucket:
         dtype: Any = None,
         comm: Communicator | None = None,
         names: Iterable[str] | None = None,
+        missing_as_zero: bool = False,
     ) -> None:
         if hasattr(tensors, "shape"):
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
@@ -75,6 +81,8 @@ class Bucket:
         described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
         self._named = names is not None
         self._names = _checked_names(names, len(found))
+        self._missing_as_zero = bool(missing_as_zero)
+        self._gradients = self._gradients_of(found)
         if dtype is None:
             dtype = _common_dtype([name for name, _ in described])
         self._dtype, self._itemsize = _native.packable_dtype(dtype)
@@ -88,9 +96,7 @@ class Bucket:
         layout = hashlib.blake2b(repr((self._names, self._shapes)).encode(), digest_size=4).hexdigest()
         self._signature = f"bucket of {len(found)}, #{layout}"
         self._storage = self._memory.allocate(total * self._itemsize, comm)
-        self._tensors = found
-        torch = sys.modules.get("torch")
-        of_torch = [torch is not None and isinstance(x, torch.Tensor) for x in found]
+        of_torch = [is_tensor(x) for x in found]
         self._data = self._part(0, total, bool(of_torch) and all(of_torch))
         self._views = [
             self._part(segment.begin, segment.end, tensor).reshape(shape)
@@ -134,14 +140,15 @@ class Bucket:
     def views(self) -> Sequence[Any]:
         """The tensors' places in the buffer, shaped like them: tensors where they are, else arrays.
 
-        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing.
+        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing. In a bucket
+        of parameters, set each one's `.grad` to its view for that.
         """
         return tuple(self._views)
 
     @property
     def tensors(self) -> Sequence[Any]:
-        """What is packed and unpacked. May be set to others of as many elements each."""
-        return tuple(self._tensors)
+        """What was given, parameters as such. May be set to others of the same shapes."""
+        return tuple(self._gradients.given)
 
     @tensors.setter
     def tensors(self, tensors: Iterable[Any]) -> None:
@@ -152,7 +159,7 @@ class Bucket:
             _, has = self._memory.describe(x, f"tensors[{i}]")
             if has != shape:
                 raise ValueError(f"`tensors[{i}]` has shape {has} where the bucket has {shape}")
-        self._tensors = found
+        self._gradients = self._gradients_of(found)
 
     def pack(self, scale: float = 1.0) -> Stats:
         """Copies the tensors to the buffer, each value times `scale`, cast to its type.
@@ -160,7 +167,7 @@ class Bucket:
         Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.pack(self._data, self._tensors, self._offsets, self._counts, factor)
+        return self._memory.pack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
 
     def unpack(self, scale: float = 1.0) -> Stats:
         """Copies the buffer to the tensors, each value times `scale`, cast to theirs.
@@ -168,11 +175,11 @@ class Bucket:
         Returns Stats of what was written: after an all_reduce the same on all ranks.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, factor)
+        return self._memory.unpack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
 
     def check_unpack(self) -> None:
         """Raises what unpack() would: for a tensor that is read-only, say, or overlaps another one."""
-        self._memory.check_unpack(self._data, self._tensors, self._offsets, self._counts)
+        self._memory.check_unpack(self._data, self._gradients.now(), self._offsets, self._counts)
 
     def __reduce__(self) -> Any:
         raise TypeError("a Bucket is memory with its tensors' places in it: make another one, do not copy it")
@@ -182,6 +189,9 @@ class Bucket:
 
     def __repr__(self) -> str:
         return f"<pycomm.Bucket of {len(self)} tensors, {sum(self._counts)} elements of {self._dtype}>"
+
+    def _gradients_of(self, tensors: list[Any]) -> Gradients:
+        return Gradients(tensors, self._names if self._named else None, self._missing_as_zero)
 
     def _part(self, begin: int, end: int, as_tensor: bool) -> Any:
         raw = self._storage[begin * self._itemsize : end * self._itemsize]

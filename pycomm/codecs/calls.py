@@ -16,6 +16,7 @@ from pycomm import _native, checks
 from pycomm.bucket import Bucket
 from pycomm.codecs.feedback import ErrorFeedback, Layout, Places
 from pycomm.codecs.kinds import DEFAULTS, BlockCodec, Codec, SharedInt, TopK
+from pycomm.gradients import itself
 
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
 
@@ -170,7 +171,7 @@ class _Request:
         buckets = []
         for dtype, indices in of_dtype.items():
             names = [f"{self.tag or ''}[{i}]" for i in indices]
-            bucket = Bucket([xs[i] for i in indices], names=names)
+            bucket = Bucket([itself(xs[i]) for i in indices], names=names)
             bucket.pack()
             for i in indices:
                 if _carried_dtype(outs[i], f"out[{i}]") != dtype:
@@ -180,7 +181,7 @@ class _Request:
                     raise ValueError(
                         f"`out[{i}]` has shape {tuple(shape)} where `x[{i}]` has {tuple(wanted)}"
                     )
-            bucket.tensors = [outs[i] for i in indices]
+            bucket.tensors = [itself(outs[i]) for i in indices]
             bucket.check_unpack()
             buckets.append(bucket)
         starts = [self.prepare(bucket, None) for bucket in buckets]

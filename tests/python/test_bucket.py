@@ -394,8 +394,7 @@ def test_torch_tensors() -> None:
             x.zero_()
         bucket.unpack()
         assert all(torch.equal(x.float(), y.float()) for x, y in zip(tensors, kept, strict=True))
-    gradients = [torch.ones(5, requires_grad=True), np.ones(3, "f")]
-    bucket = Bucket(gradients, "bfloat16")
+    bucket = Bucket([torch.ones(5), np.ones(3, "f")], "bfloat16")
     bucket.pack(3)
     assert isinstance(bucket.data, np.ndarray)
     assert isinstance(bucket.views[0], torch.Tensor) and bucket.views[0].tolist() == [3] * 5
