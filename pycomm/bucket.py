@@ -93,8 +93,7 @@ class Bucket:
         self._segments = [
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
-        layout = hashlib.blake2b(repr((self._names, self._shapes)).encode(), digest_size=4).hexdigest()
-        self._signature = f"bucket of {len(found)}, #{layout}"
+        self._signature = f"bucket {signature(self._names, self._shapes)}"
         self._storage = self._memory.allocate(total * self._itemsize, comm)
         of_torch = [is_tensor(x) for x in found]
         self._data = self._part(0, total, bool(of_torch) and all(of_torch))
@@ -269,6 +268,11 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
     from pycomm.cuda.bucket import Gpu
 
     return Gpu(tensors[0])
+
+
+def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
+    layout = hashlib.blake2b(repr((names, shapes)).encode(), digest_size=4).hexdigest()
+    return f"of {len(names)}, #{layout}"
 
 
 def segment_ids(names: Sequence[str]) -> list[int]:

@@ -154,13 +154,17 @@ class ErrorFeedback:
         self._comm = weakref.ref(comm)
         self._layouts[layout.places] = layout
         names = {name for name, _, _ in layout.places}
-        moving = [name for name in names if self._where.get(name) is not layout]
-        for name in moving:
+        for name in names:
+            source = self._where.get(name)
+            if source is layout:
+                continue
             self._loaded.pop(name, None)
             self._where[name] = layout
-        if moving:
-            held = set(map(id, self._where.values()))
-            self._layouts = {key: kept for key, kept in self._layouts.items() if id(kept) in held}
+            layout.holds += 1
+            if source is not None:
+                source.holds -= 1
+                if source.holds == 0:
+                    del self._layouts[source.places]
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
@@ -206,6 +210,7 @@ class Layout:
         self.now: Residual = np.zeros(count, np.float32)
         self.next: Residual = np.zeros(count, np.float32)
         self.places = places
+        self.holds = 0  # parameters whose residuals are here and in no later layout
         self._slices = {name: slice(begin, end) for name, begin, end in places}
         self._may_take_back = False
         self._under_way: Callable[[], object] | None = None

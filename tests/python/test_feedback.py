@@ -1,6 +1,7 @@
 """Error feedback: what is lost comes later, a parameter at a time, and what is refused changes nothing."""
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,56 @@ def test_what_is_exempt_is_not_among_the_largest(ranks: Ranks) -> None:
             assert (got.views[1].ravel() == want).all()
 
     ranks(fn, 2)
+
+
+def test_many_tensors_take_no_longer_than_to_make_their_bucket() -> None:
+    """What is linear in their number is; a comparison of each with each takes four times as long."""
+
+    def fn(comm: Communicator) -> None:
+        tensors = [np.ones((4,) if i % 2 else (2, 2), F32) for i in range(4000)]
+        names = [f"layer{i}.weight" for i in range(len(tensors))]
+        codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+        made, called = [], []
+        for _ in range(5):
+            begin = time.perf_counter()
+            bucket = Bucket(tensors, names=names)
+            middle = time.perf_counter()
+            comm.all_reduce(bucket, codec=codec)
+            made.append(middle - begin)
+            called.append(time.perf_counter() - middle)
+        assert min(called) < min(made)
+
+    pycomm.run_local(fn, 1)
+
+
+def test_many_arrays_take_about_as_long_in_the_first_step_as_later() -> None:
+    """A comparison of each with all before it takes forty times as long."""
+
+    def fn(comm: Communicator) -> None:
+        x = np.ones(8, F32)
+        codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+        took = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            for i in range(2000):
+                comm.all_reduce(x, codec=codec, tag=str(i))
+            took.append(time.perf_counter() - begin)
+        assert took[0] < 8 * took[1]
+
+    pycomm.run_local(fn, 1)
+
+
+def test_ranks_that_exempt_other_tensors_do_not_reduce_them() -> None:
+    def fn(comm: Communicator) -> None:
+        exempted = "ab" if comm.rank == 0 else "ac"  # of equal lengths
+        feedback = codecs.ErrorFeedback(lambda name, shape: name in exempted)
+        bucket = Bucket([np.ones(n, F32) for n in (300, 200, 200, 100)], names=list("abcd"))
+        bucket.pack()
+        comm.all_reduce(bucket, codec=codecs.TopK(k=5, error_feedback=feedback))
+        comm.barrier()
+
+    with pytest.raises(pycomm.MismatchError, match="exempt of 2, #"):
+        pycomm.run_local(fn, 2)
 
 
 def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -> None:
