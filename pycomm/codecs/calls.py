@@ -107,7 +107,7 @@ class _Request:
             segments = [segment for segment in x.segments if segment not in exempt.segments]
             if not segments:
                 return lambda: self._reduce_plainly(x, out)
-        layout = feedback.layout(self.comm, places, _count(x))
+        layout = feedback.layout(self.comm, places, _count(x), is_tensor(_data(x)))
         return partial(self._run_fed, x, out, segments, exempt, feedback, layout)
 
     def _run_fed(

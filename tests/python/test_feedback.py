@@ -1,8 +1,10 @@
 """Error feedback: what is lost comes later, a parameter at a time, and what is refused changes nothing."""
 
 import gc
+import pickle
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -481,3 +483,48 @@ def test_resharding_keeps_the_mean() -> None:
         with pytest.raises(ValueError, match="`state`"):
             feedback.load_state_dict(wrong)
     assert set(feedback.state_dict()) == {"w", "v"}
+
+
+def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
+    """At once, and with everything as it was, once calls have said which parameters there are."""
+
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+        early = {"w": np.ones(300, F32), "late": np.ones(40, F32)}
+        feedback.load_state_dict(early)
+        comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="w")
+        before = feedback.state_dict()
+        for wrong, words in (
+            ({"v": np.ones(300, F32)}, "residual of 'v', which no call"),
+            ({"w": np.ones(300, F32), "v": np.ones(3, F32)}, "residual of 'v', which no call"),
+            ({"w": np.ones(299, F32)}, "'w' has 300 elements here, and its residual 299"),
+            ({"late": np.ones(41, F32)}, "'late' has 40 elements here, and its residual 41"),
+            ([early, {**early, "v": np.ones(3, F32)}], "some of the old ranks have a residual of 'v'"),
+            ({"w": np.full(300, np.nan, F32)}, "holds NaN or Inf"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                feedback.load_state_dict(wrong)
+            state = feedback.state_dict()
+            assert state.keys() == before.keys()
+            assert all((state[name] == before[name]).all() for name in before)
+        feedback.skip()  # which a refusal leaves to be done, too
+        assert (feedback.state_dict()["w"] == 1).all() and (before["w"] != 1).any()
+        feedback.load_state_dict(before)
+        assert (feedback.state_dict()["w"] == before["w"]).all()
+        codecs.ErrorFeedback().load_state_dict({"v": np.ones(3, F32)})
+
+    ranks(fn, 2)
+
+
+def test_states_survive_savez_and_pickle(tmp_path: Path) -> None:
+    feedback = codecs.ErrorFeedback()
+    state = {"layer 0.weight": gaussian(1, 300), "b": gaussian(2, 1)}
+    feedback.load_state_dict(state)
+    saved = feedback.state_dict()
+    np.savez(tmp_path / "state.npz", **saved)
+    with np.load(tmp_path / "state.npz") as archive:
+        for found in (archive, pickle.loads(pickle.dumps(saved))):
+            again = codecs.ErrorFeedback()
+            again.load_state_dict(found)
+            assert all((again.state_dict()[name] == state[name]).all() for name in state)

@@ -1,8 +1,11 @@
 """Buckets of torch's parameters and gradients, which zero_grad() replaces."""
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pycomm
@@ -207,3 +210,38 @@ def test_error_feedback_goes_by_name(ranks: Ranks) -> None:
         torch.testing.assert_close(total + owed, exact, rtol=0, atol=1e-4)
 
     ranks(fn, 2)
+
+
+@pytest.mark.parametrize("how", ["bucket", "tag"])
+def test_states_survive_torch_save(tmp_path: Path, how: str) -> None:
+    """By torch.load as it is by default, which reads no arrays; and by savez and pickle."""
+
+    def fn(comm: Communicator) -> None:
+        feedback = pycomm.codecs.ErrorFeedback()
+        codec = pycomm.codecs.Int4(error_feedback=feedback)
+        x = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+        bucket = Bucket([x], names=["w"])
+        bucket.pack()
+        comm.all_reduce(bucket if how == "bucket" else x, codec=codec, tag="w")
+        state = feedback.state_dict()
+        assert state["w"].any() and state["w"].shape == (600,)
+        path = tmp_path / f"of rank {comm.rank}"
+        torch.save({"feedback": state}, path.with_suffix(".pt"))
+        np.savez(path.with_suffix(".npz"), **state)
+        for found in (
+            torch.load(path.with_suffix(".pt"))["feedback"],
+            torch.load(path.with_suffix(".pt"), mmap=True)["feedback"],
+            {name: residual.requires_grad_() for name, residual in pickle.loads(pickle.dumps(state)).items()},
+            np.load(path.with_suffix(".npz")),
+        ):
+            again = pycomm.codecs.ErrorFeedback()
+            again.load_state_dict(found)
+            loaded = again.state_dict()
+            assert isinstance(loaded["w"], torch.Tensor) == (not hasattr(found, "files"))
+            assert (np.asarray(loaded["w"]) == np.asarray(state["w"])).all()
+        with pytest.raises(ValueError, match="'w' is no 1-D array"):
+            again.load_state_dict({"w": x})
+        again.load_state_dict([state, state])
+        assert torch.equal(again.state_dict()["w"], state["w"])
+
+    pycomm.run_local(fn, 2)
