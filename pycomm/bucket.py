@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +56,11 @@ class Bucket:
     zero_grad() and backward() replace in every step. Pass x.detach() for a parameter's own values.
 
     `dtype`: the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts
-    the buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
-    window. `names`: of the tensors, which error feedback keeps its residuals by; "0", "1", ... by default.
-    `missing_as_zero`: a parameter whose `.grad` is None gets one of zeros, where it is a ValueError
-    otherwise; optimizers, which leave out what has no gradient, do see it then.
+    the buffer into that group's symmetric memory, so that packing is the copy into the window (a collective
+    call: ValueError, on all ranks, where one makes another bucket). `names`: of the tensors, which error
+    feedback keeps its residuals by; "0", "1", ... by default. `missing_as_zero`: a parameter whose `.grad` is
+    None gets one of zeros, where it is a ValueError otherwise; optimizers, which leave out what has no
+    gradient, do see it then.
 
     Every tensor starts at a multiple of 256 elements; what lies between is zero. All ranks' buckets in a call
     must have the same names and shapes in the same order: MismatchError otherwise.
@@ -76,7 +78,7 @@ class Bucket:
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
         if comm is not None and not isinstance(comm, _native.Communicator):
             raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
-        found = _listed(tensors, "tensors", "tensors")
+        found = _tensors(tensors)
         self._memory = _memory_of(found, comm)
         described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
         self._named = names is not None
@@ -94,6 +96,8 @@ class Bucket:
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
         self._signature = f"bucket {signature(self._names, self._shapes)}"
+        if comm is not None:
+            _require_agreement(comm, self._dtype, self._names, self._shapes)
         self._storage = self._memory.allocate(total * self._itemsize, comm)
         of_torch = [is_tensor(x) for x in found]
         self._data = self._part(0, total, bool(of_torch) and all(of_torch))
@@ -151,7 +155,7 @@ class Bucket:
 
     @tensors.setter
     def tensors(self, tensors: Iterable[Any]) -> None:
-        found = _listed(tensors, "tensors", "tensors")
+        found = _tensors(tensors)
         if len(found) != len(self._counts):
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
@@ -270,6 +274,26 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
     return Gpu(tensors[0])
 
 
+def _require_agreement(
+    comm: Communicator, dtype: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Collective: raises, on all ranks the same, where another rank makes another bucket."""
+    tensors = [f"{name!r} of shape {shape}" for name, shape in zip(names, shapes, strict=True)]
+    mine = [f"a buffer of {dtype}", *tensors]
+    digests = comm.all_gather_object(hashlib.blake2b(repr(mine).encode()).hexdigest())
+    rank = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if rank is None:
+        return
+    everyones = cast(list[list[str]], comm.all_gather_object(mine))
+    pairs = zip_longest(everyones[0], everyones[rank], fillvalue="no tensor")
+    i, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    what = f"`tensors[{i - 1}]`" if i else "the bucket"
+    raise ValueError(
+        f"{what} is {here} on rank 0 and {there} on rank {rank}: make the bucket of the same tensors, in the"
+        " same order, on all ranks of `comm`"
+    )
+
+
 def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
     layout = hashlib.blake2b(repr((names, shapes)).encode(), digest_size=4).hexdigest()
     return f"of {len(names)}, #{layout}"
@@ -303,6 +327,13 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
         seen: set[str] = set()
         twice = next(name for name in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"`names` holds {twice!r} twice: a name tells one tensor from another")
+    return found
+
+
+def _tensors(given: Iterable[Any]) -> list[Any]:
+    found = _listed(given, "tensors", "tensors")
+    for i, x in enumerate(found):
+        checks.buffer(x, f"tensors[{i}]")
     return found
 
 

@@ -362,6 +362,7 @@ def _needed(tag: str | None, codec: Codec) -> str:
 
 
 def _carried_dtype(x: Any, what: str) -> str:
+    checks.buffer(x, what)
     dtype, _ = _native.describe_buffer(x, what)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise TypeError(
