@@ -274,8 +274,9 @@ class _Exempt:
         _native.unpack(self._own, self._parts(target), self._offsets, self._counts, stats=False)
 
     def _parts(self, of: Any) -> list[Any]:
-        data = _data(of).reshape(-1)
-        return [data[begin:end] for begin, end in self._places]
+        data = _data(of)
+        flat = (data if is_tensor(data) else np.asarray(data)).reshape(-1)
+        return [flat[begin:end] for begin, end in self._places]
 
 
 class CodecWork:

@@ -1,5 +1,6 @@
 """Error feedback: what is lost comes later, a parameter at a time, and what is refused changes nothing."""
 
+import array
 import gc
 import pickle
 import time
@@ -327,6 +328,20 @@ def test_ranks_that_exempt_other_tensors_do_not_reduce_them() -> None:
 
     with pytest.raises(pycomm.MismatchError, match="exempt of 2, #"):
         pycomm.run_local(fn, 2)
+
+
+@pytest.mark.parametrize("codec", [codecs.Int8, codecs.TopK])
+def test_results_of_any_shape_hold_what_is_exempt(ranks: Ranks, codec: Any) -> None:
+    def fn(comm: Communicator) -> None:
+        bucket = Bucket([np.full(200, 2.5, F32), np.ones((20, 30), F32)], names=["b", "W"])
+        bucket.pack()
+        for out in (np.zeros((2, bucket.data.size // 2), F32), array.array("f", bytes(4 * bucket.data.size))):
+            feeds = codec(error_feedback=codecs.ErrorFeedback())
+            assert comm.all_reduce(bucket, out=out, codec=feeds) is out
+            found = np.asarray(out).ravel()
+            assert (found[:200] == 2.5 * comm.size).all() and (found[256:856] > 0).any()
+
+    ranks(fn, 2)
 
 
 def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -> None:
