@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from pycomm import _native, checks
+from pycomm.gradients import Gradients, is_tensor
 from pycomm.group import Communicator
 
 ID_BITS = 24
@@ -50,10 +51,16 @@ class Segment(NamedTuple):
 class Bucket:
     """A buffer with a place for each of several tensors; `comm.all_reduce(bucket)` reduces all of them.
 
-    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. `dtype`:
-    the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts the
-    buffer into that group's symmetric memory (a collective call), so that packing is the copy into the
-    window. `names`: of the tensors, which error feedback keeps its residuals by; "0", "1", ... by default.
+    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. Torch's
+    parameters stand for their gradients: pack() and unpack() copy the `.grad` that each has then, which
+    zero_grad() and backward() replace in every step. Pass x.detach() for a parameter's own values.
+
+    `dtype`: the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts
+    the buffer into that group's symmetric memory, so that packing is the copy into the window (a collective
+    call: ValueError, on all ranks, where one makes another bucket). `names`: of the tensors, which error
+    feedback keeps its residuals by; "0", "1", ... by default. `missing_as_zero`: a parameter whose `.grad` is
+    None gets one of zeros, where it is a ValueError otherwise; optimizers, which leave out what has no
+    gradient, do see it then.
 
     Every tensor starts at a multiple of 256 elements; what lies between is zero. All ranks' buckets in a call
     must have the same names and shapes in the same order: MismatchError otherwise.
@@ -65,16 +72,19 @@ class Bucket:
         dtype: Any = None,
         comm: Communicator | None = None,
         names: Iterable[str] | None = None,
+        missing_as_zero: bool = False,
     ) -> None:
         if hasattr(tensors, "shape"):
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
         if comm is not None and not isinstance(comm, _native.Communicator):
             raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
-        found = _listed(tensors, "tensors", "tensors")
+        found = _tensors(tensors)
         self._memory = _memory_of(found, comm)
         described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
         self._named = names is not None
         self._names = _checked_names(names, len(found))
+        self._missing_as_zero = bool(missing_as_zero)
+        self._gradients = self._gradients_of(found)
         if dtype is None:
             dtype = _common_dtype([name for name, _ in described])
         self._dtype, self._itemsize = _native.packable_dtype(dtype)
@@ -85,12 +95,11 @@ class Bucket:
         self._segments = [
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
-        layout = hashlib.blake2b(repr((self._names, self._shapes)).encode(), digest_size=4).hexdigest()
-        self._signature = f"bucket of {len(found)}, #{layout}"
+        self._signature = f"bucket {signature(self._names, self._shapes)}"
+        if comm is not None:
+            _require_agreement(comm, self._dtype, self._names, self._shapes)
         self._storage = self._memory.allocate(total * self._itemsize, comm)
-        self._tensors = found
-        torch = sys.modules.get("torch")
-        of_torch = [torch is not None and isinstance(x, torch.Tensor) for x in found]
+        of_torch = [is_tensor(x) for x in found]
         self._data = self._part(0, total, bool(of_torch) and all(of_torch))
         self._views = [
             self._part(segment.begin, segment.end, tensor).reshape(shape)
@@ -134,25 +143,26 @@ class Bucket:
     def views(self) -> Sequence[Any]:
         """The tensors' places in the buffer, shaped like them: tensors where they are, else arrays.
 
-        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing.
+        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing. In a bucket
+        of parameters, set each one's `.grad` to its view for that.
         """
         return tuple(self._views)
 
     @property
     def tensors(self) -> Sequence[Any]:
-        """What is packed and unpacked. May be set to others of as many elements each."""
-        return tuple(self._tensors)
+        """What was given, parameters as such. May be set to others of the same shapes."""
+        return tuple(self._gradients.given)
 
     @tensors.setter
     def tensors(self, tensors: Iterable[Any]) -> None:
-        found = _listed(tensors, "tensors", "tensors")
+        found = _tensors(tensors)
         if len(found) != len(self._counts):
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
             _, has = self._memory.describe(x, f"tensors[{i}]")
             if has != shape:
                 raise ValueError(f"`tensors[{i}]` has shape {has} where the bucket has {shape}")
-        self._tensors = found
+        self._gradients = self._gradients_of(found)
 
     def pack(self, scale: float = 1.0) -> Stats:
         """Copies the tensors to the buffer, each value times `scale`, cast to its type.
@@ -160,7 +170,7 @@ class Bucket:
         Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.pack(self._data, self._tensors, self._offsets, self._counts, factor)
+        return self._memory.pack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
 
     def unpack(self, scale: float = 1.0) -> Stats:
         """Copies the buffer to the tensors, each value times `scale`, cast to theirs.
@@ -168,11 +178,11 @@ class Bucket:
         Returns Stats of what was written: after an all_reduce the same on all ranks.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.unpack(self._data, self._tensors, self._offsets, self._counts, factor)
+        return self._memory.unpack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
 
     def check_unpack(self) -> None:
         """Raises what unpack() would: for a tensor that is read-only, say, or overlaps another one."""
-        self._memory.check_unpack(self._data, self._tensors, self._offsets, self._counts)
+        self._memory.check_unpack(self._data, self._gradients.now(), self._offsets, self._counts)
 
     def __reduce__(self) -> Any:
         raise TypeError("a Bucket is memory with its tensors' places in it: make another one, do not copy it")
@@ -182,6 +192,9 @@ class Bucket:
 
     def __repr__(self) -> str:
         return f"<pycomm.Bucket of {len(self)} tensors, {sum(self._counts)} elements of {self._dtype}>"
+
+    def _gradients_of(self, tensors: list[Any]) -> Gradients:
+        return Gradients(tensors, self._names if self._named else None, self._missing_as_zero)
 
     def _part(self, begin: int, end: int, as_tensor: bool) -> Any:
         raw = self._storage[begin * self._itemsize : end * self._itemsize]
@@ -261,6 +274,31 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
     return Gpu(tensors[0])
 
 
+def _require_agreement(
+    comm: Communicator, dtype: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Collective: raises, on all ranks the same, where another rank makes another bucket."""
+    tensors = [f"{name!r} of shape {shape}" for name, shape in zip(names, shapes, strict=True)]
+    mine = [f"a buffer of {dtype}", *tensors]
+    digests = comm.all_gather_object(hashlib.blake2b(repr(mine).encode()).hexdigest())
+    rank = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if rank is None:
+        return
+    everyones = cast(list[list[str]], comm.all_gather_object(mine))
+    pairs = zip_longest(everyones[0], everyones[rank], fillvalue="no tensor")
+    i, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    what = f"`tensors[{i - 1}]`" if i else "the bucket"
+    raise ValueError(
+        f"{what} is {here} on rank 0 and {there} on rank {rank}: make the bucket of the same tensors, in the"
+        " same order, on all ranks of `comm`"
+    )
+
+
+def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
+    layout = hashlib.blake2b(repr((names, shapes)).encode(), digest_size=4).hexdigest()
+    return f"of {len(names)}, #{layout}"
+
+
 def segment_ids(names: Sequence[str]) -> list[int]:
     taken: dict[int, None] = {}
     for name in names:
@@ -289,6 +327,13 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
         seen: set[str] = set()
         twice = next(name for name in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"`names` holds {twice!r} twice: a name tells one tensor from another")
+    return found
+
+
+def _tensors(given: Iterable[Any]) -> list[Any]:
+    found = _listed(given, "tensors", "tensors")
+    for i, x in enumerate(found):
+        checks.buffer(x, f"tensors[{i}]")
     return found
 
 

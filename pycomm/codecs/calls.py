@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from pycomm import _native, checks
-from pycomm.bucket import Bucket
+from pycomm.bucket import Bucket, Segment, signature
 from pycomm.codecs.feedback import ErrorFeedback, Layout, Places
 from pycomm.codecs.kinds import DEFAULTS, BlockCodec, Codec, SharedInt, TopK
+from pycomm.gradients import is_tensor, itself
 
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
 
@@ -103,7 +107,7 @@ class _Request:
             segments = [segment for segment in x.segments if segment not in exempt.segments]
             if not segments:
                 return lambda: self._reduce_plainly(x, out)
-        layout = feedback.layout(self.comm, places, _count(x))
+        layout = feedback.layout(self.comm, places, _count(x), is_tensor(_data(x)))
         return partial(self._run_fed, x, out, segments, exempt, feedback, layout)
 
     def _run_fed(
@@ -137,7 +141,7 @@ class _Request:
             raise
         feedback.begun(self.comm, layout)
         if exempt is not None:
-            works.append(self._reduce_plainly(exempt.own, None))
+            works.append(self._reduce_plainly(exempt, None))
 
         def finish(_: Any = None) -> Any:
             found = works[0].wait() if self.common["async_op"] else works[0]
@@ -170,7 +174,7 @@ class _Request:
         buckets = []
         for dtype, indices in of_dtype.items():
             names = [f"{self.tag or ''}[{i}]" for i in indices]
-            bucket = Bucket([xs[i] for i in indices], names=names)
+            bucket = Bucket([itself(xs[i]) for i in indices], names=names)
             bucket.pack()
             for i in indices:
                 if _carried_dtype(outs[i], f"out[{i}]") != dtype:
@@ -180,7 +184,7 @@ class _Request:
                     raise ValueError(
                         f"`out[{i}]` has shape {tuple(shape)} where `x[{i}]` has {tuple(wanted)}"
                     )
-            bucket.tensors = [outs[i] for i in indices]
+            bucket.tensors = [itself(outs[i]) for i in indices]
             bucket.check_unpack()
             buckets.append(bucket)
         starts = [self.prepare(bucket, None) for bucket in buckets]
@@ -218,11 +222,14 @@ class _Request:
 
 
 class _Exempt:
-    """The tensors of a bucket that error feedback exempts, copied to a bucket of their own and back."""
+    """The tensors of a bucket that error feedback exempts, copied to a buffer of their own and back.
 
-    def __init__(self, x: Bucket, out: Any, chosen: list[tuple[str, Any]]) -> None:
+    It is what they are reduced in, and has of a bucket what that takes: there is one for every call.
+    """
+
+    def __init__(self, x: Bucket, out: Any, chosen: list[tuple[str, Segment]]) -> None:
         self.names = frozenset(name for name, _ in chosen)
-        self.segments = [segment for _, segment in chosen]
+        self.segments = frozenset(segment for _, segment in chosen)
         self._x, self._out = x, out
         target = x if out is None else out
         dtype, shape = _native.describe_buffer(target, "x" if out is None else "out", writable=True)
@@ -231,7 +238,12 @@ class _Exempt:
             raise TypeError(f"`out` is {dtype} where `x` is {wanted}")
         if math.prod(shape) != _count(x):
             raise ValueError(f"`out` has {math.prod(shape)} elements where `x` has {_count(x)}")
-        self.own = Bucket(self._parts(x), names=[name for name, _ in chosen])
+        self._places = [(segment.begin, segment.end) for _, segment in chosen]
+        self._counts = [end - begin for begin, end in self._places]
+        *self._offsets, total = accumulate(self._counts, initial=0)
+        data = x.data
+        self._own = data.new_zeros(total) if is_tensor(data) else np.zeros(total, data.dtype)
+        self.__pycomm_signature__ = f"exempt {signature([name for name, _ in chosen], self._counts)}"
 
     @classmethod
     def of(cls, x: Bucket, out: Any, feedback: ErrorFeedback, names: Sequence[str]) -> _Exempt | None:
@@ -241,8 +253,12 @@ class _Exempt:
         ]
         return cls(x, out, chosen) if chosen else None
 
+    @property
+    def __pycomm_buffer__(self) -> Any:
+        return self._own
+
     def take(self) -> None:
-        self.own.pack()
+        _native.pack(self._own, self._parts(self._x), self._offsets, self._counts, stats=False)
 
     def left_out(self) -> Any:
         """Where the result will be, holding x with zeros in their place."""
@@ -254,11 +270,13 @@ class _Exempt:
         return result
 
     def put(self) -> None:
-        self.own.tensors = self._parts(self._x if self._out is None else self._out)
-        self.own.unpack()
+        target = self._x if self._out is None else self._out
+        _native.unpack(self._own, self._parts(target), self._offsets, self._counts, stats=False)
 
     def _parts(self, of: Any) -> list[Any]:
-        return [_data(of)[segment.begin : segment.end] for segment in self.segments]
+        data = _data(of)
+        flat = (data if is_tensor(data) else np.asarray(data)).reshape(-1)
+        return [flat[begin:end] for begin, end in self._places]
 
 
 class CodecWork:
@@ -345,6 +363,7 @@ def _needed(tag: str | None, codec: Codec) -> str:
 
 
 def _carried_dtype(x: Any, what: str) -> str:
+    checks.buffer(x, what)
     dtype, _ = _native.describe_buffer(x, what)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise TypeError(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pycomm import _native, checks
+from pycomm.gradients import is_tensor
 
 Residual = npt.NDArray[np.float32]
 Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
@@ -53,6 +54,7 @@ class ErrorFeedback:
         self._layouts: dict[Places, Layout] = {}
         self._where: dict[str, Layout] = {}
         self._loaded: dict[str, Residual] = {}
+        self._of_torch = False
         self._round: set[str] = set()  # who was called about in this step
         self._of_round: list[Layout] = []
         self._comm: weakref.ref[_native.Communicator] | None = None
@@ -80,19 +82,30 @@ class ErrorFeedback:
         self._of_round.clear()
         self._round.clear()
 
-    def state_dict(self) -> dict[str, Residual]:
-        """This rank's residuals by name, copied, 1-D. Waits for calls that are under way."""
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals by name, copied, 1-D, float32. Waits for calls that are under way.
+
+        They are arrays, or torch's tensors if a call was about tensors: numpy.savez and pickle take both, and
+        torch.load reads, by default, tensors alone.
+        """
         for layout in self._layouts.values():
             layout.settle()
-        found = {name: layout.part(name).copy() for name, layout in self._where.items()}
-        return {name: residual.copy() for name, residual in self._loaded.items()} | found
+        found = {name: residual.copy() for name, residual in self._loaded.items()}
+        found |= {name: layout.part(name).copy() for name, layout in self._where.items()}
+        if not self._of_torch:
+            return dict(found)
+        import torch
+
+        return {name: torch.from_numpy(residual) for name, residual in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Takes the place of all residuals: `state` is this rank's state_dict(), or a list of all old ranks'.
 
         The list is for another number of ranks: each of them gets the mean over the old ones, so that the
-        mean over ranks, which is what an average still owes, stays as it was. Raises ValueError if the states
-        of a list differ in names or lengths, or hold anything but finite 1-D arrays.
+        mean over ranks, which is what an average still owes, stays as it was. Raises ValueError, and leaves
+        all as it was, if the states of a list differ in names or lengths, or hold anything but finite 1-D
+        arrays; or if calls have been made, and a name is of none of their parameters, or a length not that
+        one's. Before the first call nobody knows of parameters: it then raises for lengths.
         """
         states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
         for each in states:
@@ -102,15 +115,19 @@ class ErrorFeedback:
         if not states:
             raise ValueError("`state` is an empty list: pass the state_dict() of every old rank")
         residuals: dict[str, Residual] = {}
+        of_torch = self._of_torch
         for name in states[0]:
             if not isinstance(name, str):
                 raise TypeError(f"`state` holds {name!r}: names are strings")
-            found = [_checked(name, each[name]) for each in states if name in each]
+            given = [each[name] for each in states if name in each]
+            found = [_checked(name, residual) for residual in given]
             if len(found) != len(states) or len({part.size for part in found}) != 1:
                 raise ValueError(
                     f"`state`: the old ranks' residuals of {name!r} differ in length, or some have none"
                 )
+            self._require_known(name, found[0].size)
             residuals[name] = np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
+            of_torch |= any(map(is_tensor, given))
         extra = set().union(*states) - set(residuals)
         if extra:
             raise ValueError(f"`state`: only some of the old ranks have a residual of {min(extra)!r}")
@@ -121,14 +138,15 @@ class ErrorFeedback:
         self._of_round.clear()
         self._round.clear()
         self._loaded = residuals
+        self._of_torch = of_torch
 
     def __repr__(self) -> str:
         return f"<pycomm.codecs.ErrorFeedback of {len(self._where.keys() | self._loaded.keys())} parameters>"
 
     # ---- for pycomm.codecs.call ----
 
-    def layout(self, comm: _native.Communicator, places: Places, count: int) -> Layout:
-        """The residuals for a call on `count` elements in which parameters lie at `places`.
+    def layout(self, comm: _native.Communicator, places: Places, count: int, of_torch: bool) -> Layout:
+        """The residuals for a call on `count` elements, of a tensor or array, with parameters at `places`.
 
         Nothing has changed until the call is known to have begun.
         """
@@ -142,7 +160,7 @@ class ErrorFeedback:
         if layout is not None:
             layout.settle()
         else:
-            layout = Layout(places, count)
+            layout = Layout(places, count, of_torch)
         moving = [name for name, _, _ in places if self._where.get(name) is not layout]
         parts = {name: self._find(name, layout) for name in moving}  # may raise
         for name, part in parts.items():
@@ -152,21 +170,42 @@ class ErrorFeedback:
     def begun(self, comm: _native.Communicator, layout: Layout) -> None:
         """A call has begun that writes layout.next: it is what skip() may take back from now on."""
         self._comm = weakref.ref(comm)
+        self._of_torch |= layout.of_torch
         self._layouts[layout.places] = layout
         names = {name for name, _, _ in layout.places}
-        moving = [name for name in names if self._where.get(name) is not layout]
-        for name in moving:
+        for name in names:
+            source = self._where.get(name)
+            if source is layout:
+                continue
             self._loaded.pop(name, None)
             self._where[name] = layout
-        if moving:
-            held = set(map(id, self._where.values()))
-            self._layouts = {key: kept for key, kept in self._layouts.items() if id(kept) in held}
+            layout.holds += 1
+            if source is not None:
+                source.holds -= 1
+                if source.holds == 0:
+                    del self._layouts[source.places]
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
         layout.end(False)  # so far there is nothing of this call to take back
         self._round |= names
         self._of_round.append(layout)
+
+    def _require_known(self, name: str, size: int) -> None:
+        if not self._where:
+            return
+        source = self._where.get(name)
+        if source is None and name not in self._loaded:
+            raise ValueError(
+                f"`state` holds a residual of {name!r}, which no call with this ErrorFeedback was about:"
+                " leave it out, or load into a new ErrorFeedback"
+            )
+        known = self._loaded[name] if source is None else source.part(name)
+        if known.size != size:
+            raise ValueError(
+                f"`state`: {name!r} has {known.size} elements here, and its residual {size}: a name is of one"
+                " thing"
+            )
 
     def _find(self, name: str, layout: Layout) -> Residual | None:
         source = self._where.get(name)
@@ -182,6 +221,8 @@ class ErrorFeedback:
 
 
 def _checked(name: str, residual: Any) -> Residual:
+    if is_tensor(residual):
+        residual = residual.detach().cpu()  # torch.load may put it elsewhere
     try:
         with np.errstate(over="ignore"):
             found = np.asarray(residual, np.float32)
@@ -202,10 +243,12 @@ class Layout:
     A call reads `now` and writes `next`; they change places if its result is finite.
     """
 
-    def __init__(self, places: Places, count: int) -> None:
+    def __init__(self, places: Places, count: int, of_torch: bool) -> None:
         self.now: Residual = np.zeros(count, np.float32)
         self.next: Residual = np.zeros(count, np.float32)
         self.places = places
+        self.of_torch = of_torch
+        self.holds = 0  # parameters whose residuals are here and in no later layout
         self._slices = {name: slice(begin, end) for name, begin, end in places}
         self._may_take_back = False
         self._under_way: Callable[[], object] | None = None

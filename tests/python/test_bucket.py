@@ -373,11 +373,70 @@ def test_ranks_with_other_names_or_shapes_do_not_reduce(codec: str | None) -> No
 
 def test_symmetric_buckets_of_different_sizes(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
-        with pytest.raises(ValueError, match="rank . asked for"):
+        with pytest.raises(
+            ValueError, match=r"tensors\[0\]` is '0' of shape \(300,\) on rank 0 and '0' of.*600"
+        ):
             Bucket([np.zeros(300 * (comm.rank + 1), "f")], comm=comm)
         assert comm.all_reduce(np.ones(1)) == [2]
 
     ranks(fn, 2)
+
+
+def test_symmetric_buckets_that_differ_name_the_first_tensor_that_does(ranks: Ranks) -> None:
+    """On all ranks alike, and the group goes on."""
+
+    def fn(comm: Communicator) -> list[str]:
+        a, b = np.zeros((4, 3), "f"), np.zeros((2, 6), "f")
+        odd = comm.rank == 2
+        messages = []
+        for names, tensors, dtype in (
+            (["a", "b", "c"] if odd else ["a", "c", "b"], [a, a, a], None),
+            (["a", "b"], [a, b if odd else a], None),
+            (["a"] if odd else ["a", "b"], [a] if odd else [a, b], None),
+            (["a"], [a], "float16" if odd else "bfloat16"),
+        ):
+            with pytest.raises(ValueError) as error:
+                Bucket(tensors, dtype, comm, names)
+            messages.append(str(error.value).partition(":")[0])
+        assert comm.all_reduce(np.ones(1)) == [comm.size]
+        return messages
+
+    assert ranks(fn, 3) == 3 * [
+        [
+            "`tensors[1]` is 'c' of shape (4, 3) on rank 0 and 'b' of shape (4, 3) on rank 2",
+            "`tensors[1]` is 'b' of shape (4, 3) on rank 0 and 'b' of shape (2, 6) on rank 2",
+            "`tensors[1]` is 'b' of shape (2, 6) on rank 0 and no tensor on rank 2",
+            "the bucket is a buffer of bfloat16 on rank 0 and a buffer of float16 on rank 2",
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (None, r"is None: no gradient\? Leave out"),
+        (0.25, r"is 0.25, a number: .*all_reduce\(np.array\(\[loss\]\), op=\"avg\"\)"),
+        (np.float32(3), ".*3.*, a number"),
+        (ml_dtypes.bfloat16(3), ".*3, a number"),
+        (True, "is True, a number"),
+    ],
+)
+def test_what_is_no_buffer(x: Any, words: str) -> None:
+    def fn(comm: Communicator) -> None:
+        array = np.ones(3, "f")
+        bucket = Bucket([array, array.copy()])
+        with pytest.raises(TypeError, match=r"`tensors\[1\]` " + words):
+            Bucket([array, x])
+        with pytest.raises(TypeError, match=r"`tensors\[1\]` " + words):
+            bucket.tensors = [array, x]
+        with pytest.raises(TypeError, match=r"`x\[1\]` " + words):
+            comm.all_reduce([array, x], codec="bf16")
+        with pytest.raises(TypeError, match=r"`out\[1\]` " + words):
+            comm.all_reduce([array, array], out=[array.copy(), x], codec="bf16")
+        with pytest.raises(TypeError, match="needs `x`" if x is None else "`x` " + words):
+            comm.all_reduce(x, codec="bf16")
+
+    pycomm.run_local(fn, 1)
 
 
 def test_torch_tensors() -> None:
@@ -394,8 +453,7 @@ def test_torch_tensors() -> None:
             x.zero_()
         bucket.unpack()
         assert all(torch.equal(x.float(), y.float()) for x, y in zip(tensors, kept, strict=True))
-    gradients = [torch.ones(5, requires_grad=True), np.ones(3, "f")]
-    bucket = Bucket(gradients, "bfloat16")
+    bucket = Bucket([torch.ones(5), np.ones(3, "f")], "bfloat16")
     bucket.pack(3)
     assert isinstance(bucket.data, np.ndarray)
     assert isinstance(bucket.views[0], torch.Tensor) and bucket.views[0].tolist() == [3] * 5

@@ -1,7 +1,11 @@
 """Error feedback: what is lost comes later, a parameter at a time, and what is refused changes nothing."""
 
+import array
 import gc
+import pickle
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,6 +280,70 @@ def test_what_is_exempt_is_not_among_the_largest(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_many_tensors_take_no_longer_than_to_make_their_bucket() -> None:
+    """What is linear in their number is; a comparison of each with each takes four times as long."""
+
+    def fn(comm: Communicator) -> None:
+        tensors = [np.ones((4,) if i % 2 else (2, 2), F32) for i in range(4000)]
+        names = [f"layer{i}.weight" for i in range(len(tensors))]
+        codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+        made, called = [], []
+        for _ in range(5):
+            begin = time.perf_counter()
+            bucket = Bucket(tensors, names=names)
+            middle = time.perf_counter()
+            comm.all_reduce(bucket, codec=codec)
+            made.append(middle - begin)
+            called.append(time.perf_counter() - middle)
+        assert min(called) < min(made)
+
+    pycomm.run_local(fn, 1)
+
+
+def test_many_arrays_take_about_as_long_in_the_first_step_as_later() -> None:
+    """A comparison of each with all before it takes forty times as long."""
+
+    def fn(comm: Communicator) -> None:
+        x = np.ones(8, F32)
+        codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+        took = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            for i in range(2000):
+                comm.all_reduce(x, codec=codec, tag=str(i))
+            took.append(time.perf_counter() - begin)
+        assert took[0] < 8 * took[1]
+
+    pycomm.run_local(fn, 1)
+
+
+def test_ranks_that_exempt_other_tensors_do_not_reduce_them() -> None:
+    def fn(comm: Communicator) -> None:
+        exempted = "ab" if comm.rank == 0 else "ac"  # of equal lengths
+        feedback = codecs.ErrorFeedback(lambda name, shape: name in exempted)
+        bucket = Bucket([np.ones(n, F32) for n in (300, 200, 200, 100)], names=list("abcd"))
+        bucket.pack()
+        comm.all_reduce(bucket, codec=codecs.TopK(k=5, error_feedback=feedback))
+        comm.barrier()
+
+    with pytest.raises(pycomm.MismatchError, match="exempt of 2, #"):
+        pycomm.run_local(fn, 2)
+
+
+@pytest.mark.parametrize("codec", [codecs.Int8, codecs.TopK])
+def test_results_of_any_shape_hold_what_is_exempt(ranks: Ranks, codec: Any) -> None:
+    def fn(comm: Communicator) -> None:
+        bucket = Bucket([np.full(200, 2.5, F32), np.ones((20, 30), F32)], names=["b", "W"])
+        bucket.pack()
+        for out in (np.zeros((2, bucket.data.size // 2), F32), array.array("f", bytes(4 * bucket.data.size))):
+            feeds = codec(error_feedback=codecs.ErrorFeedback())
+            assert comm.all_reduce(bucket, out=out, codec=feeds) is out
+            found = np.asarray(out).ravel()
+            assert (found[:200] == 2.5 * comm.size).all() and (found[256:856] > 0).any()
+
+    ranks(fn, 2)
+
+
 def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         shapes = {"a": (20, 30), "b": (7, 9), "c": (40, 40)}
@@ -430,3 +498,48 @@ def test_resharding_keeps_the_mean() -> None:
         with pytest.raises(ValueError, match="`state`"):
             feedback.load_state_dict(wrong)
     assert set(feedback.state_dict()) == {"w", "v"}
+
+
+def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
+    """At once, and with everything as it was, once calls have said which parameters there are."""
+
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+        early = {"w": np.ones(300, F32), "late": np.ones(40, F32)}
+        feedback.load_state_dict(early)
+        comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="w")
+        before = feedback.state_dict()
+        for wrong, words in (
+            ({"v": np.ones(300, F32)}, "residual of 'v', which no call"),
+            ({"w": np.ones(300, F32), "v": np.ones(3, F32)}, "residual of 'v', which no call"),
+            ({"w": np.ones(299, F32)}, "'w' has 300 elements here, and its residual 299"),
+            ({"late": np.ones(41, F32)}, "'late' has 40 elements here, and its residual 41"),
+            ([early, {**early, "v": np.ones(3, F32)}], "some of the old ranks have a residual of 'v'"),
+            ({"w": np.full(300, np.nan, F32)}, "holds NaN or Inf"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                feedback.load_state_dict(wrong)
+            state = feedback.state_dict()
+            assert state.keys() == before.keys()
+            assert all((state[name] == before[name]).all() for name in before)
+        feedback.skip()  # which a refusal leaves to be done, too
+        assert (feedback.state_dict()["w"] == 1).all() and (before["w"] != 1).any()
+        feedback.load_state_dict(before)
+        assert (feedback.state_dict()["w"] == before["w"]).all()
+        codecs.ErrorFeedback().load_state_dict({"v": np.ones(3, F32)})
+
+    ranks(fn, 2)
+
+
+def test_states_survive_savez_and_pickle(tmp_path: Path) -> None:
+    feedback = codecs.ErrorFeedback()
+    state = {"layer 0.weight": gaussian(1, 300), "b": gaussian(2, 1)}
+    feedback.load_state_dict(state)
+    saved = feedback.state_dict()
+    np.savez(tmp_path / "state.npz", **saved)
+    with np.load(tmp_path / "state.npz") as archive:
+        for found in (archive, pickle.loads(pickle.dumps(saved))):
+            again = codecs.ErrorFeedback()
+            again.load_state_dict(found)
+            assert all((again.state_dict()[name] == state[name]).all() for name in state)
