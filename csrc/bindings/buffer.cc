@@ -218,9 +218,7 @@ std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
   Buffer buffer = from_tensor(managed->tensor, name);
   // The capsule owns the tensor until somebody takes it; nobody does.
   buffer.exported = std::shared_ptr<void>(capsule.release().ptr(), [](void* p) {
-    if (!may_drop()) return;
-    const py::gil_scoped_acquire gil;
-    Py_DECREF(static_cast<PyObject*>(p));
+    drop_locked([](void* object) { Py_DECREF(static_cast<PyObject*>(object)); }, p);
   });
   return buffer;
 }
@@ -269,11 +267,12 @@ std::optional<DType> from_format(const char* format, Py_ssize_t item) {
 
 Buffer from_protocol(PyObject* object, const char* name) {
   std::shared_ptr<Py_buffer> view(new Py_buffer{}, [](Py_buffer* b) {
-    if (may_drop()) {
-      const py::gil_scoped_acquire gil;
-      PyBuffer_Release(b);
-    }
-    delete b;
+    drop_locked(
+        [](void* held) {
+          PyBuffer_Release(static_cast<Py_buffer*>(held));
+          delete static_cast<Py_buffer*>(held);
+        },
+        b);
   });
   bool writable = true;
   if (PyObject_GetBuffer(object, view.get(), PyBUF_WRITABLE | PyBUF_FORMAT | PyBUF_STRIDES) != 0) {

@@ -92,8 +92,11 @@ py::object run_list(PyCommunicator& comm, const Arguments& args) {
 // send_recv as the two calls that it makes.
 Arguments side_of(const Arguments& args, Arg buffer, Arg peer) {
   Arguments side;
-  for (const auto& [to, from] :
-       {std::pair(Arg::x, buffer), {Arg::peer, peer}, {Arg::timeout, Arg::timeout}, {Arg::tag, Arg::tag}}) {
+  for (const auto& [to, from] : {std::pair(Arg::x, buffer),
+                                 {Arg::peer, peer},
+                                 {Arg::timeout, Arg::timeout},
+                                 {Arg::tag, Arg::tag},
+                                 {Arg::stream, Arg::stream}}) {
     if (!args[from]) continue;
     side.values[static_cast<size_t>(to)] = args[from];
     side.given |= bit(to);
@@ -122,9 +125,11 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
   }
   std::array<Bound, 2> bounds;
   const std::array places = {&send, &receive};
-  GilPatience patience(calls[0].eager(comm) || calls[1].eager(comm));
-  for (size_t i = 0; i < calls.size(); ++i) bounds[i] = comm->bind(calls[i].request);
-  comm->run_both(bounds[0], bounds[1], patience);
+  {
+    GilPatience patience(calls[0].eager(comm) || calls[1].eager(comm));
+    for (size_t i = 0; i < calls.size(); ++i) bounds[i] = comm->bind(calls[i].request);
+    comm->run_both(bounds[0], bounds[1], patience);
+  }
   for (size_t i = 0; i < calls.size(); ++i) {
     const Memo::Use& place = *places[i];
     if (!place) continue;

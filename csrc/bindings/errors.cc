@@ -78,9 +78,7 @@ void set_python_error() {
 
 std::shared_ptr<void> keep_alive(py::object object) {
   return std::shared_ptr<void>(object.release().ptr(), [](void* p) {
-    if (!may_drop()) return;
-    const py::gil_scoped_acquire gil;
-    Py_XDECREF(static_cast<PyObject*>(p));
+    drop_locked([](void* object) { Py_XDECREF(static_cast<PyObject*>(object)); }, p);
   });
 }
 

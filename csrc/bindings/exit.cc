@@ -7,6 +7,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "bindings/python.h"
@@ -20,7 +21,10 @@ namespace {
 std::mutex mutex;
 std::set<runtime::Communicator*> open;
 std::atomic<bool> ending{false};
-std::thread::id last;  // the thread that ends the interpreter; written before `ending`
+std::vector<std::pair<void (*)(void*), void*>> dropped;  // by threads without the interpreter's lock
+std::atomic<bool> any_dropped{false};
+bool drop_due = false;  // by the main thread
+std::thread::id last;   // the thread that ends the interpreter; written before `ending`
 
 // What the interpreter ends with, if that is an exception that nobody caught.
 std::string uncaught() {
@@ -58,7 +62,36 @@ void strike(runtime::Communicator* comm) {
 
 bool may_return() { return !ending.load(std::memory_order_acquire) || std::this_thread::get_id() == last; }
 
-bool may_drop() { return Py_IsInitialized() && may_return(); }
+namespace {
+int drop_at_last(void* /*unused*/) {
+  {
+    const std::lock_guard lock(mutex);
+    drop_due = false;
+  }
+  drop_left();
+  return 0;
+}
+}  // namespace
+
+void drop_locked(void (*drop)(void*), void* what) {
+  if (!Py_IsInitialized() || !may_return()) return;
+  if (PyGILState_Check()) return drop(what);
+  const std::lock_guard lock(mutex);
+  dropped.emplace_back(drop, what);
+  any_dropped = true;
+  if (!drop_due) drop_due = Py_AddPendingCall(drop_at_last, nullptr) == 0;
+}
+
+void drop_left() {
+  if (!any_dropped) return;
+  std::vector<std::pair<void (*)(void*), void*>> mine;
+  {
+    const std::lock_guard lock(mutex);
+    mine.swap(dropped);
+    any_dropped = false;
+  }
+  for (const auto& [drop, what] : mine) drop(what);
+}
 
 void park() {
   for (;;) pause();

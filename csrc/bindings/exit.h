@@ -13,9 +13,13 @@ namespace pycomm::bindings {
 void enlist(runtime::Communicator* comm);
 void strike(runtime::Communicator* comm);
 
-// Whether this thread may take the interpreter's lock: to have it back; to drop an object.
+// Whether this thread may take the interpreter's lock back.
 bool may_return();
-bool may_drop();
+// drop(what) under the interpreter's lock: at once by a thread that has it. Threads of calls do not wait for
+// it, since others' calls would wait with them: for these the main thread does it soon, or whoever takes the
+// lock back after a call.
+void drop_locked(void (*drop)(void*), void* what);
+void drop_left();  // under the lock
 [[noreturn]] void park();
 
 void close_at_exit();

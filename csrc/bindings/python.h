@@ -33,6 +33,7 @@ class GilPatience : public runtime::Patience {
     if (!may_return()) park();
     PyEval_RestoreThread(released_);
     released_ = nullptr;
+    drop_left();
   }
 
  private:

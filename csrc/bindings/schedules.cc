@@ -148,9 +148,7 @@ void add_schedules(py::module_& module) {
          const py::function& write) {
         // The function is dropped under the interpreter's lock, whoever drops the communicator.
         auto held = std::shared_ptr<py::function>(new py::function(write), [](py::function* f) {
-          if (!may_drop()) return;
-          const py::gil_scoped_acquire gil;
-          delete f;
+          drop_locked([](void* function) { delete static_cast<py::function*>(function); }, f);
         });
         comm.handle->memo.clear();  // first: a plan of the old one belongs to calls made before
         comm->add_algorithm(parse_collective(collective), name,

@@ -181,6 +181,7 @@ Communicator::~Communicator() {
 
 void Communicator::close(Patience& patience) {
   if (transport::forked_since(fork_generation_)) return;
+  refuse_reentry();
   {
     const std::lock_guard lock(queue_mutex_);
     if (std::exchange(stopping_, true)) return;

@@ -186,6 +186,21 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void drive(const Work& work, Patience& patience);
   void progress();
   void wake_progress();
+  class Holding {  // the token, if it was free or is waited for; whoever waits for it hears when it is free
+                   // again
+   public:
+    enum Wait { wait };
+    explicit Holding(Communicator& comm) : comm_(comm), held_(comm.token_.try_lock()) {}
+    Holding(Communicator& comm, Wait) : comm_(comm), held_(true) { comm.token_.lock(); }
+    ~Holding();
+    Holding(const Holding&) = delete;
+    Holding& operator=(const Holding&) = delete;
+    explicit operator bool() const { return held_; }
+
+   private:
+    Communicator& comm_;
+    bool held_;
+  };
   class Driving {  // while a thread is here that drives what it waits for
    public:
     explicit Driving(Communicator& comm) : comm_(comm) { ++comm_.drivers_; }
@@ -233,6 +248,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   };
   std::map<std::pair<int, int>, Channel> channels_;
   std::vector<Active> active_;  // the first queued call of each sequence
+  std::atomic<int> token_waiters_{0};
 
   mutable Token cache_mutex_;
   struct CacheEntry {

@@ -28,7 +28,7 @@ bool shorter_than_waking(const Bound& bound) {
 
 void Communicator::run(const Bound& bound, Patience& patience) {
   if (queued_.load(std::memory_order_acquire) == 0) {
-    const std::unique_lock token(token_, std::try_to_lock);
+    const Holding token(*this);
     if (token && queued_.load(std::memory_order_acquire) == 0) return run_alone(bound, patience);
   }
   refuse_reentry();
@@ -73,7 +73,7 @@ void Communicator::run_alone(const Bound& asked, Patience& patience) {
 
 void Communicator::run_both(const Bound& first, const Bound& second, Patience& patience) {
   if (queued_.load(std::memory_order_acquire) == 0) {
-    const std::unique_lock token(token_, std::try_to_lock);
+    const Holding token(*this);
     if (token && queued_.load(std::memory_order_acquire) == 0) {
       return run_both_alone(first, second, patience);
     }
@@ -94,6 +94,7 @@ void Communicator::run_both(const Bound& first, const Bound& second, Patience& p
 
 void Communicator::run_both_alone(const Bound& first, const Bound& second, Patience& patience) {
   check_usable();
+  for (const Bound* bound : {&first, &second}) sequence_of(*bound);  // throws before anything has begun
   std::array<Active, 2> calls;
   for (const Bound* bound : {&first, &second}) start(calls[bound == &second], *bound);
   for (size_t left = calls.size();;) {
@@ -199,13 +200,11 @@ std::shared_ptr<Work> Communicator::submit(Bound bound) {
     first = queued_.fetch_add(1) == 0;
   }
   attention_.fetch_add(1);
-  std::unique_lock token(token_, std::defer_lock);
-  if (first && is_short && token.try_lock()) {
-    advance_all(1);
-    token.unlock();
-  } else {
-    domain_->ring(rank());  // whoever drives may sleep
+  if (first && is_short) {
+    const Holding token(*this);
+    if (token) advance_all(1);
   }
+  domain_->ring(rank());  // whoever drives may sleep
   if (!work->is_completed()) wake_progress();
   return work;
 }
@@ -328,12 +327,8 @@ void Communicator::progress() {
       sched_yield();
       if (drivers_ > 0) continue;
     }
-    {
-      const std::lock_guard token(token_);
-      complete_some(patience, background_policy_);
-    }
-    const std::lock_guard lock(queue_mutex_);
-    queue_changed_.notify_all();  // the token is free
+    const Holding token(*this, Holding::wait);
+    complete_some(patience, background_policy_);
   }
 }
 
@@ -341,6 +336,14 @@ void Communicator::wake_progress() {
   if (drivers_ > 0) return;
   const std::lock_guard lock(queue_mutex_);
   if (rests_) work_left_.notify_one();
+}
+
+Communicator::Holding::~Holding() {
+  if (!held_) return;
+  comm_.token_.unlock();
+  if (comm_.token_waiters_ == 0) return;
+  const std::lock_guard lock(comm_.queue_mutex_);
+  comm_.queue_changed_.notify_all();
 }
 
 Communicator::Driving::~Driving() {
@@ -354,7 +357,7 @@ void Communicator::drive(const Work& work, Patience& patience) {
   attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
   domain_->ring(rank());
   while (!work.is_completed()) {
-    if (const std::unique_lock token(token_, std::try_to_lock); token) {
+    if (const Holding token(*this); token) {
       complete_some(patience, policy_);
       continue;
     }
@@ -362,8 +365,10 @@ void Communicator::drive(const Work& work, Patience& patience) {
     patience.on_block();
     {
       std::unique_lock lock(queue_mutex_);
+      ++token_waiters_;
       queue_changed_.wait_for(lock, std::chrono::milliseconds(20),
                               [&] { return work.is_completed() || !token_.taken(); });
+      --token_waiters_;
     }
     patience.on_tick();
   }

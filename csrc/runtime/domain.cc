@@ -99,13 +99,17 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
 }
 
 void Domain::let_go() {
+  const auto begin = reinterpret_cast<char*>(channels_) - mapping_->data();
   node_->let_go({.mapping = mapping_,
                  .offset = offset_,
                  .bytes = bytes(size(), bank_bytes_),
                  .let_go = let_go_,
                  .ranks = node_ranks_,
                  .me = rank_,
-                 .with_it = [channels = channels_, n = size()](transport::Node& node) {
+                 .with_it = [offset = offset_, begin, n = size()](transport::Node& node) {
+                   const auto header = node.map(offset, header_bytes(n));
+                   const auto* channels =
+                       reinterpret_cast<const std::atomic<int64_t>*>(header->data() + begin);
                    for (int pair = 0; pair < n * n; ++pair) {
                      const int64_t offset = channels[pair].load(std::memory_order_acquire);
                      if (offset != 0 && pair / n != pair % n) node.release(offset, bytes(2));

@@ -24,12 +24,12 @@ class Token {
     while (state_.exchange(kAwaited, std::memory_order_acquire) != kFree) state_.wait(kAwaited);
     owner_.store(pthread_self(), std::memory_order_relaxed);
   }
-  bool taken() const { return state_.load(std::memory_order_acquire) != kFree; }
+  bool taken() const { return state_.load() != kFree; }
   // By this thread.
   bool held() const { return owner_.load(std::memory_order_relaxed) == pthread_self(); }
   void unlock() {
     owner_.store({}, std::memory_order_relaxed);
-    if (state_.exchange(kFree, std::memory_order_release) == kAwaited) state_.notify_one();
+    if (state_.exchange(kFree) == kAwaited) state_.notify_one();
   }
 
  private:

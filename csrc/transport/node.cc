@@ -196,6 +196,15 @@ void Node::release(int64_t offset, int64_t bytes) {
 
 void Node::let_go(Extent extent) {
   extent.let_go[extent.me / 64].fetch_or(uint64_t{1} << extent.me % 64, std::memory_order_acq_rel);
+  // Of the whole only the bits stay mapped.
+  const auto at = reinterpret_cast<char*>(extent.let_go) - extent.mapping->data();
+  const auto page = at / page_size() * page_size();
+  const auto words = static_cast<int64_t>((extent.ranks.size() + 63) / 64 * sizeof(uint64_t));
+  const int64_t bytes = round_up(at - page + words, page_size());
+  auto bits =
+      std::make_shared<Mapping>(map_extent(shared_->memory.get(), extent.offset + page, bytes, false), bytes);
+  extent.let_go = reinterpret_cast<std::atomic<uint64_t>*>(bits->data() + (at - page));
+  extent.mapping = std::move(bits);
   {
     const std::lock_guard lock(left_mutex_);
     left_.push_back(std::move(extent));

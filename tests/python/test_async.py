@@ -208,3 +208,17 @@ def test_timeouts_that_are_none() -> None:
         work.wait(0.5)
 
     pycomm.run_local(fn, 1)
+
+
+def test_polling_does_not_hold_calls_up(ranks: Ranks) -> None:
+    """Whoever polls has the interpreter's lock: calls end and begin without it. The bound is a hang's."""
+
+    def fn(comm: Communicator) -> None:
+        before = time.monotonic()
+        works = [comm.all_reduce(np.ones(4), async_op=True) for _ in range(3000)]
+        while not works[-1].is_completed():
+            pass
+        assert time.monotonic() - before < 10
+        assert all(work.wait()[0] == comm.size for work in works)
+
+    ranks(fn, 2)

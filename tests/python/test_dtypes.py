@@ -4,6 +4,7 @@ The expectation of a deterministic call is exact: the balanced binary tree over 
 accumulator (float32 for the 16- and 8-bit floats), rounded once to nearest even by ml_dtypes.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -314,3 +315,17 @@ def test_sums_round_once(ranks: Ranks) -> None:
                 assert (got == 1 + eps).all(), (kind, algorithm, got[0])
 
     ranks(fn, 5)
+
+
+def test_small_stacks(ranks: Ranks) -> None:
+    """A reduction with a scale or of many sources runs in threads of 128 KiB, as musl makes them."""
+
+    def fn(comm: Communicator) -> None:
+        x = np.full(3000, 2.0, np.float32)
+        threading.stack_size(128 << 10)
+        thread = threading.Thread(target=lambda: comm.all_reduce(x, op=pycomm.premul_sum(0.5)))
+        thread.start()
+        thread.join()
+        assert (x == comm.size).all()
+
+    ranks(fn, 3)

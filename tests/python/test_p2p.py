@@ -173,6 +173,8 @@ def test_send_recv_refuses_before_anything_moves(ranks: Ranks) -> None:
             with pytest.raises(error, match=match):
                 call()
         comm.send_recv(whole[:3], other, whole[3:], other)
+        with pytest.raises(ValueError, match="`stream` is for GPU buffers"):
+            comm.send_recv(whole[:3], other, whole[3:], other, stream=object())  # though the call is known
         comm.send(x, other)
         assert (comm.recv(out, other) == 1).all()
 

@@ -28,7 +28,7 @@ namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
 constexpr size_t kBlockBytes = 4096;
-constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
+constexpr int kMaxDepth = 17;  // a stack of 2^16 leaves: more ranks than a node has
 
 // Complex numbers go part by part: the compiler makes no vectors of structs copied whole.
 template <class T>
