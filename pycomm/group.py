@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pycomm import _native, objects
 from pycomm.algorithm import introduce
-from pycomm.world import find_world
+from pycomm.world import find_world, take
 
 T = TypeVar("T")
 
@@ -119,6 +119,7 @@ def init(
         address = _meet_at(store, rank)
     elif store is None and rank is None and size is None:
         world = find_world()
+        take(world)
         rank, size = world.rank, world.size
         address = f"{world.address}|{next(_init_calls)}"
     else:
