@@ -37,4 +37,5 @@ def run(args: argparse.Namespace) -> int:
         if re.fullmatch(r"python[\d.]*", os.path.basename(args.script)):
             return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")
         return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
-    return launch([sys.executable, *(["-m"] if args.module else []), args.script, *args.args], args.size)
+    command = [sys.executable, *(["-m"] if args.module else []), args.script, *args.args]
+    return launch(command, args.size)
