@@ -2,8 +2,7 @@
 
 One loop, woken by the ranks' ends and the signals that come here; what they print
 goes past it, through threads (pycomm.pipes). A rank is a session of its own, so that a signal from the
-terminal reaches it once, through here, and the processes it started can be ended with
-it.
+terminal reaches it once, through here, and what it started can be ended with it, if it does not end well.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ _COLORS = (36, 33, 35, 32, 34, 31)
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(command: Sequence[str], size: int) -> int:
+def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
     """Runs `command` as ranks 0 to size - 1; returns the exit code of the first that failed (128 + signal if
-    by a signal), or 0."""
-    with _Job(size) as job:
+    by a signal), or 0. When one fails, the others are ended (`on_failure="end"`) or left alone ("wait")."""
+    with _Job(size, on_failure) as job:
         for rank, cores in enumerate(split_cores(size)):
             job.start(rank, command, cores)
         return job.run()
@@ -81,16 +80,19 @@ class _Rank:
     rank: int
     process: subprocess.Popen[bytes]
     end: int  # a pidfd
+    at_peace: bool = False  # it ended well, and what it started is left alone
 
 
 class _Job:
-    """The ranks, and the loop that waits for them. Leaving it leaves no process behind.
+    """The ranks, and the loop that waits for them. Leaving it leaves no rank behind, nor what a rank started
+    that did not end well by itself.
 
     Whoever has ended is not reaped before the job is over: a number that a dead leader holds is no
     stranger's, so that its group can be signalled.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, on_failure: str) -> None:
+        self._on_failure = on_failure
         self._environment = {"PYCOMM_SIZE": str(size), "PYCOMM_JOB": secrets.token_hex(16)}
         self._started: list[_Rank] = []
         self._running: list[_Rank] = []
@@ -167,19 +169,22 @@ class _Job:
         self._running.remove(rank)
         code, how = _end_of(rank.process.pid)
         if code and not (self._failure and self._ending):
-            self._fail(code, f"rank {rank.rank} {how}")
-        os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
+            self._fail(code, f"rank {rank.rank} {how}", self._on_failure == "end")
+        rank.at_peace = code == 0 and not self._ending
+        if not rank.at_peace:
+            os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
         if not self._running:
             self._output.no_more_to_say()
             self._after(GRACE_S, self._let_go)
 
-    def _fail(self, code: int, text: str) -> None:
+    def _fail(self, code: int, text: str, end: bool) -> None:
         self._failure = self._failure or code
         # Whoever was signalled through here has been told already, and has its time.
         if self._running and not self._ending:
-            text += f"; ending the others in {NOTICE_S:.0f} s"
-            self._ending = True
-            self._after(NOTICE_S, self._terminate)
+            text += f"; ending the others in {NOTICE_S:.0f} s" if end else "; the others go on"
+            if end:
+                self._ending = True
+                self._after(NOTICE_S, self._terminate)
         self._output.say(text)
 
     def _forward(self, signals: int) -> None:
@@ -214,7 +219,8 @@ class _Job:
 
     def _kill_and_reap(self) -> None:
         for rank in self._started:
-            os.killpg(rank.process.pid, signal.SIGKILL)
+            if not rank.at_peace:
+                os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
 
 

@@ -22,6 +22,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
     parser.add_argument(
+        "--on-failure",
+        choices=("end", "wait"),
+        default="end",
+        help="what becomes of the other ranks when one fails: they are ended, or left alone, to go on with"
+        " shrink() (default: end)",
+    )
+    parser.add_argument(
         "-m", dest="module", action="store_true", help="SCRIPT names a module, as for python -m"
     )
     parser.add_argument("script", help="the Python file to run")
@@ -38,4 +45,4 @@ def run(args: argparse.Namespace) -> int:
             return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")
         return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
     command = [sys.executable, *(["-m"] if args.module else []), args.script, *args.args]
-    return launch(command, args.size)
+    return launch(command, args.size, args.on_failure)

@@ -285,11 +285,55 @@ def test_a_stopped_rank_is_ended_too(script: Callable[[str], str]) -> None:
         assert gone(pids, 0)
 
 
-@pytest.mark.parametrize("code", [0, 5])
-def test_what_a_rank_started_ends_with_it(script: Callable[[str], str], code: int) -> None:
-    child = "print(subprocess.Popen(['sleep', '60']).pid)"
-    done = run("-n", "1", script(f"{child}\nsys.exit({code})"), code=code)
+CHILD = "child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)"
+
+
+def test_what_a_rank_started_ends_with_it_when_it_fails(script: Callable[[str], str]) -> None:
+    done = run("-n", "1", script(f"{CHILD}\nprint(child.pid)\nsys.exit(5)"), code=5)
     assert gone([int(done.stdout.split()[1])], 0)
+
+
+def test_what_a_rank_started_ends_with_it_when_it_is_ended(script: Callable[[str], str]) -> None:
+    code = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n{CHILD}\nprint(child.pid)\ntime.sleep(60)"
+    with started("-n", "1", script(code), ranks=1) as (job, children):
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 0
+        assert gone(children, 0)
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_what_a_rank_started_outlives_it_when_it_ends_well(script: Callable[[str], str], code: int) -> None:
+    """Whatever becomes of the job."""
+    text = f"if rank == 1: time.sleep(1); sys.exit({code})\n{CHILD}\nprint(child.pid)"
+    child = int(run("-n", "2", script(text), code=code).stdout.split()[1])
+    assert alive(child)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_whoever_holds_the_output_of_a_rank_does_not_hold_up_the_job(script: Callable[[str], str]) -> None:
+    child = "child = subprocess.Popen(['sleep', '60']); print(child.pid); sys.stdout.write('unfinished')"
+    done = run("-n", "1", script(child), command=HASTY)
+    first, second = done.stdout.splitlines()
+    assert second == "[0] unfinished"
+    os.kill(int(first.split()[1]), signal.SIGKILL)
+
+
+def test_the_others_may_go_on(script: Callable[[str], str]) -> None:
+    code = """
+import numpy, pycomm
+signal.signal(signal.SIGTERM, lambda *_: print("ended"))
+comm = pycomm.init()
+if rank == 1: sys.exit(7)
+try:
+    comm.barrier()
+except pycomm.CommError:
+    comm = comm.shrink()
+time.sleep(1.5)
+print("sum", int(comm.all_reduce(numpy.ones(1))[0]))
+"""
+    done = run("-n", "3", "--on-failure=wait", script(code), code=7, command=HASTY)
+    assert sorted(done.stdout.splitlines()) == ["[0] sum 2", "[2] sum 2"]
+    assert "rank 1 exited with code 7; the others go on" in done.stderr
 
 
 def test_ranks_may_end_one_after_the_other(script: Callable[[str], str]) -> None:
@@ -338,6 +382,7 @@ def test_pinning(script: Callable[[str], str]) -> None:
         (["-n", "2", "python", __file__], "leave out `python`"),
         (["-n", "2", "python3.11", __file__], "leave out `python3.11`"),
         (["-n", "two", __file__], "two"),
+        (["-n", "2", "--on-failure", "go", __file__], "wait"),
         ([__file__], "-n"),
         (["-n", "2"], "script"),
     ],
