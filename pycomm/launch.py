@@ -16,6 +16,7 @@ import re
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ class _Job:
 
     def __init__(self, size: int, on_failure: str) -> None:
         self._on_failure = on_failure
-        self._environment = {"PYCOMM_SIZE": str(size), "PYCOMM_JOB": secrets.token_hex(16)}
+        self._environment = _environment(size)
         self._started: list[_Rank] = []
         self._running: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
@@ -124,7 +125,7 @@ class _Job:
             command,
             bufsize=0,
             # Else Python holds back what a rank prints to a pipe until there is much of it.
-            env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, "PYCOMM_RANK": str(rank)},
+            env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -222,6 +223,26 @@ class _Job:
             if not rank.at_peace:
                 os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
+
+
+def _environment(size: int) -> dict[str, str]:
+    """What all ranks are told: pycomm's own variables, and those of torchrun, for scripts that use
+    torch.distributed as well."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return {
+        "PYCOMM_SIZE": str(size),
+        "PYCOMM_JOB": secrets.token_hex(16),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _numbers(rank: int) -> dict[str, str]:
+    return dict.fromkeys(("PYCOMM_RANK", "RANK", "LOCAL_RANK"), str(rank))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " exit code of the first that failed is this command's. SIGINT (Ctrl-C), SIGTERM and SIGHUP are"
         f" passed on at once, with SIGKILL {GRACE_S:.0f} s later; a second one kills at once."
     )
-    parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument("-n", "-np", dest="size", type=int, required=True, metavar="N", help="how many ranks")
     parser.add_argument(
         "--on-failure",
         choices=("end", "wait"),

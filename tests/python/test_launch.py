@@ -2,6 +2,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -346,6 +347,16 @@ def test_ranks_need_not_communicate(script: Callable[[str], str]) -> None:
     assert not run("-n", "2", script("time.sleep(rank * 0.3)")).stderr
 
 
+def test_torch_distributed_finds_its_variables(script: Callable[[str], str]) -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    done = run("-n", "2", script(f"print(*[os.environ[name] for name in {names}])"))
+    lines = [line.split()[1:] for line in sorted(done.stdout.splitlines())]
+    assert [line[:5] for line in lines] == [[r, r, "2", "2", "127.0.0.1"] for r in ("0", "1")]
+    assert lines[0][5] == lines[1][5]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", int(lines[0][5])))
+
+
 def test_stdin_is_empty(script: Callable[[str], str]) -> None:
     assert run("-n", "1", script("print(repr(sys.stdin.read()))")).stdout == "[0] ''\n"
 
@@ -391,6 +402,6 @@ def test_usage(args: list[str], words: str) -> None:
     assert words in run(*args, code=2).stderr
 
 
-@pytest.mark.parametrize("option", [["-n", "2"], ["-n2"]])
+@pytest.mark.parametrize("option", [["-n", "2"], ["-n2"], ["-np", "2"]])
 def test_how_many_ranks(script: Callable[[str], str], option: list[str]) -> None:
     assert sorted(run(*option, script("print('here')")).stdout.splitlines()) == ["[0] here", "[1] here"]
