@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import resource
 import secrets
 import selectors
 import signal
@@ -34,17 +35,35 @@ GRACE_S = 5.0  # between SIGTERM, or a signal that is passed on, and SIGKILL
 ECHO_S = 0.1  # timeout(1) and others send a signal to a process and to its group: that is one signal
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_FILES = 64  # that the launcher opens beside those of the ranks, with room to spare
+_FILES_OF_A_RANK = 3  # two streams, and a pidfd
 _COLORS = (36, 33, 35, 32, 34, 31)
 _PR_SET_PDEATHSIG = 1
+
+
+class StartError(RuntimeError):
+    """The ranks cannot be started here, with what would help."""
 
 
 def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
     """Runs `command` as ranks 0 to size - 1; returns the exit code of the first that failed (128 + signal if
     by a signal), or 0. When one fails, the others are ended (`on_failure="end"`) or left alone ("wait")."""
+    _check_limit(size)
     with _Job(size, on_failure) as job:
         for rank, cores in enumerate(split_cores(size)):
             job.start(rank, command, cores)
         return job.run()
+
+
+def _check_limit(size: int) -> None:
+    needed = len(os.listdir("/proc/self/fd")) + _FILES + _FILES_OF_A_RANK * size
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > limit:
+        remedy = "" if needed <= most else f" (as root: the hard limit is {most})"
+        raise StartError(
+            f"-n {size} needs up to {needed} open files, and the limit is {limit}: raise it with"
+            f" `ulimit -n {needed}`{remedy}, or start fewer ranks"
+        )
 
 
 def split_cores(size: int) -> list[set[int]]:
@@ -121,17 +140,23 @@ class _Job:
         self._cleanup.close()
 
     def start(self, rank: int, command: Sequence[str], cores: set[int]) -> None:
-        process = subprocess.Popen(
-            command,
-            bufsize=0,
-            # Else Python holds back what a rank prints to a pipe until there is much of it.
-            env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=_child_setup(os.getpid(), cores),
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                bufsize=0,
+                # Else Python holds back what a rank prints to a pipe until there is much of it.
+                env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_child_setup(os.getpid(), cores),
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise StartError(
+                f"rank {rank} cannot be started ({error}): start fewer ranks, or raise what limits the"
+                " processes (`ulimit -u`) and the memory here"
+            ) from None
         started = _Rank(rank, process, os.pidfd_open(process.pid))
         self._cleanup.callback(os.close, started.end)
         self._started.append(started)

@@ -9,7 +9,7 @@ import sys
 
 from pycomm.cli.main import fail
 from pycomm.cli.values import check_ranks
-from pycomm.launch import GRACE_S, NOTICE_S, launch
+from pycomm.launch import GRACE_S, NOTICE_S, StartError, launch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,4 +45,7 @@ def run(args: argparse.Namespace) -> int:
             return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")
         return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
     command = [sys.executable, *(["-m"] if args.module else []), args.script, *args.args]
-    return launch(command, args.size, args.on_failure)
+    try:
+        return launch(command, args.size, args.on_failure)
+    except StartError as error:
+        return fail(str(error))

@@ -357,6 +357,25 @@ def test_torch_distributed_finds_its_variables(script: Callable[[str], str]) -> 
         free.bind(("127.0.0.1", int(lines[0][5])))
 
 
+def test_too_few_open_files(script: Callable[[str], str]) -> None:
+    command = ["bash", "-c", 'ulimit -n 100; exec "$@"', "bash", *RUN]
+    done = run("-n", "40", script("pass"), code=2, command=command)
+    assert re.fullmatch(
+        r"pycomm: error: -n 40 needs up to (\d+) open files, and the limit is 100: raise it with"
+        r" `ulimit -n \1`.*, or start fewer ranks\n",
+        done.stderr,
+    )
+
+
+def test_a_rank_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(launch.StartError, match=r"rank 0 .*temporarily unavailable.*`ulimit -u`"):
+        launch.launch(["true"], 1)
+
+
 def test_stdin_is_empty(script: Callable[[str], str]) -> None:
     assert run("-n", "1", script("print(repr(sys.stdin.read()))")).stdout == "[0] ''\n"
 
