@@ -1,6 +1,6 @@
 """`pycomm run`: starts the ranks of a job on this machine, and sees to it that they end together.
 
-One loop, woken by the ranks' ends and the signals that come here; what they print
+One loop, woken by the ranks' ends, their calls of init() and the signals that come here; what they print
 goes past it, through threads (pycomm.pipes). A rank is a session of its own, so that a signal from the
 terminal reaches it once, through here, and what it started can be ended with it, if it does not end well.
 """
@@ -27,6 +27,8 @@ from types import FrameType
 from typing import cast
 
 from pycomm.pipes import Output, Pump
+from pycomm.rollcall import Rollcall
+from pycomm.world import job_address
 
 NOTICE_S = (
     3.0  # between a failure and SIGTERM: the other ranks get PeerLostError, and may save what they have
@@ -100,6 +102,8 @@ class _Rank:
     rank: int
     process: subprocess.Popen[bytes]
     end: int  # a pidfd
+    calls: int = 0  # of init(), as far as they were heard
+    how: str = ""  # it ended
     at_peace: bool = False  # it ended well, and what it started is left alone
 
 
@@ -129,6 +133,9 @@ class _Job:
         self._cleanup.enter_context(self._selector)
         signals = self._cleanup.enter_context(_caught_signals())
         self._selector.register(signals, selectors.EVENT_READ, lambda: self._forward(signals))
+        address = job_address(self._environment["PYCOMM_JOB"])
+        self._rollcall = self._cleanup.enter_context(contextlib.closing(Rollcall(address)))
+        self._selector.register(self._rollcall, selectors.EVENT_READ, self._hear)
         self._output = Output()
         self._pumps = self._output.pumps
         for pump in self._pumps:
@@ -193,12 +200,13 @@ class _Job:
     def _end(self, rank: _Rank) -> None:
         self._selector.unregister(rank.end)
         self._running.remove(rank)
-        code, how = _end_of(rank.process.pid)
+        code, rank.how = _end_of(rank.process.pid)
         if code and not (self._failure and self._ending):
-            self._fail(code, f"rank {rank.rank} {how}", self._on_failure == "end")
+            self._fail(code, f"rank {rank.rank} {rank.how}", self._on_failure == "end")
         rank.at_peace = code == 0 and not self._ending
         if not rank.at_peace:
             os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
+        self._hear()  # what it said before it ended
         if not self._running:
             self._output.no_more_to_say()
             self._after(GRACE_S, self._let_go)
@@ -212,6 +220,26 @@ class _Job:
                 self._ending = True
                 self._after(NOTICE_S, self._terminate)
         self._output.say(text)
+
+    def _hear(self) -> None:
+        """Ends the job if ranks wait in init() for one that has ended. (A rank that ends later in its life is
+        seen by the others, who have met it.)"""
+        for number, calls in self._rollcall.hear():
+            if 0 <= number < len(self._started):
+                rank = self._started[number]
+                rank.calls = max(rank.calls, calls)
+        ended = [rank for rank in self._started if rank.how]
+        if self._ending or not ended or not self._running:
+            return
+        absent = min(ended, key=lambda rank: rank.calls)
+        waiting = max(self._running, key=lambda rank: rank.calls)
+        if absent.calls < waiting.calls:
+            which = f"its call {absent.calls + 1} of " if absent.calls else ""
+            text = (
+                f"rank {absent.rank} {absent.how} before {which}pycomm.init(), in which rank {waiting.rank}"
+                " waits for it: all ranks make the same calls of it"
+            )
+            self._fail(1, text, True)
 
     def _forward(self, signals: int) -> None:
         for number in map(signal.Signals, os.read(signals, 64)):

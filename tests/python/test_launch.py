@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pty
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pycomm import launch
+from pycomm import launch, rollcall
 
 RUN = [sys.executable, "-m", "pycomm", "run"]
 
@@ -337,6 +338,25 @@ print("sum", int(comm.all_reduce(numpy.ones(1))[0]))
     assert "rank 1 exited with code 7; the others go on" in done.stderr
 
 
+@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_rank_that_ends_before_init(script: Callable[[str], str], absent: int, calls: int) -> None:
+    """Those who wait in it for that rank are not left to the deadline, be it before or after they came."""
+    code = f"""
+import pycomm
+for call in range({calls}):
+    pycomm.init().barrier()
+if rank == {absent}: sys.exit()
+if rank == 1: time.sleep(1)
+pycomm.init()
+"""
+    for mode in ("end", "wait"):
+        done = run("-n", "3", f"--on-failure={mode}", script(code), code=1, command=HASTY)
+        called = "its call 2 of pycomm.init()" if calls else "pycomm.init()"
+        assert f"rank {absent} exited with code 0 before {called}, in which rank " in done.stderr
+        assert done.stderr.count("exited with code 0") == 1 and "ending the others" in done.stderr
+
+
 def test_ranks_may_end_one_after_the_other(script: Callable[[str], str]) -> None:
     code = "import pycomm\ncomm = pycomm.init()\ncomm.barrier()\ntime.sleep(rank * 0.3)\nprint('done')"
     done = run("-n", "3", script(code))
@@ -345,6 +365,16 @@ def test_ranks_may_end_one_after_the_other(script: Callable[[str], str]) -> None
 
 def test_ranks_need_not_communicate(script: Callable[[str], str]) -> None:
     assert not run("-n", "2", script("time.sleep(rank * 0.3)")).stderr
+
+
+def test_who_else_reports_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(rollcall.Rollcall("test")) as heard:
+        rollcall.report("test", 1, 2)
+        assert heard.hear() == [(1, 2)]
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as another user's would look
+        rollcall.report("test", 1, 3)
+        assert heard.hear() == []
+    rollcall.report("test", 1, 3)  # nobody listens
 
 
 def test_torch_distributed_finds_its_variables(script: Callable[[str], str]) -> None:
