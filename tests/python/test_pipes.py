@@ -1,8 +1,10 @@
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +148,11 @@ def test_an_output_that_does_not_wait(script: Callable[[str], str]) -> None:
     os.set_blocking(sink, False)
     with subprocess.Popen([*RUN, "-n", "1", script("for i in range(20_000): print(i)")], stdout=sink) as job:
         os.close(sink)
-        time.sleep(1)
+        before, held = b"", bytearray(4)
+        while before != held or not any(held):  # until it is full
+            before = bytes(held)
+            time.sleep(0.5)
+            fcntl.ioctl(source, termios.FIONREAD, held)
         with os.fdopen(source, "rb") as file:
             assert file.read() == b"".join(b"[0] %d\n" % i for i in range(20_000))
         assert job.wait(30) == 0
