@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from pycomm import _native, objects
 from pycomm.algorithm import introduce
-from pycomm.world import find_world
+from pycomm.rollcall import report
+from pycomm.world import find_world, take
 
 T = TypeVar("T")
 
@@ -120,8 +121,11 @@ def init(
         address = _meet_at(store, rank)
     elif store is None and rank is None and size is None:
         world = find_world()
+        take(world)
         rank, size = world.rank, world.size
-        address = f"{world.address}|{next(_init_calls)}"
+        call = next(_init_calls)
+        address = f"{world.address}|{call}"
+        report(world.address, rank, call + 1)
     else:
         raise ValueError(
             f"store={store!r}, rank={rank!r}, size={size!r}: give all three, or none to take the"

@@ -1,27 +1,34 @@
 """`pycomm run`: starts the ranks of a job on this machine, and sees to it that they end together.
 
-One loop, woken by the ranks' output, their ends and the signals that come here. A rank is a session of its
-own, so that a signal from the terminal reaches it once, through here, and the processes it started can be
-ended with it.
+One loop, woken by the ranks' ends, their calls of init() and the signals that come here; what they print
+goes past it, through threads (pycomm.pipes). A rank is a session of its own, so that a signal from the
+terminal reaches it once, through here, and what it started can be ended with it, if it does not end well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
+import resource
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, cast
+from typing import cast
+
+from pycomm.pipes import Output, Pump
+from pycomm.rollcall import Rollcall
+from pycomm.world import job_address
 
 NOTICE_S = (
     3.0  # between a failure and SIGTERM: the other ranks get PeerLostError, and may save what they have
@@ -30,18 +37,35 @@ GRACE_S = 5.0  # between SIGTERM, or a signal that is passed on, and SIGKILL
 ECHO_S = 0.1  # timeout(1) and others send a signal to a process and to its group: that is one signal
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_LINE = re.compile(rb"[^\r\n]*[\r\n]")  # a progress bar ends its lines with a carriage return
+_FILES = 64  # that the launcher opens beside those of the ranks, with room to spare
+_FILES_OF_A_RANK = 3  # two streams, and a pidfd
 _COLORS = (36, 33, 35, 32, 34, 31)
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(command: Sequence[str], size: int) -> int:
+class StartError(RuntimeError):
+    """The ranks cannot be started here, with what would help."""
+
+
+def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
     """Runs `command` as ranks 0 to size - 1; returns the exit code of the first that failed (128 + signal if
-    by a signal), or 0."""
-    with _Job(size) as job:
+    by a signal), or 0. When one fails, the others are ended (`on_failure="end"`) or left alone ("wait")."""
+    _check_limit(size)
+    with _Job(size, on_failure) as job:
         for rank, cores in enumerate(split_cores(size)):
             job.start(rank, command, cores)
         return job.run()
+
+
+def _check_limit(size: int) -> None:
+    needed = len(os.listdir("/proc/self/fd")) + _FILES + _FILES_OF_A_RANK * size
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > limit:
+        remedy = "" if needed <= most else f" (as root: the hard limit is {most})"
+        raise StartError(
+            f"-n {size} needs up to {needed} open files, and the limit is {limit}: raise it with"
+            f" `ulimit -n {needed}`{remedy}, or start fewer ranks"
+        )
 
 
 def split_cores(size: int) -> list[set[int]]:
@@ -78,32 +102,27 @@ class _Rank:
     rank: int
     process: subprocess.Popen[bytes]
     end: int  # a pidfd
-
-
-@dataclass
-class _Pipe:
-    """A stream of one rank, on its way to ours, in whole lines."""
-
-    source: IO[bytes]
-    sink: int
-    prefix: bytes
-    rest: bytes = b""
+    calls: int = 0  # of init(), as far as they were heard
+    how: str = ""  # it ended
+    at_peace: bool = False  # it ended well, and what it started is left alone
 
 
 class _Job:
-    """The ranks, and the loop that waits for them. Leaving it leaves no process behind.
+    """The ranks, and the loop that waits for them. Leaving it leaves no rank behind, nor what a rank started
+    that did not end well by itself.
 
-    Who has ended is not reaped before the job is over: a number that a dead leader holds is no stranger's, so
-    that its group can be signalled.
+    Whoever has ended is not reaped before the job is over: a number that a dead leader holds is no
+    stranger's, so that its group can be signalled.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._id = secrets.token_hex(16)
+    def __init__(self, size: int, on_failure: str) -> None:
+        self._on_failure = on_failure
+        self._environment = _environment(size)
         self._started: list[_Rank] = []
         self._running: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._failure = 0
+        self._ending = False  # the ranks are being ended
         self._signalled: tuple[signal.Signals, float] | None = None  # the last that came here, and when
         self._deadline = math.inf  # when `_next` is due
         self._next: Callable[[], None] = self._terminate
@@ -114,6 +133,13 @@ class _Job:
         self._cleanup.enter_context(self._selector)
         signals = self._cleanup.enter_context(_caught_signals())
         self._selector.register(signals, selectors.EVENT_READ, lambda: self._forward(signals))
+        address = job_address(self._environment["PYCOMM_JOB"])
+        self._rollcall = self._cleanup.enter_context(contextlib.closing(Rollcall(address)))
+        self._selector.register(self._rollcall, selectors.EVENT_READ, self._hear)
+        self._output = Output()
+        self._pumps = self._output.pumps
+        for pump in self._pumps:
+            self._selector.register(pump.ended, selectors.EVENT_READ, functools.partial(self._printed, pump))
         self._cleanup.callback(self._kill_and_reap)
         return self
 
@@ -121,30 +147,39 @@ class _Job:
         self._cleanup.close()
 
     def start(self, rank: int, command: Sequence[str], cores: set[int]) -> None:
-        ours = {"PYCOMM_RANK": str(rank), "PYCOMM_SIZE": str(self._size), "PYCOMM_JOB": self._id}
-        process = subprocess.Popen(
-            command,
-            bufsize=0,
-            # Else Python holds back what a rank prints to a pipe until there is much of it.
-            env={"PYTHONUNBUFFERED": "1", **os.environ, **ours},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=_child_setup(os.getpid(), cores),
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                bufsize=0,
+                # Else Python holds back what a rank prints to a pipe until there is much of it.
+                env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_child_setup(os.getpid(), cores),
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise StartError(
+                f"rank {rank} cannot be started ({error}): start fewer ranks, or raise what limits the"
+                " processes (`ulimit -u`) and the memory here"
+            ) from None
         started = _Rank(rank, process, os.pidfd_open(process.pid))
         self._cleanup.callback(os.close, started.end)
         self._started.append(started)
         self._running.append(started)
         self._selector.register(started.end, selectors.EVENT_READ, lambda: self._end(started))
-        for source, sink in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-            if source:
-                self._pass_on_lines(_Pipe(source, sink.fileno(), _prefix(rank, sink.isatty())))
+        assert process.stdout and process.stderr
+        for name, source, sink in (
+            ("stdout", process.stdout, sys.stdout),
+            ("stderr", process.stderr, sys.stderr),
+        ):
+            self._output.add(source, name, _prefix(rank, sink.isatty()))
 
     def run(self) -> int:
-        """Returns when all ranks have ended, and whoever holds their output or the time to let go is over."""
-        while len(self._selector.get_map()) > 1 and not self._over:
+        """Returns when all ranks have ended and what they printed is written, or the time for it is over."""
+        self._output.start()
+        while (self._running or self._pumps) and not self._over:
             left = self._deadline - time.monotonic()
             for key, _ in self._selector.select(None if left == math.inf else max(left, 0)):
                 handle: Callable[[], None] = key.data
@@ -158,25 +193,59 @@ class _Job:
         """There is one next step at most: a later one takes its place."""
         self._deadline, self._next = time.monotonic() + seconds, do
 
+    def _printed(self, pump: Pump) -> None:
+        self._selector.unregister(pump.ended)
+        self._pumps.remove(pump)
+
     def _end(self, rank: _Rank) -> None:
         self._selector.unregister(rank.end)
         self._running.remove(rank)
-        os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
-        code, how = _end_of(rank.process.pid)
-        if code and not self._failure:
-            self._failure = code
-            # Who was signalled through here has been told already, and has its time.
-            others = self._running and not self._signalled
-            _say(f"rank {rank.rank} {how}" + (f"; ending the others in {NOTICE_S:.0f} s" if others else ""))
-            if others:
-                self._after(NOTICE_S, self._terminate)
+        code, rank.how = _end_of(rank.process.pid)
+        if code and not (self._failure and self._ending):
+            self._fail(code, f"rank {rank.rank} {rank.how}", self._on_failure == "end")
+        rank.at_peace = code == 0 and not self._ending
+        if not rank.at_peace:
+            os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
+        self._hear()  # what it said before it ended
         if not self._running:
-            self._after(GRACE_S, self._kill)
+            self._output.no_more_to_say()
+            self._after(GRACE_S, self._let_go)
+
+    def _fail(self, code: int, text: str, end: bool) -> None:
+        self._failure = self._failure or code
+        # Whoever was signalled through here has been told already, and has its time.
+        if self._running and not self._ending:
+            text += f"; ending the others in {NOTICE_S:.0f} s" if end else "; the others go on"
+            if end:
+                self._ending = True
+                self._after(NOTICE_S, self._terminate)
+        self._output.say(text)
+
+    def _hear(self) -> None:
+        """Ends the job if ranks wait in init() for one that has ended. (A rank that ends later in its life is
+        seen by the others, who have met it.)"""
+        for number, calls in self._rollcall.hear():
+            if 0 <= number < len(self._started):
+                rank = self._started[number]
+                rank.calls = max(rank.calls, calls)
+        ended = [rank for rank in self._started if rank.how]
+        if self._ending or not ended or not self._running:
+            return
+        absent = min(ended, key=lambda rank: rank.calls)
+        waiting = max(self._running, key=lambda rank: rank.calls)
+        if absent.calls < waiting.calls:
+            which = f"its call {absent.calls + 1} of " if absent.calls else ""
+            text = (
+                f"rank {absent.rank} {absent.how} before {which}pycomm.init(), in which rank {waiting.rank}"
+                " waits for it: all ranks make the same calls of it"
+            )
+            self._fail(1, text, True)
 
     def _forward(self, signals: int) -> None:
         for number in map(signal.Signals, os.read(signals, 64)):
             before, self._signalled = self._signalled, (number, time.monotonic())
             if before is None:
+                self._ending = True
                 self._signal(number)
                 self._after(GRACE_S if self._running else 0, self._kill)
             elif before[0] != number or time.monotonic() - before[1] > ECHO_S:
@@ -188,35 +257,45 @@ class _Job:
 
     def _kill(self) -> None:
         if self._running:
-            _say(f"killing rank {', '.join(str(rank.rank) for rank in self._running)}")
+            self._output.say(f"killing rank {', '.join(str(rank.rank) for rank in self._running)}")
         for rank in self._running:
             os.killpg(rank.process.pid, signal.SIGKILL)
-        self._over = not self._running  # then somebody else holds the output
+        self._over = not self._running
+
+    def _let_go(self) -> None:
+        """Of whoever still holds the ranks' streams; after a signal also of whoever does not read ours."""
+        self._output.finish()
+        self._over = self._signalled is not None
 
     def _signal(self, number: signal.Signals) -> None:
         for rank in self._running:
             os.kill(rank.process.pid, number)
 
-    def _pass_on_lines(self, pipe: _Pipe) -> None:
-        def pass_on() -> None:
-            data = os.read(pipe.source.fileno(), 1 << 16)
-            text = pipe.rest + (data or (b"\n" if pipe.rest else b""))
-            lines = _LINE.findall(text)
-            pipe.rest = text[sum(map(len, lines)) :]
-            try:
-                _write(pipe.sink, b"".join(pipe.prefix + line for line in lines))
-            except BrokenPipeError:  # nobody reads us any more: let the rank see the same
-                data = b""
-            if not data:
-                self._selector.unregister(pipe.source)
-                pipe.source.close()
-
-        self._selector.register(pipe.source, selectors.EVENT_READ, pass_on)
-
     def _kill_and_reap(self) -> None:
         for rank in self._started:
-            os.killpg(rank.process.pid, signal.SIGKILL)
+            if not rank.at_peace:
+                os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
+
+
+def _environment(size: int) -> dict[str, str]:
+    """What all ranks are told: pycomm's own variables, and those of torchrun, for scripts that use
+    torch.distributed as well."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return {
+        "PYCOMM_SIZE": str(size),
+        "PYCOMM_JOB": secrets.token_hex(16),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _numbers(rank: int) -> dict[str, str]:
+    return dict.fromkeys(("PYCOMM_RANK", "RANK", "LOCAL_RANK"), str(rank))
 
 
 @contextlib.contextmanager
@@ -266,13 +345,3 @@ def _prefix(rank: int, is_terminal: bool) -> bytes:
     if is_terminal and not os.environ.get("NO_COLOR"):
         return b"\x1b[%dm[%d]\x1b[0m " % (_COLORS[rank % len(_COLORS)], rank)
     return b"[%d] " % rank
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads us any more
-        print(f"pycomm run: {text}", file=sys.stderr, flush=True)
-
-
-def _write(sink: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(sink, data) :]

@@ -11,14 +11,20 @@ A launcher tells its processes in the environment. The first one found here is b
 
 A process that none of them started is alone, a world of one. Variables that are incomplete or contradict each
 other are a ValueError, never a guess.
+
+Children inherit the environment, but a rank is one process: the first that takes it writes so into its own
+environment, and a program that it starts is told. A child of fork() has its memory too, and is known by that.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+TAKEN = "PYCOMM_TAKEN"  # the process that has taken the rank, and which one that is
+VARIABLES = ("PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", TAKEN)  # of pycomm itself
 
 
 @dataclass(frozen=True)
@@ -31,31 +37,74 @@ class World:
     launcher: str
 
 
+_taken = ""  # what this process, or one that it was forked from, has written there
+
+
 def find_world(environ: Mapping[str, str] = os.environ) -> World:
     """The world as the launcher describes it."""
-    env = _Environment(environ)
+    world = _described_world(_Environment(environ), environ)
+    taken = environ.get(TAKEN, "")
+    pid, _, place = taken.partition(" ")
+    if place == _place(world) and taken != _taken and pid != str(os.getpid()):
+        raise ValueError(
+            f"process {pid} is rank {world.rank} of {world.size}, and this process (pid {os.getpid()}), which"
+            " it started, has only inherited what the launcher told it: to be alone start this program with"
+            " PYCOMM_RANK=0 and PYCOMM_SIZE=1, to have ranks of its own with `pycomm run`"
+        )
+    return world
+
+
+def take(world: World) -> None:
+    """This process is the rank that it found: programs that it starts are not."""
+    global _taken
+    if world.size == 1:  # a world of one can be had any number of times
+        return
+    _taken = f"{os.getpid()} {_place(world)}"
+    os.environ[TAKEN] = _taken
+
+
+def job_address(job: str) -> str:
+    """Of a job of `pycomm run`."""
+    return f"pycomm run|{job}"
+
+
+def _place(world: World) -> str:
+    return f"{world.rank}/{world.size} {world.address}"
+
+
+def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
     if env.has("PYCOMM_RANK", "PYCOMM_SIZE"):
-        job = env.text("PYCOMM_JOB")
-        return env.world("pycomm run", "PYCOMM_RANK", "PYCOMM_SIZE", None, None, job)
+        return env.world(
+            "pycomm run", "PYCOMM_RANK", "PYCOMM_SIZE", None, None, lambda: env.text("PYCOMM_JOB")
+        )
     if env.has("RANK", "WORLD_SIZE"):
         # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same; a restarted
         # attempt may reuse all but its count.
-        attempt = [environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
-        job = "|".join([env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *attempt])
+        def job() -> str:
+            attempt = [environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
+            return "|".join([env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *attempt])
+
         return env.world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job)
     if env.has("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
         rank, size, local_rank, local_size = (
             f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         )
-        job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or _parent_job(rank)
-        return env.world("Open MPI", rank, size, local_rank, local_size, job)
+        jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"]
+        return env.world("Open MPI", rank, size, local_rank, local_size, lambda: env.job(jobs, rank))
     # srun may speak PMI as well, but then says nothing of local ranks, which its own variables do.
-    if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not _in_slurm_step(environ)):
-        job = environ.get("PMI_JOBID") or _parent_job("PMI_RANK")
-        return env.world("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", job)
-    if _in_slurm_step(environ):
+    if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not env.in_slurm_step()):
+        local_rank, local_size = "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+        return env.world(
+            "MPICH",
+            "PMI_RANK",
+            "PMI_SIZE",
+            local_rank,
+            local_size,
+            lambda: env.job(["PMI_JOBID"], "PMI_RANK"),
+        )
+    if env.in_slurm_step():
         return env.slurm_world()
-    return World(0, 1, 0, 1, secrets.token_hex(16), "none")
+    return World(0, 1, 0, 1, _nobody(), "none")
 
 
 class _Environment:
@@ -67,14 +116,19 @@ class _Environment:
         return any(name in self._environ for name in names)
 
     def text(self, name: str) -> str:
-        value = self._environ.get(name)
-        if not value:
+        value = self._environ.get(name, "")
+        if not value.strip():
+            what = f"{name}={value!r} is empty" if name in self._environ else f"{name} is not set"
             raise ValueError(
-                f"{name} is not set, but the variables beside it are, so that the world is unknown: start"
-                " the ranks with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset the others"
-                " to be alone"
+                f"{what}, but it belongs to what describes the world, which is there in part: start the ranks"
+                " with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset it and those beside"
+                " it to be alone"
             )
         return value
+
+    def job(self, names: Sequence[str], rank_name: str) -> str:
+        """The first of these that is set, or what the ranks' common parent gives."""
+        return next(filter(None, map(self._environ.get, names)), None) or _parent_job(rank_name)
 
     def integer(self, name: str) -> int:
         value = self.text(name)
@@ -86,9 +140,16 @@ class _Environment:
             ) from None
 
     def world(
-        self, launcher: str, rank: str, size: str, local_rank: str | None, local_size: str | None, job: str
+        self,
+        launcher: str,
+        rank: str,
+        size: str,
+        local_rank: str | None,
+        local_size: str | None,
+        job: Callable[[], str],
     ) -> World:
-        """Reads the variables of these names. Without the local ones all ranks are on this machine."""
+        """Reads the variables of these names, and what names the job last. Without the local ones all ranks
+        are on this machine."""
         in_world = self._rank_and_size(rank, size)
         local = in_world
         if local_rank and local_size and self.has(local_rank, local_size):
@@ -100,7 +161,15 @@ class _Environment:
                 )
             if local[1] < in_world[1]:
                 raise _several_hosts(f"{local_size}={local[1]} is less than {size}={in_world[1]}")
-        return World(*in_world, *local, address=f"{launcher}|{job}", launcher=launcher)
+        # Whoever is alone meets nobody, and need not say where.
+        address = f"{launcher}|{job()}" if in_world[1] > 1 else _nobody()
+        return World(*in_world, *local, address=address, launcher=launcher)
+
+    def in_slurm_step(self) -> bool:
+        # A batch script and an interactive shell see SLURM_PROCID and SLURM_NTASKS too, though srun started
+        # no ranks there: they have no step, or one of the reserved numbers at the end of the range.
+        name = "SLURM_STEP_ID"
+        return bool(self._environ.get(name)) and self.integer(name) < 0xFFFFFFF0
 
     def slurm_world(self) -> World:
         nodes = "SLURM_STEP_NUM_NODES" if self.has("SLURM_STEP_NUM_NODES") else "SLURM_NNODES"
@@ -108,7 +177,7 @@ class _Environment:
             raise _several_hosts(f"{nodes}={self.integer(nodes)}")
         rank, size = self._rank_and_size("SLURM_PROCID", "SLURM_NTASKS")
         local_rank = self.integer("SLURM_LOCALID") if self.has("SLURM_LOCALID") else rank
-        job = f"Slurm|{self.text('SLURM_JOB_ID')}|{self.text('SLURM_STEP_ID')}"
+        job = f"Slurm|{self.text('SLURM_JOB_ID')}|{self.text('SLURM_STEP_ID')}" if size > 1 else _nobody()
         return World(rank, size, local_rank, size, job, "Slurm")
 
     def _rank_and_size(self, rank_name: str, size_name: str) -> tuple[int, int]:
@@ -122,18 +191,16 @@ class _Environment:
         return rank, size
 
 
+def _nobody() -> str:
+    """The address of a world of one: nobody else has it."""
+    return secrets.token_hex(16)
+
+
 def _several_hosts(evidence: str) -> ValueError:
     return ValueError(
         f"the job spans several hosts ({evidence}), but pycomm joins ranks of one machine: start all ranks"
         " on one host"
     )
-
-
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
-    # A batch script and an interactive shell see SLURM_PROCID and SLURM_NTASKS too, though srun started no
-    # ranks there: they have no step, or one of the reserved numbers at the end of the range.
-    step = environ.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < 0xFFFFFFF0
 
 
 def _parent_job(rank_name: str) -> str:

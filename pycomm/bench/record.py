@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
         "OMP_",
         "GLIBC_TUNABLES",
     )
-    secret = ("PYCOMM_SECRET", "PYCOMM_JOB")
+    secret = ("PYCOMM_SECRET", "PYCOMM_JOB", "PYCOMM_TAKEN")
     found = {
         name: value for name, value in os.environ.items() if name.startswith(prefixes) and name not in secret
     }

@@ -20,6 +20,7 @@ from pycomm.bench.machine import read
 from pycomm.cli.main import fail, show
 from pycomm.cli.values import check_ranks
 from pycomm.launch import split_cores
+from pycomm.world import VARIABLES
 
 OPTIONAL = ("mpi4py", "torch", "jax", "ml_dtypes", "rich", "matplotlib")
 SETTINGS = {  # of docs/environment.md, with what holds where they are not set
@@ -206,8 +207,7 @@ def _settings() -> str:
     unknown = [
         name
         for name in sorted(os.environ)
-        if name.startswith("PYCOMM_")
-        and name not in (*SETTINGS, "PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", "PYCOMM_BENCH_MPI_PYTHON")
+        if name.startswith("PYCOMM_") and name not in (*SETTINGS, *VARIABLES, "PYCOMM_BENCH_MPI_PYTHON")
     ]
     return ", ".join(found or ["all as by default"]) + "".join(f"; {name} is not one" for name in unknown)
 

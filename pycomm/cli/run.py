@@ -9,7 +9,7 @@ import sys
 
 from pycomm.cli.main import fail
 from pycomm.cli.values import check_ranks
-from pycomm.launch import GRACE_S, NOTICE_S, launch
+from pycomm.launch import GRACE_S, NOTICE_S, StartError, launch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " exit code of the first that failed is this command's. SIGINT (Ctrl-C), SIGTERM and SIGHUP are"
         f" passed on at once, with SIGKILL {GRACE_S:.0f} s later; a second one kills at once."
     )
-    parser.add_argument("-n", dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument("-n", "-np", dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument(
+        "--on-failure",
+        choices=("end", "wait"),
+        default="end",
+        help="what becomes of the other ranks when one fails: they are ended, or left alone, to go on with"
+        " shrink() (default: end)",
+    )
     parser.add_argument(
         "-m", dest="module", action="store_true", help="SCRIPT names a module, as for python -m"
     )
@@ -37,4 +44,8 @@ def run(args: argparse.Namespace) -> int:
         if re.fullmatch(r"python[\d.]*", os.path.basename(args.script)):
             return fail(f"there is no file {args.script}: leave out `{args.script}`, the ranks run Python")
         return fail(f"there is no file {args.script}: give a path, or -m and the name of a module")
-    return launch([sys.executable, *(["-m"] if args.module else []), args.script, *args.args], args.size)
+    command = [sys.executable, *(["-m"] if args.module else []), args.script, *args.args]
+    try:
+        return launch(command, args.size, args.on_failure)
+    except StartError as error:
+        return fail(str(error))

@@ -1,7 +1,9 @@
+import contextlib
 import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pycomm import launch
+from pycomm import launch, rollcall
 
 RUN = [sys.executable, "-m", "pycomm", "run"]
 
@@ -285,17 +287,123 @@ def test_a_stopped_rank_is_ended_too(script: Callable[[str], str]) -> None:
         assert gone(pids, 0)
 
 
-@pytest.mark.parametrize("code", [0, 5])
-def test_what_a_rank_started_ends_with_it(script: Callable[[str], str], code: int) -> None:
-    child = "print(subprocess.Popen(['sleep', '60']).pid)"
-    done = run("-n", "1", script(f"{child}\nsys.exit({code})"), code=code)
+CHILD = "child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)"
+
+
+def test_what_a_rank_started_ends_with_it_when_it_fails(script: Callable[[str], str]) -> None:
+    done = run("-n", "1", script(f"{CHILD}\nprint(child.pid)\nsys.exit(5)"), code=5)
     assert gone([int(done.stdout.split()[1])], 0)
 
 
-def test_a_reader_that_leaves(script: Callable[[str], str]) -> None:
-    command = f"{' '.join(RUN)} -n 2 {script('while True: print(rank)')} 2>/dev/null | head -1"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
-    assert re.fullmatch(r"\[[01]\] [01]\n", done.stdout)
+def test_what_a_rank_started_ends_with_it_when_it_is_ended(script: Callable[[str], str]) -> None:
+    code = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n{CHILD}\nprint(child.pid)\ntime.sleep(60)"
+    with started("-n", "1", script(code), ranks=1) as (job, children):
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 0
+        assert gone(children, 0)
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_what_a_rank_started_outlives_it_when_it_ends_well(script: Callable[[str], str], code: int) -> None:
+    """Whatever becomes of the job."""
+    text = f"if rank == 1: time.sleep(1); sys.exit({code})\n{CHILD}\nprint(child.pid)"
+    child = int(run("-n", "2", script(text), code=code).stdout.split()[1])
+    assert alive(child)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_whoever_holds_the_output_of_a_rank_does_not_hold_up_the_job(script: Callable[[str], str]) -> None:
+    child = "child = subprocess.Popen(['sleep', '60']); print(child.pid); sys.stdout.write('unfinished')"
+    done = run("-n", "1", script(child), command=HASTY)
+    first, second = done.stdout.splitlines()
+    assert second == "[0] unfinished"
+    os.kill(int(first.split()[1]), signal.SIGKILL)
+
+
+def test_the_others_may_go_on(script: Callable[[str], str]) -> None:
+    code = """
+import numpy, pycomm
+signal.signal(signal.SIGTERM, lambda *_: print("ended"))
+comm = pycomm.init()
+if rank == 1: sys.exit(7)
+try:
+    comm.barrier()
+except pycomm.CommError:
+    comm = comm.shrink()
+time.sleep(1.5)
+print("sum", int(comm.all_reduce(numpy.ones(1))[0]))
+"""
+    done = run("-n", "3", "--on-failure=wait", script(code), code=7, command=HASTY)
+    assert sorted(done.stdout.splitlines()) == ["[0] sum 2", "[2] sum 2"]
+    assert "rank 1 exited with code 7; the others go on" in done.stderr
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_rank_that_ends_before_init(script: Callable[[str], str], absent: int, calls: int) -> None:
+    """Those who wait in it for that rank are not left to the deadline, be it before or after they came."""
+    code = f"""
+import pycomm
+for call in range({calls}):
+    pycomm.init().barrier()
+if rank == {absent}: sys.exit()
+if rank == 1: time.sleep(1)
+pycomm.init()
+"""
+    for mode in ("end", "wait"):
+        done = run("-n", "3", f"--on-failure={mode}", script(code), code=1, command=HASTY)
+        called = "its call 2 of pycomm.init()" if calls else "pycomm.init()"
+        assert f"rank {absent} exited with code 0 before {called}, in which rank " in done.stderr
+        assert done.stderr.count("exited with code 0") == 1 and "ending the others" in done.stderr
+
+
+def test_ranks_may_end_one_after_the_other(script: Callable[[str], str]) -> None:
+    code = "import pycomm\ncomm = pycomm.init()\ncomm.barrier()\ntime.sleep(rank * 0.3)\nprint('done')"
+    done = run("-n", "3", script(code))
+    assert done.stdout.count("done") == 3 and not done.stderr
+
+
+def test_ranks_need_not_communicate(script: Callable[[str], str]) -> None:
+    assert not run("-n", "2", script("time.sleep(rank * 0.3)")).stderr
+
+
+def test_who_else_reports_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(rollcall.Rollcall("test")) as heard:
+        rollcall.report("test", 1, 2)
+        assert heard.hear() == [(1, 2)]
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as another user's would look
+        rollcall.report("test", 1, 3)
+        assert heard.hear() == []
+    rollcall.report("test", 1, 3)  # nobody listens
+
+
+def test_torch_distributed_finds_its_variables(script: Callable[[str], str]) -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    done = run("-n", "2", script(f"print(*[os.environ[name] for name in {names}])"))
+    lines = [line.split()[1:] for line in sorted(done.stdout.splitlines())]
+    assert [line[:5] for line in lines] == [[r, r, "2", "2", "127.0.0.1"] for r in ("0", "1")]
+    assert lines[0][5] == lines[1][5]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", int(lines[0][5])))
+
+
+def test_too_few_open_files(script: Callable[[str], str]) -> None:
+    command = ["bash", "-c", 'ulimit -n 100; exec "$@"', "bash", *RUN]
+    done = run("-n", "40", script("pass"), code=2, command=command)
+    assert re.fullmatch(
+        r"pycomm: error: -n 40 needs up to (\d+) open files, and the limit is 100: raise it with"
+        r" `ulimit -n \1`.*, or start fewer ranks\n",
+        done.stderr,
+    )
+
+
+def test_a_rank_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(launch.StartError, match=r"rank 0 .*temporarily unavailable.*`ulimit -u`"):
+        launch.launch(["true"], 1)
 
 
 def test_stdin_is_empty(script: Callable[[str], str]) -> None:
@@ -334,9 +442,15 @@ def test_pinning(script: Callable[[str], str]) -> None:
         (["-n", "2", "python", __file__], "leave out `python`"),
         (["-n", "2", "python3.11", __file__], "leave out `python3.11`"),
         (["-n", "two", __file__], "two"),
+        (["-n", "2", "--on-failure", "go", __file__], "wait"),
         ([__file__], "-n"),
         (["-n", "2"], "script"),
     ],
 )
 def test_usage(args: list[str], words: str) -> None:
     assert words in run(*args, code=2).stderr
+
+
+@pytest.mark.parametrize("option", [["-n", "2"], ["-n2"], ["-np", "2"]])
+def test_how_many_ranks(script: Callable[[str], str], option: list[str]) -> None:
+    assert sorted(run(*option, script("print('here')")).stdout.splitlines()) == ["[0] here", "[1] here"]

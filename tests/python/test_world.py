@@ -82,6 +82,14 @@ def test_alone_is_never_joined() -> None:
     assert find_world({}).address != find_world({}).address
 
 
+@pytest.mark.parametrize(
+    "environ", [{"PYCOMM_RANK": "0", "PYCOMM_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}]
+)
+def test_a_world_of_one_needs_no_job(environ: dict[str, str]) -> None:
+    assert find_world(environ).size == 1
+    assert find_world(environ).address != find_world(environ).address
+
+
 def test_a_launcher_within_another() -> None:
     assert find_world({**SLURM, **OPEN_MPI, **TORCHRUN, **PYCOMM}).launcher == "pycomm run"
     assert find_world({**SLURM, **OPEN_MPI, **TORCHRUN}).launcher == "torchrun"
@@ -99,7 +107,14 @@ def test_a_slurm_script_without_srun_is_alone(step: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environ", "names"),
     [
-        ({"RANK": "0"}, ["MASTER_ADDR"]),
+        ({"RANK": "0"}, ["WORLD_SIZE is not set"]),
+        ({"RANK": ""}, ["RANK='' is empty"]),
+        ({"RANK": "0", "WORLD_SIZE": " "}, ["WORLD_SIZE=' ' is empty"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR is not set"]),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, ["LOCAL_RANK='' is empty"]),
+        ({"PYCOMM_RANK": "x", "PYCOMM_SIZE": "2"}, ["PYCOMM_RANK='x'"]),
+        ({"PYCOMM_RANK": "0", "PYCOMM_SIZE": "2", "PYCOMM_JOB": ""}, ["PYCOMM_JOB='' is empty"]),
+        ({**SLURM, "SLURM_STEP_ID": "first"}, ["SLURM_STEP_ID='first'"]),
         ({**TORCHRUN, "WORLD_SIZE": ""}, ["WORLD_SIZE"]),
         ({**TORCHRUN, "RANK": "4"}, ["RANK=4", "WORLD_SIZE=4"]),
         ({**TORCHRUN, "RANK": "-1"}, ["RANK=-1"]),
@@ -148,3 +163,64 @@ def test_a_shell_between_launcher_and_rank() -> None:
         for command in (direct, in_shell)
     ]
     assert outputs[0] == outputs[1] == f"MPICH|pid {os.getpid()}\n"
+
+
+INIT = "import pycomm; comm = pycomm.init(timeout=20); print(comm.rank, comm.size, flush=True)"
+START = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {INIT!r}]).returncode)"
+
+
+def outcomes_of_ranks(*codes: str) -> list["subprocess.CompletedProcess[str]"]:
+    """Of programs that torchrun might have started: what holds for its ranks holds for any launcher's."""
+    names = ("RANK", "LOCAL_RANK")
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(codes)))
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"test {os.getpid()}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **dict.fromkeys(names, str(rank)), **sizes, **job},
+            **pipes,
+            text=True,
+        )
+        for rank, code in enumerate(codes)
+    ]
+    outputs = [rank.communicate(timeout=60) for rank in ranks]
+    return [
+        subprocess.CompletedProcess(rank.args, rank.returncode, *output)
+        for rank, output in zip(ranks, outputs, strict=True)
+    ]
+
+
+def test_a_program_that_a_rank_starts_is_not_the_rank() -> None:
+    for rank, done in enumerate(outcomes_of_ranks(*[f"{INIT}\n{START}"] * 2)):
+        assert done.returncode == 1 and done.stdout == f"{rank} 2\n"
+        assert f"is rank {rank} of 2" in done.stderr and "PYCOMM_RANK=0 and PYCOMM_SIZE=1" in done.stderr
+        assert "CommTimeoutError" not in done.stderr
+
+
+def test_a_program_that_a_rank_starts_may_be_alone() -> None:
+    alone = "import os; os.environ.update(PYCOMM_RANK='0', PYCOMM_SIZE='1')"
+    for rank, done in enumerate(outcomes_of_ranks(*[f"{INIT}\n{alone}\n{START}"] * 2)):
+        assert done.stdout == f"{rank} 2\n0 1\n", done.stderr
+
+
+def test_a_program_between_launcher_and_rank() -> None:
+    command = f"['sh', '-c', 'env \"$@\"; :', 'sh', sys.executable, '-c', {START!r}]"
+    shell = f"import subprocess, sys; subprocess.run({command})"
+    for rank, done in enumerate(outcomes_of_ranks(shell, START)):
+        assert done.stdout == f"{rank} 2\n", done.stderr
+
+
+def test_children_of_fork_have_a_group_of_their_own() -> None:
+    code = f"""
+import os, sys
+{INIT}
+if child := os.fork():
+    os.waitpid(child, 0)
+    sys.exit()
+{INIT}
+comm.close()
+os._exit(0)
+"""
+    for rank, done in enumerate(outcomes_of_ranks(code, code)):
+        assert done.stdout == f"{rank} 2\n" * 2, done.stderr
