@@ -10,8 +10,8 @@ from hypothesis import settings
 
 import pycomm
 
-# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP, and the processes of the tests
-# would inherit that.
+# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP, and the processes of the
+# tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
