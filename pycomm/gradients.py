@@ -28,11 +28,16 @@ def itself(x: Any) -> Any:
     return x.detach() if is_tensor(x) else x
 
 
+def _tells(x: Any) -> bool:
+    """Whether `x` tells how many hold it: the tensor, not its memory."""
+    return is_tensor(x) and hasattr(x, "_use_count")
+
+
 class Gradients:
     """The tensors that a bucket was given, with the gradients in the parameters' places.
 
     Of a tensor that is no parameter torch tells how many hold it besides Python. If somebody did when the
-    bucket got it, and nobody does now, it was the gradient that a parameter has dropped since.
+    bucket got it or in the last call, and nobody does now, it was a gradient that its parameter has dropped.
     """
 
     def __init__(self, given: Sequence[Any], names: Sequence[str] | None, missing_as_zero: bool) -> None:
@@ -41,8 +46,9 @@ class Gradients:
         self._missing_as_zero = missing_as_zero
         self._parameters = [i for i, x in enumerate(self.given) if is_parameter(x)]
         self._refuse_frozen()
-        others = set(range(len(self.given))).difference(self._parameters)
-        self._held = [i for i in sorted(others) if _is_held(self.given[i])]
+        parameters = set(self._parameters)
+        self._others = [i for i, x in enumerate(self.given) if i not in parameters and _tells(x)]
+        self._held = self._held_now()
 
     def now(self) -> list[Any]:
         """What to copy from or to at this moment. Raises before anything has changed."""
@@ -52,15 +58,18 @@ class Gradients:
             if not self._missing_as_zero:
                 raise ValueError(
                     f"no gradient, `.grad` is None: {self._shown(missing)}; pack after backward(), leave out"
-                    " what takes no part in it, or make the Bucket with missing_as_zero=True"
+                    " what takes no part in it, or make the Bucket with missing_as_zero=True (for parameters'"
+                    " own values make it of x.detach())"
                 )
-        dropped = [i for i in self._held if not _is_held(self.given[i])]
+        held = self._held_now()
+        dropped = sorted(self._held - held)
         if dropped:
             raise ValueError(
                 f"no parameter's gradient any more: {self._shown(dropped)}; zero_grad(), say, has dropped"
-                " what the bucket got. Make it from the parameters, Bucket(model.parameters()), which looks"
+                " what the bucket has. Make it from the parameters, Bucket(model.parameters()), which looks"
                 " for their gradients in every call, or set bucket.tensors to the tensors that are meant"
             )
+        self._held = held
         for i in missing:
             self.given[i].grad = self.given[i].new_zeros(self.given[i].shape)
         if not self._parameters:
@@ -79,12 +88,10 @@ class Gradients:
                 " or pass x.detach() to pack a parameter's own values"
             )
 
+    def _held_now(self) -> set[int]:
+        return {i for i in self._others if self.given[i]._use_count() > 1}
+
     def _shown(self, indices: list[int]) -> str:
         shown = [repr(self._names[i]) if self._names else f"`tensors[{i}]`" for i in indices[:_SHOWN]]
         rest = len(indices) - len(shown)
         return ", ".join(shown) + (f" (and {rest} more)" if rest else "")
-
-
-def _is_held(x: Any) -> bool:
-    count = getattr(x, "_use_count", None)  # torch's: of the tensor, not of its memory
-    return count is not None and count() > 1

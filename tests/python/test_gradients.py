@@ -154,6 +154,21 @@ def test_gradients_that_a_parameter_has_dropped_are_refused(kept: bool) -> None:
     bucket.pack()
 
 
+def test_views_that_a_parameter_has_dropped_are_refused() -> None:
+    """Given to the bucket before the parameters got them."""
+    model = model_of()
+    bucket = Bucket([parameter.detach() for parameter in model.parameters()])
+    bucket.tensors = bucket.views
+    for parameter, view in zip(model.parameters(), bucket.views, strict=True):
+        parameter.grad = view
+    backward(model, 1)
+    bucket.pack()
+    model.zero_grad()
+    backward(model, 2)
+    with pytest.raises(ValueError, match=r"any more: `tensors\[0\]`"):
+        bucket.pack()
+
+
 def test_tensors_that_no_parameter_holds_are_taken_as_they_are() -> None:
     flat = torch.ones(10)
     bucket = Bucket([flat[:4], flat[4:], torch.zeros(3), torch.from_numpy(flat.numpy())])
