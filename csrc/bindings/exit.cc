@@ -1,5 +1,6 @@
 #include "bindings/exit.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -96,6 +97,16 @@ void drop_left() {
 void park() {
   for (;;) pause();
 }
+
+namespace {
+// A child of fork() begins with a free mutex and nothing to drop: what is there is the parent's.
+const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); },
+                                      [] {
+                                        dropped.clear();
+                                        any_dropped = drop_due = false;
+                                        mutex.unlock();
+                                      });
+}  // namespace
 
 void close_at_exit() { py::module_::import("atexit").attr("register")(py::cpp_function(end)); }
 
