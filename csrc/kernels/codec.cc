@@ -24,7 +24,7 @@ constexpr Kind kKinds[kNumCodecs] = {{"none", 1, 0, 0},       {"fp16", 1, 0, 16}
                                      {"fp8_e4m3", 256, 4, 8}, {"fp8_e5m2", 256, 4, 8}, {"mxfp8", 32, 1, 8},
                                      {"int8", 128, 2, 8},     {"int4", 32, 2, 4},      {"sign", 128, 4, 1}};
 constexpr int64_t kWireAlign = 16;
-constexpr int kMaxDepth = 33;  // a stack of 2^31 leaves
+constexpr int kMaxDepth = 17;  // a stack of 2^16 leaves: more ranks than a node has
 const Kind& kind_of(CodecKind kind) { return kKinds[static_cast<size_t>(kind)]; }
 
 int64_t scales_bytes(CodecKind kind) { return kTile / kind_of(kind).block * kind_of(kind).scale_bytes; }

@@ -318,14 +318,22 @@ def test_sums_round_once(ranks: Ranks) -> None:
 
 
 def test_small_stacks(ranks: Ranks) -> None:
-    """A reduction with a scale or of many sources runs in threads of 128 KiB, as musl makes them."""
+    """Reductions with a scale, of many sources or with a codec run in threads of 128 KiB (musl's)."""
 
     def fn(comm: Communicator) -> None:
-        x = np.full(3000, 2.0, np.float32)
-        threading.stack_size(128 << 10)
-        thread = threading.Thread(target=lambda: comm.all_reduce(x, op=pycomm.premul_sum(0.5)))
+        x, y = np.full(3000, 2.0, np.float32), np.full(3000, 2.0, np.float32)
+
+        def reduce() -> None:
+            comm.all_reduce(x, op=pycomm.premul_sum(0.5))
+            comm.all_reduce(y, codec="fp16")
+
+        thread = threading.Thread(target=reduce)
         thread.start()
         thread.join()
-        assert (x == comm.size).all()
+        assert (x == comm.size).all() and (y == 2 * comm.size).all()
 
-    ranks(fn, 3)
+    before = threading.stack_size(128 << 10)  # of threads that are made from now on
+    try:
+        ranks(fn, 3)
+    finally:
+        threading.stack_size(before)
