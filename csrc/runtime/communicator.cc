@@ -177,6 +177,13 @@ Communicator::~Communicator() {
   } catch (const CommError& error) {
     log(LogLevel::warn, error.what());
   }
+  let_go();
+}
+
+// Of the group's memory, once: not while another thread is still in a call.
+void Communicator::let_go() {
+  const Holding token(*this);
+  if (token && !std::exchange(let_go_, true)) domain_->let_go();
 }
 
 void Communicator::close(Patience& patience) {
@@ -195,7 +202,7 @@ void Communicator::close(Patience& patience) {
   std::optional<std::string> mismatch;
   if (!interrupted && !domain_->failed()) mismatch = find_last_mismatch();
   if (mismatch) domain_->fail(FailureKind::mismatch, *mismatch);
-  domain_->let_go();
+  let_go();
   if (interrupted) std::rethrow_exception(interrupted);
   if (mismatch) throw MismatchError(*mismatch);
 }

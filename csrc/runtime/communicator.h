@@ -212,6 +212,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     Communicator& comm_;
   };
   std::exception_ptr wait_for_queue(Patience& patience);
+  void let_go();
   std::optional<std::string> find_last_mismatch() const;
   void refuse_reentry() const;
   // Everyone's values, rank by rank; all give equally many.
@@ -240,6 +241,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   // The executor's state, under the token.
   Token token_;
+  bool let_go_ = false;
   Sequence collectives_;
   struct Channel {  // of a pair, one way
     explicit Channel(std::unique_ptr<Domain> d) : domain(std::move(d)), messages(*domain) {}
