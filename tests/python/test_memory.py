@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,13 +116,14 @@ def test_ranks_that_die_keep_nothing(when: str) -> None:
         while comm.size > survivors:
             group = comm.split(0)
             use(group)
-            comm.barrier()
+            with suppress(pycomm.CommError):  # a fast rank may have called shrink() meanwhile
+                comm.barrier()
             if comm.rank == comm.size - 1:
                 if when == "after the others have closed":
                     signal.sigtimedwait([], 0.3)
                 os.kill(os.getpid(), signal.SIGKILL)
             if when == "before the others close":
-                with pytest.raises(pycomm.PeerLostError):
+                with pytest.raises(pycomm.CommError):
                     comm.barrier()
             group.close()
             left = comm.shrink()
