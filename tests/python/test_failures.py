@@ -440,36 +440,6 @@ def test_a_call_inside_a_call() -> None:
         assert "set a flag" in ranks[0].outcome(10)
 
 
-def test_close_inside_a_call() -> None:
-    """In a handler, while its own thread drives what is queued: to wait for that would be for ever."""
-    gate = Gate()
-
-    def fn(comm: Communicator) -> str:
-        if comm.rank == 1:
-            gate.wait_for(1)
-            time.sleep(0.6)
-            comm.send(np.ones(4), 0)
-            return ""
-        texts = []
-
-        def handler(*_: object) -> None:
-            try:
-                comm.close()
-            except pycomm.CommError as error:
-                texts.append(str(error))
-
-        signal.signal(signal.SIGUSR1, handler)
-        work = comm.recv(np.empty(4), 1, async_op=True)
-        gate.arrive()
-        assert work.wait()[0] == 1
-        return texts[0]
-
-    with started(fn, 2) as ranks:
-        time.sleep(0.3)
-        ranks[0].kill(signal.SIGUSR1)
-        assert "set a flag" in ranks[0].outcome(20)
-
-
 def test_interrupt_while_closing() -> None:
     gate = Gate()
 

@@ -1,6 +1,7 @@
-"""How a rank leaves: with an error on its way, in a child of fork, with an error of close() alone."""
+"""How a rank leaves: with an error on its way, in a child of fork, from a handler, with one of close()."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,36 @@ def test_an_error_of_close_is_run_locals() -> None:
 
     with pytest.raises(pycomm.MismatchError, match="rank 0 called broadcast"):
         pycomm.run_local(fn, 2)
+
+
+def test_close_inside_a_call() -> None:
+    """In a handler, while its own thread drives what is queued: to wait for that would be for ever."""
+    gate = Gate()
+
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 1:
+            gate.wait_for(1)
+            time.sleep(0.6)
+            comm.send(np.ones(4), 0)
+            return ""
+        texts = []
+
+        def handler(*_: object) -> None:
+            try:
+                comm.close()
+            except pycomm.CommError as error:
+                texts.append(str(error))
+
+        signal.signal(signal.SIGUSR1, handler)
+        work = comm.recv(np.empty(4), 1, async_op=True)
+        gate.arrive()
+        assert work.wait()[0] == 1
+        return texts[0]
+
+    with started(fn, 2) as ranks:
+        time.sleep(0.3)
+        ranks[0].kill(signal.SIGUSR1)
+        assert "set a flag" in ranks[0].outcome(20)
 
 
 def in_child(body: Callable[[], str]) -> str:
