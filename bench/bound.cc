@@ -27,6 +27,13 @@
 #include "runtime/sequence.h"
 #include "schedule/lower.h"
 
+// The pointers of the next loop do not overlap.
+#ifdef __clang__
+#define PYCOMM_BOUND_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define PYCOMM_BOUND_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 using namespace pycomm;
 using namespace pycomm::runtime;
 using schedule::Placement;
@@ -67,7 +74,7 @@ struct Hand {
   // Sums all of `from`, in the order of ranks, and stores it in all of `to`.
   template <size_t M>
   static void sum(const Pointers& from, const std::array<float*, M>& to, size_t begin, size_t end) {
-#pragma GCC ivdep
+    PYCOMM_BOUND_INDEPENDENT
     for (size_t i = begin; i < end; ++i) {
       float s = from[0][i];
       for (int r = 1; r < N; ++r) s += from[r][i];

@@ -87,7 +87,7 @@ int main(int argc, char** argv) {
   auto* x = static_cast<float*>(std::aligned_alloc(4096, count * 4));
   auto* copied = static_cast<float*>(std::aligned_alloc(4096, count * 4));
   auto* wire = static_cast<unsigned char*>(std::aligned_alloc(4096, count * 4));
-  for (size_t i = 0; i < count; ++i) x[i] = static_cast<float>(std::rand()) / RAND_MAX - 0.5f;
+  for (size_t i = 0; i < count; ++i) x[i] = static_cast<float>(std::rand() / (RAND_MAX + 1.0) - 0.5);
   std::fill(copied, copied + count, 0.f);
   std::fill(wire, wire + count * 4, static_cast<unsigned char>(0));
 
