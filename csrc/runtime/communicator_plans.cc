@@ -267,6 +267,11 @@ std::shared_ptr<const Prepared> Communicator::prepare_reading(const schedule::Ca
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;
   auto prepared = prepare(other, algorithm, rank);
+  // In place, this rank has to say no to what the others can do.
+  if (!prepared->reachable && call.in_place) {
+    other.in_place = false;
+    prepared = prepare(other, algorithm, rank);
+  }
   return prepared->reachable ? prepared : nullptr;
 }
 
@@ -290,8 +295,10 @@ bool reads_fast(const schedule::Call& call, const std::vector<int64_t>& words) {
     for (int from = 0; from < call.world.size; ++from) {
       if (from == to) continue;
       const int64_t in = words[from] >> 1 & (kPage - 1), out = words[to] >> (1 + kPageBits);
-      const int64_t block = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
-      const int64_t beyond = (out + block - in) & (kPage - 1);
+      const int block = call.world.collective == Collective::all_gather ? from : to;
+      const int64_t source = schedule::block_offset(call, from, schedule::Buffer::in, block) * item;
+      const int64_t landing = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
+      const int64_t beyond = (out + landing - in - source) & (kPage - 1);
       if (beyond > 0 && beyond < 32) return false;
     }
   }
@@ -306,8 +313,10 @@ std::shared_ptr<Agreement> Communicator::agree_on_reading(const Bound& bound,
   auto agreement = make_agreement(bound, Collective::all_gather, {0});
   const schedule::Call& call = bound.prepared->plan.call;
   const int64_t bytes = schedule::in_elements(call, rank()) * static_cast<int64_t>(size_of(call.dtype));
-  agreement->ask = [this, bytes](const Bound& asked) {
-    asked.agreement->mine[0] = word_of(domain_->node().fit_to_read(asked.buffers.in, bytes), asked.buffers);
+  const bool kept = prepared->plan.call.in_place == call.in_place;  // else `out` would be written over `in`
+  agreement->ask = [this, bytes, kept](const Bound& asked) {
+    const bool fit = kept && domain_->node().fit_to_read(asked.buffers.in, bytes);
+    asked.agreement->mine[0] = word_of(fit, asked.buffers);
   };
   Bound reading = bound;
   reading.record.in = schedule::Placement::reachable;

@@ -63,8 +63,10 @@ Choice select(const schedule::Call& call, bool crowded) {
 // One copy by the kernel replaces two through the window, from a block on that outlives the L2 by far: both
 // processors turn at 2 MiB, in huge pages alone (Node::fit_to_read).
 bool single_copy_pays(const schedule::Call& call, const Caches& found) {
+  if (call.ragged) return false;  // all ranks have to decide alike, and know what they exchange themselves
   switch (call.world.collective) {
     case Collective::all_gather:
+    case Collective::all_to_all:
       return *std::max_element(call.counts.begin(), call.counts.end()) *
                  static_cast<int64_t>(size_of(call.dtype)) >=
              found.last / 16;
@@ -76,7 +78,6 @@ bool single_copy_pays(const schedule::Call& call, const Caches& found) {
     case Collective::all_reduce:
     case Collective::reduce_scatter:
     case Collective::reduce:
-    case Collective::all_to_all:
     case Collective::barrier:
       return false;
   }

@@ -35,6 +35,32 @@ bool only_copies_in(const Schedule& schedule) {
   return offers;
 }
 
+// Where peers can read `in` and nobody writes over it, they read there what a rank would copy to its image
+// for them to read.
+Schedule show_inputs(Schedule schedule) {
+  for (int rank = 0; rank < static_cast<int>(schedule.ranks.size()); ++rank) {
+    const auto in_image = [&](const Ref& ref) { return ref.rank == rank && ref.buffer == Buffer::image; };
+    const auto writes = [&](const ScheduleStep& step) { return std::ranges::any_of(step.dsts, in_image); };
+    const auto copies = [&](const ScheduleStep& step) {
+      return writes(step) && !step.final && step.dsts.size() == 1 && step.srcs.size() == 1 &&
+             step.srcs[0] == Ref{rank, Buffer::in, step.dsts[0].chunk};
+    };
+    const bool copies_alone = std::ranges::all_of(schedule.ranks, [&](const auto& program) {
+      return std::ranges::all_of(program, [&](const auto& step) { return !writes(step) || copies(step); });
+    });
+    if (!copies_alone) continue;
+    std::erase_if(schedule.ranks[rank], copies);
+    for (std::vector<ScheduleStep>& program : schedule.ranks) {
+      for (ScheduleStep& step : program) {
+        for (Ref& src : step.srcs) {
+          if (in_image(src)) src.buffer = Buffer::in;
+        }
+      }
+    }
+  }
+  return schedule;
+}
+
 uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout& layout) {
   Hasher h;
   const Call& call = plan.call;
@@ -69,11 +95,13 @@ uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout
 
 }  // namespace
 
-Plan lower(const Schedule& schedule, const std::string& algorithm, const Call& asked,
-           const Geometry& geometry, int only_rank) {
+Plan lower(const Schedule& written, const std::string& algorithm, const Call& asked, const Geometry& geometry,
+           int only_rank) {
   Call call = asked;
   if (call.out == Placement::reachable) throw ValueError("`out` cannot be reachable: peers may only read it");
-  if (call.in == Placement::reachable && !only_copies_in(schedule)) call.in = Placement::plain;
+  const Schedule shown = call.in == Placement::reachable && !call.in_place ? show_inputs(written) : written;
+  if (call.in == Placement::reachable && !only_copies_in(shown)) call.in = Placement::plain;
+  const Schedule& schedule = call.in == Placement::reachable ? shown : written;
   if (call.coded()) {
     switch (call.world.collective) {
       case Collective::all_reduce:

@@ -336,18 +336,18 @@ TEST(a_reachable_input_is_its_callers_again_when_it_has_been_read) {
 }
 
 TEST(only_bare_copies_of_inputs_are_lowered_as_reachable) {
-  const auto lowered = [](const char* name, const World& world) {
-    Call call = make_call(world, 1000, true, {Placement::reachable, Placement::plain, false});
+  const auto lowered = [](const char* name, const World& world, bool in_place = false) {
+    Call call = make_call(world, 1000, true, {Placement::reachable, Placement::plain, in_place});
     return make_plan(name, call, small_windows(world.size)).call.in;
   };
   for (const Collective collective : {Collective::all_gather, Collective::broadcast, Collective::gather,
-                                      Collective::scatter, Collective::send_recv}) {
+                                      Collective::scatter, Collective::all_to_all, Collective::send_recv}) {
     CHECK_EQ(lowered("direct", {collective, 4, 1, 2}), Placement::reachable);
     CHECK_EQ(lowered("direct", {collective, 1, 0, 0}), Placement::plain);  // nobody reads it
   }
   CHECK_EQ(lowered("ring", {Collective::all_gather, 4, 0, 0}), Placement::plain);
   CHECK_EQ(lowered("binomial", {Collective::broadcast, 4, 0, 0}), Placement::plain);
-  CHECK_EQ(lowered("direct", {Collective::all_to_all, 4, 0, 0}), Placement::plain);
+  CHECK_EQ(lowered("direct", {Collective::all_to_all, 4, 0, 0}, /*in_place=*/true), Placement::plain);
   CHECK_EQ(lowered("direct", {Collective::reduce_scatter, 4, 0, 0}), Placement::plain);
   CHECK_EQ(lowered("two_shot", {Collective::all_reduce, 4, 0, 0}), Placement::plain);
   Call call = make_call({Collective::all_gather, 2, 0, 0}, 8, true, kBufferings[0]);

@@ -1,4 +1,5 @@
-"""Large all_gathers, whose inputs peers read where they lie if they can: the same bits as through windows."""
+"""Large all_gathers and all_to_alls, whose inputs peers read where they lie if they can: the same bits as
+through windows."""
 
 import hashlib
 import mmap
@@ -76,6 +77,27 @@ def test_input_and_output_at_any_distance(ranks: Ranks, shifts: tuple[int, int])
             x[:] = pattern(comm.rank, x.size, salt)
             comm.all_gather(x, out=out)
             assert (out == gathered([x.size] * comm.size, salt)).all()
+
+    ranks(fn, 3)
+
+
+def test_all_to_all_where_some_ranks_call_in_place(ranks: Ranks) -> None:
+    """Whoever calls in place writes over what others would read: then all go through windows."""
+
+    def fn(comm: Communicator) -> None:
+        block = 3 * MIB + 5
+        x, out = empty(block * comm.size), empty(block * comm.size)
+        assert "instead" in comm.explain("all_to_all", x.size, "uint8")
+        for salt in range(6):
+            in_place = comm.rank < salt % (comm.size + 1)
+            for peer in range(comm.size):
+                x[peer * block : (peer + 1) * block] = pattern(comm.rank, block, salt + 5 * peer)
+            result = comm.all_to_all(x, out=x if in_place else out)
+            if not in_place:
+                x[:] = 255  # at once: nobody reads it any more
+            for peer in range(comm.size):
+                received = result[peer * block : (peer + 1) * block]
+                assert (received == pattern(peer, block, salt + 5 * comm.rank)).all()
 
     ranks(fn, 3)
 
