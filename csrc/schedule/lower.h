@@ -14,9 +14,9 @@ namespace pycomm::schedule {
 // combine that produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into
 // trips that fit a slot.
 //
-// A reachable `in` is used in place as well, if all that the schedule offers is `in`, or, out of place, a copy
-// of it in the image, and all that peers do with it is to copy it, bit for bit, to their own `out`. Otherwise
-// it is lowered as a plain one, and Plan::call says so.
+// A reachable `in` is used in place as well, if all that the schedule offers is `in`, or, out of place, a
+// copy of it in the image, and all that peers do with it is to copy it, bit for bit, to their own `out`.
+// Otherwise it is lowered as a plain one, and Plan::call says so.
 //
 // `only_rank` leaves the other ranks' programs empty: what a rank runs does not depend on it.
 //
