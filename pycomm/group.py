@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native, objects
+from pycomm import _native, byhand, objects
 from pycomm.algorithm import introduce
 from pycomm.rollcall import report
-from pycomm.world import find_world, take
+from pycomm.world import BY_HAND, World, find_world, take
 
 T = TypeVar("T")
 
@@ -126,12 +126,23 @@ def init(
         call = next(_init_calls)
         address = f"{world.address}|{call}"
         report(world.address, rank, call + 1)
+        if BY_HAND in world.address:
+            return Communicator(_join_by_hand(world, address, timeout))
     else:
         raise ValueError(
             f"store={store!r}, rank={rank!r}, size={size!r}: give all three, or none to take the"
             " launcher's word"
         )
     return Communicator(_native.join(rank, size, address, timeout))
+
+
+def _join_by_hand(world: World, address: str, timeout: float | None) -> _native.Communicator:
+    try:
+        with byhand.watching(world.rank, world.size):
+            return _native.join(world.rank, world.size, address, timeout)
+    except _native.CommTimeoutError as error:
+        found = byhand.stranger(world.size)
+        raise _native.CommTimeoutError(f"{error} {byhand.remedy(found)}" if found else str(error)) from None
 
 
 def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None = None) -> list[T]:

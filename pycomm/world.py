@@ -9,7 +9,8 @@ A launcher tells its processes in the environment. The first one found here is b
     MPICH        PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS
     Slurm        SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_NNODES SLURM_JOB_ID SLURM_STEP_ID
 
-A process that none of them started is alone, a world of one. Variables that are incomplete or contradict each
+RANK, WORLD_SIZE and MASTER_* may also be set by hand (pycomm.byhand says what names such a job). A process
+that none of them started is alone, a world of one. Variables that are incomplete or contradict each
 other are a ValueError, never a guess.
 
 Children inherit the environment, but a rank is one process: the first that takes it writes so into its own
@@ -23,8 +24,12 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pycomm.byhand import parent_of, this_start
+
+BY_HAND = "by hand"  # in the addresses of jobs that no launcher started
 TAKEN = "PYCOMM_TAKEN"  # the process that has taken the rank, and which one that is
 VARIABLES = ("PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", TAKEN)  # of pycomm itself
+_OPEN_MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 
 @dataclass(frozen=True)
@@ -78,19 +83,15 @@ def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
             "pycomm run", "PYCOMM_RANK", "PYCOMM_SIZE", None, None, lambda: env.text("PYCOMM_JOB")
         )
     if env.has("RANK", "WORLD_SIZE"):
-        # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same; a restarted
-        # attempt may reuse all but its count.
-        def job() -> str:
-            attempt = [environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
-            return "|".join([env.text("MASTER_ADDR"), env.text("MASTER_PORT"), *attempt])
-
-        return env.world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", job)
+        local_rank, local_size = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+        return env.world("torchrun", "RANK", "WORLD_SIZE", local_rank, local_size, lambda: _torch_job(env))
     if env.has("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
         rank, size, local_rank, local_size = (
             f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
         )
-        jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"]
-        return env.world("Open MPI", rank, size, local_rank, local_size, lambda: env.job(jobs, rank))
+        return env.world(
+            "Open MPI", rank, size, local_rank, local_size, lambda: env.job(_OPEN_MPI_JOBS, rank)
+        )
     # srun may speak PMI as well, but then says nothing of local ranks, which its own variables do.
     if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not env.in_slurm_step()):
         local_rank, local_size = "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
@@ -107,6 +108,23 @@ def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
     return World(0, 1, 0, 1, _nobody(), "none")
 
 
+def _torch_job(env: _Environment) -> str:
+    place = f"{env.text('MASTER_ADDR')}|{env.text('MASTER_PORT')}"
+    if env.has("TORCHELASTIC_RUN_ID"):
+        # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same; a restarted
+        # attempt may reuse all but its count.
+        attempt = [env.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT")]
+        return "|".join([place, *attempt])
+    # A script between another launcher and Python may name the ranks as torchrun does.
+    launchers = ["PYCOMM_JOB", *_OPEN_MPI_JOBS, "PMI_JOBID"]
+    if env.in_slurm_step():
+        launchers += ["SLURM_JOB_ID", "SLURM_STEP_ID"]
+    named = [f"{name}={env.get(name)}" for name in launchers if env.get(name)]
+    if named:
+        return "|".join([place, *named])
+    return f"{place}|{BY_HAND}|{this_start(env.integer('WORLD_SIZE')).name()}"
+
+
 class _Environment:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -114,6 +132,9 @@ class _Environment:
     def has(self, *names: str) -> bool:
         """Whether any is set. All are asked for later, and one that is missing is named then."""
         return any(name in self._environ for name in names)
+
+    def get(self, name: str) -> str:
+        return self._environ.get(name, "")
 
     def text(self, name: str) -> str:
         value = self._environ.get(name, "")
@@ -128,7 +149,8 @@ class _Environment:
 
     def job(self, names: Sequence[str], rank_name: str) -> str:
         """The first of these that is set, or what the ranks' common parent gives."""
-        return next(filter(None, map(self._environ.get, names)), None) or _parent_job(rank_name)
+        named = next(filter(None, map(self._environ.get, names)), None)
+        return named or f"pid {parent_of(os.getpid(), rank_name)}"
 
     def integer(self, name: str) -> int:
         value = self.text(name)
@@ -201,26 +223,3 @@ def _several_hosts(evidence: str) -> ValueError:
         f"the job spans several hosts ({evidence}), but pycomm joins ranks of one machine: start all ranks"
         " on one host"
     )
-
-
-def _parent_job(rank_name: str) -> str:
-    """Names the job by the process that started its ranks: the nearest ancestor that is not part of a rank
-    itself, as a shell between launcher and Python would be."""
-    pid = os.getppid()
-    while pid > 1 and _environ_has(pid, rank_name):
-        pid = _parent(pid)
-    return f"pid {pid}"
-
-
-def _environ_has(pid: int, name: str) -> bool:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return any(entry.startswith(name.encode() + b"=") for entry in file.read().split(b"\0"))
-    except OSError:
-        return False
-
-
-def _parent(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name before it is in parentheses and may hold anything.
-        return int(file.read().rpartition(b")")[2].split()[1])
