@@ -25,7 +25,7 @@
 // When the
 //   call returns they are ordered before any later store (sfence).
 //
-// prescale applies to sum only, on floats and complex; divisor is 1 unless the operator is avg.
+// prescale applies to sum and avg only, on floats and complex; divisor is 1 unless the operator is avg.
 #pragma once
 
 #include <cstddef>
@@ -50,6 +50,16 @@ struct CombineArgs {
   double prescale = 1.0;
   double divisor = 1.0;
 };
+
+// What makes a sum over `num_ranks` an average that overflows nowhere on the way: elements are multiplied by
+// the power of two that is 1 / num_ranks or the next below, the sum divided by what is left. The bits are
+// those of the sum divided by num_ranks, but where that sum overflows, and where an element is so small
+// (below num_ranks times the least normal number) that the power of two takes bits from it. Elements whose
+// accumulator has room for any sum are not scaled.
+struct Average {
+  double prescale = 1.0, divisor = 1.0;
+};
+Average average(DType dtype, int num_ranks);
 
 using CombineFn = void (*)(const CombineArgs&);
 

@@ -102,7 +102,7 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
                       .dst_format = step.dst_format,
                       .stream = step.stream,
                       .count = static_cast<size_t>(step.count),
-                      .prescale = plan.call.prescale,
+                      .prescale = plan.prescale,
                       .divisor = divisor,
                       .encoding = encoding});
 }

@@ -128,7 +128,9 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
   plan.slots = layout.slots;
   plan.slot_bytes = layout.slot_bytes;
   plan.bank_bytes = layout.slots * layout.slot_bytes;
-  plan.divisor = call.op == Op::avg ? call.world.size : 1.0;
+  const auto [prescale, divisor] = factors_of(call);
+  plan.prescale = prescale;
+  plan.divisor = divisor;
   plan.full_exchange = lowering.full_exchange();
   plan.encodes_once = call.coded() && lowering.encodes_once();
   plan.programs.resize(call.world.size);

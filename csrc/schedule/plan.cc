@@ -41,6 +41,13 @@ bool encodes(const Program& program, const Step& step) {
          (step.num_srcs > 1 || program.operands[step.operand + step.num_dsts].format != Format::wire);
 }
 
+kernels::Average factors_of(const Call& call) {
+  if (call.op != Op::avg) return {call.prescale, 1.0};
+  if (call.coded()) return {call.prescale, static_cast<double>(call.world.size)};
+  const auto [prescale, divisor] = kernels::average(call.dtype, call.world.size);
+  return {call.prescale * prescale, divisor};
+}
+
 int64_t operand_bytes(const Call& call, Format format, int64_t count) {
   switch (format) {
     case Format::raw:

@@ -147,12 +147,16 @@ struct Plan {
   int32_t cells = 1;              // indices used per pair
   int32_t slots = 1;
   int64_t slot_bytes = 0, bank_bytes = 0;
-  double divisor = 1.0;  // avg
+  double prescale = 1.0, divisor = 1.0;  // of premul_sum and avg: factors_of(call)
   bool full_exchange = false;
   bool encodes_once = false;  // no rank encodes an element twice: one residual for each holds its error
   // Hash of all that ranks must agree on (not of in_place, nor of the counts when they differ by rank).
   uint64_t fingerprint = 0;
 };
+
+// What elements are multiplied by as they are read, and finished sums divided by. Codecs have their own
+// range: what they encode is not scaled for an average.
+kernels::Average factors_of(const Call& call);
 
 // In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512]
 // window@1[0:512]".

@@ -42,11 +42,12 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
     return fault(0, -1,
                  std::to_string(plan.programs.size()) + " programs for " + std::to_string(n) + " ranks");
   }
-  const double divisor = plan.call.op == Op::avg ? n : 1.0;
-  if (plan.divisor != divisor) {
+  const auto [prescale, divisor] = factors_of(plan.call);
+  if (plan.divisor != divisor || plan.prescale != prescale) {
     return fault(0, -1,
-                 std::string("results of ") + name(plan.call.op) + " are divided by " +
-                     std::to_string(plan.divisor) + " and not by " + std::to_string(divisor));
+                 std::string("elements of ") + name(plan.call.op) + " are multiplied by " +
+                     std::to_string(plan.prescale) + " and divided by " + std::to_string(plan.divisor) +
+                     ", and not by " + std::to_string(prescale) + " and " + std::to_string(divisor));
   }
   if (plan.slots < 1 || plan.slot_bytes < 0 || plan.slots * plan.slot_bytes > plan.bank_bytes) {
     return {{Counterexample::Kind::bounds, 0, call, -1,

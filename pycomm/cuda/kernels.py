@@ -8,6 +8,9 @@ from typing import Any
 from pycomm.bucket import Stats
 from pycomm.cuda.arrays import Call, describe, native, new_bytes, require, stream_handle
 
+# Elements whose accumulator has no room for any sum of theirs.
+_SUMS_OVERFLOW = ("float32", "float64", "bfloat16", "complex64", "complex128")
+
 
 def reduce(
     srcs: Sequence[Any],
@@ -39,6 +42,9 @@ def reduce(
     final = held == {dtype}
     if divisor is None:
         divisor = len(call.found["srcs"]) if op == "avg" else 1
+        if op == "avg" and whole and final and dtype in _SUMS_OVERFLOW:
+            scale = 0.5 ** (len(srcs) - 1).bit_length()  # as collectives do: see the average of combine.h
+            prescale, divisor = prescale * scale, divisor * scale
     call.module.combine(
         call.where,
         dtype,

@@ -479,7 +479,8 @@ class Search {
     if (step.dst_format == Format::wire && step.num_srcs == 1 && from == Format::wire)
       return copy_tiles(move);
     const bool copy = step.num_srcs == 1 && from == step.dst_format;
-    const bool right_divisor = plan.divisor == (plan.call.op == Op::avg ? n_ : 1);
+    const auto factors = factors_of(plan.call);
+    const bool right_divisor = plan.divisor == factors.divisor && plan.prescale == factors.prescale;
     const bool divides = move.transcode ? move.transcode->divides : step.dst_format == Format::final;
     const int64_t bytes = bytes_of(plan, step.dst_format, 1);
     std::vector<int> terms(step.num_srcs), results;

@@ -345,6 +345,12 @@ void check_pair(DType dtype, Op op) {
     check_case({dtype, op, partials, partial});
     check_case({dtype, op, partials, final, 1, divisor});
     check_case({dtype, op, mixed, final, 1, divisor});
+    if (op == Op::avg) {
+      const auto [scale, rest] = average(dtype, static_cast<int>(k));
+      check_case({dtype, op, raws, final, scale, rest});
+      check_case({dtype, op, raws, partial, scale});
+      check_case({dtype, op, mixed, final, scale, rest});
+    }
     if (op == Op::sum && is_floating(dtype)) {
       check_case({dtype, op, raws, final, 0.3});
       check_case({dtype, op, mixed, partial, -0.7});

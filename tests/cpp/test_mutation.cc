@@ -240,6 +240,7 @@ class Mutator {
            [](Plan& plan) { plan.slot_bytes = plan.bank_bytes / ++plan.slots; });
     mutant("one slot for all trips", [](Plan& plan) { plan.slots = 1; });
     set<int32_t>("cells", [](Plan& plan) -> auto& { return plan.cells; }, {plan_.cells - 1});
+    set<double>("prescale", [](Plan& plan) -> auto& { return plan.prescale; }, {plan_.prescale * 2});
     set<double>("divisor", [](Plan& plan) -> auto& { return plan.divisor; }, {plan_.divisor * 2});
     set<bool>("full exchange", [](Plan& plan) -> auto& { return plan.full_exchange; },
               {!plan_.full_exchange});

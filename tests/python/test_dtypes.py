@@ -65,6 +65,9 @@ def multiply(a: Array, b: Array) -> Array:
     return product
 
 
+# Those whose accumulator has no room for any sum of theirs.
+AVERAGES_SCALED = (np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128)
+
 COMBINE: dict[str, Callable[[Array, Array], Array]] = {
     "sum": np.add,
     "avg": np.add,
@@ -82,11 +85,13 @@ def expectation(parts: list[Array], op: str, factor: float = 1) -> Array:
     accumulator = np.dtype(np.float32) if dtype.type in SMALL_FLOATS else dtype
     with np.errstate(all="ignore"):
         wide = [part.astype(accumulator) for part in parts]
+        if op == "avg" and dtype.type in AVERAGES_SCALED:
+            factor = 0.5 ** (len(parts) - 1).bit_length()
         if factor != 1:
             wide = [part * accumulator.type(factor) for part in wide]
         result = balanced(wide, COMBINE[op])
         if op == "avg":
-            divisor = result.real.dtype.type(len(parts))
+            divisor = result.real.dtype.type(len(parts) * factor)
             if np.iscomplexobj(result):
                 result = result.copy()
                 result.real /= divisor
@@ -230,6 +235,29 @@ def test_premul_sum(ranks: Ranks, size: int) -> None:
             for algorithm in _native.algorithms("all_reduce"):
                 ones = comm.all_reduce(np.ones(999, dtype), op=pycomm.premul_sum(0.5), algorithm=algorithm)
                 assert (ones == np.asarray(size / 2).astype(dtype)).all(), (dtype, algorithm)
+
+    ranks(fn, size)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_an_average_does_not_overflow_on_the_way(ranks: Ranks, size: int) -> None:
+    """Nor does its last bit differ from the sum's over the ranks where that does not overflow."""
+
+    def fn(comm: Communicator) -> None:
+        for dtype in AVERAGES_SCALED:
+            largest = np.array(ml_dtypes.finfo(dtype).max).astype(dtype)
+            for count in (2, 1000, 100_000):
+                x = np.full(count, largest)
+                x[::2] *= np.array(-1, dtype) if comm.rank == 0 else np.array(1, dtype)
+                for algorithm in _native.algorithms("all_reduce"):
+                    mean = comm.all_reduce(x.copy(), op="avg", algorithm=algorithm)
+                    expected = np.array([size - 2, size]) / size
+                    relative = mean.astype(np.complex128) / np.float64(largest.real)
+                    assert np.allclose(relative.reshape(-1, 2), expected, rtol=2**-7), (dtype, algorithm)
+                    small = np.full(count, comm.rank + 1, dtype)
+                    total = comm.all_reduce(small.copy(), algorithm=algorithm)
+                    mean = comm.all_reduce(small, op="avg", algorithm=algorithm)
+                    same_bits(mean, total / np.array(size, dtype), dtype, algorithm)
 
     ranks(fn, size)
 

@@ -5,9 +5,11 @@
 // merge as j has trailing ones; four that need no conversion merge at once. The last merge is the root, and
 // it stores. Two sources of one format are a root over the whole length, so the common case is one plain
 // loop.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/arithmetic/ops.h"
 #include "kernels/arithmetic/small_float.h"
@@ -55,65 +57,89 @@ template <class F>
 inline constexpr bool kIsSmall = kWidth > 4 && kIsFloat<typename F::Value> &&
                                  sizeof(typename F::Raw) < sizeof(float);
 
-// dsts[0..kDsts) = a op b, over the divisor for an average
-template <class From, class To, class O, bool kAverage, int kDsts>
-void merge(void* const* dsts, const void* a, const void* b, size_t n, double divisor) {
+// What an average does to elements before they are summed, and to the sum.
+enum class Finish { none, scale, scale_and_divide, divide };
+constexpr bool scales(Finish f) { return f == Finish::scale || f == Finish::scale_and_divide; }
+constexpr bool divides(Finish f) { return f == Finish::divide || f == Finish::scale_and_divide; }
+struct Factors {
+  double prescale = 1, divisor = 1;
+};
+
+// dsts[0..kDsts) = a op b
+template <class From, class To, class O, Finish kFinish, int kDsts>
+void merge(void* const* dsts, const void* a, const void* b, size_t n, const Factors& factors) {
   const auto* x = in<typename From::Raw>(a);
   const auto* y = in<typename From::Raw>(b);
   auto* first = out<typename To::Raw>(dsts[0]);
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
   size_t begin = 0;
   if constexpr (kIsSmall<From> || kIsSmall<To>) {
+    const auto load = [prescale = static_cast<float>(factors.prescale)](const auto* from) {
+      const Floats value = decode(from, From{});
+      if constexpr (scales(kFinish)) return Floats(value * prescale);
+      return value;
+    };
     for (; begin + kWidth <= n; begin += kWidth) {
-      Floats value = O::apply(decode(x + begin, From{}), decode(y + begin, From{}));
-      if constexpr (kAverage) value /= static_cast<float>(divisor);
+      Floats value = O::apply(load(x + begin), load(y + begin));
+      if constexpr (divides(kFinish)) value /= static_cast<float>(factors.divisor);
       encode(first + begin, value, To{});
       if constexpr (kDsts == 2) encode(second + begin, value, To{});
     }
   }
+  const auto load = [&factors](const auto& from) {
+    auto value = From::decode(get(from));
+    if constexpr (scales(kFinish)) value *= static_cast<typename From::Value>(factors.prescale);
+    return value;
+  };
   PYCOMM_INDEPENDENT
   for (size_t i = begin; i < n; ++i) {
-    auto value = O::apply(From::decode(get(x[i])), From::decode(get(y[i])));
-    if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
+    auto value = O::apply(load(x[i]), load(y[i]));
+    if constexpr (divides(kFinish)) value /= static_cast<typename From::Value>(factors.divisor);
     const auto result = To::encode(value);
     put(first[i], result);
     if constexpr (kDsts == 2) put(second[i], result);
   }
 }
 
-// dsts[0..kDsts) = (a op b) op (c op d) of partial elements, over the divisor for an average
-template <class From, class To, class O, bool kAverage, int kDsts>
-void merge_four(void* const* dsts, const void* const* srcs, size_t n, double divisor) {
+// dsts[0..kDsts) = (a op b) op (c op d) of elements in the accumulator's type
+template <class From, class To, class O, Finish kFinish, int kDsts>
+void merge_four(void* const* dsts, const void* const* srcs, size_t n, const Factors& factors) {
   using T = typename From::Raw;
   const auto *a = in<T>(srcs[0]), *b = in<T>(srcs[1]), *c = in<T>(srcs[2]), *d = in<T>(srcs[3]);
   auto* first = out<typename To::Raw>(dsts[0]);
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
+  const auto load = [&factors](const auto& from) {
+    auto value = From::decode(get(from));
+    if constexpr (scales(kFinish)) value *= static_cast<typename From::Value>(factors.prescale);
+    return value;
+  };
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
-    auto value = O::apply(O::apply(From::decode(get(a[i])), From::decode(get(b[i]))),
-                          O::apply(From::decode(get(c[i])), From::decode(get(d[i]))));
-    if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
+    auto value = O::apply(O::apply(load(a[i]), load(b[i])), O::apply(load(c[i]), load(d[i])));
+    if constexpr (divides(kFinish)) value /= static_cast<typename From::Value>(factors.divisor);
     const auto result = To::encode(value);
     put(first[i], result);
     if constexpr (kDsts == 2) put(second[i], result);
   }
 }
 
-template <class From, class To, class O, bool kAverage>
-void merge_four_any(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, double divisor) {
+template <class From, class To, class O, Finish kFinish>
+void merge_four_any(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
+                    const Factors& factors) {
   if (num_dsts == 1) {
-    merge_four<From, To, O, kAverage, 1>(dsts, srcs, n, divisor);
+    merge_four<From, To, O, kFinish, 1>(dsts, srcs, n, factors);
   } else {
-    merge_four<From, To, O, kAverage, 2>(dsts, srcs, n, divisor);
+    merge_four<From, To, O, kFinish, 2>(dsts, srcs, n, factors);
   }
 }
 
-template <class From, class To, class O, bool kAverage>
-void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, double divisor) {
+template <class From, class To, class O, Finish kFinish>
+void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n,
+               const Factors& factors) {
   if (num_dsts == 1) {
-    merge<From, To, O, kAverage, 1>(dsts, a, b, n, divisor);
+    merge<From, To, O, kFinish, 1>(dsts, a, b, n, factors);
   } else {
-    merge<From, To, O, kAverage, 2>(dsts, a, b, n, divisor);
+    merge<From, To, O, kFinish, 2>(dsts, a, b, n, factors);
   }
 }
 
@@ -162,13 +188,14 @@ struct Steps {
   void (*load)(void* dst, const void* src, size_t n, double prescale);
   // dst = a op b, partial; dst may be a.
   void (*merge)(void* dst, const void* a, const void* b, size_t n);
-  void (*merge_four)(void* dst, const void* const* srcs, size_t n);
-  // The last merge, and the store to one or two destinations.
+  // dst = (a op b) op (c op d), partial, of elements of the accumulator's type, scaled first.
+  void (*merge_four)(void* dst, const void* const* srcs, size_t n, double prescale);
+  // The last merge, of partial elements, and the store to one or two destinations.
   void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
-               double divisor);
-  // The same of four partial sources that are all there are, to final elements; null where these are of
-  // another size.
-  void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, double divisor);
+               const Factors& factors);
+  // The same of four sources that are all there are, to final elements; null where these are of another size.
+  void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
+                       const Factors& factors);
   // The store where there was nothing to merge.
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
 };
@@ -183,29 +210,49 @@ struct Kernel {
   static constexpr bool kAverages = kIsFloat<Value> && kIsSum<O>;
 
   static void merge_partial(void* dst, const void* a, const void* b, size_t n) {
-    merge<Partial, Partial, O, false, 1>(&dst, a, b, n, 1);
+    merge<Partial, Partial, O, Finish::none, 1>(&dst, a, b, n, {});
   }
 
   template <class From>
   static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
-                   double divisor) {
-    if (!final) return merge_any<From, Partial, O, false>(dsts, num_dsts, a, b, n, divisor);
-    if constexpr (kAverages) {
-      if (divisor != 1) return merge_any<From, F, O, true>(dsts, num_dsts, a, b, n, divisor);
+                   const Factors& factors) {
+    if constexpr (kAverages && !std::is_same_v<From, Partial>) {
+      if (factors.prescale != 1) {
+        if (!final) return merge_any<From, Partial, O, Finish::scale>(dsts, num_dsts, a, b, n, factors);
+        if (factors.divisor == 1)
+          return merge_any<From, F, O, Finish::scale>(dsts, num_dsts, a, b, n, factors);
+        return merge_any<From, F, O, Finish::scale_and_divide>(dsts, num_dsts, a, b, n, factors);
+      }
     }
-    merge_any<From, F, O, false>(dsts, num_dsts, a, b, n, divisor);
+    if (!final) return merge_any<From, Partial, O, Finish::none>(dsts, num_dsts, a, b, n, factors);
+    if constexpr (kAverages) {
+      if (factors.divisor != 1)
+        return merge_any<From, F, O, Finish::divide>(dsts, num_dsts, a, b, n, factors);
+    }
+    merge_any<From, F, O, Finish::none>(dsts, num_dsts, a, b, n, factors);
   }
 
-  static void merge_four_partial(void* dst, const void* const* srcs, size_t n) {
-    merge_four<Partial, Partial, O, false, 1>(&dst, srcs, n, 1);
+  static void merge_four_partial(void* dst, const void* const* srcs, size_t n, double prescale) {
+    if constexpr (kAverages) {
+      if (prescale != 1) return merge_four<Partial, Partial, O, Finish::scale, 1>(&dst, srcs, n, {prescale});
+    }
+    merge_four<Partial, Partial, O, Finish::none, 1>(&dst, srcs, n, {});
   }
 
   static void root_of_four(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
-                           double divisor) {
+                           const Factors& factors) {
     if constexpr (kAverages) {
-      if (divisor != 1) return merge_four_any<Partial, F, O, true>(dsts, num_dsts, srcs, n, divisor);
+      if (factors.prescale != 1 && factors.divisor != 1) {
+        return merge_four_any<Partial, F, O, Finish::scale_and_divide>(dsts, num_dsts, srcs, n, factors);
+      }
+      if (factors.prescale != 1) {
+        return merge_four_any<Partial, F, O, Finish::scale>(dsts, num_dsts, srcs, n, factors);
+      }
+      if (factors.divisor != 1) {
+        return merge_four_any<Partial, F, O, Finish::divide>(dsts, num_dsts, srcs, n, factors);
+      }
     }
-    merge_four_any<Partial, F, O, false>(dsts, num_dsts, srcs, n, divisor);
+    merge_four_any<Partial, F, O, Finish::none>(dsts, num_dsts, srcs, n, factors);
   }
 
   static constexpr auto root_of_four_if_alike() -> decltype(Steps::root_of_four) {
@@ -241,18 +288,24 @@ void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, si
   const void* stack[kMaxDepth];
   int depth = 0;
   const bool final = args.dst_format == Format::final;
-  const bool direct = steps.load == nullptr || (steps.size == steps.acc_size && args.prescale == 1);
-  const auto as_it_is = [&](int j) { return direct || args.src_formats[j] != Format::raw; };
+  const bool alike = steps.load == nullptr || steps.size == steps.acc_size;  // raw and partial elements
+  const auto scaled = [&](int j) { return args.src_formats[j] == Format::raw && args.prescale != 1; };
+  const auto as_it_is = [&](int j) { return args.src_formats[j] != Format::raw || (alike && !scaled(j)); };
+  const auto four_alike = [&](int j) {
+    return std::all_of(args.src_formats + j, args.src_formats + j + 4, [&](Format format) {
+      return format == args.src_formats[j] && (format != Format::raw || alike);
+    });
+  };
   for (int j = 0; j < args.num_srcs; ++j) {
     int merged = 0;
-    if (j % 4 == 0 && j + 4 <= args.num_srcs && as_it_is(j) && as_it_is(j + 1) && as_it_is(j + 2) &&
-        as_it_is(j + 3)) {
+    if (j % 4 == 0 && j + 4 <= args.num_srcs && four_alike(j)) {
       const void* four[4];
       for (int i = 0; i < 4; ++i) four[i] = at(args.srcs[j + i], begin * steps.acc_size);
+      const double prescale = scaled(j) ? args.prescale : 1;
       if (args.num_srcs == 4 && final && steps.root_of_four) {
-        return steps.root_of_four(dsts, num_dsts, four, n, args.divisor);
+        return steps.root_of_four(dsts, num_dsts, four, n, {prescale, args.divisor});
       }
-      steps.merge_four(buffers[depth], four, n);
+      steps.merge_four(buffers[depth], four, n, prescale);
       stack[depth] = buffers[depth];
       j += 3;
       merged = 2;
@@ -272,7 +325,7 @@ void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, si
     }
   }
   if (depth == 2) {
-    steps.root(dsts, num_dsts, stack[0], stack[1], n, final, args.divisor);
+    steps.root(dsts, num_dsts, stack[0], stack[1], n, final, {1, args.divisor});
   } else {
     for (int d = 0; d < num_dsts; ++d) steps.store(dsts[d], stack[0], n, final, args.divisor);
   }
@@ -327,11 +380,12 @@ void combine(const CombineArgs& args) {
                        count * (args.dst_format == Format::partial ? K::kSteps.acc_size : K::kSteps.size));
   }
   if (args.num_srcs == 2 && args.src_formats[0] == args.src_formats[1] && args.num_dsts <= 2 &&
-      args.prescale == 1 && !args.stream) {
+      !args.stream) {
     const bool final = args.dst_format == Format::final;
     const auto root = args.src_formats[0] == Format::raw ? K::template root<typename K::Raw>
                                                          : K::template root<typename K::Partial>;
-    return root(args.dsts, args.num_dsts, args.srcs[0], args.srcs[1], count, final, args.divisor);
+    return root(args.dsts, args.num_dsts, args.srcs[0], args.srcs[1], count, final,
+                {args.prescale, args.divisor});
   }
   combine_blocks(args, K::kSteps, count);
 }
