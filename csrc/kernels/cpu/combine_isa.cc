@@ -64,10 +64,12 @@ constexpr bool divides(Finish f) { return f == Finish::divide || f == Finish::sc
 struct Factors {
   double prescale = 1, divisor = 1;
 };
+template <class F>
+using Factor = std::conditional_t<kIsFloat<typename F::Value>, typename F::Value, double>;
 
 // dsts[0..kDsts) = a op b
 template <class From, class To, class O, Finish kFinish, int kDsts>
-void merge(void* const* dsts, const void* a, const void* b, size_t n, const Factors& factors) {
+void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors factors) {
   const auto* x = in<typename From::Raw>(a);
   const auto* y = in<typename From::Raw>(b);
   auto* first = out<typename To::Raw>(dsts[0]);
@@ -86,15 +88,17 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, const Fact
       if constexpr (kDsts == 2) encode(second + begin, value, To{});
     }
   }
-  const auto load = [&factors](const auto& from) {
+  [[maybe_unused]] const auto prescale = static_cast<Factor<From>>(factors.prescale);
+  [[maybe_unused]] const auto divisor = static_cast<Factor<From>>(factors.divisor);
+  const auto load = [prescale](const auto& from) {
     auto value = From::decode(get(from));
-    if constexpr (scales(kFinish)) value *= static_cast<typename From::Value>(factors.prescale);
+    if constexpr (scales(kFinish)) value *= prescale;
     return value;
   };
   PYCOMM_INDEPENDENT
   for (size_t i = begin; i < n; ++i) {
     auto value = O::apply(load(x[i]), load(y[i]));
-    if constexpr (divides(kFinish)) value /= static_cast<typename From::Value>(factors.divisor);
+    if constexpr (divides(kFinish)) value /= divisor;
     const auto result = To::encode(value);
     put(first[i], result);
     if constexpr (kDsts == 2) put(second[i], result);
@@ -103,20 +107,22 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, const Fact
 
 // dsts[0..kDsts) = (a op b) op (c op d) of elements in the accumulator's type
 template <class From, class To, class O, Finish kFinish, int kDsts>
-void merge_four(void* const* dsts, const void* const* srcs, size_t n, const Factors& factors) {
+void merge_four(void* const* dsts, const void* const* srcs, size_t n, Factors factors) {
   using T = typename From::Raw;
   const auto *a = in<T>(srcs[0]), *b = in<T>(srcs[1]), *c = in<T>(srcs[2]), *d = in<T>(srcs[3]);
   auto* first = out<typename To::Raw>(dsts[0]);
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
-  const auto load = [&factors](const auto& from) {
+  [[maybe_unused]] const auto prescale = static_cast<Factor<From>>(factors.prescale);
+  [[maybe_unused]] const auto divisor = static_cast<Factor<From>>(factors.divisor);
+  const auto load = [prescale](const auto& from) {
     auto value = From::decode(get(from));
-    if constexpr (scales(kFinish)) value *= static_cast<typename From::Value>(factors.prescale);
+    if constexpr (scales(kFinish)) value *= prescale;
     return value;
   };
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
     auto value = O::apply(O::apply(load(a[i]), load(b[i])), O::apply(load(c[i]), load(d[i])));
-    if constexpr (divides(kFinish)) value /= static_cast<typename From::Value>(factors.divisor);
+    if constexpr (divides(kFinish)) value /= divisor;
     const auto result = To::encode(value);
     put(first[i], result);
     if constexpr (kDsts == 2) put(second[i], result);
@@ -124,8 +130,7 @@ void merge_four(void* const* dsts, const void* const* srcs, size_t n, const Fact
 }
 
 template <class From, class To, class O, Finish kFinish>
-void merge_four_any(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
-                    const Factors& factors) {
+void merge_four_any(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, Factors factors) {
   if (num_dsts == 1) {
     merge_four<From, To, O, kFinish, 1>(dsts, srcs, n, factors);
   } else {
@@ -134,8 +139,7 @@ void merge_four_any(void* const* dsts, int num_dsts, const void* const* srcs, si
 }
 
 template <class From, class To, class O, Finish kFinish>
-void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n,
-               const Factors& factors) {
+void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, Factors factors) {
   if (num_dsts == 1) {
     merge<From, To, O, kFinish, 1>(dsts, a, b, n, factors);
   } else {
@@ -192,10 +196,9 @@ struct Steps {
   void (*merge_four)(void* dst, const void* const* srcs, size_t n, double prescale);
   // The last merge, of partial elements, and the store to one or two destinations.
   void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
-               const Factors& factors);
+               Factors factors);
   // The same of four sources that are all there are, to final elements; null where these are of another size.
-  void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
-                       const Factors& factors);
+  void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, Factors factors);
   // The store where there was nothing to merge.
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
 };
@@ -215,7 +218,7 @@ struct Kernel {
 
   template <class From>
   static void root(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
-                   const Factors& factors) {
+                   Factors factors) {
     if constexpr (kAverages && !std::is_same_v<From, Partial>) {
       if (factors.prescale != 1) {
         if (!final) return merge_any<From, Partial, O, Finish::scale>(dsts, num_dsts, a, b, n, factors);
@@ -240,7 +243,7 @@ struct Kernel {
   }
 
   static void root_of_four(void* const* dsts, int num_dsts, const void* const* srcs, size_t n,
-                           const Factors& factors) {
+                           Factors factors) {
     if constexpr (kAverages) {
       if (factors.prescale != 1 && factors.divisor != 1) {
         return merge_four_any<Partial, F, O, Finish::scale_and_divide>(dsts, num_dsts, srcs, n, factors);
