@@ -1,0 +1,71 @@
+"""The README and the docs: their Python blocks run, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import docs_blocks
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HELLO = ROOT / "examples" / "hello.py"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
+
+
+def test_the_script_of_the_readme_is_hello() -> None:
+    script = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert script and script[1] == HELLO.read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_hello_runs(ranks: int) -> None:
+    command = [sys.executable, "-m", "pycomm", "run", "-n", str(ranks), str(HELLO)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    total = f"x = [{ranks * (ranks + 1) // 2}. "
+    said = sorted(done.stdout.splitlines())
+    assert len(said) == ranks
+    for rank, line in enumerate(said):
+        assert line.startswith(f"[{rank}] rank {rank} of {ranks}: {total}"), line
+        assert line.endswith(f"my group = {list(range(rank % 2, ranks, 2))}".replace(",", "")), line
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_blocks_run_on_two_ranks(page: Path, tmp_path: Path) -> None:
+    found = list(docs_blocks.blocks(page.read_text()))
+    assert len(found) == page.read_text().count("```python"), "a fence that docs_blocks.py does not see"
+    command = [sys.executable, "-m", "pycomm", "run", "-n", "2", docs_blocks.__file__, str(page)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("[0] ") and "skipped" in line]
+    if len(skipped) == len(found):
+        pytest.skip("; ".join(line.removeprefix("[0] ") for line in skipped))
+
+
+def test_a_wrong_block_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n<!-- setup\nx = 1\n-->\n<!-- raises KeyError -->\n```python\nx.y\n```\n")
+    with pytest.raises(AttributeError) as caught:
+        docs_blocks.run(page)
+    assert caught.traceback[-1].lineno == 7  # of the page, counted from 0
+    page.write_text("<!-- raises ValueError -->\n```python\nx = 1\n```\n")
+    with pytest.raises(AssertionError, match="page.md:3 raises no ValueError"):
+        docs_blocks.run(page)
+    page.write_text("<!-- needs no_such_module -->\n```python\n1 / 0\n```\n")
+    docs_blocks.run(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, anchor
