@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import docs_blocks
 import pytest
+
+import pycomm
+from pycomm import codecs
 
 ROOT = Path(__file__).parents[2]
 HELLO = ROOT / "examples" / "hello.py"
@@ -69,3 +74,48 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in slugs, anchor
+
+
+ROOTS = {
+    "comm": pycomm.Communicator,
+    "pycomm": pycomm,
+    "bucket": pycomm.Bucket,
+    "feedback": codecs.ErrorFeedback,
+    "work": pycomm.Work,
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_calls_in_the_text_are_of_this_library(page: Path) -> None:
+    """What stands between backquotes, `comm.all_reduce(x, op="avg")` say: the names and the keywords exist."""
+    text = page.read_text()
+    if page.name == "coming-from.md":
+        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)  # the first column is of other libraries
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+        try:
+            tree = ast.parse(span)
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                _named(node)
+            elif isinstance(node, ast.Call) and (called := _named(node.func)) is not None:
+                unknown = {keyword.arg for keyword in node.keywords if keyword.arg} - _parameters(called)
+                assert not unknown, f"{span}: {unknown}"
+
+
+def _parameters(called: object) -> set[str]:
+    try:
+        return set(inspect.signature(called).parameters)
+    except ValueError:  # pybind11 writes the signature into the docstring's first line, with types
+        return set(re.findall(r"(\w+): ", called.__doc__.splitlines()[0]))
+
+
+def _named(node: ast.expr) -> object:
+    """What `comm.x` or `pycomm.codecs.X` is, None for what hangs on another name; AttributeError if it is not."""
+    if isinstance(node, ast.Name):
+        return ROOTS.get(node.id)
+    of = _named(node.value) if isinstance(node, ast.Attribute) else None
+    if of is None or not isinstance(node, ast.Attribute) or node.attr.startswith("_"):
+        return None
+    return getattr(of, node.attr)
