@@ -76,6 +76,54 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, anchor
 
 
+def test_the_readme_of_a_package_index_has_no_dead_links() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = (ROOT / "README.md").read_text()
+    for rule in settings["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.findall(r"\]\((?!https?:).*?\)", text)
+    assert "<!--" not in text
+    assert "docs/architecture.md has the rest on a page" in text  # the words stay
+
+
+def public() -> dict[str, object]:
+    """By the name under which the reference has it."""
+    found = {f"pycomm.{name}": getattr(pycomm, name) for name in pycomm.__all__}
+    for module in (found.pop("pycomm.codecs"), pycomm.cuda):
+        found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
+    members = [name for name in dir(pycomm.Communicator) if not name.startswith("_")]
+    found |= {f"pycomm.Communicator.{name}": getattr(pycomm.Communicator, name) for name in members}
+    return found
+
+
+REFERENCE = set(
+    re.findall(
+        r"^\.\. (?:auto|py:)\w+:: ([\w.]+)$",
+        "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")),
+        re.MULTILINE,
+    )
+)
+
+
+@pytest.mark.parametrize("name", public())
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    assert name in REFERENCE
+
+
+@pytest.mark.parametrize("name", public().keys() - {"pycomm.__version__"})
+def test_every_public_name_has_a_docstring(name: str) -> None:
+    what = public()[name]
+    text = what.__doc__ or ""
+    if inspect.isclass(what):
+        assert not text.startswith(f"{what.__name__}("), "a dataclass's own words"
+        assert text != getattr(what.__base__, "__doc__", None)
+        for name, member in vars(what).items():
+            if inspect.isfunction(member) and not name.startswith("_"):
+                assert inspect.getdoc(getattr(what, name)), name
+    assert text.strip() or isinstance(what, property)
+
+
 ROOTS = {
     "comm": pycomm.Communicator,
     "pycomm": pycomm,
@@ -87,7 +135,7 @@ ROOTS = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_calls_in_the_text_are_of_this_library(page: Path) -> None:
-    """What stands between backquotes, `comm.all_reduce(x, op="avg")` say: the names and the keywords exist."""
+    """Between backquotes, `comm.all_reduce(x, op="avg")` say: the names and the keywords exist."""
     text = page.read_text()
     if page.name == "coming-from.md":
         text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)  # the first column is of other libraries
@@ -112,7 +160,7 @@ def _parameters(called: object) -> set[str]:
 
 
 def _named(node: ast.expr) -> object:
-    """What `comm.x` or `pycomm.codecs.X` is, None for what hangs on another name; AttributeError if it is not."""
+    """What `comm.x` or `pycomm.codecs.X` is; None for what hangs on another name."""
     if isinstance(node, ast.Name):
         return ROOTS.get(node.id)
     of = _named(node.value) if isinstance(node, ast.Attribute) else None
