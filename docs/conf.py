@@ -87,9 +87,10 @@ def adapt_page(app: Any, page: str, source: list[str]) -> None:
 
 
 def from_markdown(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings quote code with one backquote, and mean an asterisk where they have one."""
+    """Docstrings have one backquote around code, mean their asterisks, and name pages by path."""
     parts = re.split(r"(``.*?``|`[^`]*`)", "\n".join(lines), flags=re.DOTALL)
     parts[::2] = [re.sub(r"([*|\\]|_\b)", r"\\\1", text) for text in parts[::2]]
+    parts[::2] = [re.sub(r"(docs/[\w-]+)\.md", r":doc:`\1.md </\1>`", text) for text in parts[::2]]
     parts[1::2] = [f"``{code.strip('`')}``" for code in parts[1::2]]
     lines[:] = "".join(parts).splitlines()
 
