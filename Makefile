@@ -1,16 +1,16 @@
-# make demo | test | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
+# make demo | test | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
 # A machine with Python >= 3.10, a C++20 compiler and make is enough; the rest is installed into .venv.
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench)
+PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench docs README.md)
 CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(BIN):$(PATH)
 # Where ccache is, what another clone compiled is found as well.
 export CCACHE_BASEDIR := $(CURDIR)
 
-.PHONY: demo test build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
+.PHONY: demo test docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -47,7 +47,8 @@ endef
 # ---- the environment: made anew when pyproject.toml changes ----
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := demo test lint
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.python
+$(VENV)/.docs: EXTRAS := docs
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.python
 	@echo "== environment: packages for $(EXTRAS)"
 	@$(BIN)/python scripts/requirements.py $(EXTRAS) >$(VENV)/requirements.txt
 	@$(PIP) install --no-compile cmake ninja -r $(VENV)/requirements.txt
@@ -71,6 +72,12 @@ format: $(VENV)/.dev
 	@ruff check -q --fix-only $(PYTHON_SOURCES)
 	@ruff format -q $(PYTHON_SOURCES)
 	@clang-format -i $(CXX_SOURCES)
+
+# ---- the pages and the docstrings as a site. A link that leads nowhere is an error, and so is a name that is not there
+docs: build $(VENV)/.docs
+	@echo "== docs"
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build-docs/.doctrees . build-docs
+	@echo "build-docs/index.html"
 
 # ---- pycomm/_native.pyi is generated from the module ----
 stubs: build

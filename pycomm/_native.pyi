@@ -124,17 +124,23 @@ class Communicator:
 
         In place, or into `out` (same count and dtype, not overlapping `x` in part); returns where the result is. `x` is an array, a
         tensor, or anything with DLPack or the buffer protocol, contiguous, of any shape; a list of them is one call for each
-        dtype, packed side by side. `op`: "sum", "prod", "min", "max", "avg", "band", "bor", "bxor" or pycomm.premul_sum(factor).
-        float16, bfloat16 and float8 are summed in float32 and rounded once. `deterministic`: sums associate as the balanced
-        binary tree over ranks, whatever the size. `algorithm`: a name from docs/algorithms.md; the library chooses
-        otherwise. `timeout`: seconds, for this call. `tag`: a name that all ranks must agree on. `async_op`: returns a Work.
+        dtype, packed side by side. All ranks pass as many elements of the same dtype; shapes are not compared.
+
+        `op`: "sum", "prod", "min", "max", "avg", "band", "bor", "bxor" or pycomm.premul_sum(factor). float16, bfloat16 and
+        float8 are summed in float32 and rounded once. `deterministic`: sums associate as the balanced binary tree over ranks,
+        whatever the size. `algorithm`: a name from docs/algorithms.md, which has their papers; the library chooses otherwise.
+
+        `timeout`: how many seconds this call waits for a rank that is late, in the place of the group's; float("inf") for no
+        deadline. `tag`: a name that all ranks must agree on. `async_op`: returns a Work at once. `stream`: of GPU buffers.
 
         `codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
         an object of pycomm.codecs, the same on all ranks. `step` numbers the calls for stochastic rounding: the same call with
         the same step gives the same bits; it defaults to `codec_step`, which counts.
 
-        Raises TypeError or ValueError before any rank has moved; CommError (PeerLostError, MismatchError, CommTimeoutError,
-        AbortedError) when the group has failed: the buffers are then undefined.
+        Raises TypeError for what is no buffer, a dtype that pycomm does not know or that does not take `op`, and ValueError for
+        buffers that are strided, read-only, of another size or overlap, and for an algorithm that cannot run this call: both
+        before any rank has moved. Raises CommError (PeerLostError, MismatchError, CommTimeoutError, AbortedError) when the
+        group has failed: the buffers are then undefined.
         """
 
     def all_reduce_init(
@@ -151,6 +157,9 @@ class Communicator:
     ) -> PersistentOp:
         """
         Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.
+
+        The call takes no arguments, blocks, and returns where the result is. `x` is one buffer, no list; it is kept alive, and
+        must stay the one that is meant: zero_grad() gives a parameter another gradient. Arguments and errors as all_reduce.
         """
 
     def all_to_all(
@@ -183,7 +192,7 @@ class Communicator:
         stream: typing.Any = None,
     ) -> typing.Any:
         """
-        Returns when all ranks have called it.
+        Returns when all ranks have called it. Moves no data. Arguments and errors as all_reduce.
         """
 
     def broadcast(
@@ -200,6 +209,8 @@ class Communicator:
     ) -> typing.Any:
         """
         Gives every rank rank `root`'s `x`, in place or into `out`. Arguments and errors as all_reduce.
+
+        All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.
         """
 
     def close(self) -> None:
@@ -242,6 +253,8 @@ class Communicator:
     ) -> typing.Any:
         """
         Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.
+
+        `out`, of the root alone, is made if not given. Other arguments and errors as all_reduce.
         """
 
     def leave(self, error: str) -> None:
@@ -261,7 +274,7 @@ class Communicator:
         stream: typing.Any = None,
     ) -> typing.Any:
         """
-        Receives into `x` what rank `src` sends; returns `x`. See send.
+        Receives into `x` what rank `src` sends, exactly as many elements; returns `x`. See send.
         """
 
     def reduce(
@@ -280,6 +293,8 @@ class Communicator:
     ) -> typing.Any:
         """
         Combines `x` of all ranks at rank `root`, in place or into `out`; other ranks' buffers stay as they are.
+
+        Returns where the result is at the root. Other arguments and errors as all_reduce.
         """
 
     def reduce_scatter(
@@ -301,7 +316,7 @@ class Communicator:
         """
         Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
 
-        `out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
+        ValueError where the rows do not divide and there is no `counts`, which is the same on all ranks. `out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
         """
 
     def scatter(
@@ -319,6 +334,8 @@ class Communicator:
     ) -> typing.Any:
         """
         Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass `out` alone. See reduce_scatter.
+
+        `counts`: each rank's rows, where they differ. Returns `out`. Other arguments and errors as all_reduce.
         """
 
     def send(
@@ -337,7 +354,9 @@ class Communicator:
 
         Returns when `x` may be used again: a message of a few hundred KiB may not have been received by then, a longer one
         is received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
-        no other call. Two ranks that exchange long messages call send_recv.
+        no other call. Two ranks that exchange long messages call send_recv. A tag is compared and selects no message:
+        MismatchError where tags, counts or dtypes differ. ValueError where `dst` is this rank. Other arguments and errors as
+        all_reduce.
         """
 
     def send_recv(

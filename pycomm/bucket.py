@@ -33,10 +33,12 @@ class Stats(NamedTuple):
 
     @property
     def norm(self) -> float:
+        """The Euclidean norm, sqrt(sum_squares): to clip by."""
         return math.sqrt(self.sum_squares)
 
     @property
     def finite(self) -> bool:
+        """Whether there is no NaN and no infinity."""
         return self.nans == 0 and self.infs == 0
 
 
@@ -167,7 +169,8 @@ class Bucket:
     def pack(self, scale: float = 1.0) -> Stats:
         """Copies the tensors to the buffer, each value times `scale`, cast to its type.
 
-        Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite.
+        Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite. Raises ValueError
+        for a parameter without a gradient, and for tensors that its parameter has dropped.
         """
         factor = checks.number(scale, "scale")
         return self._memory.pack(self._data, self._gradients.now(), self._offsets, self._counts, factor)

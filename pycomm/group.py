@@ -36,7 +36,11 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class premul_sum:
-    """The operator that multiplies every rank's values by `factor` as they are read, and sums them."""
+    """The operator that multiplies every rank's values by `factor` as they are read, and sums them.
+
+    `comm.all_reduce(x, op=pycomm.premul_sum(0.5))`, likewise reduce and reduce_scatter. `factor` is the same
+    on all ranks: MismatchError otherwise.
+    """
 
     factor: float
 
@@ -82,7 +86,11 @@ class Communicator(_native.Communicator):
         return None if group is None else type(self)(group)
 
     def shrink(self) -> Communicator:
-        """The group of those ranks that are still there."""
+        """The group of those ranks that are still there, in the same order: to go on after a PeerLostError.
+
+        Collective among them. The old communicator is of no more use, nor is symmetric memory made with it.
+        Raises CommTimeoutError if a rank that lives does not come.
+        """
         return type(self)(super().shrink())
 
     def __enter__(self) -> Communicator:
@@ -114,6 +122,10 @@ def init(
     together. `timeout`, in seconds, is how long to wait for a rank that is late, here and in every call on
     the group; without it PYCOMM_TIMEOUT holds. Every call of `init` makes a group of its own, and all ranks
     make the same calls in the same order.
+
+    Raises ValueError where the environment or the arguments describe no world (docs/environment.md), or one
+    of several machines; MemoryError where there is no space for the group's shared memory; CommTimeoutError
+    where a rank does not come.
     """
     if store is not None and rank is not None and size is not None:
         if not 0 <= rank < size:
@@ -150,6 +162,7 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
 
     If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
     that came first is raised here. A communicator is closed when its rank returns. `timeout` is as in init.
+    For tests and notebooks: rank threads share the interpreter's lock between calls.
     """
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")

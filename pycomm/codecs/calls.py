@@ -306,9 +306,11 @@ class CodecWork:
         return self._result
 
     def result(self) -> Any:
+        """Waits, and returns what the blocking call returns."""
         return self.wait()
 
     def is_completed(self) -> bool:
+        """Whether the call has completed; if it has, without an error, the buffers hold the result."""
         if not all(work.is_completed() for work in self._works):
             return False
         if self.exception() is None:
@@ -316,6 +318,7 @@ class CodecWork:
         return True
 
     def exception(self) -> BaseException | None:
+        """The call's error, or None while it has none."""
         return next((error for work in self._works if (error := work.exception()) is not None), None)
 
     def settle(self) -> None:

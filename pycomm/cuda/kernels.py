@@ -125,11 +125,13 @@ class Packing:
     def pack(
         self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
     ) -> DeviceStats | None:
+        """Copies the tensors to the bucket, each value times `scale`. Enqueues and returns."""
         return self._run(self._list.pack, scale, stats, stream, blocks)
 
     def unpack(
         self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
     ) -> DeviceStats | None:
+        """Copies the bucket to the tensors, each value times `scale`. Enqueues and returns."""
         return self._run(self._list.unpack, scale, stats, stream, blocks)
 
     def _run(self, method: Any, scale: float, stats: bool, stream: Any, blocks: int) -> DeviceStats | None:
