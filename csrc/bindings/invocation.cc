@@ -496,7 +496,11 @@ std::vector<Invocation> check_list(const Arguments& args) {
     group->second.push_back(std::move(out));
   }
   std::vector<Invocation> calls;
-  const auto keep = keep_alive(py::make_tuple(items, out_items));
+  std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items, out_items))};
+  if (truth(args[Arg::async_op])) {  // the copy back comes later
+    for (const py::handle item : out_items) held.push_back(hold_memory(item.ptr()));
+  }
+  const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
   for (auto& [ins, outs] : groups) {
     Invocation& call = calls.emplace_back();
     call.request.call.world.collective = Collective::all_reduce;
