@@ -158,6 +158,7 @@ Buffer from_exchange(const Kind& kind, PyObject* object, const char* name) {
   }
   const dlpack::Elements elements = read_on_host(tensor, name);
   Buffer buffer = from_elements(elements, name);
+  buffer.writable = !kind.immutable;
   require_computed(kind, object, elements, name);
   return buffer;
 }
@@ -297,8 +298,11 @@ bool peek_buffer(PyObject* object, Buffer& buffer) {
 }
 
 std::shared_ptr<void> hold_memory(PyObject* object) {
-  if (PyArray_Check(object))
-    return keep_alive(py::reinterpret_steal<py::object>(PyWeakref_NewRef(object, nullptr)));
+  if (PyArray_Check(object)) {
+    py::object reference = py::reinterpret_steal<py::object>(PyWeakref_NewRef(object, nullptr));
+    if (!reference) throw py::error_already_set();
+    return keep_alive(std::move(reference));
+  }
   if (PyObject_HasAttrString(object, "__pycomm_buffer__"))
     return hold_memory(py::object(py::handle(object).attr("__pycomm_buffer__")).ptr());
   if (kind_of(Py_TYPE(object)).exchange && PyObject_HasAttrString(object, "untyped_storage"))

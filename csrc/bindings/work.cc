@@ -102,7 +102,9 @@ PyTypeObject* persistent_type() {
       {Py_tp_call, reinterpret_cast<void*>(call_persistent)},
       {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
       {Py_tp_doc,
-       const_cast<char*>("A call that was bound once: call it to run it again on the same buffers.")},
+       const_cast<char*>(
+           "A call that was bound once: call it to run it again on the same buffers. ValueError where "
+           "their memory is another by then.")},
       {0, nullptr}};
   static PyType_Spec spec = {"pycomm._native.PersistentOp", sizeof(PersistentOp), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
@@ -148,7 +150,8 @@ py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {
 
 void add_work(py::module_& module) {
   py::class_<PyWork>(module, "Work",
-                     "An asynchronous call. It keeps its buffers alive until it has completed.")
+                     "An asynchronous call. It keeps its buffers and their memory until it has completed; "
+                     "what resizes memory in place, as torch's resize_ does, has to wait for it.")
       .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
            "Blocks until the call has completed and returns what the blocking call returns; raises its "
            "error. With a "
