@@ -228,13 +228,13 @@ def test_exports_that_are_none() -> None:
             return self.what
 
     x = np.ones(4, np.float32)
-    used = exporter(x, name=b"used_dltensor")
+    used, newer = exporter(x, name=b"used_dltensor"), exporter(x, major=2)  # alive: capsules point to them
     for what, why in (
         (None, "returned a NoneType"),
         (7, "returned a int"),
         (x, "returned a numpy.ndarray"),
         (used.__dlpack__(), 'returned a capsule "used_dltensor"'),
-        (exporter(x, major=2).__dlpack__(), "returned a tensor of DLPack 2"),
+        (newer.__dlpack__(), "returned a tensor of DLPack 2"),
         (BufferError("in use"), "raised BufferError: in use"),
         (RuntimeError("gone"), "raised RuntimeError: gone"),
     ):
