@@ -414,7 +414,7 @@ class Communicator:
 
 class Work:
     """
-    An asynchronous call. It keeps its buffers alive until it has completed.
+    An asynchronous call. It keeps its buffers and their memory until it has completed; what resizes memory in place, as torch's resize_ does, has to wait for it.
     """
 
     def exception(self) -> BaseException | None:
@@ -439,7 +439,7 @@ class Work:
 
 class PersistentOp:
     """
-    A call that was bound once: call it to run it again on the same buffers.
+    A call that was bound once: call it to run it again on the same buffers. ValueError where their memory is another by then.
     """
 
     def __call__(self) -> typing.Any:

@@ -3,12 +3,17 @@
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
 #include <numpy/arrayobject.h>
 
+#include <bit>
 #include <cstring>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 
+#include "bindings/dlpack.h"
 #include "bindings/exit.h"
+#include "bindings/kinds.h"
+#include "bindings/python.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -17,58 +22,24 @@ namespace pycomm::bindings {
 
 namespace {
 
-// DLPack 1.3's structures, as far as they are read here.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
-  void (*deleter)(DLManagedTensor*);
-};
-struct DLExchangeApi {
-  struct {
-    uint32_t major, minor;
-    void* previous;
-  } header;
-  void* allocate;
-  int (*managed_from_object)(void*, void**);
-  void* to_object;
-  int (*tensor_from_object)(void* object, DLTensor* out);
-};
-
-std::optional<DType> from_dlpack(uint8_t code, uint8_t bits) {
-  enum { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6, kE4M3FN = 10, kE5M2 = 12 };
-  switch (code) {
-    case kInt:
-      return bits == 8 ? DType::int8 : bits == 16 ? DType::int16 : bits == 32 ? DType::int32 : DType::int64;
-    case kUint:
-      return bits == 8    ? DType::uint8
-             : bits == 16 ? DType::uint16
-             : bits == 32 ? DType::uint32
-                          : DType::uint64;
-    case kFloat:
-      return bits == 16 ? DType::float16 : bits == 32 ? DType::float32 : DType::float64;
-    case kBfloat:
-      return DType::bfloat16;
-    case kComplex:
-      return bits == 64 ? DType::complex64 : DType::complex128;
-    case kBool:
-      return DType::bool_;
-    case kE4M3FN:
-      return DType::float8_e4m3fn;
-    case kE5M2:
-      return DType::float8_e5m2;
-    default:
-      return std::nullopt;
+// ml_dtypes' types. NumPy numbers others' types as they register, and never takes a number back.
+std::optional<DType> from_user_type(PyArray_Descr* descr) {
+  static std::unordered_map<int, std::optional<DType>> known;
+  if (auto found = known.find(descr->type_num); found != known.end()) return found->second;
+  const py::handle type(reinterpret_cast<PyObject*>(descr->typeobj));
+  const auto text = [&](const char* attribute) {
+    return py::str(py::getattr(type, attribute, py::str(""))).cast<std::string>();
+  };
+  std::optional<DType> result;
+  if (text("__module__") == "ml_dtypes") {
+    const std::string name = text("__name__");
+    for (DType dtype : {DType::bfloat16, DType::float8_e4m3fn, DType::float8_e5m2}) {
+      if (name == pycomm::name(dtype) && PyDataType_ELSIZE(descr) == static_cast<npy_intp>(size_of(dtype)))
+        result = dtype;
+    }
   }
+  known[descr->type_num] = result;
+  return result;
 }
 
 std::optional<DType> from_numpy(PyArray_Descr* descr) {
@@ -108,14 +79,7 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
     default:
       break;
   }
-  if (descr->type_num < NPY_USERDEF) return std::nullopt;
-  const char* full = descr->typeobj->tp_name;  // ml_dtypes' types
-  const char* dot = std::strrchr(full, '.');
-  const std::string_view name = dot ? dot + 1 : full;
-  for (DType dtype : {DType::bfloat16, DType::float8_e4m3fn, DType::float8_e5m2}) {
-    if (name == pycomm::name(dtype)) return dtype;
-  }
-  return std::nullopt;
+  return PyTypeNum_ISUSERDEF(descr->type_num) ? from_user_type(descr) : std::nullopt;
 }
 
 std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
@@ -125,8 +89,17 @@ std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
                    " and copy the result back");
 }
 
+// Of elements that are masked out the memory holds something, and nothing in it tells them from the others.
+bool has_mask(PyArrayObject* array) {
+  const py::handle object(reinterpret_cast<PyObject*>(array));
+  if (PyArray_CheckExact(object.ptr()) || !kind_of(Py_TYPE(object.ptr())).masked) return false;
+  const py::module_ ma = py::module_::import("numpy.ma");
+  return !ma.attr("getmask")(object).is(ma.attr("nomask"));
+}
+
 // False if the array cannot be communicated.
 bool read_array(PyArrayObject* array, Buffer& buffer) {
+  if (has_mask(array)) return false;
   const auto dtype = from_numpy(PyArray_DESCR(array));
   const int flags = PyArray_FLAGS(array);
   if (!dtype || !(flags & NPY_ARRAY_C_CONTIGUOUS) || !PyArray_ISNOTSWAPPED(array)) return false;
@@ -140,6 +113,10 @@ bool read_array(PyArrayObject* array, Buffer& buffer) {
 
 Buffer from_array(PyArrayObject* array, const char* name) {
   if (Buffer buffer; read_array(array, buffer)) return buffer;
+  if (has_mask(array)) {
+    throw ValueError(std::string("`") + name +
+                     "` has a mask, which would be ignored: pass x.filled(0), or x.data for all elements");
+  }
   if (!from_numpy(PyArray_DESCR(array))) {
     throw TypeError(std::string("`") + name + "` has dtype " +
                     py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
@@ -149,120 +126,113 @@ Buffer from_array(PyArrayObject* array, const char* name) {
   throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
 }
 
-Buffer from_tensor(const DLTensor& tensor, const char* name) {
-  if (tensor.device_type != 1) {  // kDLCPU
+dlpack::Elements read_on_host(const dlpack::Tensor& tensor, const char* name) {
+  if (tensor.device_type != dlpack::kCpu) {
     throw TypeError(std::string("`") + name + "` is not in CPU memory (DLPack device type " +
                     std::to_string(tensor.device_type) +
                     "): this group communicates CPU buffers, pass x.cpu()");
   }
-  const auto dtype = from_dlpack(tensor.code, tensor.bits);
-  if (!dtype || tensor.lanes != 1) {
-    throw TypeError(std::string("`") + name +
-                    "` has an element type that cannot be communicated (DLPack code " +
-                    std::to_string(tensor.code) + ", " + std::to_string(tensor.bits) + " bits)");
-  }
+  return dlpack::read(tensor, name);
+}
+
+Buffer from_elements(const dlpack::Elements& elements, const char* name) {
+  if (!elements.contiguous) strided(name, "x.contiguous()");
   Buffer buffer;
-  buffer.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  buffer.dtype = *dtype;
-  buffer.count = 1;
-  buffer.shape = {tensor.shape, static_cast<size_t>(tensor.ndim)};
-  for (int64_t extent : buffer.shape) buffer.count *= extent;
-  int64_t expected = 1;
-  for (int d = tensor.ndim - 1; tensor.strides && buffer.count > 0 && d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) strided(name, "x.contiguous()");
-    expected *= tensor.shape[d];
-  }
+  buffer.data = elements.data;
+  buffer.dtype = elements.dtype;
+  buffer.count = elements.count;
+  buffer.shape = elements.shape;
   return buffer;
 }
 
-// The table that a type publishes for exchange without Python calls, or null. Types are few and live long.
-const DLExchangeApi* exchange_api(PyTypeObject* type) {
-  static std::unordered_map<PyTypeObject*, const DLExchangeApi*> known;
-  if (auto found = known.find(type); found != known.end()) return found->second;
-  const DLExchangeApi* api = nullptr;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
-  if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
-    api = static_cast<const DLExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    if (api->header.major != 1 || !api->tensor_from_object) api = nullptr;
+Buffer from_exchange(const Kind& kind, PyObject* object, const char* name) {
+  if (kind.unmade) {
+    throw ValueError(std::string("`") + name +
+                     "` has no elements yet, as a parameter of a lazy module: run the module once before");
   }
-  PyErr_Clear();
-  Py_XDECREF(capsule);
-  Py_INCREF(type);
-  known[type] = api;
-  return api;
-}
-
-Buffer from_exchange(const DLExchangeApi& api, PyObject* object, const char* name) {
-  DLTensor tensor{};
-  if (api.tensor_from_object(object, &tensor) != 0) {
+  dlpack::Tensor tensor{};
+  if (kind.exchange->tensor_from_object(object, &tensor) != 0) {
     const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
     throw TypeError(std::string("`") + name +
                     "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
   }
-  Buffer buffer = from_tensor(tensor, name);
-  const bool complex = buffer.dtype == DType::complex64 || buffer.dtype == DType::complex128;
-  if (complex && PyObject_HasAttrString(object, "is_conj") &&
-      py::handle(object).attr("is_conj")().cast<bool>()) {
-    throw ValueError(std::string("`") + name +
-                     "` is a conjugate that has not been computed yet: pass "
-                     "x.resolve_conj()");
-  }
+  const dlpack::Elements elements = read_on_host(tensor, name);
+  Buffer buffer = from_elements(elements, name);
+  buffer.writable = !kind.immutable;
+  require_computed(kind, object, elements, name);
   return buffer;
 }
 
-std::optional<Buffer> from_dlpack_method(PyObject* object, const char* name) {
-  if (!PyObject_HasAttrString(object, "__dlpack__")) return std::nullopt;
-  py::object capsule = py::reinterpret_borrow<py::object>(object).attr("__dlpack__")();
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (!managed) throw py::error_already_set();
-  Buffer buffer = from_tensor(managed->tensor, name);
-  // The capsule owns the tensor until somebody takes it; nobody does.
-  buffer.exported = std::shared_ptr<void>(capsule.release().ptr(), [](void* p) {
-    drop_locked([](void* object) { Py_DECREF(static_cast<PyObject*>(object)); }, p);
-  });
+Buffer from_dlpack_method(const Kind& kind, PyObject* object, const char* name) {
+  dlpack::Export given = dlpack::export_of(object, false, name);
+  const dlpack::Elements elements = read_on_host(*given.tensor, name);
+  Buffer buffer = from_elements(elements, name);
+  buffer.writable = !given.read_only && !given.copied && !kind.immutable;
+  buffer.copied = given.copied;
+  buffer.exported = keep_alive(std::move(given.capsule));
   return buffer;
 }
 
 // An object that has its elements in another one: pycomm.Bucket.
-std::optional<Buffer> from_attribute(PyObject* object, const char* name) {
-  if (!PyObject_HasAttrString(object, "__pycomm_buffer__")) return std::nullopt;
-  const py::object inner = py::handle(object).attr("__pycomm_buffer__");
+Buffer from_attribute(PyObject* object, const char* name) {
+  py::object inner = py::handle(object).attr("__pycomm_buffer__");
   Buffer buffer = get_buffer(inner.ptr(), name);
   buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
+  if (!buffer.exported) buffer.exported = keep_alive(std::move(inner));
   return buffer;
 }
 
-std::optional<DType> from_format(const char* format, Py_ssize_t item) {
-  if (!format) return DType::uint8;
-  if (*format == '@' || *format == '=' || *format == '<') ++format;
-  if (std::strcmp(format, "Zf") == 0) return DType::complex64;
-  if (std::strcmp(format, "Zd") == 0) return DType::complex128;
-  if (std::strlen(format) != 1) return std::nullopt;
-  switch (*format) {
-    case 'f':
-      return DType::float32;
-    case 'd':
-      return DType::float64;
-    case 'e':
-      return DType::float16;
-    case '?':
-      return DType::bool_;
-    case 'b':
-    case 'h':
-    case 'i':
-    case 'l':
-    case 'q':
-      return from_dlpack(0, static_cast<uint8_t>(8 * item));
-    case 'B':
-    case 'H':
-    case 'I':
-    case 'L':
-    case 'Q':
-    case 'c':
-      return from_dlpack(1, static_cast<uint8_t>(8 * item));
-    default:
-      return std::nullopt;
+// The element types of the buffer protocol: the struct module's, with NumPy's for complex numbers.
+struct Format {
+  std::string_view code;
+  dlpack::Code kind;
+  size_t native, standard;  // bytes; 0: the format has none
+};
+constexpr Format kFormats[] = {
+    {"b", dlpack::kInt, 1, 1},
+    {"h", dlpack::kInt, sizeof(short), 2},
+    {"i", dlpack::kInt, sizeof(int), 4},
+    {"l", dlpack::kInt, sizeof(long), 4},
+    {"q", dlpack::kInt, sizeof(long long), 8},
+    {"n", dlpack::kInt, sizeof(Py_ssize_t), 0},
+    {"B", dlpack::kUint, 1, 1},
+    {"c", dlpack::kUint, 1, 1},  // a byte as a character of bytes
+    {"H", dlpack::kUint, sizeof(unsigned short), 2},
+    {"I", dlpack::kUint, sizeof(unsigned int), 4},
+    {"L", dlpack::kUint, sizeof(unsigned long), 4},
+    {"Q", dlpack::kUint, sizeof(unsigned long long), 8},
+    {"N", dlpack::kUint, sizeof(size_t), 0},
+    {"?", dlpack::kBool, sizeof(bool), 1},
+    {"e", dlpack::kFloat, 2, 2},
+    {"f", dlpack::kFloat, 4, 4},
+    {"d", dlpack::kFloat, 8, 8},
+    {"Zf", dlpack::kComplex, 8, 8},
+    {"Zd", dlpack::kComplex, 16, 16},
+    {"F", dlpack::kComplex, 8, 8},  // Python's own since 3.14
+    {"D", dlpack::kComplex, 16, 16},
+};
+
+DType from_format(const char* given, Py_ssize_t item, const char* name) {
+  const std::string_view format = given ? given : "B";  // what no format means
+  const auto what = [&] {
+    return std::string("`") + name + "` has the buffer format \"" + std::string(format) + "\" of " +
+           std::to_string(item) + " bytes";
+  };
+  const char order = format.empty() ? '@' : format.front();
+  const bool has_order = std::string_view("@^=<>!").find(order) != std::string_view::npos;
+  const bool native = !has_order || order == '@' || order == '^';
+  constexpr bool kLittle = std::endian::native == std::endian::little;
+  const bool swapped = kLittle ? order == '>' || order == '!' : order == '<';
+  const std::string_view code = format.substr(has_order && !format.empty() ? 1 : 0);
+  for (const Format& known : kFormats) {
+    if (code != known.code) continue;
+    const size_t size = native ? known.native : known.standard;
+    const auto dtype = dlpack::dtype_of(known.kind, static_cast<uint32_t>(8 * size), 1);
+    if (!dtype || item != static_cast<Py_ssize_t>(size)) break;
+    if (swapped && size > 1) throw ValueError(what() + ", byte-swapped: pass a copy in this machine's order");
+    return *dtype;
   }
+  throw TypeError(what() + ", which cannot be communicated: pass a NumPy array of what the bytes mean");
 }
 
 Buffer from_protocol(PyObject* object, const char* name) {
@@ -282,14 +252,9 @@ Buffer from_protocol(PyObject* object, const char* name) {
       throw py::error_already_set();
   }
   if (!PyBuffer_IsContiguous(view.get(), 'C')) strided(name, "bytearray(x)");
-  const auto dtype = from_format(view->format, view->itemsize);
-  if (!dtype) {
-    throw TypeError(std::string("`") + name + "` has the buffer format \"" + view->format +
-                    "\", which cannot be communicated");
-  }
   Buffer buffer;
   buffer.data = view->buf;
-  buffer.dtype = *dtype;
+  buffer.dtype = from_format(view->format, view->itemsize, name);
   buffer.count = view->len / view->itemsize;
   buffer.shape = {view->shape, static_cast<size_t>(view->ndim)};
   buffer.writable = writable;
@@ -310,9 +275,10 @@ void import_numpy() {
 
 Buffer get_buffer(PyObject* object, const char* name) {
   if (PyArray_Check(object)) return from_array(reinterpret_cast<PyArrayObject*>(object), name);
-  if (const DLExchangeApi* api = exchange_api(Py_TYPE(object))) return from_exchange(*api, object, name);
-  if (auto buffer = from_dlpack_method(object, name)) return *buffer;
-  if (auto buffer = from_attribute(object, name)) return *buffer;
+  const Kind& kind = kind_of(Py_TYPE(object));
+  if (kind.exchange) return from_exchange(kind, object, name);
+  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, name);
+  if (PyObject_HasAttrString(object, "__pycomm_buffer__")) return from_attribute(object, name);
   if (PyObject_CheckBuffer(object)) return from_protocol(object, name);
   throw TypeError(std::string("`") + name + "` is a " + type_name(object) +
                   ": pass a NumPy array, a tensor, or anything with DLPack or the buffer protocol");
@@ -320,10 +286,10 @@ Buffer get_buffer(PyObject* object, const char* name) {
 
 bool peek_buffer(PyObject* object, Buffer& buffer) {
   if (PyArray_Check(object)) return read_array(reinterpret_cast<PyArrayObject*>(object), buffer);
-  const DLExchangeApi* api = exchange_api(Py_TYPE(object));
-  if (!api) return false;
+  const Kind& kind = kind_of(Py_TYPE(object));
+  if (!kind.exchange) return false;
   try {
-    buffer = from_exchange(*api, object, "");
+    buffer = from_exchange(kind, object, "");
     return true;
   } catch (const TypeError&) {
   } catch (const ValueError&) {
@@ -331,8 +297,36 @@ bool peek_buffer(PyObject* object, Buffer& buffer) {
   return false;
 }
 
+std::shared_ptr<void> hold_memory(PyObject* object) {
+  if (PyArray_Check(object)) {
+    py::object reference = py::reinterpret_steal<py::object>(PyWeakref_NewRef(object, nullptr));
+    if (!reference) throw py::error_already_set();
+    return keep_alive(std::move(reference));
+  }
+  if (PyObject_HasAttrString(object, "__pycomm_buffer__"))
+    return hold_memory(py::object(py::handle(object).attr("__pycomm_buffer__")).ptr());
+  if (kind_of(Py_TYPE(object)).exchange && PyObject_HasAttrString(object, "untyped_storage"))
+    return keep_alive(py::handle(object).attr("untyped_storage")());
+  return nullptr;
+}
+
+void require_unmoved(const Buffer& was, const Buffer& now, const char* name) {
+  if (was.data == now.data && was.dtype == now.dtype && was.count == now.count) return;
+  const auto text = [](const Buffer& b) {
+    return std::to_string(b.count) + " elements of " + pycomm::name(b.dtype);
+  };
+  throw ValueError(std::string("`") + name + "` had " + text(was) + " when the call was bound, and has " +
+                   text(now) + (was.data == now.data ? "" : " in other memory") +
+                   " now: bind the call again after resize, set_ or x.data = y");
+}
+
 void require_writable(const Buffer& buffer, const char* name) {
   if (buffer.writable) return;
+  if (buffer.copied) {
+    throw ValueError(std::string("`") + name +
+                     "` exports a copy of its elements, and the result would be lost in it: pass out=, or an "
+                     "array of NumPy's");
+  }
   throw ValueError(std::string("`") + name +
                    "` is read-only and the result would be written to it: pass out=, or a writable copy");
 }
@@ -366,6 +360,10 @@ DType dtype_from_python(PyObject* object) {
   }
   const py::object descr = py::module_::import("numpy").attr("dtype")(py::handle(object));
   const auto dtype = from_numpy(reinterpret_cast<PyArray_Descr*>(descr.ptr()));
+  if (!PyArray_ISNBO(reinterpret_cast<PyArray_Descr*>(descr.ptr())->byteorder)) {
+    throw TypeError("dtype " + py::repr(descr).cast<std::string>() +
+                    " is byte-swapped: pass its newbyteorder('=')");
+  }
   if (!dtype) throw TypeError("dtype " + py::str(descr).cast<std::string>() + " cannot be communicated");
   return *dtype;
 }

@@ -21,6 +21,7 @@ struct Buffer {
   int64_t count = 0;               // elements
   std::span<const int64_t> shape;  // the object's own: valid while it lives and keeps its shape
   bool writable = true;
+  bool copied = false;  // by who exported it: what is written to it is lost
   std::shared_ptr<void>
       exported;           // keeps what a protocol handed out; the object itself is kept by who called
   std::string signature;  // what ranks compare besides, of an object that has its elements in another
@@ -41,6 +42,14 @@ Buffer get_buffer(PyObject* object, const char* name);
 // where get_buffer would throw.
 bool peek_buffer(PyObject* object, Buffer& buffer);
 void require_writable(const Buffer& buffer, const char* name);
+
+// What keeps an object's memory in its place while a call is under way, besides the object and Buffer's
+// `exported`: torch's storage, which x.data = y and x.set_() drop, and of a NumPy array a weak reference,
+// with which NumPy refuses to resize it. Null where there is nothing to hold. Nothing holds off torch's
+// resize_.
+std::shared_ptr<void> hold_memory(PyObject* object);
+// Throws ValueError if the object of a bound call has other memory than it `was` bound to.
+void require_unmoved(const Buffer& was, const Buffer& now, const char* name);
 
 // An array like `like` (a NumPy array, or a tensor where `like` is one) of this shape, not initialised.
 pybind11::object new_array(PyObject* like, const Buffer& buffer, const std::vector<int64_t>& shape);

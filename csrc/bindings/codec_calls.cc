@@ -57,7 +57,8 @@ void take_residuals(Invocation& call, Coding& coding, const py::object& residual
   coding.residual = residuals.now;
   coding.next_residual = residuals.next;
   coding.residual_scale = residuals.scale;
-  call.storage = keep_alive(py::make_tuple(residual, next_residual));
+  call.storage = std::make_shared<std::pair<std::shared_ptr<void>, std::shared_ptr<void>>>(
+      residuals.held, keep_alive(py::make_tuple(residual, next_residual)));
 }
 
 // Binds the call, with the communicator's own step if it has none, and runs it or starts it.

@@ -3,7 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -67,7 +69,8 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
   const std::vector<Segment> parsed = parse_segments(segments);
   const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object wire = bytes_for(out, kernels::wire_bytes(codec.kind, from.count));
-  void* const dst = get_buffer(wire.ptr(), "out").data;
+  const Buffer to = get_buffer(wire.ptr(), "out");
+  void* const dst = to.data;
   const void* const src = from.data;
   const kernels::Format format = kernels::Format::raw;
   const kernels::Isa& chosen = isa_argument(isa);
@@ -133,14 +136,14 @@ py::object topk_encode(const py::object& x, int64_t k, const py::object& out, co
   require_topk(k, from.count);
   const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object record = bytes_for(out, kernels::topk_record_bytes(k));
-  void* const to = get_buffer(record.ptr(), "out").data;
+  const Buffer to = get_buffer(record.ptr(), "out");
   const kernels::Isa& chosen = isa_argument(isa);
   const py::gil_scoped_release release;
   kernels::topk_encode({.dtype = from.dtype,
                         .x = from.data,
                         .count = static_cast<size_t>(from.count),
                         .capacity = static_cast<size_t>(k),
-                        .record = to,
+                        .record = to.data,
                         .residual = residuals.now,
                         .next_residual = residuals.next,
                         .residual_scale = residuals.scale},
@@ -224,7 +227,10 @@ Residuals parse_residuals(const py::object& residual, const py::object& next_res
   if (!(scale > 0) || std::isinf(scale)) {
     throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": give a positive number");
   }
-  return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale};
+  const auto held =
+      std::array{now.exported, next.exported, hold_memory(residual.ptr()), hold_memory(next_residual.ptr())};
+  return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale,
+          std::make_shared<std::array<std::shared_ptr<void>, 4>>(held)};
 }
 
 void require_codec_dtype(DType dtype, const char* name) {

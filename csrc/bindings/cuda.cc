@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/dlpack.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -221,31 +222,13 @@ void topk_decode_add(const Where& where, uintptr_t record, size_t capacity, uint
 
 // ---- DLPack ----
 
-// The structures of DLPack 1.0, as far as they are read here.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-
-// (address, code, bits, lanes, elements, whether they are contiguous in C order). The capsule keeps its
-// tensor: its consumer is the caller, who holds the object that it came from.
-py::tuple read_dlpack(const py::capsule& capsule) {
-  const auto* tensor = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (!tensor) throw py::error_already_set();
-  int64_t count = 1;
-  for (int d = 0; d < tensor->ndim; ++d) count *= tensor->shape[d];
-  bool contiguous = true;
-  int64_t expected = 1;
-  for (int d = tensor->ndim - 1; tensor->strides && count > 0 && d >= 0; --d) {
-    contiguous = contiguous && (tensor->shape[d] == 1 || tensor->strides[d] == expected);
-    expected *= tensor->shape[d];
-  }
-  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor->data) + tensor->byte_offset;
-  return py::make_tuple(address, tensor->code, tensor->bits, tensor->lanes, count, contiguous);
+// (address, type, elements, whether they are contiguous in C order, whether they may be written to). Its
+// memory is kept by the caller, who holds the object that it came from.
+py::tuple read_dlpack(const py::object& x, const std::string& what) {
+  const dlpack::Export given = dlpack::export_of(x.ptr(), true, what.c_str());
+  const dlpack::Elements elements = dlpack::read(*given.tensor, what.c_str());
+  return py::make_tuple(reinterpret_cast<uintptr_t>(elements.data), std::string(name(elements.dtype)),
+                        elements.count, elements.contiguous, !given.read_only && !given.copied);
 }
 
 void translate(std::exception_ptr error) {
@@ -301,7 +284,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("topk_decode_add", &topk_decode_add, py::arg("where"), py::arg("record"), py::arg("capacity"),
              py::arg("sum"), py::arg("count"));
   module.def("read_stats", &read_stats, py::arg("where"), py::arg("workspace"));
-  module.def("read_dlpack", &read_dlpack, py::arg("capsule"));
+  module.def("read_dlpack", &read_dlpack, py::arg("x"), py::arg("what"));
   module.def("device_of", [](uintptr_t address) { return cuda::device_of(pointer(address), "x"); });
   module.def("device_count", [] {
     const char* reason = "";

@@ -476,9 +476,10 @@ std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunica
 }
 
 std::vector<Invocation> check_list(const Arguments& args) {
-  const py::list items(py::reinterpret_borrow<py::object>(args[Arg::x]));
+  // Tuples: the caller may change the lists while the call is under way.
+  const py::tuple items(py::reinterpret_borrow<py::object>(args[Arg::x]));
   const py::object out_list = py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
-  const py::list out_items{out_list};
+  const py::tuple out_items{out_list};
   if (items.size() != out_items.size()) {
     throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " +
                      std::to_string(items.size()));
@@ -496,7 +497,11 @@ std::vector<Invocation> check_list(const Arguments& args) {
     group->second.push_back(std::move(out));
   }
   std::vector<Invocation> calls;
-  const auto keep = keep_alive(py::make_tuple(items, out_items));
+  std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items, out_items))};
+  if (truth(args[Arg::async_op])) {  // the copy back comes later
+    for (const py::handle item : out_items) held.push_back(hold_memory(item.ptr()));
+  }
+  const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
   for (auto& [ins, outs] : groups) {
     Invocation& call = calls.emplace_back();
     call.request.call.world.collective = Collective::all_reduce;

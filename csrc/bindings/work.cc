@@ -52,8 +52,17 @@ struct PersistentOp {
   PyObject_HEAD Bound* bound;
   std::shared_ptr<Handle>* handle;
   PyObject *x, *result;
+  Buffer *in, *out;  // as they were bound
   bool eager;
 };
+
+// Whatever has happened to the objects since, the call must not use memory that they have no more.
+void require_bound(PyObject* object, const Buffer& bound, const char* name) {
+  Buffer now;
+  if (!peek_buffer(object, now)) now = get_buffer(object, name);
+  require_unmoved(bound, now, name);
+  if (bound.writable && !now.writable) require_writable(now, name);
+}
 
 PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
   auto* op = reinterpret_cast<PersistentOp*>(self);
@@ -63,6 +72,8 @@ PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
     return nullptr;
   }
   try {
+    require_bound(op->x, *op->in, "x");
+    if (op->result != op->x) require_bound(op->result, *op->out, "out");
     GilPatience patience(op->eager);
     (*op->handle)->comm->run(*op->bound, patience);
   } catch (...) {
@@ -77,6 +88,8 @@ void free_persistent(PyObject* self) {
   auto* op = reinterpret_cast<PersistentOp*>(self);
   delete op->bound;
   delete op->handle;
+  delete op->in;
+  delete op->out;
   Py_XDECREF(op->x);
   Py_XDECREF(op->result);
   PyTypeObject* type = Py_TYPE(self);
@@ -89,7 +102,9 @@ PyTypeObject* persistent_type() {
       {Py_tp_call, reinterpret_cast<void*>(call_persistent)},
       {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
       {Py_tp_doc,
-       const_cast<char*>("A call that was bound once: call it to run it again on the same buffers.")},
+       const_cast<char*>(
+           "A call that was bound once: call it to run it again on the same buffers. ValueError where "
+           "their memory is another by then.")},
       {0, nullptr}};
   static PyType_Spec spec = {"pycomm._native.PersistentOp", sizeof(PersistentOp), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
@@ -99,8 +114,10 @@ PyTypeObject* persistent_type() {
 
 // All that must live as long as the call may run.
 std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> objects) {
-  return std::make_shared<std::array<std::shared_ptr<void>, 4>>(
-      std::array{call.in.exported, call.out.exported, call.storage, std::move(objects)});
+  const bool one = call.result.is(call.x);
+  return std::make_shared<std::array<std::shared_ptr<void>, 6>>(
+      std::array{call.in.exported, call.out.exported, hold_memory(call.x.ptr()),
+                 one ? nullptr : hold_memory(call.result.ptr()), call.storage, std::move(objects)});
 }
 
 }  // namespace
@@ -112,8 +129,10 @@ py::object make_persistent(PyCommunicator& comm, Invocation& call) {
   if (!op) throw py::error_already_set();
   op->bound = bound.release();
   op->handle = new std::shared_ptr<Handle>(comm.handle);
-  op->x = call.x.release().ptr();
   op->eager = call.eager(comm);
+  op->in = new Buffer(call.in);
+  op->out = new Buffer(call.out);
+  op->x = call.x.release().ptr();
   op->result = call.result.release().ptr();
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(op));
 }
@@ -131,7 +150,8 @@ py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {
 
 void add_work(py::module_& module) {
   py::class_<PyWork>(module, "Work",
-                     "An asynchronous call. It keeps its buffers alive until it has completed.")
+                     "An asynchronous call. It keeps its buffers and their memory until it has completed; "
+                     "what resizes memory in place, as torch's resize_ does, has to wait for it.")
       .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
            "Blocks until the call has completed and returns what the blocking call returns; raises its "
            "error. With a "

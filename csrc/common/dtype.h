@@ -7,6 +7,7 @@
 //   avg              floats and complex: the sum divided by the number of ranks
 //   band, bor, bxor  integers and bool
 //
+// A bool is a byte of 0 or 1; in others, which views of bytes may hold, the bits are combined.
 // float16, bfloat16 and both float8 are accumulated in float32 and rounded once, to nearest even, at the
 // final store. Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2 and the
 // others give Inf.

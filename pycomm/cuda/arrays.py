@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -54,28 +55,9 @@ class Array:
     dtype: str
     count: int
     device: int
+    writable: bool = True
 
 
-# Bytes and the names of what they hold, as DLPack has them: (code, bits).
-_DLPACK = {
-    (0, 8): "int8",
-    (0, 16): "int16",
-    (0, 32): "int32",
-    (0, 64): "int64",
-    (1, 8): "uint8",
-    (1, 16): "uint16",
-    (1, 32): "uint32",
-    (1, 64): "uint64",
-    (2, 16): "float16",
-    (2, 32): "float32",
-    (2, 64): "float64",
-    (4, 16): "bfloat16",
-    (5, 64): "complex64",
-    (5, 128): "complex128",
-    (6, 8): "bool",
-    (10, 8): "float8_e4m3fn",
-    (12, 8): "float8_e5m2",
-}
 _CPU, _CUDA, _MANAGED = 1, 2, 13  # DLPack's device types
 
 
@@ -85,9 +67,7 @@ def describe(x: Any, name: str = "x") -> Array:
     if torch is not None and isinstance(x, torch.Tensor):
         if x.device.type != "cuda":
             raise TypeError(f"`{name}` is on {x.device}: pass a tensor on a CUDA device, x.cuda()")
-        if not x.is_contiguous():
-            raise ValueError(f"`{name}` is not contiguous: pass x.contiguous() and copy the result back")
-        return Array(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.numel(), x.device.index)
+        return _from_torch(x, name)
     interface = getattr(x, "__cuda_array_interface__", None)
     if interface is not None:
         return _from_interface(x, interface, name)
@@ -99,30 +79,57 @@ def describe(x: Any, name: str = "x") -> Array:
     )
 
 
+def _from_torch(x: Any, name: str) -> Array:
+    if str(x.layout) != "torch.strided":
+        raise TypeError(f"`{name}` is not a dense tensor ({x.layout}): pass x.to_dense()")
+    for deferred, remedy in (("is_conj", "resolve_conj"), ("is_neg", "resolve_neg")):
+        if getattr(x, deferred)():
+            raise ValueError(f"`{name}` has not been computed yet ({deferred}()): pass x.{remedy}()")
+    if not x.is_contiguous():
+        raise ValueError(f"`{name}` is not contiguous: pass x.contiguous() and copy the result back")
+    found = Array(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.numel(), x.device.index)
+    _require_memory(found, name)
+    return found
+
+
+def _require_memory(found: Array, name: str) -> None:
+    if found.count > 0 and found.address == 0:
+        raise TypeError(f"`{name}` has no memory behind its elements: pass a plain array or tensor")
+
+
 def _from_interface(x: Any, interface: dict[str, Any], name: str) -> Array:
     import numpy as np
 
+    if interface.get("mask") is not None:
+        raise ValueError(f"`{name}` has a mask, which would be ignored: pass an array without")
     dtype = getattr(x, "dtype", None)
+    by_letters = np.dtype(interface["typestr"])
     try:  # the interface's type strings have no name for bfloat16 and float8: the object's own dtype does
-        described = np.dtype(dtype if dtype is not None else interface["typestr"])
+        described = np.dtype(dtype if dtype is not None else by_letters)
     except TypeError:
-        described = np.dtype(interface["typestr"])
+        described = by_letters
+    if described.itemsize != by_letters.itemsize:
+        raise TypeError(f"`{name}` has dtype {described}, and its interface says {by_letters}: pass a copy")
+    if not by_letters.isnative:
+        raise ValueError(f"`{name}` is byte-swapped: pass a copy in this machine's order")
+    address, read_only = interface["data"]
     shape, strides = interface["shape"], interface.get("strides")
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"`{name}` has shape {tuple(shape)}: extents are 0 or more")
+    count = math.prod(shape)
     expected = described.itemsize
     for extent, stride in zip(reversed(shape), reversed(strides or ()), strict=bool(strides)):
-        if extent != 1 and stride != expected:
+        if count > 0 and extent != 1 and stride != expected:
             raise ValueError(
                 f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
             )
         expected *= extent
-    count = 1
-    for extent in shape:
-        count *= extent
-    address = interface["data"][0] or 0
     device = getattr(getattr(x, "device", None), "id", None)  # CuPy's
     if not isinstance(device, int):
         device = native().device_of(address) if address else 0
-    return Array(address, described.name, count, device)
+    found = Array(address or 0, described.name, count, device, not read_only and not _is_of_jax(x))
+    _require_memory(found, name)
+    return found
 
 
 def _from_dlpack(x: Any, name: str) -> Array:
@@ -132,16 +139,17 @@ def _from_dlpack(x: Any, name: str) -> Array:
         raise TypeError(
             f"`{name}` is {where}: pycomm.cuda takes arrays and tensors on an NVIDIA GPU, move it there"
         )
-    address, code, bits, lanes, count, contiguous = native().read_dlpack(x.__dlpack__(stream=-1))
-    if lanes != 1 or (code, bits) not in _DLPACK:
-        raise TypeError(
-            f"`{name}` has elements that cannot be communicated (DLPack code {code}, {bits} bits)"
-        )
+    address, dtype, count, contiguous, writable = native().read_dlpack(x, name)
     if not contiguous:
         raise ValueError(
             f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
         )
-    return Array(address, _DLPACK[code, bits], count, device)
+    return Array(address, dtype, count, device, writable and not _is_of_jax(x))
+
+
+def _is_of_jax(x: Any) -> bool:
+    """Whether `x` is immutable, which neither protocol says of JAX's arrays."""
+    return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
 
 
 def stream_handle(stream: Any, like: Any, device: int) -> int:
@@ -199,6 +207,12 @@ class Call:
         self.stream = stream_handle(stream, self.like, self.device or 0)
         self.where = self.module.Where(self.device or 0, self.stream, blocks)
 
+    def writes(self, *names: str) -> None:
+        """Refuses what the call could not, or must not, write to."""
+        for name in names:
+            for x in self.found[name]:
+                require_writable(x, name)
+
     def _enter(self, x: Any, name: str) -> Array:
         found = describe(x, name)
         if self.device is None:
@@ -217,6 +231,11 @@ class Call:
 
     def new_bytes(self, size: int) -> Any:
         return new_bytes(size, self.like, self.device or 0, self.stream)
+
+
+def require_writable(x: Array, name: str) -> None:
+    if not x.writable:
+        raise ValueError(f"`{name}` is read-only and the result would be written to it: pass a writable copy")
 
 
 def require(condition: bool, message: str) -> None:

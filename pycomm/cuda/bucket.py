@@ -54,7 +54,7 @@ class Gpu:
         return cast(Stats, stats)
 
     def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None:
-        self._list(data, tensors, offsets, counts)
+        self._list(data, tensors, offsets, counts).call.writes("tensors")
 
     def _list(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> Packing:
         """The tensors as they are now: made anew when one of them has moved."""

@@ -62,6 +62,7 @@ def transcode(
     outs = list(out) if isinstance(out, (list, tuple)) else [out]
     host, device_codec = _codec(codec)
     call = Call(stream, blocks, srcs=list(srcs), out=outs, residual=residual, next_residual=next_residual)
+    call.writes("out", "next_residual")
     arrays = call.found["srcs"] + call.found["out"]
     floats = [a for a in arrays if a.dtype != "uint8"]
     if count is None:
@@ -137,6 +138,7 @@ def shared_amax(
 ) -> Any:
     """The largest magnitude of each 128 elements, a NaN where one is not finite: float32."""
     call = Call(stream, blocks, x=x, amax=amax, residual=residual)
+    call.writes("amax")
     found = call.one("x")
     require(
         call.one("amax").count == -(-found.count // 128), "`amax` must have an element for each 128 of `x`"
@@ -168,6 +170,7 @@ def shared_encode(
 ) -> Any:
     """`x` as integers of `out`'s type, int8, int16 or int32, that `world` ranks can add."""
     call = Call(stream, blocks, x=x, amax=amax, out=out, residual=residual, next_residual=next_residual)
+    call.writes("out", "next_residual")
     found = call.one("x")
     require(call.one("out").count == found.count, "`out` must have as many elements as `x`")
     encoding = call.module.Encoding(
@@ -200,6 +203,7 @@ def shared_decode(
 ) -> Any:
     """The integers' sum to floats, over `divisor`."""
     call = Call(stream, blocks, q=q, amax=amax, out=out)
+    call.writes("out")
     found = call.one("out")
     require(call.one("q").count == found.count, "`out` must have as many elements as `q`")
     call.module.shared_decode(
@@ -242,6 +246,7 @@ def topk_encode(
     call = Call(
         stream, blocks, x=x, residual=residual, next_residual=next_residual, out=out, workspace=workspace
     )
+    call.writes("out", "next_residual", "workspace")
     found = call.one("x")
     size = 16 + 8 * k
     needed = call.module.topk_workspace_bytes(found.count)
@@ -275,6 +280,7 @@ def topk_workspace_bytes(x: Any) -> int:
 def topk_decode_add(record: Any, k: int, sum: Any, *, stream: Any = None, blocks: int = 0) -> Any:
     """Adds a record's values to `sum`, float32. Entries that do not fit it are left out."""
     call = Call(stream, blocks, record=record, sum=sum)
+    call.writes("sum")
     found = call.one("sum")
     if found.dtype != "float32":
         raise TypeError(f"`sum` is {found.dtype}: sums are float32")

@@ -31,6 +31,7 @@ def reduce(
     outs = list(out) if isinstance(out, (list, tuple)) else [out]
     require(len(srcs) > 0, "`srcs` is empty: pass one array or more")
     call = Call(stream, blocks, srcs=list(srcs), out=outs)
+    call.writes("out")
     dtype = _element_type([a.dtype for a in call.found["srcs"] + call.found["out"]])
     count = call.found["srcs"][0].count
     for name, found in call.found.items():
@@ -120,18 +121,21 @@ class Packing:
         self._list = call.module.Packing(whole.address, whole.dtype, items)
         self._device = whole.device
         self._keep = (bucket, list(tensors))
+        self.call = call
         self._workspace: Any = None
 
     def pack(
         self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
     ) -> DeviceStats | None:
         """Copies the tensors to the bucket, each value times `scale`. Enqueues and returns."""
+        self.call.writes("bucket")
         return self._run(self._list.pack, scale, stats, stream, blocks)
 
     def unpack(
         self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
     ) -> DeviceStats | None:
         """Copies the bucket to the tensors, each value times `scale`. Enqueues and returns."""
+        self.call.writes("tensors")
         return self._run(self._list.unpack, scale, stats, stream, blocks)
 
     def _run(self, method: Any, scale: float, stats: bool, stream: Any, blocks: int) -> DeviceStats | None:

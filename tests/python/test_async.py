@@ -109,6 +109,25 @@ def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_lists_may_change_while_their_call_is_under_way(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        gate = comm.split(0)
+        given, out = [np.ones(50_000), np.ones(7)], [np.zeros(50_000), np.zeros(7)]
+        dropped = [weakref.ref(x) for x in out]
+        if comm.rank == 1:
+            gate.barrier()
+        work = comm.all_reduce(given, out=out, async_op=True)
+        given.clear()
+        out.clear()
+        gc.collect()
+        if comm.rank == 0:
+            assert all(reference() is not None for reference in dropped)
+            gate.barrier()
+        work.wait()
+
+    ranks(fn, 2)
+
+
 def test_errors_come_out_of_wait(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         count = 5 if comm.rank == 0 else 6

@@ -2,14 +2,17 @@
 
 import array
 import ctypes
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pycomm import Communicator
+import pycomm
+from pycomm import Communicator, _native
 
 Ranks = Callable[..., list[Any]]
 
@@ -186,5 +189,191 @@ def test_references_are_returned(ranks: Ranks) -> None:
                     comm.all_reduce(x, op=1)
             assert (sys.getrefcount(x), sys.getrefcount(getattr(x, "x", x))) == before, type(x)
         buffers[1].extend(b"more")  # nobody holds its buffer any more
+
+    ranks(fn, 2)
+
+
+def test_formats_of_the_buffer_protocol() -> None:
+    """Sizes are the format's own: native ones, or with = and < the standard ones."""
+    known = {
+        "b": "int8", "B": "uint8", "c": "uint8", "h": "int16", "H": "uint16", "i": "int32", "I": "uint32",
+        "l": "int64", "L": "uint64", "q": "int64", "Q": "uint64", "n": "int64", "N": "uint64", "?": "bool",
+        "e": "float16", "f": "float32", "d": "float64",
+    }  # fmt: skip
+    for code in "bBchHiIlLqQnNfd?":
+        for prefix in ("", "@"):
+            view = memoryview(bytearray(16)).cast(prefix + code)
+            found = _native.describe_buffer(view, "x")
+            assert found == (known[code], [16 // view.itemsize])
+    for letters, name in (
+        ("<f4", "float32"),
+        ("<c8", "complex64"),
+        ("<c16", "complex128"),
+        ("<f2", "float16"),
+    ):
+        view = memoryview(np.zeros(3, letters))
+        assert _native.describe_buffer(view, "x") == (name, [3])
+    odd = np.zeros(17, np.uint8)[1:]
+    for name in ("int64", "uint16", "float64", "complex128", "longlong"):
+        view = memoryview(odd.view(name))
+        assert _native.describe_buffer(view, "x")[0] == np.dtype(name).name, view.format
+    for kind in (
+        ctypes.c_long,
+        ctypes.c_short,
+        ctypes.c_ubyte,
+        ctypes.c_bool,
+        ctypes.c_char,
+        ctypes.c_size_t,
+    ):
+        size = ctypes.sizeof(kind)
+        name, shape = _native.describe_buffer((kind * 3)(), "x")
+        assert shape == [3] and np.dtype(name).itemsize == size
+
+    class Pair(ctypes.Structure):
+        _fields_ = [("a", ctypes.c_int32), ("b", ctypes.c_float)]
+
+    for bad in (
+        (ctypes.c_longdouble * 2)(),
+        (ctypes.c_wchar * 2)(),
+        (ctypes.c_void_p * 2)(),
+        (ctypes.POINTER(ctypes.c_int) * 2)(),
+        (Pair * 2)(),
+        memoryview(np.zeros(2, np.longdouble)),
+        memoryview(np.zeros(2, "S4")),
+        memoryview(np.zeros(2, "S0")),
+        memoryview(np.zeros(2, "V8")),
+        memoryview(np.zeros(2, "U1")),
+        memoryview(np.zeros(2, object)),
+        memoryview(np.zeros(2, "i4,f4")),
+        memoryview(bytearray(8)).cast("P"),
+    ):
+        with pytest.raises(
+            TypeError, match="`x` has the buffer format .* bytes, which cannot be communicated"
+        ):
+            _native.describe_buffer(bad, "x")
+    for letters in (">i4", ">f8", ">c8", ">u2"):
+        with pytest.raises(ValueError, match="byte-swapped"):
+            _native.describe_buffer(memoryview(np.zeros(2, letters)), "x")
+    assert _native.describe_buffer((ctypes.c_int32 * 2)(), "x") == ("int32", [2])
+    with pytest.raises(ValueError, match="byte-swapped"):
+        _native.describe_buffer((ctypes.c_int32.__ctype_be__ * 2)(), "x")
+    with pytest.raises(TypeError, match="byte-swapped: pass"):
+        _native.packable_dtype(np.dtype(">f4"))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_masks_are_not_ignored(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        plain = np.ma.masked_array(np.full(3, comm.rank + 1.0))
+        for _ in range(2):
+            assert comm.all_reduce(plain).mask is np.ma.nomask
+        masked = np.ma.masked_array(np.ones(3), [True, False, False])
+        calls: list[Callable[[], Any]] = [
+            lambda: comm.all_reduce(masked),
+            lambda: comm.all_reduce(np.ones(3), out=masked),
+            lambda: comm.all_reduce([masked]),
+            lambda: comm.all_reduce_init(masked),
+            lambda: comm.all_reduce(masked.astype(np.float32), codec="int8"),
+            lambda: comm.send(masked, 1 - comm.rank),
+            lambda: pycomm.Bucket([masked.astype(np.float32)]),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"has a mask, which would be ignored: pass x.filled\(0\)"):
+                call()
+        plain[1] = np.ma.masked  # the same array, which the call site knows
+        with pytest.raises(ValueError, match="has a mask"):
+            comm.all_reduce(plain)
+        assert comm.all_reduce(masked.data).tolist() == [2, 2, 2]
+        assert comm.all_reduce(np.asmatrix(np.ones((2, 2)))).tolist() == [[2, 2], [2, 2]]
+
+    ranks(fn, 2)
+
+
+def test_an_array_becomes_read_only(ranks: Ranks, tmp_path: Path) -> None:
+    def fn(comm: Communicator) -> None:
+        x, y = np.ones(4), np.ones(4)
+        for _ in range(3):
+            comm.all_reduce(x)
+            comm.all_reduce(y, out=x)
+        op = comm.all_reduce_init(x)
+        x.flags.writeable = False
+        for call in (lambda: comm.all_reduce(x), lambda: comm.all_reduce(y, out=x), op):
+            with pytest.raises(ValueError, match="read-only"):
+                call()
+        path = tmp_path / str(comm.rank)
+        np.ones(4).tofile(path)
+        with pytest.raises(ValueError, match="read-only"):
+            comm.all_reduce(np.memmap(path, mode="r"))
+        x.flags.writeable = True
+        op()
+
+    ranks(fn, 2)
+
+
+def test_memory_stays_while_a_call_is_under_way(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        gate = comm.split(0, comm.rank)
+        count = 1 << 14
+        x, y, listed = np.ones(count), np.ones(count), np.ones(count)
+        data, numbers = bytearray([1]) * count, array.array("d", [1.0]) * count
+        mapped = mmap.mmap(-1, count)
+        residual = array.array("f", [0.0]) * count
+        gradient = np.ones(count, np.float32)
+        if comm.rank == 1:
+            gate.barrier()
+        works = [
+            comm.all_reduce(x, async_op=True),
+            comm.all_reduce(x, out=y, async_op=True),
+            comm.all_reduce([listed], async_op=True),
+            comm.all_reduce(data, async_op=True),
+            comm.all_reduce([numbers], async_op=True),
+            comm.all_reduce(mapped, async_op=True),
+            _native.run_codec(
+                comm, "all_reduce", gradient, _native.Codec("int8"), async_op=True,
+                residual=residual, next_residual=residual,
+            ),
+        ]  # fmt: skip
+        if comm.rank == 0:
+            assert not any(work.is_completed() for work in works)
+            for a in (x, y, listed):
+                with pytest.raises(ValueError, match="cannot resize"):
+                    a.resize(1 << 20, refcheck=False)
+            for held in (data, numbers, residual):
+                with pytest.raises(BufferError):
+                    held.extend(held)
+            with pytest.raises(BufferError):
+                mapped.close()
+            gate.barrier()
+        for work in works:
+            work.wait()
+        assert (y == 4).all() and (listed == 2).all() and data == bytearray([2]) * count
+        del works, work
+        x.resize(8, refcheck=False)
+        data.extend(b"more")
+        mapped.close()
+
+    ranks(fn, 2)
+
+
+def test_a_bound_call_whose_array_has_changed(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x, data = np.ones(4), bytearray(8)
+        op, of_bytes = comm.all_reduce_init(x), comm.all_reduce_init(data)
+        with pytest.raises(ValueError, match="cannot resize"):
+            x.resize(1 << 16, refcheck=False)
+        with pytest.raises(BufferError):
+            data.extend(b"more")
+        assert op() is x and of_bytes() is data
+        x.dtype = np.int64
+        with pytest.raises(
+            ValueError, match=r"`x` had 4 elements of float64 .* 4 elements of int64 now: bind"
+        ):
+            op()
+        moved = OnlyDLPack(np.ones(4))
+        op = comm.all_reduce_init(moved)
+        assert op() is moved and moved.x[0] == 2
+        moved.x = np.ones(4)
+        with pytest.raises(ValueError, match="in other memory now"):
+            op()
 
     ranks(fn, 2)

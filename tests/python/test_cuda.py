@@ -58,6 +58,30 @@ def test_the_array_interface_is_read() -> None:
         pycomm.cuda.arrays.describe(Interface((3, 5), (4, 12)))
 
 
+def test_the_array_interface_means_what_it_says() -> None:
+    def made(**changes: object) -> Interface:
+        x = Interface((3,), None)
+        x.__cuda_array_interface__.update(changes)
+        return x
+
+    describe = pycomm.cuda.arrays.describe
+    assert describe(made()).writable
+    read_only = describe(made(data=(4096, True)))
+    assert not read_only.writable
+    with pytest.raises(ValueError, match="`out` is read-only"):
+        pycomm.cuda.arrays.require_writable(read_only, "out")
+    assert not describe(type("Array", (Interface,), {"__module__": "jaxlib._jax"})((3,), None)).writable
+    for changes, error, why in (
+        ({"mask": object()}, ValueError, "has a mask"),
+        ({"typestr": ">f4"}, ValueError, "byte-swapped"),
+        ({"shape": (-3,)}, ValueError, "extents are 0 or more"),
+        ({"data": (0, False)}, TypeError, "no memory"),
+    ):
+        with pytest.raises(error, match=f"`x` .*{why}"):
+            describe(made(**changes))
+    assert describe(made(data=(0, False), shape=(0, 3), strides=(0, 0))).count == 0
+
+
 def test_streams_are_told_by_what_has_their_handle() -> None:
     x = Interface((1,), None)
     assert pycomm.cuda.arrays.stream_handle(None, x, 0) == 0

@@ -10,7 +10,7 @@ import pytest
 from processes import Rank, outcomes_of
 
 import pycomm
-from pycomm import Communicator
+from pycomm import Communicator, _native
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
@@ -152,3 +152,152 @@ def test_a_store_of_torch_distributed(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+def test_deferred_negation_and_conjugation(ranks: Ranks) -> None:
+    """On every way in, and where the memory is that of a call which is known already."""
+
+    def fn(comm: Communicator) -> None:
+        real, whole, complex_ = torch.ones(4), torch.ones(4, dtype=torch.int32), torch.ones(2) * 1j
+        one = torch.ones(1, dtype=torch.complex64)
+        for x in (real, whole, complex_):
+            for _ in range(3):
+                comm.all_reduce(x, op="max" if x is not complex_ else "sum")
+        negations = [torch._neg_view(real), torch._neg_view(whole), torch._neg_view(complex_)]
+        assert one.conj().imag.is_neg()
+        for bad in (*negations, one.conj().imag):
+            with pytest.raises(ValueError, match=r"negation that has not been computed.*x.resolve_neg\(\)"):
+                comm.all_reduce(bad)
+            with pytest.raises(ValueError, match="negation"):
+                comm.all_gather(bad)
+        for bad, remedy in ((torch._neg_view(real), "resolve_neg"), (complex_.conj(), "resolve_conj")):
+            calls: list[Callable[[], Any]] = [
+                lambda b=bad: comm.all_reduce([b]),
+                lambda b=bad: comm.all_reduce(b.clone(), out=b),
+                lambda b=bad: comm.all_reduce(b, async_op=True),
+                lambda b=bad: comm.all_reduce_init(b),
+                lambda b=bad: comm.send(b, 1 - comm.rank),
+                lambda b=bad: comm.recv(b, 1 - comm.rank),
+                lambda b=bad: comm.send_recv(b, 1 - comm.rank, b.clone(), 1 - comm.rank),
+            ]
+            for call in calls:
+                with pytest.raises(ValueError, match=remedy):
+                    call()
+        negated = torch._neg_view(real)
+        for refused in (
+            lambda: pycomm.Bucket([negated]),
+            lambda: comm.all_reduce(negated, codec="int8"),
+            lambda: _native.encode(_native.Codec("int8"), negated),
+        ):
+            with pytest.raises(ValueError, match="resolve_neg"):
+                refused()
+        x = torch.ones(2, dtype=torch.complex64)
+        comm.all_reduce(x)
+        x.data = x.conj()  # the same object, the same memory
+        with pytest.raises(ValueError, match="resolve_conj"):
+            comm.all_reduce(x)
+        assert comm.all_reduce(negated.resolve_neg()).tolist() == [-2 * v for v in real.tolist()]
+
+    ranks(fn, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_memory(ranks: Ranks) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls) -> Any:
+            return torch.Tensor._make_wrapper_subclass(cls, (3,), dtype=torch.float32)
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any) -> Any:
+            raise NotImplementedError
+
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+
+    def fn(comm: Communicator) -> None:
+        quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+        for bad in (fake, Wrapper(), freed, torch._efficientzerotensor(3)):
+            with pytest.raises(TypeError, match="`x` has no memory behind its elements"):
+                comm.all_reduce(bad)
+        for bad in (quantized, torch.eye(3).to_sparse_csr(), torch.ones(3).to_mkldnn()):
+            with pytest.raises(TypeError, match="`x` is not a dense tensor"):
+                comm.all_reduce(bad)
+        for dtype in (torch.complex32, torch.float8_e4m3fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2):
+            with pytest.raises(TypeError, match="element type that cannot be communicated"):
+                comm.all_gather(torch.empty(3, dtype=dtype))
+        for name in ("int4", "uint1", "uint7"):
+            with pytest.raises(TypeError, match=f"dtype torch.{name}, which cannot"):
+                comm.all_gather(torch.empty(3, dtype=getattr(torch, name)))
+        with pytest.raises(ValueError, match="no elements yet.*run the module once"):
+            comm.broadcast(torch.nn.LazyLinear(3).weight)
+
+        def in_transform(x: Any) -> Any:
+            comm.all_reduce(x)
+            return x.sum()
+
+        for transform in (torch.vmap, torch.func.grad, torch.func.functionalize):
+            with pytest.raises(TypeError, match="not a dense tensor|no memory"):
+                transform(in_transform)(torch.ones(3))
+
+    ranks(fn, 2)
+
+
+def test_memory_that_is_replaced_under_a_bound_call(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        def resize(x: Any) -> None:
+            x.resize_(1 << 16)
+
+        def replace(x: Any) -> None:
+            x.data = torch.ones(8)
+
+        def shrink(x: Any) -> None:
+            x.resize_(4)
+
+        for change in (resize, replace, shrink, lambda x: x.set_()):
+            x, y, out = torch.ones(8), torch.ones(8), torch.ones(8)
+            ops = [comm.all_reduce_init(x), comm.all_reduce_init(x, out=y), comm.all_reduce_init(y, out=x)]
+            other = comm.all_reduce_init(y, out=out)
+            change(x)
+            for op, name in zip(ops, ("x", "x", "out"), strict=True):
+                with pytest.raises(ValueError, match=f"`{name}` had 8 elements .*bind the call again"):
+                    op()
+            assert other() is out
+            comm.all_reduce(x)  # what is bound at the call site is as the tensor is now
+
+    ranks(fn, 2)
+
+
+def test_memory_that_is_replaced_under_a_started_call(ranks: Ranks) -> None:
+    """The call goes on in the memory that it began with, which nobody else gets meanwhile."""
+
+    def fn(comm: Communicator) -> None:
+        count = 1 << 16
+        gate = comm.split(0, comm.rank)
+        for drop in (lambda x: x.set_(), lambda x: setattr(x, "data", torch.zeros(count))):
+            x, out, listed = (torch.ones(count) for _ in range(3))
+            kept = out.detach()
+            if comm.rank == 1:
+                gate.barrier()
+            works = [
+                comm.all_reduce(x, async_op=True),
+                comm.all_reduce(torch.ones(count), out=out, async_op=True),
+                comm.all_reduce([listed], async_op=True),
+            ]
+            for tensor in (x, out, listed):
+                storage = tensor.untyped_storage()._weak_ref()
+                drop(tensor)
+                assert not torch.UntypedStorage._expired(storage) or all(w.is_completed() for w in works)
+                torch.UntypedStorage._free_weak_ref(storage)
+            if comm.rank == 0:
+                assert not any(work.is_completed() for work in works)
+                gate.barrier()
+            for work in works:
+                work.wait()
+            assert (kept == 2).all()
+
+    ranks(fn, 2)

@@ -1,0 +1,84 @@
+// Tensors of other libraries as DLPack describes them, for the host's buffers and the GPU's alike: read only
+// where every field is known, since to guess at one is to read another's memory.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "common/dtype.h"
+
+namespace pycomm::bindings::dlpack {
+
+// DLPack 1.3's structures, as far as they are read here.
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct Managed {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(Managed*);
+};
+struct Version {
+  uint32_t major, minor;
+};
+struct ManagedVersioned {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedVersioned*);
+  uint64_t flags;
+  Tensor tensor;
+};
+struct ExchangeApi {
+  Version version;
+  void* previous;
+  void* allocate;
+  int (*managed_from_object)(void*, void**);
+  void* to_object;
+  int (*tensor_from_object)(void* object, Tensor* out);
+};
+
+enum Code : uint8_t {
+  kInt = 0,
+  kUint = 1,
+  kFloat = 2,
+  kBfloat = 4,
+  kComplex = 5,
+  kBool = 6,
+  kE4M3FN = 10,
+  kE5M2 = 12
+};
+inline constexpr int32_t kCpu = 1;  // a device type
+
+std::optional<DType> dtype_of(uint8_t code, uint32_t bits, uint16_t lanes);
+
+struct Elements {
+  void* data;
+  DType dtype;
+  int64_t count;
+  std::span<const int64_t> shape;
+  bool contiguous;  // in C order
+};
+// Throws TypeError for an element type that is not known and for elements without memory, ValueError for what
+// no tensor looks like. `name` is the argument's.
+Elements read(const Tensor& tensor, const char* name);
+
+// What `object.__dlpack__()` exports. The capsule owns the tensor until somebody takes it; nobody does.
+struct Export {
+  pybind11::object capsule;
+  const Tensor* tensor;
+  bool read_only, copied;  // as far as the exporter says: before DLPack 1.0 none did
+};
+// `on_gpu`: without synchronizing streams, which is the caller's business. Throws TypeError.
+Export export_of(PyObject* object, bool on_gpu, const char* name);
+
+}  // namespace pycomm::bindings::dlpack
