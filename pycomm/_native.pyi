@@ -30,6 +30,7 @@ __all__: list[str] = [
     "copy_bytes",
     "decode",
     "describe_buffer",
+    "dtype_name",
     "encode",
     "isa",
     "join",
@@ -199,7 +200,9 @@ class Communicator:
         stream: typing.Any = None,
     ) -> typing.Any:
         """
-        Gives every rank rank `root`'s `x`, in place or into `out`. Arguments and errors as all_reduce.
+        Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
+
+        `comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.
         """
 
     def close(self) -> None:
@@ -575,6 +578,11 @@ def decode(
 def describe_buffer(x: typing.Any, what: str, writable: bool = False) -> tuple[str, list[int]]:
     """
     The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.
+    """
+
+def dtype_name(dtype: typing.Any) -> str:
+    """
+    What the library calls an element type, which may be given as people type it.
     """
 
 def encode(

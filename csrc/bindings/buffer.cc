@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "bindings/exit.h"
+#include "bindings/refusal.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -118,10 +119,8 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
   return std::nullopt;
 }
 
-std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
-
-[[noreturn]] void strided(const char* name, const char* remedy) {
-  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + remedy +
+[[noreturn]] void strided(const char* name, const char* remedy, const std::string& view = "") {
+  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + view + remedy +
                    " and copy the result back");
 }
 
@@ -145,7 +144,11 @@ Buffer from_array(PyArrayObject* array, const char* name) {
                     py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
                     ", which cannot be communicated: convert it to a float, integer, complex or bool type");
   }
-  if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) strided(name, "numpy.ascontiguousarray(x)");
+  if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) {
+    const std::span<const int64_t> shape(PyArray_DIMS(array), PyArray_NDIM(array));
+    const std::string view = dense_view(shape, PyArray_STRIDES(array), "transpose", PyArray_ITEMSIZE(array));
+    strided(name, "numpy.ascontiguousarray(x)", view);
+  }
   throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
 }
 
@@ -169,7 +172,9 @@ Buffer from_tensor(const DLTensor& tensor, const char* name) {
   for (int64_t extent : buffer.shape) buffer.count *= extent;
   int64_t expected = 1;
   for (int d = tensor.ndim - 1; tensor.strides && buffer.count > 0 && d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) strided(name, "x.contiguous()");
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) {
+      strided(name, "x.contiguous()", dense_view(buffer.shape, tensor.strides, "permute"));
+    }
     expected *= tensor.shape[d];
   }
   return buffer;
@@ -313,9 +318,8 @@ Buffer get_buffer(PyObject* object, const char* name) {
   if (const DLExchangeApi* api = exchange_api(Py_TYPE(object))) return from_exchange(*api, object, name);
   if (auto buffer = from_dlpack_method(object, name)) return *buffer;
   if (auto buffer = from_attribute(object, name)) return *buffer;
-  if (PyObject_CheckBuffer(object)) return from_protocol(object, name);
-  throw TypeError(std::string("`") + name + "` is a " + type_name(object) +
-                  ": pass a NumPy array, a tensor, or anything with DLPack or the buffer protocol");
+  if (PyObject_CheckBuffer(object) && !is_number(object)) return from_protocol(object, name);
+  refuse(object, name);
 }
 
 bool peek_buffer(PyObject* object, Buffer& buffer) {
@@ -364,7 +368,7 @@ DType dtype_from_python(PyObject* object) {
   if (std::strcmp(Py_TYPE(object)->tp_name, "torch.dtype") == 0) {
     return parse_dtype(py::str(py::handle(object)).cast<std::string>().substr(std::strlen("torch.")));
   }
-  const py::object descr = py::module_::import("numpy").attr("dtype")(py::handle(object));
+  const py::object descr = described_dtype(object);
   const auto dtype = from_numpy(reinterpret_cast<PyArray_Descr*>(descr.ptr()));
   if (!dtype) throw TypeError("dtype " + py::str(descr).cast<std::string>() + " cannot be communicated");
   return *dtype;
