@@ -141,6 +141,9 @@ PYBIND11_MODULE(_native, module) {
   register_errors(module);
   close_at_exit();
   module.attr("version") = PYCOMM_VERSION;
+  py::tuple ops(kNumOps);
+  for (int op = 0; op < kNumOps; ++op) ops[op] = name(static_cast<Op>(op));
+  module.attr("OPS") = ops;
 
   py::class_<PyCommunicator> communicator(module, "Communicator",
                                           "A group of ranks, as one of them sees it.");
