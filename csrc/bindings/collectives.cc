@@ -203,14 +203,30 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
   return run_anew(comm, method, args, &query);
 }
 
+// The error that is set is a MismatchError: a bucket knows which of its tensors the ranks do not have alike.
+[[gnu::noinline]] void explain_mismatch(PyObject* x) {
+  py::error_already_set error;
+  const py::object explain = py::getattr(x, "__pycomm_mismatch__", py::none());
+  if (explain.is_none()) {
+    error.restore();
+  } else {
+    PyErr_SetObject(error.type().ptr(), explain(py::str(error.value())).ptr());
+  }
+}
+
 template <const Method& method>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* keywords) {
   try {
     return invoke(method, self, args, nargs, keywords).release().ptr();
   } catch (...) {
     set_python_error();
-    return nullptr;
   }
+  try {
+    if (nargs > 0 && is_mismatch()) explain_mismatch(args[0]);
+  } catch (...) {
+    set_python_error();
+  }
+  return nullptr;
 }
 
 template <const Method& method>

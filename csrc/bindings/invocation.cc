@@ -500,9 +500,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   const bool only_sends =
       method.collective == Collective::broadcast && comm->rank() == root && !args[Arg::out];
   std::vector<std::pair<std::vector<Buffer>, std::vector<Buffer>>> groups;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const std::string at = "[" + std::to_string(i) + "]", x = "x" + at,
-                      to = (args[Arg::out] ? "out" : "x") + at;
+  const auto take = [&](size_t i, const std::string& x, const std::string& to) {
     Buffer in = get_buffer(items[i].ptr(), x.c_str()), out = get_buffer(out_items[i].ptr(), to.c_str());
     if (!only_sends) require_writable(out, to.c_str());
     require_same_dtype(in, out);
@@ -512,6 +510,16 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     if (group == groups.end()) group = groups.emplace(groups.end());
     group->first.push_back(std::move(in));
     if (!only_sends) group->second.push_back(std::move(out));
+  };
+  const std::string x = "x", to = args[Arg::out] ? "out" : "x";
+  for (size_t i = 0; i < items.size(); ++i) {
+    try {
+      take(i, x, to);
+    } catch (const std::exception&) {  // once more, to say which it is: names for all would take time
+      const std::string at = "[" + std::to_string(i) + "]";
+      take(i, x + at, to + at);
+      throw;
+    }
   }
   std::vector<Invocation> calls;
   const auto keep = keep_alive(py::make_tuple(items, out_items));
