@@ -40,6 +40,11 @@ def test_a_misspelt_operator(comm: Any, op: str, meant: str) -> None:
     assert "sum, prod, min, max, avg, band, bor, bxor" in text
 
 
+def test_a_misspelt_algorithm(comm: Any) -> None:
+    text = message(lambda: comm.all_reduce(np.ones(2), algorithm="rnig"), ValueError)
+    assert """no algorithm "rnig" (did you mean 'ring'?); it has""" in text
+
+
 def test_an_operator_of_another_library(comm: Any) -> None:
     class ReduceOp:
         name = "SUM"
