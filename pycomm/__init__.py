@@ -23,6 +23,7 @@ from pycomm._native import (
     CommTimeoutError,
     MismatchError,
     PeerLostError,
+    PersistentOp,
     Work,
 )
 from pycomm._native import version as __version__
@@ -39,10 +40,12 @@ __all__ = [
     "Communicator",
     "MismatchError",
     "PeerLostError",
+    "PersistentOp",
     "Stats",
     "Work",
     "__version__",
     "codecs",
+    "cuda",
     "init",
     "premul_sum",
     "run_local",
@@ -56,3 +59,8 @@ def __getattr__(name: str) -> Any:
 
         return pycomm.cuda
     raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is meant to be used: submodules that hold it are seen by whoever imports them."""
+    return sorted(__all__)

@@ -8,6 +8,8 @@ import typing
 
 from pycomm.group import premul_sum
 
+T = typing.TypeVar("T")
+Op: typing.TypeAlias = typing.Literal["sum", "prod", "min", "max", "avg", "band", "bor", "bxor"]
 __all__: list[str] = [
     "AbortedError",
     "Builder",
@@ -17,6 +19,7 @@ __all__: list[str] = [
     "CommTimeoutError",
     "Communicator",
     "MismatchError",
+    "OPS",
     "PeerLostError",
     "PersistentOp",
     "Ref",
@@ -30,6 +33,7 @@ __all__: list[str] = [
     "copy_bytes",
     "decode",
     "describe_buffer",
+    "dtype_name",
     "encode",
     "isa",
     "join",
@@ -83,6 +87,44 @@ class Communicator:
         For rank threads: this rank has failed and will make no more calls.
         """
 
+    @typing.overload
+    def all_gather(
+        self,
+        x: T,
+        *,
+        out: None = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> T:
+        """
+        Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
+
+        `counts`: each rank's rows, where they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
+        (ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.
+        """
+
+    @typing.overload
+    def all_gather(
+        self,
+        x: typing.Any,
+        *,
+        out: T,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> T: ...
+    @typing.overload
     def all_gather(
         self,
         x: typing.Any,
@@ -92,33 +134,42 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
         codec: typing.Any = None,
         step: int | None = None,
-    ) -> typing.Any:
-        """
-        Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
-
-        `counts`: each rank's rows, where they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
-        (ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.
-        """
-
-    def all_reduce(
+    ) -> Work: ...
+    @typing.overload
+    def all_gather(
         self,
         x: typing.Any,
         *,
-        op: str | premul_sum = "sum",
         out: typing.Any = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> typing.Any: ...
+    @typing.overload
+    def all_reduce(
+        self,
+        x: T,
+        *,
+        op: Op | premul_sum = "sum",
+        out: None = None,
         algorithm: str | None = None,
         deterministic: bool = False,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
         codec: typing.Any = None,
         step: int | None = None,
-    ) -> typing.Any:
+    ) -> T:
         """
         Combines `x` of all ranks element by element; every rank gets the result, with the same bits.
 
@@ -143,11 +194,59 @@ class Communicator:
         group has failed: the buffers are then undefined.
         """
 
+    @typing.overload
+    def all_reduce(
+        self,
+        x: typing.Any,
+        *,
+        op: Op | premul_sum = "sum",
+        out: T,
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> T: ...
+    @typing.overload
+    def all_reduce(
+        self,
+        x: typing.Any,
+        *,
+        op: Op | premul_sum = "sum",
+        out: typing.Any = None,
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[True],
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> Work: ...
+    @typing.overload
+    def all_reduce(
+        self,
+        x: typing.Any,
+        *,
+        op: Op | premul_sum = "sum",
+        out: typing.Any = None,
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> typing.Any: ...
     def all_reduce_init(
         self,
         x: typing.Any,
         *,
-        op: str | premul_sum = "sum",
+        op: Op | premul_sum = "sum",
         out: typing.Any = None,
         algorithm: str | None = None,
         deterministic: bool = False,
@@ -162,6 +261,42 @@ class Communicator:
         must stay the one that is meant: zero_grad() gives a parameter another gradient. Arguments and errors as all_reduce.
         """
 
+    @typing.overload
+    def all_to_all(
+        self,
+        x: T,
+        *,
+        out: None = None,
+        send_counts: collections.abc.Sequence[int] | None = None,
+        recv_counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T:
+        """
+        Sends part r of `x`, along axis 0, to rank r; `out` holds what came from each rank, in rank order.
+
+        Parts are equal, or `send_counts[r]` rows go to rank r and `recv_counts[r]` rows come from it: on all ranks or on none.
+        `out` may be `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
+        """
+
+    @typing.overload
+    def all_to_all(
+        self,
+        x: typing.Any,
+        *,
+        out: T,
+        send_counts: collections.abc.Sequence[int] | None = None,
+        recv_counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T: ...
+    @typing.overload
     def all_to_all(
         self,
         x: typing.Any,
@@ -172,29 +307,91 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
-    ) -> typing.Any:
-        """
-        Sends part r of `x`, along axis 0, to rank r; `out` holds what came from each rank, in rank order.
-
-        Parts are equal, or `send_counts[r]` rows go to rank r and `recv_counts[r]` rows come from it: on all ranks or on none.
-        `out` may be `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
-        """
-
+    ) -> Work: ...
+    @typing.overload
+    def all_to_all(
+        self,
+        x: typing.Any,
+        *,
+        out: typing.Any = None,
+        send_counts: collections.abc.Sequence[int] | None = None,
+        recv_counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
+    @typing.overload
     def barrier(
         self,
         *,
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
-    ) -> typing.Any:
+    ) -> None:
         """
         Returns when all ranks have called it. Moves no data. Arguments and errors as all_reduce.
         """
 
+    @typing.overload
+    def barrier(
+        self,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[True],
+        stream: typing.Any = None,
+    ) -> Work: ...
+    @typing.overload
+    def barrier(
+        self,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
+    @typing.overload
+    def broadcast(
+        self,
+        x: T,
+        *,
+        root: int = 0,
+        out: None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T:
+        """
+        Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
+
+        All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.
+        `comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.
+        """
+
+    @typing.overload
+    def broadcast(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        out: T,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T: ...
+    @typing.overload
     def broadcast(
         self,
         x: typing.Any,
@@ -204,15 +401,22 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
-    ) -> typing.Any:
-        """
-        Gives every rank rank `root`'s `x`, in place or into `out`. Arguments and errors as all_reduce.
-
-        All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.
-        """
-
+    ) -> Work: ...
+    @typing.overload
+    def broadcast(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        out: typing.Any = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
     def close(self) -> None:
         """
         Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError. Raises MismatchError if another rank's last call was another one; the group is closed all the same.
@@ -238,6 +442,41 @@ class Communicator:
         Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).
         """
 
+    @typing.overload
+    def gather(
+        self,
+        x: T,
+        *,
+        root: int = 0,
+        out: None = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T | None:
+        """
+        Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.
+
+        `out`, of the root alone, is made if not given. Other arguments and errors as all_reduce.
+        """
+
+    @typing.overload
+    def gather(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        out: T,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T | None: ...
+    @typing.overload
     def gather(
         self,
         x: typing.Any,
@@ -248,20 +487,45 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
-    ) -> typing.Any:
-        """
-        Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.
-
-        `out`, of the root alone, is made if not given. Other arguments and errors as all_reduce.
-        """
-
+    ) -> Work: ...
+    @typing.overload
+    def gather(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        out: typing.Any = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
     def leave(self, error: str) -> None:
         """
         As close(), with an error on its way: what is queued is not waited for. Peers in these calls get PeerLostError, which quotes `error`.
         """
 
+    @typing.overload
+    def recv(
+        self,
+        x: T,
+        src: int,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T:
+        """
+        Receives into `x` what rank `src` sends, exactly as many elements; returns `x`. See send.
+        """
+
+    @typing.overload
     def recv(
         self,
         x: typing.Any,
@@ -270,55 +534,196 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
-    ) -> typing.Any:
-        """
-        Receives into `x` what rank `src` sends, exactly as many elements; returns `x`. See send.
-        """
-
-    def reduce(
+    ) -> Work: ...
+    @typing.overload
+    def recv(
         self,
         x: typing.Any,
+        src: int,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
+    @typing.overload
+    def reduce(
+        self,
+        x: T,
         *,
         root: int = 0,
-        op: str | premul_sum = "sum",
-        out: typing.Any = None,
+        op: Op | premul_sum = "sum",
+        out: None = None,
         algorithm: str | None = None,
         deterministic: bool = False,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
-    ) -> typing.Any:
+    ) -> T:
         """
         Combines `x` of all ranks at rank `root`, in place or into `out`; other ranks' buffers stay as they are.
 
         Returns where the result is at the root. Other arguments and errors as all_reduce.
         """
 
-    def reduce_scatter(
+    @typing.overload
+    def reduce(
         self,
         x: typing.Any,
         *,
-        out: typing.Any = None,
-        counts: collections.abc.Sequence[int] | None = None,
-        op: str | premul_sum = "sum",
+        root: int = 0,
+        op: Op | premul_sum = "sum",
+        out: T,
         algorithm: str | None = None,
         deterministic: bool = False,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T: ...
+    @typing.overload
+    def reduce(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        op: Op | premul_sum = "sum",
+        out: typing.Any = None,
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[True],
+        stream: typing.Any = None,
+    ) -> Work: ...
+    @typing.overload
+    def reduce(
+        self,
+        x: typing.Any,
+        *,
+        root: int = 0,
+        op: Op | premul_sum = "sum",
+        out: typing.Any = None,
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
+    @typing.overload
+    def reduce_scatter(
+        self,
+        x: T,
+        *,
+        out: None = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        op: Op | premul_sum = "sum",
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
         codec: typing.Any = None,
         step: int | None = None,
-    ) -> typing.Any:
+    ) -> T:
         """
         Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
 
         ValueError where the rows do not divide and there is no `counts`, which is the same on all ranks. `out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
         """
 
+    @typing.overload
+    def reduce_scatter(
+        self,
+        x: typing.Any,
+        *,
+        out: T,
+        counts: collections.abc.Sequence[int] | None = None,
+        op: Op | premul_sum = "sum",
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> T: ...
+    @typing.overload
+    def reduce_scatter(
+        self,
+        x: typing.Any,
+        *,
+        out: typing.Any = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        op: Op | premul_sum = "sum",
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[True],
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> Work: ...
+    @typing.overload
+    def reduce_scatter(
+        self,
+        x: typing.Any,
+        *,
+        out: typing.Any = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        op: Op | premul_sum = "sum",
+        algorithm: str | None = None,
+        deterministic: bool = False,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
+    ) -> typing.Any: ...
+    @typing.overload
+    def scatter(
+        self,
+        x: T,
+        *,
+        root: int = 0,
+        out: None = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T:
+        """
+        Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass `out` alone. See reduce_scatter.
+
+        `counts`: each rank's rows, where they differ. Returns `out`. Other arguments and errors as all_reduce.
+        """
+
+    @typing.overload
+    def scatter(
+        self,
+        x: typing.Any = None,
+        *,
+        root: int = 0,
+        out: T,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[False] = False,
+        stream: typing.Any = None,
+    ) -> T: ...
+    @typing.overload
     def scatter(
         self,
         x: typing.Any = None,
@@ -329,15 +734,24 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[True],
         stream: typing.Any = None,
-    ) -> typing.Any:
-        """
-        Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass `out` alone. See reduce_scatter.
-
-        `counts`: each rank's rows, where they differ. Returns `out`. Other arguments and errors as all_reduce.
-        """
-
+    ) -> Work: ...
+    @typing.overload
+    def scatter(
+        self,
+        x: typing.Any = None,
+        *,
+        root: int = 0,
+        out: typing.Any = None,
+        counts: collections.abc.Sequence[int] | None = None,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
+    @typing.overload
     def send(
         self,
         x: typing.Any,
@@ -346,9 +760,9 @@ class Communicator:
         algorithm: str | None = None,
         timeout: float | None = None,
         tag: str | None = None,
-        async_op: bool = False,
+        async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
-    ) -> typing.Any:
+    ) -> None:
         """
         Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
 
@@ -359,17 +773,41 @@ class Communicator:
         all_reduce.
         """
 
+    @typing.overload
+    def send(
+        self,
+        x: typing.Any,
+        dst: int,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: typing.Literal[True],
+        stream: typing.Any = None,
+    ) -> Work: ...
+    @typing.overload
+    def send(
+        self,
+        x: typing.Any,
+        dst: int,
+        *,
+        algorithm: str | None = None,
+        timeout: float | None = None,
+        tag: str | None = None,
+        async_op: bool,
+        stream: typing.Any = None,
+    ) -> typing.Any: ...
     def send_recv(
         self,
         x: typing.Any,
         dst: int,
-        out: typing.Any,
+        out: T,
         src: int,
         *,
         timeout: float | None = None,
         tag: str | None = None,
         stream: typing.Any = None,
-    ) -> typing.Any:
+    ) -> T:
         """
         Sends `x` to rank `dst` while it receives into `out` what rank `src` sends; returns `out`.
 
@@ -417,6 +855,7 @@ class Work:
     An asynchronous call. It keeps its buffers and their memory until it has completed; what resizes memory in place, as torch's resize_ does, has to wait for it.
     """
 
+    def __repr__(self) -> str: ...
     def exception(self) -> BaseException | None:
         """
         The call's error, or None while it has none.
@@ -445,6 +884,11 @@ class PersistentOp:
     def __call__(self) -> typing.Any:
         """
         Call self as a function.
+        """
+
+    def __repr__(self) -> typing.Any:
+        """
+        Return repr(self).
         """
 
 class Chunk:
@@ -596,6 +1040,11 @@ def describe_buffer(x: typing.Any, what: str, writable: bool = False) -> tuple[s
     The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.
     """
 
+def dtype_name(dtype: typing.Any) -> str:
+    """
+    What the library calls an element type, which may be given as people type it.
+    """
+
 def encode(
     codec: Codec,
     x: typing.Any,
@@ -660,7 +1109,7 @@ def run_codec(
     codec: Codec,
     *,
     out: typing.Any = None,
-    op: str | premul_sum = "sum",
+    op: Op | premul_sum = "sum",
     algorithm: str | None = None,
     timeout: float | None = None,
     tag: str | None = None,
@@ -684,7 +1133,7 @@ def run_shared_int(
     *,
     seed: int = 0,
     out: typing.Any = None,
-    op: str | premul_sum = "sum",
+    op: Op | premul_sum = "sum",
     algorithm: str | None = None,
     timeout: float | None = None,
     tag: str | None = None,
@@ -702,7 +1151,7 @@ def run_topk(
     k: int,
     *,
     out: typing.Any = None,
-    op: str | premul_sum = "sum",
+    op: Op | premul_sum = "sum",
     algorithm: str | None = None,
     timeout: float | None = None,
     tag: str | None = None,
@@ -765,5 +1214,6 @@ def verify(
     Proves the plan of this call on all ranks; returns the first counterexample in words, or None. `write`: a function (builder, world) that writes the program, instead of a known algorithm's.
     """
 
+OPS: tuple[str, ...] = ("sum", "prod", "min", "max", "avg", "band", "bor", "bxor")
 SEGMENT_ALIGN: int = 256
 version: str = "0.1.0"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native, checks
+from pycomm import _native, checks, layouts
 from pycomm.gradients import Gradients, is_tensor
 from pycomm.group import Communicator
 
@@ -97,7 +97,7 @@ class Bucket:
         self._segments = [
             Segment(*place) for place in zip(self._offsets, ends, segment_ids(self._names), strict=True)
         ]
-        self._signature = f"bucket {signature(self._names, self._shapes)}"
+        self._signature = f"bucket {layouts.signature(self._names, self._shapes)}"
         if comm is not None:
             _require_agreement(comm, self._dtype, self._names, self._shapes)
         self._storage = self._memory.allocate(total * self._itemsize, comm)
@@ -119,8 +119,12 @@ class Bucket:
 
     @property
     def __pycomm_signature__(self) -> str:
-        """What a call compares between ranks besides the buffer: the hash is of names and shapes."""
+        """What a call compares between ranks besides the buffer: names and shapes (pycomm.layouts)."""
         return self._signature
+
+    def __pycomm_mismatch__(self, text: str) -> str:
+        """A MismatchError's text, with the first tensor that the ranks do not have alike."""
+        return text + layouts.first_difference(text, self._names, self._shapes)
 
     @property
     def segments(self) -> Sequence[Segment]:
@@ -295,11 +299,6 @@ def _require_agreement(
         f"{what} is {here} on rank 0 and {there} on rank {rank}: make the bucket of the same tensors, in the"
         " same order, on all ranks of `comm`"
     )
-
-
-def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
-    layout = hashlib.blake2b(repr((names, shapes)).encode(), digest_size=4).hexdigest()
-    return f"of {len(names)}, #{layout}"
 
 
 def segment_ids(names: Sequence[str]) -> list[int]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
+
+_LONGEST = 60  # letters of a value in a message
 
 
 def number(value: Any, name: str) -> float:
@@ -18,7 +21,7 @@ def number(value: Any, name: str) -> float:
             return math.inf
         except (TypeError, ValueError, RuntimeError):  # torch's own for tensors of several elements
             pass
-    raise TypeError(f"`{name}` is {_shown(value)}: pass a number")
+    raise TypeError(f"`{name}` is {shown(value)}: pass a number")
 
 
 def integer(value: Any, name: str) -> int:
@@ -26,7 +29,7 @@ def integer(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"`{name}` is {_shown(value)}: pass an integer") from None
+        raise TypeError(f"`{name}` is {shown(value)}: pass an integer") from None
 
 
 def buffer(x: Any, name: str) -> None:
@@ -43,9 +46,31 @@ def buffer(x: Any, name: str) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def refuse(x: Any, name: str) -> NoReturn:
+    """What is no buffer: says what to pass in its place."""
+    buffer(x, name)
+    if isinstance(x, Mapping):
+        raise TypeError(f"`{name}` is a {type(x).__name__}: pass its arrays as a list, list(x.values())")
+    if isinstance(x, (list, tuple)):
+        raise TypeError(
+            f"`{name}` is a {type(x).__name__}: pass one array or tensor; all_reduce and broadcast alone"
+            " take a list of them"
+        )
+    if isinstance(x, Iterable) and not isinstance(x, (str, bytes)):
+        raise TypeError(f"`{name}` is a {type(x).__name__}: pass a list of its arrays, list(x)")
+    raise TypeError(
+        f"`{name}` is a {type(x).__name__}: pass a NumPy array, a tensor, or anything with DLPack or the"
+        " buffer protocol"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value in a message, or what it is one of where it says too much."""
     if hasattr(value, "shape"):
         return f"an array of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, (str, bytes, float)):
-        return repr(value)
-    return f"a {type(value).__name__}"
+    text = repr(value)
+    return (
+        text
+        if len(text) <= _LONGEST and "\n" not in text and " at 0x" not in text
+        else f"a {type(value).__name__}"
+    )

@@ -51,7 +51,11 @@ class Communicator(_native.Communicator):
     It is also a context manager that closes the group at the end.
     """
 
-    def __init__(self, other: _native.Communicator) -> None:
+    def __init__(self, other: _native.Communicator | None = None) -> None:
+        if not isinstance(other, _native.Communicator):
+            raise TypeError(
+                "a Communicator is not made by hand: use pycomm.init(), or pycomm.run_local(fn, n)"
+            )
         super().__init__(other)
         introduce(self)
 

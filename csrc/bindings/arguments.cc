@@ -2,8 +2,10 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "common/error.h"
+#include "common/words.h"
 
 namespace pycomm::bindings {
 
@@ -34,6 +36,30 @@ size_t find_argument(PyObject* keyword, const char* peer_name) {
   }
   return kNumArgs;
 }
+// "`name` is VALUE", or what it is one of where it would fill a line.
+std::string given(PyObject* object, const char* name) {
+  constexpr size_t kLongest = 80;
+  std::string shown = pybind11::repr(object).cast<std::string>();
+  if (shown.size() > kLongest || shown.find('\n') != std::string::npos) {
+    shown = std::string("a ") + Py_TYPE(object)->tp_name;
+  }
+  return std::string("`") + name + "` is " + shown;
+}
+
+[[noreturn]] void refuse_keyword(const char* method, uint32_t allowed, const char* peer_name,
+                                 const std::string& keyword) {
+  std::vector<std::string_view> known;
+  std::string all;
+  for (size_t i = 0; i < kNumArgs; ++i) {
+    if (!(allowed >> i & 1)) continue;
+    known.emplace_back(i == kPeer ? peer_name : kNames[i]);
+    all += (all.empty() ? "" : ", ") + std::string(known.back());
+  }
+  // torch.distributed and MPI have the root in words of its part.
+  const bool rooted = allowed & bit(Arg::root) && (keyword == "src" || keyword == "dst");
+  throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + keyword + "'" +
+                  did_you_mean(rooted ? "root" : keyword, known) + ": it takes " + all);
+}
 }  // namespace
 
 const char* name_of(Arg arg) { return kNames[static_cast<size_t>(arg)]; }
@@ -63,8 +89,7 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
                       "() takes no codec: all_reduce, reduce_scatter and all_gather do");
     }
     if (found == kNumArgs || !(allowed >> found & 1)) {
-      throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + text(key, "keyword") +
-                      "'");
+      refuse_keyword(method, allowed, peer_name, text(key, "keyword"));
     }
     if (static_cast<Py_ssize_t>(found) < nargs) {
       throw TypeError(std::string(method) + "() got multiple values for argument '" + text(key, "keyword") +
@@ -79,10 +104,13 @@ int64_t integer(PyObject* object, const char* name) {
   const pybind11::object index = pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(object));
   if (!index) {
     PyErr_Clear();
-    throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name + ", not an integer");
+    throw TypeError(given(object, name) + ": pass an integer");
   }
   const int64_t value = PyLong_AsLongLong(index.ptr());
-  if (value == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw ValueError(given(object, name) + ": integers here have 64 bits");
+  }
   return value;
 }
 
@@ -90,13 +118,11 @@ double seconds(PyObject* object, const char* name, bool or_none) {
   const double value = PyFloat_AsDouble(object);
   const bool number = !PyErr_Occurred();
   PyErr_Clear();
-  const auto given = [&] {
-    return std::string("`") + name + "` is " + pybind11::repr(object).cast<std::string>();
-  };
-  if (!number) throw TypeError(given() + ": pass seconds, as a number");
-  if (or_none && !(value >= 0)) throw ValueError(given() + ": pass seconds, 0 or more");
+  if (!number) throw TypeError(given(object, name) + ": pass seconds, as a number");
+  if (or_none && !(value >= 0)) throw ValueError(given(object, name) + ": pass seconds, 0 or more");
   if (!or_none && !(value > 0)) {
-    throw ValueError(given() + ": pass a positive number of seconds, or float(\"inf\") for no deadline");
+    throw ValueError(given(object, name) +
+                     ": pass a positive number of seconds, or float(\"inf\") for no deadline");
   }
   return value;
 }
@@ -105,7 +131,7 @@ std::string text(PyObject* object, const char* name) {
   const char* utf8 = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : nullptr;
   if (!utf8) {
     PyErr_Clear();
-    throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name + ", not a string");
+    throw TypeError(given(object, name) + ": pass a string");
   }
   return utf8;
 }

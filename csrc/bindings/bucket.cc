@@ -169,6 +169,9 @@ void add_bucket(py::module_& module) {
   module.def(
       "numpy_dtype", [](const std::string& name) { return numpy_dtype(parse_dtype(name)); }, py::arg("name"),
       "NumPy's or ml_dtypes' dtype of this name.");
+  module.def(
+      "dtype_name", [](const py::object& dtype) { return std::string(name(dtype_from_python(dtype.ptr()))); },
+      py::arg("dtype"), "What the library calls an element type, which may be given as people type it.");
   module.def("copy_bytes", &copy, py::arg("out"), py::arg("x"), py::arg("stream") = false,
              "A plain copy between buffers that do not overlap: what the kernels are measured against.");
   const auto define = [&](const char* name, bool packs, const char* doc) {

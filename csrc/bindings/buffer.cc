@@ -14,6 +14,7 @@
 #include "bindings/exit.h"
 #include "bindings/kinds.h"
 #include "bindings/python.h"
+#include "bindings/refusal.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -82,10 +83,8 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
   return PyTypeNum_ISUSERDEF(descr->type_num) ? from_user_type(descr) : std::nullopt;
 }
 
-std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
-
-[[noreturn]] void strided(const char* name, const char* remedy) {
-  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + remedy +
+[[noreturn]] void strided(const char* name, const char* remedy, const std::string& view = "") {
+  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + view + remedy +
                    " and copy the result back");
 }
 
@@ -122,7 +121,11 @@ Buffer from_array(PyArrayObject* array, const char* name) {
                     py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
                     ", which cannot be communicated: convert it to a float, integer, complex or bool type");
   }
-  if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) strided(name, "numpy.ascontiguousarray(x)");
+  if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) {
+    const std::span<const int64_t> shape(PyArray_DIMS(array), PyArray_NDIM(array));
+    const std::string view = dense_view(shape, PyArray_STRIDES(array), "transpose", PyArray_ITEMSIZE(array));
+    strided(name, "numpy.ascontiguousarray(x)", view);
+  }
   throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
 }
 
@@ -136,7 +139,9 @@ dlpack::Elements read_on_host(const dlpack::Tensor& tensor, const char* name) {
 }
 
 Buffer from_elements(const dlpack::Elements& elements, const char* name) {
-  if (!elements.contiguous) strided(name, "x.contiguous()");
+  if (!elements.contiguous) {
+    strided(name, "x.contiguous()", dense_view(elements.shape, elements.strides, "permute"));
+  }
   Buffer buffer;
   buffer.data = elements.data;
   buffer.dtype = elements.dtype;
@@ -279,9 +284,8 @@ Buffer get_buffer(PyObject* object, const char* name) {
   if (kind.exchange) return from_exchange(kind, object, name);
   if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, name);
   if (PyObject_HasAttrString(object, "__pycomm_buffer__")) return from_attribute(object, name);
-  if (PyObject_CheckBuffer(object)) return from_protocol(object, name);
-  throw TypeError(std::string("`") + name + "` is a " + type_name(object) +
-                  ": pass a NumPy array, a tensor, or anything with DLPack or the buffer protocol");
+  if (PyObject_CheckBuffer(object) && !is_number(object)) return from_protocol(object, name);
+  refuse(object, name);
 }
 
 bool peek_buffer(PyObject* object, Buffer& buffer) {
@@ -358,7 +362,7 @@ DType dtype_from_python(PyObject* object) {
   if (std::strcmp(Py_TYPE(object)->tp_name, "torch.dtype") == 0) {
     return parse_dtype(py::str(py::handle(object)).cast<std::string>().substr(std::strlen("torch.")));
   }
-  const py::object descr = py::module_::import("numpy").attr("dtype")(py::handle(object));
+  const py::object descr = described_dtype(object);
   const auto dtype = from_numpy(reinterpret_cast<PyArray_Descr*>(descr.ptr()));
   if (!PyArray_ISNBO(reinterpret_cast<PyArray_Descr*>(descr.ptr())->byteorder)) {
     throw TypeError("dtype " + py::repr(descr).cast<std::string>() +

@@ -72,11 +72,11 @@ void run_now(PyCommunicator& comm, Invocation& call, Bound& bound) {
   if (call.then) call.then();
 }
 
-py::object run_list(PyCommunicator& comm, const Arguments& args) {
+py::object run_list(PyCommunicator& comm, const Method& method, const Arguments& args) {
   const bool async = truth(args[Arg::async_op]);
   py::object result =
       async ? py::none() : py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
-  std::vector<Invocation> calls = check_list(args);
+  std::vector<Invocation> calls = check_list(method, comm, args);
   if (calls.empty() && async) throw ValueError("`x` is an empty list: there is nothing to wait for");
   for (Invocation& call : calls) {
     if (async) {
@@ -152,9 +152,11 @@ py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Argumen
 [[gnu::noinline]] py::object run_anew(PyCommunicator& comm, const Method& method, const Arguments& args,
                                       const Memo::Query* query) {
   PyObject* x = args[Arg::x];
-  if (method.collective == Collective::all_reduce && x && (PyList_Check(x) || PyTuple_Check(x))) {
+  const bool takes_lists =
+      method.collective == Collective::all_reduce || method.collective == Collective::broadcast;
+  if (takes_lists && x && (PyList_Check(x) || PyTuple_Check(x))) {
     if (method.persistent) throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
-    return run_list(comm, args);
+    return run_list(comm, method, args);
   }
   const bool async = truth(args[Arg::async_op]);
   const Memo::Use place =
@@ -201,14 +203,30 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
   return run_anew(comm, method, args, &query);
 }
 
+// The error that is set is a MismatchError: a bucket knows which of its tensors the ranks do not have alike.
+[[gnu::noinline]] void explain_mismatch(PyObject* x) {
+  py::error_already_set error;
+  const py::object explain = py::getattr(x, "__pycomm_mismatch__", py::none());
+  if (explain.is_none()) {
+    error.restore();
+  } else {
+    PyErr_SetObject(error.type().ptr(), explain(py::str(error.value())).ptr());
+  }
+}
+
 template <const Method& method>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* keywords) {
   try {
     return invoke(method, self, args, nargs, keywords).release().ptr();
   } catch (...) {
     set_python_error();
-    return nullptr;
   }
+  try {
+    if (nargs > 0 && is_mismatch()) explain_mismatch(args[0]);
+  } catch (...) {
+    set_python_error();
+  }
+  return nullptr;
 }
 
 template <const Method& method>

@@ -128,7 +128,7 @@ Elements read(const Tensor& tensor, const char* name) {
   const auto item = static_cast<int64_t>(size_of(*dtype));
   const int64_t count = count_of(tensor, item, name);
   const std::span<const int64_t> shape(tensor.shape, static_cast<size_t>(tensor.ndim));
-  if (count == 0) return {tensor.data, *dtype, 0, shape, true};
+  if (count == 0) return {tensor.data, *dtype, 0, shape, nullptr, true};
   if (!tensor.data) {
     throw TypeError(quoted(name) +
                     " has no memory behind its elements (as meta, fake and wrapper tensors, and ones whose "
@@ -138,7 +138,8 @@ Elements read(const Tensor& tensor, const char* name) {
   if (__builtin_add_overflow(address, tensor.byte_offset, &address) ||
       __builtin_add_overflow(address, static_cast<uint64_t>(count * item), &end))
     malformed(name, "an end beyond all addresses");
-  return {reinterpret_cast<void*>(address), *dtype, count, shape, !tensor.strides || is_contiguous(tensor)};
+  const bool contiguous = !tensor.strides || is_contiguous(tensor);
+  return {reinterpret_cast<void*>(address), *dtype, count, shape, tensor.strides, contiguous};
 }
 
 Export export_of(PyObject* object, bool on_gpu, const char* name) {

@@ -66,7 +66,8 @@ struct Elements {
   DType dtype;
   int64_t count;
   std::span<const int64_t> shape;
-  bool contiguous;  // in C order
+  const int64_t* strides;  // of elements; null: in C order
+  bool contiguous;         // in C order
 };
 // Throws TypeError for an element type that is not known and for elements without memory, ValueError for what
 // no tensor looks like. `name` is the argument's.

@@ -59,9 +59,10 @@ inline constexpr const char* kBroadcast =
     R"(broadcast($self, x, *, root=0, out=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
 --
 
-Gives every rank rank `root`'s `x`, in place or into `out`. Arguments and errors as all_reduce.
+Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
 
-All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.)";
+All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.
+`comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.)";
 
 inline constexpr const char* kReduce =
     R"(reduce($self, x, *, root=0, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None)

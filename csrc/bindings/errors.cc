@@ -76,6 +76,8 @@ void set_python_error() {
   }
 }
 
+bool is_mismatch() { return PyErr_ExceptionMatches(mismatch_error); }
+
 std::shared_ptr<void> keep_alive(py::object object) {
   return std::shared_ptr<void>(object.release().ptr(), [](void* p) {
     drop_locked([](void* object) { Py_XDECREF(static_cast<PyObject*>(object)); }, p);

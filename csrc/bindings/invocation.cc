@@ -7,6 +7,7 @@
 #include <span>
 #include <utility>
 
+#include "bindings/refusal.h"
 #include "common/error.h"
 #include "common/hash.h"
 #include "kernels/copy.h"
@@ -57,6 +58,19 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
   return counts;
 }
 
+// torch's ReduceOp.SUM, numpy.add: an object that has a name much like one of ours.
+[[noreturn]] void refuse_op(PyObject* op) {
+  const std::string word = word_for(op);
+  const std::string given =
+      "`op` is a " + std::string(Py_TYPE(op)->tp_name) + ": pass a name, as in op=\"avg\"";
+  try {
+    if (!word.empty()) parse_op(word);
+  } catch (const ValueError& error) {
+    throw TypeError(given + ", or pycomm.premul_sum(factor). " + error.what());
+  }
+  throw TypeError(given + ", or pycomm.premul_sum(factor)");
+}
+
 void take_op(Request& request, PyObject* op) {
   if (!op) return;
   if (PyUnicode_Check(op)) {
@@ -66,8 +80,7 @@ void take_op(Request& request, PyObject* op) {
   PyObject* factor = PyObject_GetAttrString(op, "factor");
   if (!factor) {
     PyErr_Clear();
-    throw TypeError(std::string("`op` is a ") + Py_TYPE(op)->tp_name +
-                    ": pass a name or pycomm.premul_sum(factor)");
+    refuse_op(op);
   }
   request.call.op = Op::sum;
   request.call.prescale = PyFloat_AsDouble(factor);
@@ -475,7 +488,7 @@ std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunica
   return calls;
 }
 
-std::vector<Invocation> check_list(const Arguments& args) {
+std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args) {
   // Tuples: the caller may change the lists while the call is under way.
   const py::tuple items(py::reinterpret_borrow<py::object>(args[Arg::x]));
   const py::object out_list = py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
@@ -484,17 +497,30 @@ std::vector<Invocation> check_list(const Arguments& args) {
     throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " +
                      std::to_string(items.size()));
   }
+  const int root = args[Arg::root] ? rank_argument(comm, args[Arg::root], "root") : 0;
+  const bool only_sends =
+      method.collective == Collective::broadcast && comm->rank() == root && !args[Arg::out];
   std::vector<std::pair<std::vector<Buffer>, std::vector<Buffer>>> groups;
-  for (size_t i = 0; i < items.size(); ++i) {
-    Buffer in = get_buffer(items[i].ptr(), "x"), out = get_buffer(out_items[i].ptr(), "out");
-    require_writable(out, args[Arg::out] ? "out" : "x");
+  const auto take = [&](size_t i, const std::string& x, const std::string& to) {
+    Buffer in = get_buffer(items[i].ptr(), x.c_str()), out = get_buffer(out_items[i].ptr(), to.c_str());
+    if (!only_sends) require_writable(out, to.c_str());
     require_same_dtype(in, out);
-    if (in.count != out.count) require_shape(out, in.shape, in, 0, "out");
+    if (in.count != out.count) require_shape(out, in.shape, in, 0, to.c_str());
     auto group =
         std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first[0].dtype == in.dtype; });
     if (group == groups.end()) group = groups.emplace(groups.end());
     group->first.push_back(std::move(in));
-    group->second.push_back(std::move(out));
+    if (!only_sends) group->second.push_back(std::move(out));
+  };
+  const std::string x = "x", to = args[Arg::out] ? "out" : "x";
+  for (size_t i = 0; i < items.size(); ++i) {
+    try {
+      take(i, x, to);
+    } catch (const std::exception&) {  // once more, to say which it is: names for all would take time
+      const std::string at = "[" + std::to_string(i) + "]";
+      take(i, x + at, to + at);
+      throw;
+    }
   }
   std::vector<Invocation> calls;
   std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items, out_items))};
@@ -504,11 +530,14 @@ std::vector<Invocation> check_list(const Arguments& args) {
   const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
   for (auto& [ins, outs] : groups) {
     Invocation& call = calls.emplace_back();
-    call.request.call.world.collective = Collective::all_reduce;
+    call.request.call.world.collective = method.collective;
+    call.request.call.world.root = root;
     take_common(call.request, args);
     take_list(call, std::move(ins), std::move(outs), keep);
     finish_request(call);
-    require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
+    if (schedule::reduces(method.collective)) {
+      require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
+    }
     call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
     call.result = out_list;
   }

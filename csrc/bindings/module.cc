@@ -1,9 +1,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "bindings/arguments.h"
 #include "bindings/buffer.h"
 #include "bindings/codecs.h"
 #include "bindings/python.h"
+#include "bindings/refusal.h"
 #include "common/env.h"
 #include "common/error.h"
 #include "common/log.h"
@@ -87,14 +89,12 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
   const py::object descr = numpy_dtype(type);
   std::vector<int64_t> dims;
   if (PyIndex_Check(shape.ptr())) {
-    dims = {py::cast<int64_t>(shape)};
+    dims = {integer(shape.ptr(), "shape")};
+  } else if (!PySequence_Check(shape.ptr()) || PyUnicode_Check(shape.ptr())) {
+    throw TypeError("`shape` is " + py::repr(shape).cast<std::string>() +
+                    ": pass an integer or a sequence of integers");
   } else {
-    try {
-      dims = py::cast<std::vector<int64_t>>(shape);
-    } catch (const py::cast_error&) {
-      throw TypeError("`shape` is " + py::repr(shape).cast<std::string>() +
-                      ": pass an integer or a sequence of integers");
-    }
+    for (const py::handle extent : shape) dims.push_back(integer(extent.ptr(), "shape"));
   }
   int64_t bytes = static_cast<int64_t>(size_of(type));
   for (const int64_t extent : dims) {
@@ -141,6 +141,9 @@ PYBIND11_MODULE(_native, module) {
   register_errors(module);
   close_at_exit();
   module.attr("version") = PYCOMM_VERSION;
+  py::tuple ops(kNumOps);
+  for (int op = 0; op < kNumOps; ++op) ops[op] = name(static_cast<Op>(op));
+  module.attr("OPS") = ops;
 
   py::class_<PyCommunicator> communicator(module, "Communicator",
                                           "A group of ranks, as one of them sees it.");
@@ -229,6 +232,7 @@ PYBIND11_MODULE(_native, module) {
     const char* const* names = kernels::available_isas(&count);
     return std::vector<std::string>(names, names + count);
   });
+  translate_type_errors(module);
 }
 
 }  // namespace pycomm::bindings

@@ -65,6 +65,7 @@ struct PyCommunicator {
 
 // Sets the Python exception for the C++ one in flight; call it in a catch block.
 void set_python_error();
+bool is_mismatch();  // the exception that is set is a MismatchError
 void register_errors(pybind11::module_& module);
 // Python objects that must live as long as the returned pointer; dropped under the lock.
 std::shared_ptr<void> keep_alive(pybind11::object object);

@@ -16,10 +16,26 @@ using runtime::Work;
 
 namespace {
 
+// What a call is, for repr().
+struct Shown {
+  schedule::Collective collective;
+  DType dtype;
+  int64_t count;
+
+  explicit Shown(const runtime::CallRecord& record)
+      : collective(record.collective), dtype(record.dtype), count(record.count) {}
+  std::string operator()(const char* type, const std::string& state) const {
+    std::string text = std::string("<pycomm.") + type + ": " + name(collective);
+    if (collective != schedule::Collective::barrier)
+      text += " of " + std::to_string(count) + " " + name(dtype);
+    return text + state + ">";
+  }
+};
+
 class PyWork {
  public:
-  PyWork(std::shared_ptr<Work> work, std::shared_ptr<Handle> handle, py::object result)
-      : work_(std::move(work)), handle_(std::move(handle)), result_(std::move(result)) {}
+  PyWork(std::shared_ptr<Work> work, const Shown& shown, std::shared_ptr<Handle> handle, py::object result)
+      : work_(std::move(work)), shown_(shown), handle_(std::move(handle)), result_(std::move(result)) {}
   py::object wait(const py::object& timeout) {
     const double timeout_s = timeout.is_none() ? INFINITY : seconds(timeout.ptr(), "timeout", true);
     {
@@ -29,6 +45,13 @@ class PyWork {
     return result_;
   }
   bool is_completed() const { return work_->is_completed(); }
+  std::string repr() const {
+    const py::object error = exception();
+    if (!error.is_none()) {
+      return shown_("Work", ", failed: " + py::type::of(error).attr("__name__").cast<std::string>());
+    }
+    return shown_("Work", is_completed() ? ", done" : ", pending");
+  }
   py::object exception() const {
     const std::exception_ptr error = work_->exception();
     if (!error) return py::none();
@@ -43,6 +66,7 @@ class PyWork {
 
  private:
   std::shared_ptr<Work> work_;
+  Shown shown_;
   std::shared_ptr<Handle> handle_;
   py::object result_;
 };
@@ -84,6 +108,11 @@ PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
   return op->result;
 }
 
+PyObject* repr_persistent(PyObject* self) {
+  const Shown shown(reinterpret_cast<PersistentOp*>(self)->bound->record);
+  return PyUnicode_FromString(shown("PersistentOp", "").c_str());
+}
+
 void free_persistent(PyObject* self) {
   auto* op = reinterpret_cast<PersistentOp*>(self);
   delete op->bound;
@@ -100,6 +129,7 @@ void free_persistent(PyObject* self) {
 PyTypeObject* persistent_type() {
   static PyType_Slot slots[] = {
       {Py_tp_call, reinterpret_cast<void*>(call_persistent)},
+      {Py_tp_repr, reinterpret_cast<void*>(repr_persistent)},
       {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
       {Py_tp_doc,
        const_cast<char*>(
@@ -145,7 +175,8 @@ py::object start(PyCommunicator& comm, Invocation& call) {
 
 py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {
   bound.keeps_alive = exports_of(call, keep_alive(py::make_tuple(call.x, call.result)));
-  return py::cast(PyWork(comm->submit(std::move(bound)), comm.handle, call.result));
+  const Shown shown(bound.record);
+  return py::cast(PyWork(comm->submit(std::move(bound)), shown, comm.handle, call.result));
 }
 
 void add_work(py::module_& module) {
@@ -156,6 +187,7 @@ void add_work(py::module_& module) {
            "Blocks until the call has completed and returns what the blocking call returns; raises its "
            "error. With a "
            "timeout in seconds, CommTimeoutError when it passes first; the call goes on.")
+      .def("__repr__", &PyWork::repr)
       .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
       .def("exception", &PyWork::exception, "The call's error, or None while it has none.")
       .def(

@@ -1,6 +1,9 @@
 #include "common/dtype.h"
 
+#include <array>
+
 #include "common/error.h"
+#include "common/words.h"
 
 namespace pycomm {
 namespace {
@@ -18,6 +21,48 @@ constexpr TypeInfo kTypes[kNumDTypes] = {
 };
 
 constexpr const char* kOps[kNumOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
+
+// What else people call the types: C, torch and nccl-tests ("float" is 32 bits, which Python's own float, the
+// type, is not), JAX, and the formats' own papers.
+struct Alias {
+  std::string_view alias;
+  DType dtype;
+};
+constexpr Alias kTypeAliases[] = {
+    {"float", DType::float32},
+    {"fp32", DType::float32},
+    {"f32", DType::float32},
+    {"single", DType::float32},
+    {"double", DType::float64},
+    {"fp64", DType::float64},
+    {"f64", DType::float64},
+    {"half", DType::float16},
+    {"fp16", DType::float16},
+    {"f16", DType::float16},
+    {"bf16", DType::bfloat16},
+    {"fp8_e4m3", DType::float8_e4m3fn},
+    {"fp8_e4m3fn", DType::float8_e4m3fn},
+    {"f8e4m3", DType::float8_e4m3fn},
+    {"f8e4m3fn", DType::float8_e4m3fn},
+    {"e4m3", DType::float8_e4m3fn},
+    {"e4m3fn", DType::float8_e4m3fn},
+    {"fp8_e5m2", DType::float8_e5m2},
+    {"f8e5m2", DType::float8_e5m2},
+    {"e5m2", DType::float8_e5m2},
+    {"bool_", DType::bool_},
+};
+
+// What others call the operators. They are no operators of ours: one word for one thing.
+struct Meant {
+  std::string_view word;
+  Op op;
+};
+constexpr Meant kMeant[] = {
+    {"mean", Op::avg},         {"average", Op::avg},   {"add", Op::sum},          {"plus", Op::sum},
+    {"mul", Op::prod},         {"multiply", Op::prod}, {"times", Op::prod},       {"and", Op::band},
+    {"or", Op::bor},           {"xor", Op::bxor},      {"bitwise_and", Op::band}, {"bitwise_or", Op::bor},
+    {"bitwise_xor", Op::bxor},
+};
 
 const TypeInfo& info(DType dtype) { return kTypes[static_cast<size_t>(dtype)]; }
 
@@ -52,18 +97,32 @@ const char* name(DType dtype) { return info(dtype).name; }
 const char* name(Op op) { return kOps[static_cast<size_t>(op)]; }
 
 DType parse_dtype(std::string_view text) {
+  // "torch.bfloat16" is what torch prints, "BF16" what configuration files have.
+  const std::string word = lower(text.substr(text.rfind('.') + 1));
+  std::array<std::string_view, kNumDTypes> names;
   for (int i = 0; i < kNumDTypes; ++i) {
-    if (text == kTypes[i].name) return static_cast<DType>(i);
+    names[i] = kTypes[i].name;
+    if (word == names[i]) return static_cast<DType>(i);
   }
-  throw TypeError("dtype '" + std::string(text) + "' is not supported; use one of " +
-                  list<DType>(kNumDTypes, kAll));
+  for (const Alias& each : kTypeAliases) {
+    if (word == each.alias) return each.dtype;
+  }
+  throw TypeError("dtype '" + std::string(text) + "' is not supported" + did_you_mean(word, names) +
+                  "; use one of " + list<DType>(kNumDTypes, kAll));
 }
 
 Op parse_op(std::string_view text) {
+  std::array<std::string_view, kNumOps> names;
   for (int i = 0; i < kNumOps; ++i) {
+    names[i] = kOps[i];
     if (text == kOps[i]) return static_cast<Op>(i);
   }
-  throw ValueError("op '" + std::string(text) + "' is unknown; use one of " + list<Op>(kNumOps, kAll));
+  std::string_view word = text;
+  for (const Meant& each : kMeant) {
+    if (lower(text) == each.word) word = name(each.op);
+  }
+  throw ValueError("op '" + std::string(text) + "' is unknown" + did_you_mean(word, names) + "; use one of " +
+                   list<Op>(kNumOps, kAll));
 }
 
 bool supports(DType dtype, Op op) {

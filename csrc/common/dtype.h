@@ -49,8 +49,10 @@ size_t size_of(DType dtype);
 DType accumulator(DType dtype);
 const char* name(DType dtype);  // "float32", ..., "bool": NumPy's and ml_dtypes' names
 const char* name(Op op);
-DType parse_dtype(std::string_view name);  // throws TypeError that lists the names
-Op parse_op(std::string_view name);        // throws ValueError that lists the names
+// Also "bf16", "fp32", "half", "torch.float16" and so on, in upper or lower case. Throws TypeError that lists
+// the names, and says which may have been meant.
+DType parse_dtype(std::string_view name);
+Op parse_op(std::string_view name);  // the name itself; throws ValueError that does the same
 bool supports(DType dtype, Op op);
 Op any_op(DType dtype);            // some operator that makes sense on it: for calls that only move data
 void require(DType dtype, Op op);  // throws TypeError that says which operators or types would do

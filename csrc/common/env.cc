@@ -1,5 +1,6 @@
 #include "common/env.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
@@ -7,8 +8,10 @@
 #include <limits>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "common/error.h"
+#include "common/words.h"
 
 namespace pycomm {
 namespace {
@@ -36,6 +39,10 @@ double parse_number(const char* variable, std::string_view value, const char* al
     reject(variable, value, allowed);
   return number;
 }
+
+constexpr std::string_view kPrefix = "PYCOMM_";
+// What the launchers and the benchmarks set and read.
+constexpr std::string_view kOthers[] = {"RANK", "SIZE", "JOB", "TAKEN", "BENCH_MPI_PYTHON"};
 
 }  // namespace
 
@@ -74,6 +81,27 @@ Env read_env(const std::function<const char*(const char* name)>& get) {
     env.verify = parse_word<bool>(variable, value, {{"0", false}, {"1", true}});
   });
   return env;
+}
+
+std::vector<std::string> misspelt(const char* const* environment) {
+  std::vector<std::string_view> known(std::begin(kOthers), std::end(kOthers));
+  read_env([&](const char* name) -> const char* {
+    known.push_back(std::string_view(name).substr(kPrefix.size()));
+    return nullptr;
+  });
+  std::vector<std::string> found;
+  for (; environment && *environment; ++environment) {
+    const std::string_view entry = *environment;
+    const std::string_view variable = entry.substr(0, entry.find('='));
+    if (!lower(variable).starts_with(lower(kPrefix))) continue;
+    const std::string_view word = variable.substr(kPrefix.size());
+    if (variable.starts_with(kPrefix) && std::ranges::find(known, word) != known.end()) continue;
+    const std::string_view meant = nearest(word, known);
+    if (meant.empty()) continue;
+    found.push_back("the environment has " + std::string(variable) + ", which is not read: did you mean " +
+                    std::string(kPrefix) + std::string(meant) + "? (docs/environment.md)");
+  }
+  return found;
 }
 
 const Env& env() {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace pycomm {
 
@@ -31,6 +32,10 @@ struct Env {
 // Reads the variables by `get`, which returns null for one that is not set; an empty one counts as not set.
 // Throws ValueError that names variable, value, and what is allowed.
 Env read_env(const std::function<const char*(const char* name)>& get);
+
+// Those of "NAME=value" strings, as in `environ`, that nobody reads and that are near one that is read: in
+// words, with the name that may be meant.
+std::vector<std::string> misspelt(const char* const* environment);
 
 // This process's, read at the first call; one that throws is read again at the next.
 const Env& env();

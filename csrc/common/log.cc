@@ -46,4 +46,11 @@ void write_log(LogLevel level, const std::string& text) {
   write_line(std::string(kNames[static_cast<int>(level)]) + " " + text);
 }
 
+void warn_of_misspelt_variables() {
+  static std::once_flag warned;
+  std::call_once(warned, [] {
+    for (const std::string& text : misspelt(environ)) log(LogLevel::warn, text);
+  });
+}
+
 }  // namespace pycomm

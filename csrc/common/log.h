@@ -14,6 +14,9 @@ bool logging(LogLevel level);
 void set_log_rank(int rank, int size);
 void write_log(LogLevel level, const std::string& text);
 
+// Once a process, however many rank threads it has: of variables that look like settings and are none.
+void warn_of_misspelt_variables();
+
 // Builds the text only where it will be seen: log(LogLevel::info, "window of ", bytes, " bytes").
 template <class... Parts>
 void log(LogLevel level, const Parts&... parts) {

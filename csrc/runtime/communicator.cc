@@ -47,6 +47,7 @@ Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
 }
 
 std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options& options) {
+  warn_of_misspelt_variables();
   auto node = transport::Node::join(options);
   auto& root = *reinterpret_cast<std::atomic<int64_t>*>(node->root_page() + 64);
   std::vector<int> ranks(options.size);
@@ -78,6 +79,7 @@ std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options&
 }
 
 std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size, double timeout_s) {
+  warn_of_misspelt_variables();
   auto nodes = transport::Node::local(size);
   const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
   std::vector<int> ranks(size);

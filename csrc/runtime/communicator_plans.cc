@@ -39,6 +39,18 @@ void require_codecs(Collective collective, const std::string& algorithm) {
                                    : "those that do are " + others));
 }
 
+// "all_reduce of 7 float32 (sum) on 3 ranks, in place".
+std::string describe(const schedule::Call& call) {
+  std::string text = name(call.world.collective);
+  if (call.world.collective != Collective::barrier) {
+    text += " of " + std::to_string(call.counts[0]) + " " + name(call.dtype);
+  }
+  if (schedule::reduces(call.world.collective)) text += std::string(" (") + name(call.op) + ")";
+  text += " on " + std::to_string(call.world.size) + " ranks";
+  if (call.world.root != 0) text += ", root " + std::to_string(call.world.root);
+  return text + (call.in_place ? ", in place" : "");
+}
+
 }  // namespace
 
 std::function<schedule::Schedule(const schedule::World&)> Communicator::user_algorithm(
@@ -61,13 +73,22 @@ schedule::Plan Communicator::make_plan(const schedule::Call& call, const std::st
   }
   if (call.coded() && !write) require_codecs(call.world.collective, algorithm);
   const bool prove = write || env().verify;
-  schedule::Plan plan = write
-                            ? schedule::lower(write(call.world), algorithm, call, geometry, prove ? -1 : rank)
-                            : schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
-  if (prove) {
-    if (const auto wrong = schedule::verify(plan, {.balanced = call.deterministic})) {
-      throw ValueError("algorithm \"" + algorithm + "\" is wrong: " + wrong->what);
+  const auto wrong = [&](const std::string& what) {
+    return ValueError("algorithm \"" + algorithm + "\" is wrong: " + describe(call) + ": " + what);
+  };
+  schedule::Plan plan;
+  if (write) {
+    const schedule::Schedule written = write(call.world);
+    try {
+      plan = schedule::lower(written, algorithm, call, geometry, -1);
+    } catch (const ValueError& error) {  // steps that are no schedule at all
+      throw wrong(error.what());
     }
+  } else {
+    plan = schedule::make_plan(algorithm, call, geometry, prove ? -1 : rank);
+  }
+  if (prove) {
+    if (const auto found = schedule::verify(plan, {.balanced = call.deterministic})) throw wrong(found->what);
     for (int r = 0; r < call.world.size; ++r) {
       if (r != rank) plan.programs[r] = {};
     }

@@ -1,6 +1,10 @@
 #include "schedule/algorithms.h"
 
+#include <string_view>
+#include <vector>
+
 #include "common/error.h"
+#include "common/words.h"
 #include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {
@@ -59,12 +63,15 @@ std::string codec_algorithms(Collective collective, Algorithm::Codecs at_least) 
 
 const Algorithm& find_algorithm(Collective collective, const std::string& wanted) {
   std::string known;
+  std::vector<std::string_view> names;
   for (const Algorithm& algorithm : kAlgorithms) {
     if (algorithm.collective != collective) continue;
     if (algorithm.name == wanted) return algorithm;
     known += std::string(known.empty() ? "" : ", ") + algorithm.name;
+    names.emplace_back(algorithm.name);
   }
-  throw ValueError(std::string(name(collective)) + " has no algorithm \"" + wanted + "\"; it has " + known);
+  throw ValueError(std::string(name(collective)) + " has no algorithm \"" + wanted + "\"" +
+                   did_you_mean(wanted, names) + "; it has " + known);
 }
 
 }  // namespace pycomm::schedule

@@ -20,7 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " exit code of the first that failed is this command's. SIGINT (Ctrl-C), SIGTERM and SIGHUP are"
         f" passed on at once, with SIGKILL {GRACE_S:.0f} s later; a second one kills at once."
     )
-    parser.add_argument("-n", "-np", dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    # The other names are those of mpirun, horovodrun and torchrun.
+    names = ("-n", "-np", "--np", "--nproc-per-node", "--nproc_per_node")
+    parser.add_argument(*names, dest="size", type=int, required=True, metavar="N", help="how many ranks")
     parser.add_argument(
         "--on-failure",
         choices=("end", "wait"),

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import re
 
+from pycomm import _native
+
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# What nccl-tests calls the types that have another name here; NumPy's "float" is a double.
-NCCL_TYPES = {
-    "float": "float32",
-    "half": "float16",
-    "double": "float64",
-    "f8e4m3": "float8_e4m3fn",
-    "f8e5m2": "float8_e5m2",
-}
-
-
 MOST_RANKS = 4096
 MOST_NUMBERS = 4096
 
@@ -27,7 +19,8 @@ def parse_size(text: str, option: str = "") -> int:
 
 
 def dtype_name(text: str) -> str:
-    return NCCL_TYPES.get(text, text)
+    """What the library calls the type; a TypeError lists the names."""
+    return _native.dtype_name(text)
 
 
 def at_least(least: int, option: str, value: int | None) -> None:

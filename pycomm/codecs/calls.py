@@ -16,10 +16,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from pycomm import _native, checks
-from pycomm.bucket import Bucket, Segment, signature
+from pycomm.bucket import Bucket, Segment
 from pycomm.codecs.feedback import ErrorFeedback, Layout, Places
 from pycomm.codecs.kinds import DEFAULTS, BlockCodec, Codec, SharedInt, TopK
 from pycomm.gradients import is_tensor, itself
+from pycomm.layouts import signature
 
 _ALL_REDUCE_ALONE = (SharedInt, TopK)
 

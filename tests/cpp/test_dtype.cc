@@ -1,4 +1,6 @@
+#include <functional>
 #include <string>
+#include <utility>
 
 #include "check.h"
 #include "common/dtype.h"
@@ -8,7 +10,7 @@ using namespace pycomm;
 
 namespace {
 
-std::string message_of(void (*call)()) {
+std::string message_of(const std::function<void()>& call) {
   try {
     call();
   } catch (const std::exception& error) {
@@ -17,7 +19,9 @@ std::string message_of(void (*call)()) {
   return "";
 }
 
-bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 }  // namespace
 
@@ -59,6 +63,29 @@ TEST(names_parse_back) {
   CHECK(contains(dtype_message, "'float128'") && contains(dtype_message, "bfloat16"));
   const std::string op_message = message_of([] { parse_op("mean"); });
   CHECK(contains(op_message, "'mean'") && contains(op_message, "avg"));
+}
+
+TEST(types_have_the_names_that_people_type) {
+  for (const char* word : {"float", "fp32", "FP32", "f32", "torch.float32", "single"})
+    CHECK_EQ(parse_dtype(word), DType::float32);
+  for (const char* word : {"half", "fp16", "f16", "Float16"}) CHECK_EQ(parse_dtype(word), DType::float16);
+  for (const char* word : {"bf16", "BF16", "torch.bfloat16"}) CHECK_EQ(parse_dtype(word), DType::bfloat16);
+  for (const char* word : {"f8e4m3", "fp8_e4m3", "e4m3"}) CHECK_EQ(parse_dtype(word), DType::float8_e4m3fn);
+  CHECK_EQ(parse_dtype("f8e5m2"), DType::float8_e5m2);
+  CHECK_EQ(parse_dtype("double"), DType::float64);
+}
+
+TEST(errors_say_what_may_have_been_meant) {
+  const std::pair<const char*, const char*> ops[] = {
+      {"mean", "'avg'"},    {"SUM", "'sum'"}, {"smu", "'sum'"},      {"average", "'avg'"},
+      {"maximum", "'max'"}, {"add", "'sum'"}, {"product", "'prod'"}, {"bitwise_or", "'bor'"}};
+  for (const auto& [word, meant] : ops) {
+    const std::string message = message_of([word = word] { parse_op(word); });
+    CHECK(contains(message, std::string("did you mean ") + meant));
+  }
+  CHECK(!contains(message_of([] { parse_op("softmax"); }), "did you mean"));
+  CHECK(contains(message_of([] { parse_dtype("bfloat"); }), "did you mean 'bfloat16'"));
+  CHECK(contains(message_of([] { parse_dtype("flaot32"); }), "did you mean 'float32'"));
 }
 
 TEST(which_pairs_make_sense) {

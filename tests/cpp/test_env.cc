@@ -1,6 +1,10 @@
 #include <cmath>
+#include <initializer_list>
 #include <map>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "common/env.h"
@@ -91,4 +95,26 @@ TEST(hash_depends_on_every_bit_and_the_order) {
     bytes[bit / 8] ^= static_cast<char>(1 << bit % 8);
   }
   CHECK(hash_bytes(bytes, 19) != before);
+}
+
+TEST(misspelt_names_are_found) {
+  const auto found = [](std::initializer_list<const char*> entries) {
+    std::vector<const char*> environment(entries);
+    environment.push_back(nullptr);
+    return misspelt(environment.data());
+  };
+  const std::pair<const char*, const char*> wrong[] = {
+      {"PYCOMM_TIMOUT=5", "PYCOMM_TIMEOUT"}, {"PYCOMM_TIMEOUT_S=5", "PYCOMM_TIMEOUT"},
+      {"PYCOMM_SPIN=3", "PYCOMM_SPIN_US"},   {"PYCOMM_DEBGU=INFO", "PYCOMM_DEBUG"},
+      {"pycomm_debug=INFO", "PYCOMM_DEBUG"}, {"PYCOMM_SINGLECOPY=0", "PYCOMM_SINGLE_COPY"}};
+  for (const auto& [entry, meant] : wrong) {
+    const auto texts = found({"PATH=/bin", entry});
+    CHECK_EQ(texts.size(), 1u);
+    const std::string name(entry, std::string_view(entry).find('='));
+    CHECK(texts[0].find(name + ",") != std::string::npos);
+    CHECK(texts[0].find("did you mean " + std::string(meant) + "?") != std::string::npos);
+  }
+  CHECK(found({"PYCOMM_DEBUG=INFO", "PYCOMM_RANK=0", "PYCOMM_SIZE=1", "PYCOMM_JOB=j", "PYCOMM_TAKEN=1",
+               "PYCOMM_MY_DATA=/data", "PYCOMM=1", "=", "NCCL_DEBUG=INFO", "MY_PYCOMM_TIMOUT=1"})
+            .empty());
 }

@@ -371,6 +371,28 @@ def test_ranks_with_other_names_or_shapes_do_not_reduce(codec: str | None) -> No
             pycomm.run_local(partial(fn, what=what), 2)
 
 
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_a_mismatch_names_the_first_tensor_that_differs(codec: str | None) -> None:
+    def fn(comm: Communicator, shapes: list[tuple[int, ...]], at: int, other: tuple[int, ...]) -> str:
+        shapes = [*shapes[:at], other, *shapes[at + 1 :]] if comm.rank else shapes
+        bucket = Bucket(
+            [np.ones(shape, "f") for shape in shapes], names=[f"w{i}" for i in range(len(shapes))]
+        )
+        with pytest.raises(pycomm.MismatchError) as caught:
+            comm.all_reduce(bucket, codec=codec)
+        return str(caught.value).partition("The first tensor that differs is ")[2]
+
+    for text in pycomm.run_local(partial(fn, shapes=[(2, 6), (4, 3)], at=1, other=(3, 4)), 2):
+        assert text.startswith("`tensors[1]`: 'w1' (") and "'w1' (4, 3) on rank 0" in text
+        assert "'w1' (3, 4) on rank 1" in text
+    texts = pycomm.run_local(partial(fn, shapes=[(4, 3)] * 100, at=57, other=(3, 4)), 2)
+    for text, shape in zip(texts, ("(4, 3)", "(3, 4)"), strict=True):
+        assert text == f"`tensors[57]`: 'w57' {shape} on this rank."
+    texts = pycomm.run_local(partial(fn, shapes=[(4, 3)] * 300, at=299, other=(3, 4)), 2)
+    for text, shape in zip(texts, ("(4, 3)", "(3, 4)"), strict=True):
+        assert text.startswith("in `tensors[297:300]`: ") and text.endswith(f"'w299' {shape} on this rank.")
+
+
 def test_symmetric_buckets_of_different_sizes(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         with pytest.raises(

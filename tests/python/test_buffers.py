@@ -120,7 +120,7 @@ def test_buffers_that_are_refused(ranks: Ranks) -> None:
             with pytest.raises(TypeError, match=word):
                 comm.all_reduce(bad)
         for bad in (3, 2.5, "text", {1: 2}, object()):
-            with pytest.raises(TypeError, match=f"`x` is a {type(bad).__name__}: pass"):
+            with pytest.raises(TypeError, match=f"`x` is (a {type(bad).__name__}|{bad}, a number): pass"):
                 comm.all_reduce(bad)
         flat = np.ones(10, np.float32)
         for a, b in ((flat[:6], flat[2:8]), (flat[1:], flat[:9]), (flat[:4], flat[3:7])):

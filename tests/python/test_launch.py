@@ -451,6 +451,9 @@ def test_usage(args: list[str], words: str) -> None:
     assert words in run(*args, code=2).stderr
 
 
-@pytest.mark.parametrize("option", [["-n", "2"], ["-n2"], ["-np", "2"]])
+@pytest.mark.parametrize(
+    "option",
+    [["-n", "2"], ["-n2"], ["-np", "2"], ["--np=2"], ["--nproc-per-node", "2"], ["--nproc_per_node=2"]],
+)
 def test_how_many_ranks(script: Callable[[str], str], option: list[str]) -> None:
     assert sorted(run(*option, script("print('here')")).stdout.splitlines()) == ["[0] here", "[1] here"]

@@ -1,0 +1,144 @@
+#include "bindings/refusal.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "common/error.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+namespace {
+
+// What all functions of pybind11's call first: where it finds that the arguments do not fit, it lists
+// signatures in C++'s terms.
+PyCFunctionWithKeywords dispatch_tuple = nullptr;
+_PyCFunctionFastWithKeywords dispatch_fast = nullptr;
+
+// Puts our words in the place of the error that is set, if it is one about arguments.
+void translate(const py::list& args, const py::dict& keywords) {
+  if (!PyErr_ExceptionMatches(PyExc_TypeError)) return;
+  py::error_already_set error;
+  const std::string text = py::str(error.value());
+  if (text.find("(): incompatible ") == std::string::npos) {
+    error.restore();
+    return;
+  }
+  try {
+    PyErr_SetObject(
+        PyExc_TypeError,
+        py::module_::import("pycomm.signatures").attr("wrong_arguments")(text, args, keywords).ptr());
+  } catch (py::error_already_set& other) {
+    other.restore();
+  }
+}
+
+PyObject* call_tuple(PyObject* self, PyObject* args, PyObject* keywords) {
+  PyObject* result = dispatch_tuple(self, args, keywords);
+  if (!result) {
+    translate(py::list(py::reinterpret_borrow<py::tuple>(args)),
+              keywords ? py::reinterpret_borrow<py::dict>(keywords) : py::dict());
+  }
+  return result;
+}
+
+PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* names) {
+  PyObject* result = dispatch_fast(self, args, nargs, names);
+  if (!result) {
+    py::list positional;
+    py::dict keywords;
+    for (Py_ssize_t i = 0; i < nargs; ++i) positional.append(py::handle(args[i]));
+    for (Py_ssize_t k = 0; names && k < PyTuple_GET_SIZE(names); ++k) {
+      keywords[py::handle(PyTuple_GET_ITEM(names, k))] = py::handle(args[nargs + k]);
+    }
+    translate(positional, keywords);
+  }
+  return result;
+}
+
+// All of them have one dispatcher; which calling convention it has depends on pybind11's version.
+void translate_errors_of(py::handle value) {
+  PyObject* function = py::detail::get_function(value).ptr();
+  if (!function || !PyCFunction_Check(function)) return;
+  PyMethodDef* def = reinterpret_cast<PyCFunctionObject*>(function)->m_ml;
+  void* const dispatcher = reinterpret_cast<void*>(def->ml_meth);
+  if (def->ml_flags == (METH_FASTCALL | METH_KEYWORDS)) {
+    if (dispatcher == reinterpret_cast<void*>(call_fast)) return;
+    dispatch_fast = reinterpret_cast<_PyCFunctionFastWithKeywords>(dispatcher);
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fast));
+  } else if (def->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
+    if (dispatcher == reinterpret_cast<void*>(call_tuple)) return;
+    dispatch_tuple = reinterpret_cast<PyCFunctionWithKeywords>(dispatcher);
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_tuple));
+  }
+}
+
+int refuse_to_make(PyObject* self, PyObject*, PyObject*) {
+  const std::string name = py::type::of(self).attr("__name__").cast<std::string>();
+  PyErr_SetString(PyExc_TypeError,
+                  (name + " objects come from pycomm's calls: they cannot be made by hand").c_str());
+  return -1;
+}
+
+}  // namespace
+
+void refuse(PyObject* object, const char* name) {
+  py::module_::import("pycomm.checks").attr("refuse")(py::handle(object), name);
+  throw TypeError(std::string("`") + name + "` is no buffer");
+}
+
+bool is_number(PyObject* object) { return PyObject_HasAttrString(object, "dtype"); }
+
+std::string dense_view(std::span<const int64_t> shape, const int64_t* strides, const char* method,
+                       int64_t item) {
+  std::vector<size_t> axes(shape.size());
+  std::iota(axes.begin(), axes.end(), size_t{0});
+  std::ranges::stable_sort(axes, [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  int64_t expected = item;
+  for (size_t i = axes.size(); i-- > 0;) {
+    if (shape[axes[i]] != 1 && strides[axes[i]] != expected) return "";
+    expected *= shape[axes[i]];
+  }
+  std::string order;
+  for (const size_t axis : axes) order += (order.empty() ? "" : ", ") + std::to_string(axis);
+  return std::string("x.") + method + "(" + order + "), a view of the same memory, or ";
+}
+
+py::object described_dtype(PyObject* object) {
+  if (object != Py_None) {
+    try {
+      return py::module_::import("numpy").attr("dtype")(py::handle(object));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_ValueError)) throw;
+    }
+  }
+  throw TypeError(
+      "dtype " + py::repr(object).cast<std::string>() +
+      " is no element type: pass a name such as \"float32\", or a dtype of NumPy's, ml_dtypes' or torch's");
+}
+
+std::string word_for(PyObject* object) {
+  for (const char* attribute : {"name", "__name__"}) {
+    const py::object found = py::getattr(py::handle(object), attribute, py::none());
+    if (py::isinstance<py::str>(found)) return found.cast<std::string>();
+  }
+  return "";
+}
+
+void translate_type_errors(py::module_& module) {
+  for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(module.attr("__dict__"))) {
+    translate_errors_of(value);
+    if (!PyType_Check(value.ptr())) continue;
+    auto* type = reinterpret_cast<PyTypeObject*>(value.ptr());
+    for (const auto& [attribute, method] : py::reinterpret_borrow<py::dict>(type->tp_dict)) {
+      translate_errors_of(method);
+    }
+    const bool of_pybind = PyObject_TypeCheck(value.ptr(), py::detail::get_internals().default_metaclass);
+    PyObject* made_by = PyDict_GetItemString(type->tp_dict, "__init__");
+    if (of_pybind && !(made_by && PyInstanceMethod_Check(made_by))) type->tp_init = refuse_to_make;
+  }
+}
+
+}  // namespace pycomm::bindings
