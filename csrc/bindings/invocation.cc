@@ -28,6 +28,8 @@ bool overlap(const Buffer& in, const Buffer& out) {
 namespace {
 
 constexpr int64_t kShortBytes = 32 << 10;
+// From here on copying a list's item there and back takes longer than a call of its own.
+constexpr int64_t kLongCopyBytes = 128 << 10;
 
 // ---- what is no buffer ----
 
@@ -348,27 +350,65 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
 
 // How a list is cut, for ranks to compare: its shapes, and where these are too many for a message a number
 // for all.
-std::string shapes_of(const std::vector<Buffer>& list) {
+std::string signature_of(const std::vector<std::span<const int64_t>>& shapes) {
   constexpr size_t kLongest = 180;
   Hasher all;
   std::string text;
   bool whole = true;
-  for (const Buffer& buffer : list) {
-    const std::string shape = shape_text(buffer.shape);
+  for (const std::span<const int64_t> extents : shapes) {
+    const std::string shape = shape_text(extents);
     all.add(shape);
     whole = whole && text.size() + shape.size() <= kLongest;
     if (whole) text += (text.empty() ? "" : " ") + shape;
   }
-  text = "list of " + std::to_string(list.size()) + ": " + text;
+  text = "list of " + std::to_string(shapes.size()) + ": " + text;
   if (whole) return text;
   char number[24];
   std::snprintf(number, sizeof number, " ... #%08x", static_cast<unsigned>(all.digest()));
   return text + number;
 }
 
+// Buffers of a list that go in one call: those of a type, but that a large one goes alone, where a copy costs
+// more than a call. All ranks have to cut alike.
+struct Group {
+  std::vector<Buffer> ins, outs;  // outs: none where nothing comes
+  bool alone = false;
+  bool goes_with(const Buffer& in) const {
+    return !alone && in.bytes() < kLongCopyBytes && in.dtype == ins[0].dtype;
+  }
+  bool in_place() const { return outs.empty() || outs[0].data == ins[0].data; }
+};
+
+// Whether memory that one group moves is also another's, or in part its own.
+bool any_overlap(const std::vector<Group>& groups) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  const auto add = [&](const Buffer& b) {
+    const auto* begin = static_cast<const char*>(b.data);
+    if (b.bytes() > 0) spans.emplace_back(begin, begin + b.bytes());
+  };
+  for (const Group& group : groups) {
+    for (size_t i = 0; i < group.ins.size(); ++i) {
+      add(group.ins[i]);
+      if (!group.outs.empty() && group.outs[i].data != group.ins[i].data) add(group.outs[i]);
+    }
+  }
+  std::ranges::sort(spans);
+  return std::ranges::adjacent_find(spans, [](const auto& a, const auto& b) { return b.first < a.second; }) !=
+         spans.end();
+}
+
+// A large buffer, where it lies.
+void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
+  call.in = std::move(group.ins[0]);
+  call.request.call.in_place = group.in_place();
+  call.out = group.outs.empty() ? call.in : std::move(group.outs[0]);
+  call.request.call.counts.assign(1, call.in.count);
+  call.then = [keep = std::move(keep)] {};
+}
+
 // Several buffers of one type in one call: packed side by side, reduced, unpacked.
-void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
-               std::shared_ptr<void> keep) {
+void take_together(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
+                   std::shared_ptr<void> keep) {
   int64_t total = 0;
   for (const Buffer& b : ins) total += b.bytes();
   auto storage =
@@ -379,7 +419,6 @@ void take_list(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> ou
     kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
     to += b.bytes();
   }
-  call.in.signature = shapes_of(ins);
   call.in.data = call.out.data = storage.get();
   call.in.dtype = call.out.dtype = ins[0].dtype;
   call.in.count = call.out.count = total / static_cast<int64_t>(size_of(ins[0].dtype));
@@ -500,17 +539,21 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   const int root = args[Arg::root] ? rank_argument(comm, args[Arg::root], "root") : 0;
   const bool only_sends =
       method.collective == Collective::broadcast && comm->rank() == root && !args[Arg::out];
-  std::vector<std::pair<std::vector<Buffer>, std::vector<Buffer>>> groups;
+  std::vector<Group> groups;
+  std::vector<std::span<const int64_t>> shapes;
   const auto take = [&](size_t i, const std::string& x, const std::string& to) {
     Buffer in = get_buffer(items[i].ptr(), x.c_str()), out = get_buffer(out_items[i].ptr(), to.c_str());
     if (!only_sends) require_writable(out, to.c_str());
     require_same_dtype(in, out);
     if (in.count != out.count) require_shape(out, in.shape, in, 0, to.c_str());
-    auto group =
-        std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first[0].dtype == in.dtype; });
-    if (group == groups.end()) group = groups.emplace(groups.end());
-    group->first.push_back(std::move(in));
-    if (!only_sends) group->second.push_back(std::move(out));
+    auto group = std::ranges::find_if(groups, [&](const Group& g) { return g.goes_with(in); });
+    if (group == groups.end()) {
+      group = groups.emplace(groups.end());
+      group->alone = in.bytes() >= kLongCopyBytes;
+    }
+    shapes.push_back(in.shape);
+    group->ins.push_back(std::move(in));
+    if (!only_sends) group->outs.push_back(std::move(out));
   };
   const std::string x = "x", to = args[Arg::out] ? "out" : "x";
   for (size_t i = 0; i < items.size(); ++i) {
@@ -528,12 +571,20 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     for (const py::handle item : out_items) held.push_back(hold_memory(item.ptr()));
   }
   const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
-  for (auto& [ins, outs] : groups) {
+  const std::string signature = signature_of(shapes);
+  const bool any_alone = std::ranges::any_of(groups, &Group::alone),
+             apart = any_alone && !any_overlap(groups);
+  for (Group& group : groups) {
     Invocation& call = calls.emplace_back();
     call.request.call.world.collective = method.collective;
     call.request.call.world.root = root;
     take_common(call.request, args);
-    take_list(call, std::move(ins), std::move(outs), keep);
+    if (group.alone && apart) {
+      take_alone(call, std::move(group), keep);
+    } else {
+      take_together(call, std::move(group.ins), std::move(group.outs), keep);
+    }
+    call.in.signature = signature;
     finish_request(call);
     if (schedule::reduces(method.collective)) {
       require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs

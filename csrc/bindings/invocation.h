@@ -44,8 +44,8 @@ bool overlap(const Buffer& in, const Buffer& out);
 // send_recv: the send and the receive.
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args);
-// all_reduce([a, b, c]) and broadcast: one call for each element type among them, of a packed copy; `then`
-// unpacks it.
+// all_reduce([a, b, c]) and broadcast: one call for each element type among them, of a packed copy that `then`
+// unpacks, and one for each large buffer.
 std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args);
 
 // Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.

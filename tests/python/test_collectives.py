@@ -266,6 +266,37 @@ def test_a_list_is_one_call_for_each_type(ranks: Ranks) -> None:
     ranks(fn, 3)
 
 
+@pytest.mark.parametrize("async_op", [False, True])
+def test_large_items_of_a_list_lie_where_they_are(ranks: Ranks, async_op: bool) -> None:
+    """They are calls of their own, but where items share memory the result is that of one call."""
+
+    def fn(comm: Communicator) -> None:
+        def reduced(xs: list[np.ndarray], **more: Any) -> None:
+            work = comm.all_reduce(xs, async_op=async_op, **more)
+            if async_op:
+                work.wait()
+
+        total = comm.size * (comm.size + 1) // 2
+        large = [np.full(100_000 + i, comm.rank + 1.0) for i in range(3)]
+        small = [np.full(7, comm.rank + 1.0), np.full(50_000, comm.rank + 1, np.int64)]
+        reduced([large[0], small[0], large[1], small[1], large[2]])
+        assert all((x == total).all() for x in large + small)
+
+        x = np.full(200_000, comm.rank + 1.0)
+        outs = [np.zeros_like(x), np.zeros(100_000)]
+        reduced([x, x[100_000:]], out=outs)
+        assert all((out == total).all() for out in outs) and (x == comm.rank + 1).all()
+        # The same memory twice, on one rank alone: both results are of what was there before.
+        y = x.copy() if comm.rank else x
+        reduced([x, y])
+        assert (x == total).all() and (y == total).all()
+        shared = np.full(300_000, comm.rank + 1.0)
+        reduced([shared[:200_000], shared[100_000:].copy()], out=[shared[100_000:], np.empty(200_000)])
+        assert (shared[100_000:] == total).all() and (shared[:100_000] == comm.rank + 1).all()
+
+    ranks(fn, 3)
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs"),
     [
