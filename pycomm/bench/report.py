@@ -234,9 +234,9 @@ def averages(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def closing(rows: Sequence[Row], checked: bool, not_run: Sequence[str] = (), failed: bool = False) -> str:
+def closing(wrong: int, checked: bool, not_run: Sequence[str] = (), failed: bool = False) -> str:
     """The last line, as nccl-tests has it, with what could not be run."""
-    found = f"{sum(row.wrong for row in rows)} wrong" if checked else "not checked"
+    found = f"{wrong} wrong" if checked else "not checked"
     if not_run:
         found += f", {len(not_run)} not run ({listed(not_run)})"
     verdict = ": FAILED" if failed else ": OK" if checked else ""

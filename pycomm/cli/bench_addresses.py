@@ -79,4 +79,7 @@ def run(
             "markdown": lambda path: output.write_text(path, addresses.markdown(found)),
         }
     )
-    return session.code(sum(row.wrong for row in found if row.engine == "pycomm"), bool(found))
+    wrong = sum(row.wrong for row in found if row.engine == "pycomm")
+    session.say("")
+    session.close(wrong, bool(found))
+    return session.code(wrong, bool(found))

@@ -121,6 +121,13 @@ class Session:
         reasons += [f"not run: {report.listed(list(failed))}"] * bool(failed)
         return "; ".join(reasons) or "nothing was measured" * (not found)
 
+    def close(self, wrong: int, found: bool) -> None:
+        """The last line."""
+        if found or self.not_run:
+            failed = bool(self.failure(wrong, found))
+            not_run = list(dict.fromkeys(of.what for of in self.not_run))
+            self.say(report.closing(wrong, bool(self.args.check), not_run, failed))
+
     def code(self, wrong: int, found: bool) -> int:
         unwritten = output.not_written([*self._unwritten, *output.lost(self.console)])
         if self.ended == "interrupted":
@@ -210,7 +217,4 @@ def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
     )
     session.say("")
     report.print_summary(session.console, rows, mpis)
-    if rows or session.not_run:
-        failed = bool(session.failure(sum(row.wrong for row in rows), bool(rows)))
-        not_run = list(dict.fromkeys(of.what for of in session.not_run))
-        session.say(report.closing(rows, bool(session.args.check), not_run, failed))
+    session.close(sum(row.wrong for row in rows), bool(rows))

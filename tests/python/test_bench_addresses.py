@@ -71,6 +71,7 @@ def test_wrong_elements_are_told_and_end_in_an_error(
     out, err = capsys.readouterr()
     assert "| 2.50 (1.50), 7 wrong |" in out and addresses.line(found).endswith(" 7")
     assert ("7 elements are wrong" in err) == (engine == "pycomm")
+    assert ("7 wrong: FAILED" if engine == "pycomm" else "0 wrong: OK") in err
     assert json.loads(path.read_text())["rows"][0]["wrong"] == 7
 
 

@@ -108,11 +108,11 @@ def test_an_average_is_of_one_way_of_calling() -> None:
 
 def test_the_last_line_says_what_was_not_run() -> None:
     names = ["openmpi", "mpich", "gloo", "impi"]
-    assert report.closing([], True) == "0 wrong: OK"
-    assert report.closing([], False) == "not checked"
-    assert report.closing([], True, names[:1]) == "0 wrong, 1 not run (openmpi): OK"
-    assert report.closing([], False, names[:2], True) == "not checked, 2 not run (openmpi; mpich): FAILED"
-    assert report.closing([], True, names).endswith(", 4 not run (openmpi; mpich; gloo; and 1 more): OK")
+    assert report.closing(0, True) == "0 wrong: OK"
+    assert report.closing(0, False) == "not checked"
+    assert report.closing(0, True, names[:1]) == "0 wrong, 1 not run (openmpi): OK"
+    assert report.closing(0, False, names[:2], True) == "not checked, 2 not run (openmpi; mpich): FAILED"
+    assert report.closing(0, True, names).endswith(", 4 not run (openmpi; mpich; gloo; and 1 more): OK")
 
 
 def test_peers_out_of_place_and_in_place_by_name(capsys: pytest.CaptureFixture[str]) -> None:
