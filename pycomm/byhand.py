@@ -3,8 +3,9 @@
 Whoever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT by hand may start two jobs with the same ones. With
 torch.distributed rank 0 holds the port, and a rank of the other job may join it all the same. Here ranks are
 of one job if one process started them, with the same arguments and environment. What tells a rank from its
-siblings does not count: variables that name ranks, devices or places, and values that may be a rank.
-PYCOMM_JOB, one word of the user's for all ranks, takes the place of all that.
+siblings does not count: variables and options that name ranks and devices, and the terminal's own variables.
+PYCOMM_JOB, one word of the user's for all ranks, takes the place of all that. Where two parts of one job are
+taken for two jobs they wait in vain, and say why; where two jobs were taken for one they would be wrong.
 """
 
 from __future__ import annotations
@@ -15,117 +16,149 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
 
 PLACE = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as other libraries name a job
 _WARN_AFTER_S = 3.0
-_NOT_OF_A_JOB = re.compile(
-    r"RANK|VISIBLE_DEVICES|AFFINITY|CPU_LIST|^OMP_PLACES$|^PYCOMM_|^_$|^SHLVL$|PWD$|^COLUMNS$|^LINES$|^PYTEST_"
+_OF_A_RANK = re.compile(
+    r"^((LOCAL|NODE|GROUP|ROLE|GLOBAL|WORLD|PROCESS)?_?RANK|RANK_?ID|DEVICE(_?ID)?|GPU(_?ID)?|GPUS|CARD"
+    r"|NUMA(_?NODE)?|WORKER(_?ID)?|SLOT|.*VISIBLE_DEVICES|.*AFFINITY|OMP_PLACES)$",
+    re.IGNORECASE,
 )
+_OF_A_TERMINAL = re.compile(r"^(PYCOMM_TAKEN|_|SHLVL|OLDPWD|PWD|COLUMNS|LINES|PYTEST_CURRENT_TEST)$")
 
 
 @dataclass(frozen=True)
 class Start:
     """How a rank was started."""
 
-    parent: int
+    parent: str
     arguments: tuple[str, ...]
     environ: Mapping[str, str]
+    command: tuple[str, ...] = field(compare=False)  # with the interpreter's own arguments
 
     def name(self) -> str:
         variables = sorted(map("=".join, self.environ.items()))
-        text = "\0".join([str(self.parent), *self.arguments, "", *variables])
+        text = "\0".join([self.parent, *self.arguments, "", *variables])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def difference(self, other: Start) -> str:
-        """In words, what the other one has and this one has not; empty if they are of one job."""
+        """In words, by what the other one differs; empty if they look like ranks of one job."""
         names = sorted(
-            name
-            for name in {*self.environ, *other.environ}
-            if self.environ.get(name) != other.environ.get(name)
+            (
+                name
+                for name in {*self.environ, *other.environ}
+                if self.environ.get(name) != other.environ.get(name)
+            ),
+            key=lambda name: (name != "PYCOMM_JOB", name),
         )
         if names:
-            first = names[0]
-            more = f" (and {len(names) - 1} more variables)" if names[1:] else ""
-            return f"{_shown(other, first)} there, {_shown(self, first)} here{more}"
-        if self.parent != other.parent:
-            return f"process {other.parent} started it, {self.parent} this one"
-        return "" if self.arguments == other.arguments else "it has other arguments"
+            more = f" and {len(names) - 1} more variables" if names[1:] else ""
+            return f"its {names[0]}{more} differ{'' if more else 's'}"
+        if self.command != other.command:
+            return "its command line differs"
+        return "another process started it" if self.parent != other.parent else ""
 
 
-def this_start(size: int) -> Start:
-    """How this process, one of `size`, was started; what it has set in os.environ since does not count."""
-    return _start(os.getpid(), size, _environ_of(os.getpid()) or os.environ)
+def this_start() -> Start:
+    """How this process was started; what it has set in os.environ since does not count."""
+    pid = os.getpid()
+    return _start(pid, _environ_of(pid) or os.environ, sys.argv)
 
 
 def parent_of(pid: int, rank_name: str) -> int:
     """The process that started a rank: the nearest ancestor that is not part of the rank itself, as a shell
     between launcher and Python would be."""
-    with contextlib.suppress(OSError):  # it has just ended
-        pid = _parent(pid)
-        while pid > 1 and rank_name in (_environ_of(pid) or {}):
-            pid = _parent(pid)
-    return pid
+    parent = os.getppid() if pid == os.getpid() else 0
+    with contextlib.suppress(OSError):  # it has just ended, or there is no /proc
+        parent = _parent(pid)
+        while parent > 1 and rank_name in (_environ_of(parent) or {}):
+            parent = _parent(parent)
+    return parent
 
 
-@contextlib.contextmanager
-def watching(rank: int, size: int) -> Iterator[None]:
-    """Warns, if it lasts, that others wait with the same MASTER_PORT for a job that is not this one."""
-    timer = threading.Timer(_WARN_AFTER_S, lambda: _warn(rank, stranger(size)))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+class Watch:
+    """While a rank waits for the others: warns, if that lasts, of whoever names the same place and is of
+    another job."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._start = this_start()  # now: a parent may end while its ranks wait
+        self._timer = threading.Timer(_WARN_AFTER_S, self._warn)
+        self._timer.daemon = True
+        self._found = ""
+
+    def __enter__(self) -> Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+
+    def remedy(self) -> str:
+        """What was found, and what to do about it."""
+        self._found = self._found or stranger(self._start)
+        if not self._found:
+            return ""
+        return (
+            f"{self._found}: they are taken for two jobs. If they are one, start all ranks with the same"
+            " PYCOMM_JOB=<any word>, or with `pycomm run`"
+        )
+
+    def _warn(self) -> None:
+        if remedy := self.remedy():
+            waits = f"pycomm: rank {self._rank} (pid {os.getpid()}) waits for the other ranks."
+            print(waits, remedy, file=sys.stderr, flush=True)
 
 
-def stranger(size: int) -> str:
+def stranger(own: Start) -> str:
     """Says what tells a process from this one that names the same place and is of another job; or nothing."""
-    own = this_start(size)
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal() or int(entry) == os.getpid():
-            continue
-        pid = int(entry)
-        theirs = _environ_of(pid)
-        if theirs is None or any(theirs.get(name) != os.environ.get(name) for name in PLACE):
-            continue
-        if theirs.get("RANK") is None or not _is_python(pid):
-            continue
-        # Its arguments cannot be told from its interpreter's: they are taken to be the same.
-        with contextlib.suppress(OSError):
-            difference = own.difference(_start(pid, size, theirs))
-            if difference:
-                return f"process {pid} has RANK={theirs['RANK']} and the same MASTER_PORT, but {difference}"
+    with contextlib.suppress(OSError):
+        for entry in filter(str.isdecimal, os.listdir("/proc")):
+            pid, theirs = int(entry), _environ_of(int(entry))
+            if pid == os.getpid() or theirs is None or "RANK" not in theirs or not _is_python(pid):
+                continue
+            if any(theirs.get(name) != os.environ.get(name) for name in PLACE):
+                continue
+            with contextlib.suppress(OSError):
+                if difference := own.difference(_start(pid, theirs, ())):
+                    return (
+                        f"Process {pid} has RANK={theirs['RANK']} and the same MASTER_PORT, but {difference}"
+                    )
     return ""
 
 
-def remedy(found: str) -> str:
-    """What to do about a stranger, where it is none."""
-    return (
-        f"{found}: they are taken for two jobs. If they are one, start all ranks with the same"
-        " PYCOMM_JOB=<any word>, or with `pycomm run`"
+def _start(pid: int, environ: Mapping[str, str], argv: Sequence[str]) -> Start:
+    shared = {k: v for k, v in environ.items() if not (_OF_A_RANK.match(k) or _OF_A_TERMINAL.match(k))}
+    return Start(
+        _origin(parent_of(pid, "RANK")), _without_rank(argv), shared, _without_rank(_command_of(pid))
     )
 
 
-def _warn(rank: int, found: str) -> None:
-    if found:
-        waits = f"pycomm: rank {rank} (pid {os.getpid()}) waits for the other ranks."
-        print(waits, remedy(found), file=sys.stderr, flush=True)
+def _without_rank(arguments: Sequence[str]) -> tuple[str, ...]:
+    """--local_rank=1, --local-rank 1 and cuda:1 without their numbers."""
+    kept: list[str] = []
+    of_a_rank = False
+    for part in arguments:
+        option, is_option, _ = part.partition("=")
+        named = bool(_OF_A_RANK.match(option.lstrip("-").replace("-", "_"))) and option.startswith("-")
+        kept.append(option if named else "" if of_a_rank else re.sub(r"(?<=\bcuda:)\d+$", "", part))
+        of_a_rank = named and not is_option
+    return tuple(kept)
 
 
-def _start(pid: int, size: int, environ: Mapping[str, str]) -> Start:
-    def may_be_a_rank(value: str) -> bool:
-        return value.isdecimal() and int(value) < size
-
-    shared = {k: v for k, v in environ.items() if not may_be_a_rank(v) and not _NOT_OF_A_JOB.search(k)}
-    arguments = tuple("" if may_be_a_rank(part.rpartition("=")[2]) else part for part in sys.argv)
-    return Start(parent_of(pid, "RANK"), arguments, shared)
-
-
-def _shown(start: Start, name: str) -> str:
-    return f"{name}={start.environ[name]!r}" if name in start.environ else f"no {name}"
+def _origin(parent: int) -> str:
+    """A process and nothing else: numbers are used again, and each pid namespace has its own."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+        with open(f"/proc/{parent}/stat", "rb") as file:
+            return f"{parent} {space} {file.read().rpartition(b')')[2].split()[19].decode()}"
+    except OSError:
+        return str(parent)
 
 
 def _environ_of(pid: int) -> dict[str, str] | None:
@@ -136,6 +169,14 @@ def _environ_of(pid: int) -> dict[str, str] | None:
     except OSError:
         return None
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def _command_of(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
 
 
 def _is_python(pid: int) -> bool:

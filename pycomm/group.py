@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native, byhand, objects
+from pycomm import _native, objects
 from pycomm.algorithm import introduce
+from pycomm.byhand import Watch
 from pycomm.rollcall import report
-from pycomm.world import BY_HAND, World, find_world, take
+from pycomm.world import World, by_hand, find_world, take
 
 T = TypeVar("T")
 
@@ -142,7 +143,7 @@ def init(
         call = next(_init_calls)
         address = f"{world.address}|{call}"
         report(world.address, rank, call + 1)
-        if BY_HAND in world.address:
+        if by_hand(world):
             return Communicator(_join_by_hand(world, address, timeout))
     else:
         raise ValueError(
@@ -153,12 +154,12 @@ def init(
 
 
 def _join_by_hand(world: World, address: str, timeout: float | None) -> _native.Communicator:
-    try:
-        with byhand.watching(world.rank, world.size):
+    with Watch(world.rank) as watch:
+        try:
             return _native.join(world.rank, world.size, address, timeout)
-    except _native.CommTimeoutError as error:
-        found = byhand.stranger(world.size)
-        raise _native.CommTimeoutError(f"{error} {byhand.remedy(found)}" if found else str(error)) from None
+        except _native.CommTimeoutError as error:
+            remedy = watch.remedy()
+            raise _native.CommTimeoutError(f"{error} {remedy}" if remedy else str(error)) from None
 
 
 def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None = None) -> list[T]:
@@ -204,7 +205,8 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}"
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 _init_calls = itertools.count()

@@ -156,7 +156,6 @@ class _Job:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=True,
                 preexec_fn=_child_setup(os.getpid(), cores),
             )
         except (OSError, subprocess.SubprocessError) as error:
@@ -324,6 +323,9 @@ def _child_setup(launcher: int, cores: set[int]) -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl
 
     def setup() -> None:
+        # A group of its own, to be ended with what it started. Not a session: the kernel shares cores between
+        # sessions first, and ranks that wait for each other on one core would wait for their session's turn.
+        os.setpgid(0, 0)
         # The kernel kills the rank when the launcher is gone, however it went.
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:

@@ -73,8 +73,14 @@ def job_address(job: str) -> str:
     return f"pycomm run|{job}"
 
 
+def by_hand(world: World) -> bool:
+    """Whether nobody but the user says which job it is."""
+    return BY_HAND in world.address or (world.launcher == "torchrun" and "|PYCOMM_JOB=" in world.address)
+
+
 def _place(world: World) -> str:
-    return f"{world.rank}/{world.size} {world.address}"
+    # Of a job started by hand without its name, which a program that a rank starts has not.
+    return f"{world.rank}/{world.size} {world.address.partition(BY_HAND)[0]}"
 
 
 def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
@@ -122,7 +128,7 @@ def _torch_job(env: _Environment) -> str:
     named = [f"{name}={env.get(name)}" for name in launchers if env.get(name)]
     if named:
         return "|".join([place, *named])
-    return f"{place}|{BY_HAND}|{this_start(env.integer('WORLD_SIZE')).name()}"
+    return f"{place}|{BY_HAND}|{this_start().name()}"
 
 
 class _Environment:

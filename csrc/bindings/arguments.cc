@@ -7,6 +7,8 @@
 #include "common/error.h"
 #include "common/words.h"
 
+namespace py = pybind11;
+
 namespace pycomm::bindings {
 
 namespace {
@@ -128,12 +130,16 @@ double seconds(PyObject* object, const char* name, bool or_none) {
 }
 
 std::string text(PyObject* object, const char* name) {
-  const char* utf8 = PyUnicode_Check(object) ? PyUnicode_AsUTF8(object) : nullptr;
-  if (!utf8) {
+  if (!PyUnicode_Check(object)) throw TypeError(given(object, name) + ": pass a string");
+  Py_ssize_t length = 0;
+  const char* utf8 = PyUnicode_AsUTF8AndSize(object, &length);
+  if (!utf8 || std::memchr(utf8, 0, static_cast<size_t>(length))) {
     PyErr_Clear();
-    throw TypeError(given(object, name) + ": pass a string");
+    throw ValueError(std::string("`") + name + "` is " +
+                     py::reinterpret_steal<py::object>(PyObject_ASCII(object)).cast<std::string>() +
+                     ": pass a string that is UTF-8 and has no null character");
   }
-  return utf8;
+  return {utf8, static_cast<size_t>(length)};
 }
 
 bool truth(PyObject* object) {

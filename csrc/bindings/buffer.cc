@@ -181,6 +181,10 @@ Buffer from_dlpack_method(const Kind& kind, PyObject* object, const char* name) 
 // An object that has its elements in another one: pycomm.Bucket.
 Buffer from_attribute(PyObject* object, const char* name) {
   py::object inner = py::handle(object).attr("__pycomm_buffer__");
+  if (PyObject_HasAttrString(inner.ptr(), "__pycomm_buffer__")) {
+    throw TypeError(std::string("`") + name +
+                    "`: its __pycomm_buffer__ has its elements in another one again");
+  }
   Buffer buffer = get_buffer(inner.ptr(), name);
   buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
   if (!buffer.exported) buffer.exported = keep_alive(std::move(inner));
@@ -302,10 +306,15 @@ bool peek_buffer(PyObject* object, Buffer& buffer) {
 }
 
 std::shared_ptr<void> hold_memory(PyObject* object) {
-  if (PyArray_Check(object)) {
-    py::object reference = py::reinterpret_steal<py::object>(PyWeakref_NewRef(object, nullptr));
-    if (!reference) throw py::error_already_set();
-    return keep_alive(std::move(reference));
+  if (PyArray_Check(object)) {  // NumPy resizes no array that a weak reference leads to
+    py::list references;
+    for (PyObject* array = object; array && PyArray_Check(array);
+         array = PyArray_BASE(reinterpret_cast<PyArrayObject*>(array))) {
+      py::object reference = py::reinterpret_steal<py::object>(PyWeakref_NewRef(array, nullptr));
+      if (!reference) throw py::error_already_set();
+      references.append(std::move(reference));
+    }
+    return keep_alive(std::move(references));
   }
   if (PyObject_HasAttrString(object, "__pycomm_buffer__"))
     return hold_memory(py::object(py::handle(object).attr("__pycomm_buffer__")).ptr());
@@ -356,8 +365,7 @@ py::object numpy_dtype(DType dtype) {
 
 DType dtype_from_python(PyObject* object) {
   if (PyUnicode_Check(object)) {
-    const std::string text = py::cast<std::string>(object);
-    return parse_dtype(text);
+    return parse_dtype(text(object, "dtype"));
   }
   if (std::strcmp(Py_TYPE(object)->tp_name, "torch.dtype") == 0) {
     return parse_dtype(py::str(py::handle(object)).cast<std::string>().substr(std::strlen("torch.")));

@@ -59,6 +59,7 @@ constexpr Method kSendRecv{"send_recv",
                            "dst",
                            false};
 PyCommunicator& self_of(PyObject* self) {
+  require_made(self);
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
   return value ? *static_cast<PyCommunicator*>(value) : py::handle(self).cast<PyCommunicator&>();
@@ -67,6 +68,7 @@ PyCommunicator& self_of(PyObject* self) {
 void run_now(PyCommunicator& comm, Invocation& call, Bound& bound) {
   GilPatience patience(call.eager(comm));
   bound = comm->bind(call.request);
+  if (call.before) bound.before = call.before;
   comm->run(bound, patience);
   recycle(call);
   if (call.then) call.then();

@@ -348,20 +348,26 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
   call.result = side.sends ? py::none() : call.x;
 }
 
-// How a list is cut, for ranks to compare: its shapes, and where these are too many for a message a number
-// for all.
-std::string signature_of(const std::vector<std::span<const int64_t>>& shapes) {
+struct Item {
+  std::span<const int64_t> shape;
+  DType dtype;
+};
+
+// How a list is cut, for ranks to compare: its shapes, with the types that are not the first item's, and
+// where these are too many for a message a number for all.
+std::string signature_of(const std::vector<Item>& list) {
   constexpr size_t kLongest = 180;
   Hasher all;
   std::string text;
   bool whole = true;
-  for (const std::span<const int64_t> extents : shapes) {
-    const std::string shape = shape_text(extents);
+  for (const Item& item : list) {
+    std::string shape = shape_text(item.shape);
+    if (item.dtype != list[0].dtype) shape = name(item.dtype) + shape;
     all.add(shape);
     whole = whole && text.size() + shape.size() <= kLongest;
     if (whole) text += (text.empty() ? "" : " ") + shape;
   }
-  text = "list of " + std::to_string(shapes.size()) + ": " + text;
+  text = "list of " + std::to_string(list.size()) + ": " + text;
   if (whole) return text;
   char number[24];
   std::snprintf(number, sizeof number, " ... #%08x", static_cast<unsigned>(all.digest()));
@@ -406,26 +412,33 @@ void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
   call.then = [keep = std::move(keep)] {};
 }
 
-// Several buffers of one type in one call: packed side by side, reduced, unpacked.
-void take_together(Invocation& call, std::vector<Buffer> ins, std::vector<Buffer> outs,
-                   std::shared_ptr<void> keep) {
+// Several buffers of one type in one call: packed side by side, reduced, unpacked. `at_once`: they are packed
+// now, not when the call runs.
+void take_together(Invocation& call, Group group, bool at_once, std::shared_ptr<void> keep) {
   int64_t total = 0;
-  for (const Buffer& b : ins) total += b.bytes();
+  for (const Buffer& b : group.ins) total += b.bytes();
   auto storage =
       std::shared_ptr<char>(static_cast<char*>(std::aligned_alloc(64, (total + 64) / 64 * 64)), std::free);
   if (!storage) throw std::bad_alloc();
-  char* to = storage.get();
-  for (const Buffer& b : ins) {
-    kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
-    to += b.bytes();
-  }
   call.in.data = call.out.data = storage.get();
-  call.in.dtype = call.out.dtype = ins[0].dtype;
-  call.in.count = call.out.count = total / static_cast<int64_t>(size_of(ins[0].dtype));
+  call.in.dtype = call.out.dtype = group.ins[0].dtype;
+  call.in.count = call.out.count = total / static_cast<int64_t>(size_of(group.ins[0].dtype));
   call.request.call.counts.assign(1, call.in.count);
   call.request.call.in_place = true;
   call.storage = storage;
-  call.then = [outs = std::move(outs), storage, keep = std::move(keep)] {
+  auto pack = [ins = std::move(group.ins), storage, keep] {
+    char* to = storage.get();
+    for (const Buffer& b : ins) {
+      kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
+      to += b.bytes();
+    }
+  };
+  if (at_once) {
+    pack();
+  } else {
+    call.before = std::move(pack);
+  }
+  call.then = [outs = std::move(group.outs), storage, keep = std::move(keep)] {
     const char* from = storage.get();
     for (const Buffer& b : outs) {
       kernels::copy_bytes(b.data, from, static_cast<size_t>(b.bytes()));
@@ -540,7 +553,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   const bool only_sends =
       method.collective == Collective::broadcast && comm->rank() == root && !args[Arg::out];
   std::vector<Group> groups;
-  std::vector<std::span<const int64_t>> shapes;
+  std::vector<Item> list;
   const auto take = [&](size_t i, const std::string& x, const std::string& to) {
     Buffer in = get_buffer(items[i].ptr(), x.c_str()), out = get_buffer(out_items[i].ptr(), to.c_str());
     if (!only_sends) require_writable(out, to.c_str());
@@ -551,7 +564,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
       group = groups.emplace(groups.end());
       group->alone = in.bytes() >= kLongCopyBytes;
     }
-    shapes.push_back(in.shape);
+    list.push_back({in.shape, in.dtype});
     group->ins.push_back(std::move(in));
     if (!only_sends) group->outs.push_back(std::move(out));
   };
@@ -567,13 +580,14 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   }
   std::vector<Invocation> calls;
   std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items, out_items))};
-  if (truth(args[Arg::async_op])) {  // the copy back comes later
+  if (truth(args[Arg::async_op])) {  // the copies come later
+    for (const py::handle item : items) held.push_back(hold_memory(item.ptr()));
     for (const py::handle item : out_items) held.push_back(hold_memory(item.ptr()));
   }
   const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
-  const std::string signature = signature_of(shapes);
-  const bool any_alone = std::ranges::any_of(groups, &Group::alone),
-             apart = any_alone && !any_overlap(groups);
+  const std::string signature = signature_of(list);
+  // What one call writes another may read: then all are read before the first.
+  const bool apart = (groups.size() == 1 && !groups[0].alone) || !any_overlap(groups);
   for (Group& group : groups) {
     Invocation& call = calls.emplace_back();
     call.request.call.world.collective = method.collective;
@@ -582,7 +596,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     if (group.alone && apart) {
       take_alone(call, std::move(group), keep);
     } else {
-      take_together(call, std::move(group.ins), std::move(group.outs), keep);
+      take_together(call, std::move(group), !apart, keep);
     }
     call.in.signature = signature;
     finish_request(call);

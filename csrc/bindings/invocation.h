@@ -34,6 +34,7 @@ struct Invocation {
   runtime::Request request;
   Buffer in, out;                 // as far as this rank has them
   pybind11::object x, result;     // kept alive; what the method returns
+  std::function<void()> before;   // by whoever runs the call, when those before it are over
   std::function<void()> then;     // after success
   std::shared_ptr<void> storage;  // coalesced calls: the packed buffer
 };
@@ -44,8 +45,8 @@ bool overlap(const Buffer& in, const Buffer& out);
 // send_recv: the send and the receive.
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args);
-// all_reduce([a, b, c]) and broadcast: one call for each element type among them, of a packed copy that `then`
-// unpacks, and one for each large buffer.
+// all_reduce([a, b, c]) and broadcast: one call for each element type among them, of a packed copy that
+// `then` unpacks, and one for each large buffer.
 std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args);
 
 // Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.

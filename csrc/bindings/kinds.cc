@@ -1,6 +1,5 @@
 #include "bindings/kinds.h"
 
-#include <array>
 #include <string>
 #include <unordered_map>
 
@@ -50,59 +49,24 @@ bool is_of_jax(PyTypeObject* type) {
 
 bool says_yes(PyObject* method, PyObject* object) {
   if (!method) return false;
-  return py::reinterpret_borrow<py::object>(method)(py::handle(object)).cast<bool>();
+  const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method, object));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
 }
-
-// The tensors that were asked last, by weak reference: to ask takes as long as the rest of a small call. What
-// the answer of a real tensor may change with brings other memory (x.data = y), but for torch's own private
-// functions. Of complex ones it may not: x.data = x.conj() is a public way.
-class Asked {
- public:
-  bool has(PyObject* object, const void* data) const {
-    const Entry& entry = entries_[place(object)];
-    return entry.reference && entry.data == data && is_to(entry.reference, object);
-  }
-  void add(PyObject* object, const void* data) {
-    PyObject* reference = PyWeakref_NewRef(object, nullptr);
-    if (!reference) return PyErr_Clear();  // of a type without: asked every time
-    Entry& entry = entries_[place(object)];
-    std::swap(entry.reference, reference);
-    entry.data = data;
-    Py_XDECREF(reference);
-  }
-
- private:
-  struct Entry {
-    PyObject* reference = nullptr;
-    const void* data = nullptr;
-  };
-  static constexpr int kLogEntries = 8;
-  static size_t place(PyObject* object) {
-    return reinterpret_cast<uintptr_t>(object) * 0x9e3779b97f4a7c15ULL >> (64 - kLogEntries);
-  }
-#if PY_VERSION_HEX >= 0x030D0000
-  static bool is_to(PyObject* reference, PyObject* object) {
-    PyObject* found = nullptr;
-    if (PyWeakref_GetRef(reference, &found) <= 0) return false;
-    Py_DECREF(found);
-    return found == object;
-  }
-#else
-  static bool is_to(PyObject* reference, PyObject* object) {
-    return PyWeakref_GET_OBJECT(reference) == object;
-  }
-#endif
-
-  std::array<Entry, 1 << kLogEntries> entries_;
-};
 
 // Types of less than a byte, of which torch keeps one in each, look like these.
 void require_own_dtype(PyObject* object, DType dtype, const char* name) {
   if (dtype != DType::int8 && dtype != DType::uint8) return;
-  const std::string text = py::str(py::getattr(object, "dtype", py::str(pycomm::name(dtype))));
-  if (text.substr(text.rfind('.') + 1) == pycomm::name(dtype)) return;
-  throw TypeError(std::string("`") + name + "` has dtype " + text +
-                  ", which cannot be communicated: pass x.view(torch.uint8), say, to move the bytes");
+  static PyObject* known[2] = {};  // the exporter's own objects, once their names have been read
+  const py::object own = py::getattr(object, "dtype", py::none());
+  PyObject*& right = known[dtype == DType::uint8];
+  if (own.ptr() == right || own.is_none()) return;
+  const std::string text = py::str(own);
+  if (text.substr(text.rfind('.') + 1) != pycomm::name(dtype)) {
+    throw TypeError(std::string("`") + name + "` has dtype " + text +
+                    ", which cannot be communicated: pass x.view(torch.uint8), say, to move the bytes");
+  }
+  if (!right) right = py::object(own).release().ptr();
 }
 
 }  // namespace
@@ -125,9 +89,8 @@ const Kind& kind_of(PyTypeObject* type) {
 
 void require_computed(const Kind& kind, PyObject* object, const dlpack::Elements& elements,
                       const char* name) {
-  static Asked asked;
+  // Asked every time: x.data = y changes the answer, and y may lie where x did.
   const bool complex = elements.dtype == DType::complex64 || elements.dtype == DType::complex128;
-  if (!complex && asked.has(object, elements.data)) return;
   const auto deferred = [&](const char* what, const char* remedy) {
     throw ValueError(std::string("`") + name + "` is " + what + " that has not been computed yet: pass x." +
                      remedy + "()");
@@ -135,7 +98,6 @@ void require_computed(const Kind& kind, PyObject* object, const dlpack::Elements
   if (complex && says_yes(kind.is_conj, object)) deferred("a conjugate", "resolve_conj");
   if (says_yes(kind.is_neg, object)) deferred("a negation", "resolve_neg");
   require_own_dtype(object, elements.dtype, name);
-  asked.add(object, elements.data);
 }
 
 }  // namespace pycomm::bindings

@@ -35,7 +35,26 @@ void translate(const py::list& args, const py::dict& keywords) {
   }
 }
 
+// pybind11 would make something of the memory that such an object has.
+bool is_unmade(PyObject* object) {
+  if (!PyObject_TypeCheck(reinterpret_cast<PyObject*>(Py_TYPE(object)),
+                          py::detail::get_internals().default_metaclass)) {
+    return false;
+  }
+  const auto* instance = reinterpret_cast<const py::detail::instance*>(object);
+  return instance->simple_layout && !instance->simple_holder_constructed;
+}
+
+bool refuse_unmade(PyObject* object) {
+  if (!object || !is_unmade(object)) return false;
+  PyErr_Format(PyExc_TypeError, "%s.__init__() has not been called: call it before anything else",
+               Py_TYPE(object)->tp_name);
+  return true;
+}
+
+template <bool kMakes>
 PyObject* call_tuple(PyObject* self, PyObject* args, PyObject* keywords) {
+  if (!kMakes && PyTuple_GET_SIZE(args) > 0 && refuse_unmade(PyTuple_GET_ITEM(args, 0))) return nullptr;
   PyObject* result = dispatch_tuple(self, args, keywords);
   if (!result) {
     translate(py::list(py::reinterpret_borrow<py::tuple>(args)),
@@ -44,7 +63,9 @@ PyObject* call_tuple(PyObject* self, PyObject* args, PyObject* keywords) {
   return result;
 }
 
+template <bool kMakes>
 PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* names) {
+  if (!kMakes && nargs > 0 && refuse_unmade(args[0])) return nullptr;
   PyObject* result = dispatch_fast(self, args, nargs, names);
   if (!result) {
     py::list positional;
@@ -59,19 +80,21 @@ PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
 }
 
 // All of them have one dispatcher; which calling convention it has depends on pybind11's version.
+template <bool kMakes>
 void translate_errors_of(py::handle value) {
   PyObject* function = py::detail::get_function(value).ptr();
   if (!function || !PyCFunction_Check(function)) return;
   PyMethodDef* def = reinterpret_cast<PyCFunctionObject*>(function)->m_ml;
   void* const dispatcher = reinterpret_cast<void*>(def->ml_meth);
+  const auto is = [&](auto* ours) { return dispatcher == reinterpret_cast<void*>(ours); };
   if (def->ml_flags == (METH_FASTCALL | METH_KEYWORDS)) {
-    if (dispatcher == reinterpret_cast<void*>(call_fast)) return;
+    if (is(call_fast<true>) || is(call_fast<false>)) return;
     dispatch_fast = reinterpret_cast<_PyCFunctionFastWithKeywords>(dispatcher);
-    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fast));
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fast<kMakes>));
   } else if (def->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
-    if (dispatcher == reinterpret_cast<void*>(call_tuple)) return;
+    if (is(call_tuple<true>) || is(call_tuple<false>)) return;
     dispatch_tuple = reinterpret_cast<PyCFunctionWithKeywords>(dispatcher);
-    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_tuple));
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_tuple<kMakes>));
   }
 }
 
@@ -87,6 +110,10 @@ int refuse_to_make(PyObject* self, PyObject*, PyObject*) {
 void refuse(PyObject* object, const char* name) {
   py::module_::import("pycomm.checks").attr("refuse")(py::handle(object), name);
   throw TypeError(std::string("`") + name + "` is no buffer");
+}
+
+void require_made(PyObject* self) {
+  if (refuse_unmade(self)) throw py::error_already_set();
 }
 
 bool is_number(PyObject* object) { return PyObject_HasAttrString(object, "dtype"); }
@@ -129,11 +156,12 @@ std::string word_for(PyObject* object) {
 
 void translate_type_errors(py::module_& module) {
   for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(module.attr("__dict__"))) {
-    translate_errors_of(value);
+    translate_errors_of<false>(value);
     if (!PyType_Check(value.ptr())) continue;
     auto* type = reinterpret_cast<PyTypeObject*>(value.ptr());
     for (const auto& [attribute, method] : py::reinterpret_borrow<py::dict>(type->tp_dict)) {
-      translate_errors_of(method);
+      const bool makes = attribute.cast<std::string>() == "__init__";
+      makes ? translate_errors_of<true>(method) : translate_errors_of<false>(method);
     }
     const bool of_pybind = PyObject_TypeCheck(value.ptr(), py::detail::get_internals().default_metaclass);
     PyObject* made_by = PyDict_GetItemString(type->tp_dict, "__init__");

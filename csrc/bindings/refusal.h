@@ -13,6 +13,8 @@ namespace pycomm::bindings {
 [[noreturn]] void refuse(PyObject* object, const char* name);
 // A NumPy scalar, whose buffer nothing can be written to.
 bool is_number(PyObject* object);
+// Throws TypeError for an object of a class of pybind11's whose __init__ has not been called.
+void require_made(PyObject* self);
 
 // For elements that lie side by side, with their axes in another order than C's, as in torch's channels_last:
 // the view that is in C order, "x.permute(0, 2, 3, 1), which is the same memory, or ". Otherwise nothing.

@@ -169,6 +169,7 @@ py::object make_persistent(PyCommunicator& comm, Invocation& call) {
 
 py::object start(PyCommunicator& comm, Invocation& call) {
   Bound bound = comm->bind(call.request);
+  bound.before = call.before;
   bound.then = call.then;
   return start(comm, call, std::move(bound));
 }

@@ -217,6 +217,12 @@ void Communicator::leave(const std::string& error, Patience& patience) {
                       " left the group with calls under way, because of an error: " + error);
     domain_->ring(rank());
   }
+  if (!closed()) {
+    auto& words = domain_->self().last_words;
+    for (size_t i = 0; i < std::min(error.size(), std::size(words) - 1); ++i) {
+      words[i].store(error[i], std::memory_order_relaxed);
+    }
+  }
   close(patience);
 }
 

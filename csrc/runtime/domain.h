@@ -82,6 +82,7 @@ struct Member {
   std::atomic<int32_t> cpu;        // 1 + where it last waited
   std::atomic<uint32_t> doorbell;  // futex
   alignas(kApart) Entry entries[2];
+  std::atomic<char> last_words[512];  // of a rank that left because of an error; written before `closed`
 };
 
 enum class FailureKind : uint32_t { none, peer_lost, mismatch, timeout, aborted };

@@ -78,6 +78,16 @@ std::string rank_name(const Domain& domain, int rank) {
   return "rank " + std::to_string(domain.display_rank(rank));
 }
 
+std::string last_words_of(const Member& member) {
+  std::string text;
+  for (const std::atomic<char>& letter : member.last_words) {
+    const char found = letter.load(std::memory_order_relaxed);
+    if (!found) break;
+    text += found;
+  }
+  return text;
+}
+
 // A peer that ended before it finished this call is lost, unless what is waited for came before its end.
 void look_for_losses(Domain& domain, const Run& run) {
   const bool deaths = domain.node().any_dead().has_value();
@@ -88,10 +98,13 @@ void look_for_losses(Domain& domain, const Run& run) {
     const int node_rank = domain.node_ranks()[rank];
     if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
+    const std::string error = last_words_of(peer);
     domain.fail(
         FailureKind::peer_lost,
-        closed ? rank_name(domain, rank) + " closed its communicator before " + describe(run.record()) +
-                     ", which " + rank_name(domain, domain.rank()) + " had called."
+        closed ? rank_name(domain, rank) +
+                     (error.empty() ? " closed its communicator" : " left the group because of an error") +
+                     " before " + describe(run.record()) + ", which " + rank_name(domain, domain.rank()) +
+                     " had called" + (error.empty() ? "." : ": " + error)
                : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
                      ") has ended in or before " + describe(run.record()) + ", call " +
                      std::to_string(run.call()) +

@@ -26,6 +26,11 @@ PYCOMM = WORKERS / "engine_pycomm.py"
 Cpus = Sequence[Sequence[int]]  # of each rank
 
 
+def _own_group() -> None:
+    """Not a session of its own, between which the kernel shares cores first: see pycomm.launch."""
+    os.setpgid(0, 0)
+
+
 class RankSet:
     """One engine's ranks. Every order goes to all of them; what they answer comes back in rank order."""
 
@@ -144,7 +149,7 @@ class RankSet:
                             stdin=subprocess.DEVNULL,
                             stdout=errors,
                             stderr=errors,
-                            start_new_session=True,
+                            preexec_fn=_own_group,
                         )
                     )
                 self._meet(listener)
