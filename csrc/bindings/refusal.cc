@@ -82,7 +82,7 @@ PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
 // All of them have one dispatcher; which calling convention it has depends on pybind11's version.
 template <bool kMakes>
 void translate_errors_of(py::handle value) {
-  PyObject* function = py::detail::get_function(value).ptr();
+  PyObject* function = value.is_none() ? nullptr : py::detail::get_function(value).ptr();
   if (!function || !PyCFunction_Check(function)) return;
   PyMethodDef* def = reinterpret_cast<PyCFunctionObject*>(function)->m_ml;
   void* const dispatcher = reinterpret_cast<void*>(def->ml_meth);
@@ -162,6 +162,9 @@ void translate_type_errors(py::module_& module) {
     for (const auto& [attribute, method] : py::reinterpret_borrow<py::dict>(type->tp_dict)) {
       const bool makes = attribute.cast<std::string>() == "__init__";
       makes ? translate_errors_of<true>(method) : translate_errors_of<false>(method);
+      if (PyObject_TypeCheck(method.ptr(), &PyProperty_Type)) {
+        for (const char* side : {"fget", "fset"}) translate_errors_of<false>(method.attr(side));
+      }
     }
     const bool of_pybind = PyObject_TypeCheck(value.ptr(), py::detail::get_internals().default_metaclass);
     PyObject* made_by = PyDict_GetItemString(type->tp_dict, "__init__");

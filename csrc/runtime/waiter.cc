@@ -98,7 +98,7 @@ void look_for_losses(Domain& domain, const Run& run) {
     const int node_rank = domain.node_ranks()[rank];
     if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
-    const std::string error = last_words_of(peer);
+    const std::string error = last_words_of(domain.waker(rank));  // of the group, if this is a pair
     domain.fail(
         FailureKind::peer_lost,
         closed ? rank_name(domain, rank) +

@@ -110,6 +110,24 @@ def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_what_a_view_is_of_is_not_resized(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        gate = comm.split(0)
+        whole = np.ones(100_000)
+        if comm.rank == 0:
+            work = comm.all_reduce(whole[:50_000], async_op=True)
+            with pytest.raises(ValueError, match="weak"):
+                whole.resize(10, refcheck=False)
+            gate.barrier()
+        else:
+            gate.barrier()
+            work = comm.all_reduce(whole[:50_000], async_op=True)
+        work.wait()
+        assert whole[0] == comm.size
+
+    ranks(fn, 2)
+
+
 def test_lists_may_change_while_their_call_is_under_way(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         gate = comm.split(0)

@@ -320,6 +320,58 @@ def test_lists_that_are_cut_differently(ranks: Ranks, mine: list[Any], theirs: l
             assert f'"list of {len(shapes)}: ' + " ".join(map(str, shapes))[:150] in text
 
 
+def test_lists_whose_types_are_in_another_order(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> str:
+        dtypes = [np.float32, np.float64, np.float32] if comm.rank else [np.float32, np.float32, np.float64]
+        with pytest.raises(pycomm.MismatchError) as caught:
+            comm.all_reduce([np.ones(1, dtype) for dtype in dtypes])
+        return str(caught.value)
+
+    for text in ranks(fn, 2):
+        assert "(1,) float64(1,) (1,)" in text and "(1,) (1,) float64(1,)" in text
+
+
+def test_a_list_is_read_when_the_calls_before_it_are_over(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        for count in (3, 100_000):
+            for last in (False, True):
+                x = np.ones(count)
+                first = comm.all_reduce(x, async_op=True)
+                second = comm.all_reduce([x, np.ones(5, np.int32)], async_op=last)
+                first.wait()
+                if last:
+                    second.wait()
+                assert (x == comm.size**2).all()
+
+    ranks(fn, 3)
+
+
+def test_objects_that_were_not_made(ranks: Ranks) -> None:
+    class Early(Communicator):
+        def __init__(self, other: Communicator, use: Callable[[Any], Any]) -> None:
+            use(self)
+            super().__init__(other)
+
+    def fn(comm: Communicator) -> None:
+        uses: list[Callable[[Any], Any]] = [
+            lambda c: c.rank,
+            lambda c: c.barrier(),
+            lambda c: c.all_reduce(np.ones(3)),
+            lambda c: c.explain("all_reduce", 4),
+        ]
+        for use in uses:
+            with pytest.raises(TypeError, match=r"__init__\(\) has not been called"):
+                Early(comm, use)
+        with pytest.raises(TypeError, match="has not been called"):
+            pycomm.Work.__new__(pycomm.Work).wait()
+        for word in ("one_shot\0", "\ud800"):
+            with pytest.raises(ValueError, match="UTF-8"):
+                comm.all_reduce(np.ones(3), algorithm=word)
+        assert comm.all_reduce(np.ones(1))[0] == comm.size
+
+    ranks(fn, 2)
+
+
 def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = np.zeros(8, np.float32)

@@ -44,7 +44,23 @@ def test_an_error_is_not_kept_waiting(what: str, ranks: Ranks) -> None:
     before = time.monotonic()
     text = ranks(fn, 2, timeout=60)[1]
     assert time.monotonic() - before < 10
-    assert "rank 0" in text and ("RuntimeError: boom" in text) == (what != "none"), text
+    assert "rank 0" in text and "RuntimeError: boom" in text, text
+
+
+@pytest.mark.parametrize("words", ["no data", "no data in \udcff\0"])
+def test_an_error_is_quoted_to_whoever_waits(words: str, ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 0:
+            with pytest.raises(RuntimeError, match="no data"), comm:
+                raise RuntimeError(words)
+            return ""
+        with pytest.raises(pycomm.PeerLostError) as caught:
+            comm.all_reduce(np.ones(4))
+        return str(caught.value)
+
+    text = ranks(fn, 2, timeout=60)[1]
+    assert text.startswith("rank 0 left the group because of an error before all_reduce(count=4"), text
+    assert "had called: RuntimeError: no data" in text
 
 
 def test_an_error_in_a_rank_thread_with_calls_under_way() -> None:

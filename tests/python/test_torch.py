@@ -163,6 +163,11 @@ def test_deferred_negation_and_conjugation(ranks: Ranks) -> None:
         for x in (real, whole, complex_):
             for _ in range(3):
                 comm.all_reduce(x, op="max" if x is not complex_ else "sum")
+        moved = one.conj().imag.clone()
+        comm.all_reduce(moved)
+        moved.data = one.conj().imag  # the same object, of other memory and with a lazy bit
+        with pytest.raises(ValueError, match="negation"):
+            comm.all_reduce(moved)
         negations = [torch._neg_view(real), torch._neg_view(whole), torch._neg_view(complex_)]
         assert one.conj().imag.is_neg()
         for bad in (*negations, one.conj().imag):
