@@ -7,6 +7,7 @@ comm.all_reduce(gradient, op="avg")
 from typing import Any
 
 try:
+    from pycomm import interpreter  # noqa: F401, I001
     from pycomm import _native  # noqa: F401
 except ImportError as error:
     if error.name not in ("pycomm", "pycomm._native"):

@@ -35,7 +35,8 @@ NOTICE_S = (
 )
 GRACE_S = 5.0  # between SIGTERM, or a signal that is passed on, and SIGKILL
 ECHO_S = 0.1  # timeout(1) and others send a signal to a process and to its group: that is one signal
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)  # schedulers warn of a job's end by the last two
 
 _FILES = 64  # that the launcher opens beside those of the ranks, with room to spare
 _FILES_OF_A_RANK = 3  # two streams, and a pidfd
@@ -242,6 +243,9 @@ class _Job:
 
     def _forward(self, signals: int) -> None:
         for number in map(signal.Signals, os.read(signals, 64)):
+            if number not in ENDING:
+                self._signal(number)
+                continue
             before, self._signalled = self._signalled, (number, time.monotonic())
             if before is None:
                 self._ending = True
@@ -304,6 +308,8 @@ def _caught_signals() -> Iterator[int]:
     forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, _noted) for number in forwarded}
+    # Where it is ignored, the kernel reaps the ranks itself and keeps no exit code.
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     wakeup = signal.set_wakeup_fd(sink)
     try:
         yield source

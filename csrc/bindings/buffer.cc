@@ -163,7 +163,8 @@ Buffer from_exchange(const Kind& kind, PyObject* object, const char* name) {
   }
   const dlpack::Elements elements = read_on_host(tensor, name);
   Buffer buffer = from_elements(elements, name);
-  buffer.writable = !kind.immutable;
+  buffer.in_graph = is_in_graph(kind, object);
+  buffer.writable = !kind.immutable && !buffer.in_graph;
   require_computed(kind, object, elements, name);
   return buffer;
 }
@@ -339,6 +340,11 @@ void require_writable(const Buffer& buffer, const char* name) {
     throw ValueError(std::string("`") + name +
                      "` exports a copy of its elements, and the result would be lost in it: pass out=, or an "
                      "array of NumPy's");
+  }
+  if (buffer.in_graph) {
+    throw ValueError(std::string("`") + name +
+                     "` has a grad_fn, and autograd would not see that it is written: pass out=, or "
+                     "x.detach().clone()");
   }
   throw ValueError(std::string("`") + name +
                    "` is read-only and the result would be written to it: pass out=, or a writable copy");

@@ -21,7 +21,8 @@ struct Buffer {
   int64_t count = 0;               // elements
   std::span<const int64_t> shape;  // the object's own: valid while it lives and keeps its shape
   bool writable = true;
-  bool copied = false;  // by who exported it: what is written to it is lost
+  bool copied = false;    // by whoever exported it: what is written to it is lost
+  bool in_graph = false;  // of autograd's
   std::shared_ptr<void>
       exported;           // keeps what a protocol handed out; the object itself is kept by who called
   std::string signature;  // what ranks compare besides, of an object that has its elements in another

@@ -79,12 +79,24 @@ const Kind& kind_of(PyTypeObject* type) {
   if (kind.exchange) {
     kind.is_conj = attribute(type, "is_conj");
     kind.is_neg = attribute(type, "is_neg");
+    if (PyObject* property = attribute(type, "requires_grad")) {
+      kind.requires_grad = has_attribute(Py_TYPE(property), "__get__") ? property : nullptr;
+    }
     kind.unmade = has_attribute(type, "materialize") && has_attribute(type, "cls_to_become");
   }
   kind.masked = is_a(type, "numpy.ma", "MaskedArray");
   kind.immutable = is_of_jax(type);
   Py_INCREF(type);
   return known.insert_or_assign(type, kind).first->second;
+}
+
+bool is_in_graph(const Kind& kind, PyObject* object) {
+  if (!kind.requires_grad) return false;
+  const auto get = Py_TYPE(kind.requires_grad)->tp_descr_get;
+  const auto requires_grad = py::reinterpret_steal<py::object>(
+      get(kind.requires_grad, object, reinterpret_cast<PyObject*>(Py_TYPE(object))));
+  if (!requires_grad) throw py::error_already_set();
+  return requires_grad.ptr() == Py_True && !py::getattr(object, "grad_fn", py::none()).is_none();
 }
 
 void require_computed(const Kind& kind, PyObject* object, const dlpack::Elements& elements,

@@ -13,9 +13,10 @@ struct Kind {
   // else than its elements.
   PyObject* is_conj = nullptr;
   PyObject* is_neg = nullptr;
-  bool masked = false;     // NumPy's masked arrays: of some elements the memory does not count
-  bool immutable = false;  // JAX's arrays, which their DLPack capsules do not say
-  bool unmade = false;     // torch's parameters of lazy modules, which have no shape yet
+  PyObject* requires_grad = nullptr;  // the type's property, or null
+  bool masked = false;                // NumPy's masked arrays: of some elements the memory does not count
+  bool immutable = false;             // JAX's arrays, which their DLPack capsules do not say
+  bool unmade = false;                // torch's parameters of lazy modules, which have no shape yet
 };
 
 const Kind& kind_of(PyTypeObject* type);
@@ -23,5 +24,8 @@ const Kind& kind_of(PyTypeObject* type);
 // Throws unless the elements that `object` has exported are in its memory as they are: ValueError for lazy
 // bits, TypeError for a type of its own that DLPack calls int8 or uint8 (torch.int4).
 void require_computed(const Kind& kind, PyObject* object, const dlpack::Elements& elements, const char* name);
+
+// Whether autograd has computed `object` from others: it would not notice that its memory is written.
+bool is_in_graph(const Kind& kind, PyObject* object);
 
 }  // namespace pycomm::bindings

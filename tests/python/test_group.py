@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import numpy as np
@@ -152,3 +153,11 @@ def test_init_alone() -> None:
 def test_premul_sum_holds_its_factor() -> None:
     assert pycomm.premul_sum(0.5).factor == 0.5
     assert pycomm.premul_sum(0.5) == pycomm.premul_sum(0.5)
+
+
+def test_a_subinterpreter_is_told_at_once() -> None:
+    interpreters = pytest.importorskip("_xxsubinterpreters")  # of another name since Python 3.13
+    number = interpreters.create()
+    with pytest.raises(Exception, match="main interpreter alone"):
+        interpreters.run_string(number, f"import sys; sys.path[:0] = {sys.path}; import pycomm")
+    interpreters.destroy(number)

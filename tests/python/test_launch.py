@@ -457,3 +457,29 @@ def test_usage(args: list[str], words: str) -> None:
 )
 def test_how_many_ranks(script: Callable[[str], str], option: list[str]) -> None:
     assert sorted(run(*option, script("print('here')")).stdout.splitlines()) == ["[0] here", "[1] here"]
+
+
+def test_a_warning_signal_reaches_the_ranks_and_ends_nothing(script: Callable[[str], str]) -> None:
+    path = script(
+        "import signal\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n"
+        "print('ready', flush=True)\n"
+        "print('got', signal.sigtimedwait([signal.SIGUSR1], 20).si_signo == signal.SIGUSR1)\n"
+    )
+    job = subprocess.Popen([*RUN, "-n", "2", path], stdout=subprocess.PIPE, text=True)
+    assert job.stdout
+    assert sorted(job.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=30)
+    assert (sorted(out.splitlines()), job.returncode) == (["[0] got True", "[1] got True"], 0)
+
+
+def test_ignored_children(script: Callable[[str], str]) -> None:
+    """As a daemon's children may find it: the kernel would keep no exit code of a rank."""
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        " os.execv(sys.executable, sys.argv[1:])"
+    )
+    for code in (0, 3):
+        path = script(f"import sys; sys.exit({code})")
+        run("-n", "2", path, code=code, command=[sys.executable, "-c", ignoring, *RUN])

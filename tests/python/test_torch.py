@@ -306,3 +306,24 @@ def test_memory_that_is_replaced_under_a_started_call(ranks: Ranks) -> None:
             assert (kept == 2).all()
 
     ranks(fn, 2)
+
+
+def test_autograd_is_not_written_behind_its_back(ranks: Ranks) -> None:
+    """It keeps results to compute gradients of, and would not see a change."""
+
+    def fn(comm: Communicator) -> None:
+        weight = torch.ones(3, requires_grad=True)
+        hidden = weight.exp()
+        for call in (
+            lambda: comm.all_reduce(hidden),
+            lambda: comm.all_reduce([hidden]),
+            lambda: comm.all_reduce_init(hidden),
+            lambda: comm.all_gather(weight, out=hidden.repeat(2)),
+        ):
+            with pytest.raises(ValueError, match=r"has a grad_fn.*x.detach\(\).clone\(\)"):
+                call()
+        assert comm.all_reduce(hidden, out=torch.empty(3))[0] > 2  # it may be read
+        comm.broadcast(weight.requires_grad_())  # a leaf
+        comm.broadcast([weight])
+
+    ranks(fn, 2)
