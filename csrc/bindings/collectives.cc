@@ -59,8 +59,9 @@ constexpr Method kSendRecv{"send_recv",
                            "dst",
                            false};
 PyCommunicator& self_of(PyObject* self) {
-  require_made(self);
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
+  if (!instance->simple_holder_constructed) [[unlikely]]
+    require_made(self);
   void* value = instance->simple_layout ? instance->simple_value_holder[0] : nullptr;
   return value ? *static_cast<PyCommunicator*>(value) : py::handle(self).cast<PyCommunicator&>();
 }
