@@ -167,8 +167,11 @@ def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None 
 
     If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
     that came first is raised here. A communicator is closed when its rank returns. `timeout` is as in init.
-    For tests and notebooks: rank threads share the interpreter's lock between calls.
+    For tests and notebooks: rank threads share the interpreter's lock between calls, and all that is not made
+    in `fn`. A model from outside is one model, which all of them change.
     """
+    if not callable(fn):
+        raise TypeError(f"`fn` is {fn!r}: pass a function first, then how many ranks: run_local(fn, 2)")
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
     comms = [Communicator(comm) for comm in _native.join_threads(n, timeout)]

@@ -155,6 +155,11 @@ def test_premul_sum_holds_its_factor() -> None:
     assert pycomm.premul_sum(0.5) == pycomm.premul_sum(0.5)
 
 
+def test_ranks_before_the_function() -> None:
+    with pytest.raises(TypeError, match=r"`fn` is 2: .*run_local\(fn, 2\)"):
+        pycomm.run_local(2, print)  # type: ignore[arg-type]
+
+
 def test_a_subinterpreter_is_told_at_once() -> None:
     interpreters = pytest.importorskip("_xxsubinterpreters")  # of another name since Python 3.13
     number = interpreters.create()
