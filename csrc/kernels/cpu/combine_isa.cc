@@ -67,6 +67,12 @@ struct Factors {
 template <class F>
 using Factor = std::conditional_t<kIsFloat<typename F::Value>, typename F::Value, double>;
 
+template <Finish kFinish, class V, class F>
+PYCOMM_INLINE V scaled(V value, F prescale) {
+  if constexpr (scales(kFinish)) value *= prescale;
+  return value;
+}
+
 // dsts[0..kDsts) = a op b
 template <class From, class To, class O, Finish kFinish, int kDsts>
 void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors factors) {
@@ -76,13 +82,10 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors fa
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
   size_t begin = 0;
   if constexpr (kIsSmall<From> || kIsSmall<To>) {
-    const auto load = [prescale = static_cast<float>(factors.prescale)](const auto* from) {
-      const Floats value = decode(from, From{});
-      if constexpr (scales(kFinish)) return Floats(value * prescale);
-      return value;
-    };
+    [[maybe_unused]] const auto prescale = static_cast<float>(factors.prescale);
     for (; begin + kWidth <= n; begin += kWidth) {
-      Floats value = O::apply(load(x + begin), load(y + begin));
+      Floats value = O::apply(scaled<kFinish>(decode(x + begin, From{}), prescale),
+                              scaled<kFinish>(decode(y + begin, From{}), prescale));
       if constexpr (divides(kFinish)) value /= static_cast<float>(factors.divisor);
       encode(first + begin, value, To{});
       if constexpr (kDsts == 2) encode(second + begin, value, To{});
@@ -90,14 +93,10 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors fa
   }
   [[maybe_unused]] const auto prescale = static_cast<Factor<From>>(factors.prescale);
   [[maybe_unused]] const auto divisor = static_cast<Factor<From>>(factors.divisor);
-  const auto load = [prescale](const auto& from) {
-    auto value = From::decode(get(from));
-    if constexpr (scales(kFinish)) value *= prescale;
-    return value;
-  };
   PYCOMM_INDEPENDENT
   for (size_t i = begin; i < n; ++i) {
-    auto value = O::apply(load(x[i]), load(y[i]));
+    auto value = O::apply(scaled<kFinish>(From::decode(get(x[i])), prescale),
+                          scaled<kFinish>(From::decode(get(y[i])), prescale));
     if constexpr (divides(kFinish)) value /= divisor;
     const auto result = To::encode(value);
     put(first[i], result);
@@ -114,14 +113,12 @@ void merge_four(void* const* dsts, const void* const* srcs, size_t n, Factors fa
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
   [[maybe_unused]] const auto prescale = static_cast<Factor<From>>(factors.prescale);
   [[maybe_unused]] const auto divisor = static_cast<Factor<From>>(factors.divisor);
-  const auto load = [prescale](const auto& from) {
-    auto value = From::decode(get(from));
-    if constexpr (scales(kFinish)) value *= prescale;
-    return value;
-  };
   PYCOMM_INDEPENDENT
   for (size_t i = 0; i < n; ++i) {
-    auto value = O::apply(O::apply(load(a[i]), load(b[i])), O::apply(load(c[i]), load(d[i])));
+    auto value = O::apply(O::apply(scaled<kFinish>(From::decode(get(a[i])), prescale),
+                                   scaled<kFinish>(From::decode(get(b[i])), prescale)),
+                          O::apply(scaled<kFinish>(From::decode(get(c[i])), prescale),
+                                   scaled<kFinish>(From::decode(get(d[i])), prescale)));
     if constexpr (divides(kFinish)) value /= divisor;
     const auto result = To::encode(value);
     put(first[i], result);
