@@ -6,6 +6,7 @@
 #include "bindings/docs.h"
 #include "bindings/invocation.h"
 #include "bindings/python.h"
+#include "bindings/refusal.h"
 #include "bindings/work.h"
 #include "common/error.h"
 #include "kernels/copy.h"
