@@ -1,7 +1,7 @@
 """`pycomm run`: starts the ranks of a job on this machine, and sees to it that they end together.
 
 One loop, woken by the ranks' ends, their calls of init() and the signals that come here; what they print
-goes past it, through threads (pycomm.pipes). A rank is a session of its own, so that a signal from the
+goes past it, through threads (pycomm.pipes). A rank is a process group of its own, so that a signal from the
 terminal reaches it once, through here, and what it started can be ended with it, if it does not end well.
 """
 
