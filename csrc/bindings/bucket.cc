@@ -123,7 +123,7 @@ py::object run(bool packs, const py::object& bucket, const std::vector<py::objec
   const kernels::Isa& kernels_of = isa_argument(isa);
   kernels::Stats found;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     (packs ? kernels::pack : kernels::unpack)(args, stats ? &found : nullptr, kernels_of);
   }
   if (!stats) return py::none();
@@ -137,7 +137,7 @@ void copy(const py::object& out, const py::object& x, bool stream) {
     throw ValueError("`out` has " + std::to_string(to.bytes()) + " bytes and `x` " +
                      std::to_string(from.bytes()));
   }
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   kernels::copy_bytes(to.data, from.data, static_cast<size_t>(to.bytes()), stream);
   if (stream) kernels::stream_fence();
 }

@@ -74,7 +74,7 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
   const void* const src = from.data;
   const kernels::Format format = kernels::Format::raw;
   const kernels::Isa& chosen = isa_argument(isa);
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   kernels::transcode({.codec = &codec,
                       .dtype = from.dtype,
                       .dsts = &dst,
@@ -114,7 +114,7 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
   const kernels::Format formats[2] = {add ? kernels::Format::raw : kernels::Format::wire,
                                       kernels::Format::wire};
   const kernels::Isa& chosen = isa_argument(isa);
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   kernels::transcode({.codec = &codec,
                       .dtype = to.dtype,
                       .dsts = &dst,
@@ -138,7 +138,7 @@ py::object topk_encode(const py::object& x, int64_t k, const py::object& out, co
   py::object record = bytes_for(out, kernels::topk_record_bytes(k));
   const Buffer to = get_buffer(record.ptr(), "out");
   const kernels::Isa& chosen = isa_argument(isa);
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   kernels::topk_encode({.dtype = from.dtype,
                         .x = from.data,
                         .count = static_cast<size_t>(from.count),
@@ -163,7 +163,7 @@ void topk_decode_add(const py::object& record, int64_t k, const py::object& sum)
     throw ValueError("`record` has " + std::to_string(from.bytes()) + " bytes: one of k = " +
                      std::to_string(k) + " has " + std::to_string(kernels::topk_record_bytes(k)));
   }
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   kernels::topk_decode_add(from.data, static_cast<size_t>(k), static_cast<float*>(to.data),
                            static_cast<size_t>(to.count));
 }

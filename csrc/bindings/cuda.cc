@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/dlpack.h"
+#include "bindings/gil.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -32,7 +33,7 @@ Where where(int device, uintptr_t stream, int blocks) {
 
 template <class F>
 void run(const Where& where, F call) {
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const cuda::DeviceGuard guard(where.device);
   call(where.launch);
 }

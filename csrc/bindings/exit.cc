@@ -1,7 +1,6 @@
 #include "bindings/exit.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <memory>
@@ -92,10 +91,6 @@ void drop_left() {
     any_dropped = false;
   }
   for (const auto& [drop, what] : mine) drop(what);
-}
-
-void park() {
-  for (;;) pause();
 }
 
 namespace {

@@ -1,6 +1,5 @@
 // The end of the interpreter: communicators that are still open are closed before it begins, and threads that
-// are left in a call never come back to it. (A thread that asks for the interpreter's lock then is ended by
-// it, which C++ frames with destructors do not survive.)
+// are left in a call never come back to it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,7 +19,6 @@ bool may_return();
 // lock back after a call.
 void drop_locked(void (*drop)(void*), void* what);
 void drop_left();  // under the lock
-[[noreturn]] void park();
 
 void close_at_exit();
 

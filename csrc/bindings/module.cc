@@ -39,12 +39,12 @@ PyCommunicator join(int rank, int size, const std::string& address, std::optiona
   options.address = address;
   options.timeout_s = timeout_or_default(timeout);
   options.on_wait = [] {
-    const py::gil_scoped_acquire gil;
+    const Locked locked;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   };
   std::shared_ptr<Communicator> comm;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     set_log_rank(rank, size);
     comm = Communicator::join(options);
   }

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "bindings/exit.h"
+#include "bindings/gil.h"
 #include "bindings/memo.h"
 #include "runtime/communicator.h"
 
@@ -31,7 +32,7 @@ class GilPatience : public runtime::Patience {
   void hold() {
     if (!released_) return;
     if (!may_return()) park();
-    PyEval_RestoreThread(released_);
+    retake(released_);
     released_ = nullptr;
     drop_left();
   }

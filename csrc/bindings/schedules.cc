@@ -30,7 +30,7 @@ struct PyBuilder {
 };
 
 Schedule call_python(const py::function& write, const World& world) {
-  const py::gil_scoped_acquire gil;
+  const Locked locked;
   Programs programs{.world = world};
   programs.schedule->ranks.resize(world.size);
   for (int rank = 0; rank < world.size; ++rank) {
@@ -67,7 +67,7 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   const Schedule written = write.is_none()
                                ? find_algorithm(call.world.collective, algorithm).write(call.world)
                                : call_python(write, call.world);
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const Plan plan = lower(written, algorithm, call, geometry);
   const auto wrong = verify(plan);
   return wrong ? std::optional(wrong->what) : std::nullopt;
