@@ -9,6 +9,8 @@ CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*
 export PATH := $(BIN):$(PATH)
 # Where ccache is, what another clone compiled is found as well.
 export CCACHE_BASEDIR := $(CURDIR)
+# The tests start a thousand interpreters, which would each compile NumPy.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
 .DELETE_ON_ERROR:
@@ -20,10 +22,8 @@ demo: $(VENV)/.demo
 test: build
 	@echo "== C++ tests"
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
-	@echo "== Python tests without ranks, beside each other"
-	@$(BIN)/python -m pytest -m pure -n auto
-	@echo "== Python tests of ranks, which need the cores for themselves"
-	@$(BIN)/python -m pytest -m 'not pure'
+	@echo "== Python tests"
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 build: $(VENV)/.dev
 	$(call install,ON,OFF)

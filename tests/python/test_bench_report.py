@@ -10,8 +10,6 @@ from rich.console import Console
 from pycomm.bench import record, report
 from pycomm.bench.rows import Options, Row
 
-pytestmark = pytest.mark.pure
-
 
 @pytest.mark.parametrize("peers", [(), ("openmpi", "mpich", "impi", "gloo", "deepspeed")])
 @pytest.mark.parametrize("algorithms", [(None,), ("recursive_doubling", "halving_doubling")])

@@ -16,8 +16,6 @@ from hypothesis.extra import numpy as hnp
 
 from pycomm import _native
 
-pytestmark = pytest.mark.pure
-
 Array = np.ndarray[Any, Any]
 F32 = np.float32
 SPECIAL = np.array(
