@@ -23,7 +23,7 @@ test: build
 	@echo "== C++ tests"
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
 	@echo "== Python tests"
-	@$(BIN)/python -m pytest -n auto --dist worksteal
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # its threads spin as they start
 
 build: $(VENV)/.dev
 	$(call install,ON,OFF)

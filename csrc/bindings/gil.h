@@ -1,6 +1,6 @@
-// The interpreter's lock. Until Python 3.14 the interpreter ends a thread that asks for the lock while it ends
-// itself, by unwinding the thread's stack: pybind11's guards have destructors, which that turns into std::terminate.
-// Here such a thread sleeps for ever instead, as it does from 3.14 on.
+// The interpreter's lock. Until Python 3.14 the interpreter ends a thread that asks for the lock while it
+// ends itself, by unwinding the thread's stack: pybind11's guards have destructors, which that turns into
+// std::terminate. Here such a thread sleeps for ever instead, as it does from 3.14 on.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -29,76 +30,100 @@ class Symbols {
   const Symbol& operator[](int id) const { return all_[id]; }
 
   int raw(int rank, int64_t element, int64_t bytes) {
-    return make({'r', {rank, element}},
-                {.type = Symbol::Type::raw, .bytes = bytes, .terms = {{rank, element}}, .shape = -1 - rank});
+    return make({'r', rank, element}, [&] {
+      return Symbol{
+          .type = Symbol::Type::raw, .bytes = bytes, .terms = {{rank, element}}, .shape = -1 - rank};
+    });
   }
   int lift(int id, int64_t bytes) {
-    Symbol result = all_[id];
-    result.sane = result.sane && result.type == Symbol::Type::raw;
-    result.type = Symbol::Type::partial;
-    result.bytes = bytes;
-    return make({'l', {id}}, result);
+    return make({'l', id}, [&] {
+      Symbol result = all_[id];
+      result.sane = result.sane && result.type == Symbol::Type::raw;
+      result.type = Symbol::Type::partial;
+      result.bytes = bytes;
+      return result;
+    });
   }
   int sum(int a, int b) {
     if (a == kNothing || b == kNothing) return kNothing;
-    Symbol result = all_[a];
-    const Symbol& other = all_[b];
-    result.terms.insert(result.terms.end(), other.terms.begin(), other.terms.end());
-    std::sort(result.terms.begin(), result.terms.end());
-    result.sane = result.sane && other.sane && result.type == Symbol::Type::partial &&
-                  other.type == Symbol::Type::partial && result.divided == 0 && other.divided == 0;
-    result.shape = shape(result.shape, other.shape);
-    return make({'s', {a, b}}, result);
+    return make({'s', a, b}, [&] {
+      Symbol result = all_[a];
+      const Symbol& other = all_[b];
+      result.terms.insert(result.terms.end(), other.terms.begin(), other.terms.end());
+      std::sort(result.terms.begin(), result.terms.end());
+      result.sane = result.sane && other.sane && result.type == Symbol::Type::partial &&
+                    other.type == Symbol::Type::partial && result.divided == 0 && other.divided == 0;
+      result.shape = shape(result.shape, other.shape);
+      return result;
+    });
   }
   int divide(int id, bool right_divisor) {
-    Symbol result = all_[id];
-    result.sane = result.sane && result.type == Symbol::Type::partial && right_divisor;
-    ++result.divided;
-    return make({'v', {id, right_divisor}}, result);
+    return make({'v', id, right_divisor}, [&] {
+      Symbol result = all_[id];
+      result.sane = result.sane && result.type == Symbol::Type::partial && right_divisor;
+      ++result.divided;
+      return result;
+    });
   }
   int round(int id, int64_t bytes) {
-    Symbol result = all_[id];
-    result.sane = result.sane && result.type == Symbol::Type::partial;
-    result.type = Symbol::Type::final;
-    result.bytes = bytes;
-    return make({'f', {id}}, result);
+    return make({'f', id}, [&] {
+      Symbol result = all_[id];
+      result.sane = result.sane && result.type == Symbol::Type::partial;
+      result.type = Symbol::Type::final;
+      result.bytes = bytes;
+      return result;
+    });
   }
   // `sane`: it knows where in the data it is.
   int encode(const std::vector<int>& elements, int rank, int stage, bool sane, int64_t bytes) {
-    std::vector<int64_t> key = {rank, stage, sane};
-    key.insert(key.end(), elements.begin(), elements.end());
-    return make(
-        {'e', std::move(key)},
-        {.type = Symbol::Type::tile, .bytes = bytes, .terms = {}, .sane = sane, .elements = elements});
+    return make({'e', rank, stage * 2 + sane, elements}, [&] {
+      return Symbol{
+          .type = Symbol::Type::tile, .bytes = bytes, .terms = {}, .sane = sane, .elements = elements};
+    });
   }
   int decode(int tile, size_t element, int64_t bytes) {
     const Symbol& code = all_[tile];
     if (code.type != Symbol::Type::tile || element >= code.elements.size()) return kNothing;
     const int encoded = code.elements[element];
     if (encoded == kNothing) return kNothing;
-    Symbol result = all_[encoded];
-    result.sane = result.sane && code.sane && result.type == Symbol::Type::partial;
-    result.type = Symbol::Type::partial;
-    result.bytes = bytes;
-    return make({'d', {tile, static_cast<int64_t>(element)}}, result);
+    return make({'d', tile, static_cast<int64_t>(element)}, [&] {
+      Symbol result = all_[encoded];
+      result.sane = result.sane && code.sane && result.type == Symbol::Type::partial;
+      result.type = Symbol::Type::partial;
+      result.bytes = bytes;
+      return result;
+    });
   }
   int shape(int a, int b) {
     return shapes_.try_emplace({a, b}, static_cast<int>(shapes_.size()) + 1).first->second;
   }
 
  private:
+  // How a symbol is made, and of which.
   struct Key {
     char how;
-    std::vector<int64_t> of;
-    auto operator<=>(const Key&) const = default;
+    int64_t a, b = 0;
+    std::vector<int> elements = {};
+    bool operator==(const Key&) const = default;
   };
-  int make(Key key, const Symbol& symbol) {
+  struct Hash {
+    size_t operator()(const Key& key) const {
+      size_t hash = static_cast<size_t>(key.how);
+      const auto mix = [&hash](int64_t x) { hash = (hash ^ static_cast<size_t>(x)) * 0x9e3779b97f4a7c15; };
+      mix(key.a);
+      mix(key.b);
+      for (const int element : key.elements) mix(element);
+      return hash ^ hash >> 32;
+    }
+  };
+  template <class Build>
+  int make(Key key, const Build& build) {
     const auto [at, fresh] = ids_.try_emplace(std::move(key), static_cast<int>(all_.size()));
-    if (fresh) all_.push_back(symbol);
+    if (fresh) all_.push_back(build());
     return at->second;
   }
   std::vector<Symbol> all_;
-  std::map<Key, int> ids_;
+  std::unordered_map<Key, int, Hash> ids_;
   std::map<std::pair<int, int>, int> shapes_;
 };
 

@@ -57,6 +57,15 @@ template <class F>
 inline constexpr bool kIsSmall = kWidth > 4 && kIsFloat<typename F::Value> &&
                                  sizeof(typename F::Raw) < sizeof(float);
 
+// n elements of the format F, less than a strip, as a whole one.
+template <class F>
+struct ShortStrip {
+  typename F::Raw elements[kWidth] = {};
+  ShortStrip() = default;
+  ShortStrip(const void* from, size_t n) { std::memcpy(elements, from, n * sizeof elements[0]); }
+  void copy_to(void* to, size_t n) const { std::memcpy(to, elements, n * sizeof elements[0]); }
+};
+
 // What an average does to elements before they are summed, and to the sum.
 enum class Finish { none, scale, scale_and_divide, divide };
 constexpr bool scales(Finish f) { return f == Finish::scale || f == Finish::scale_and_divide; }
@@ -80,27 +89,38 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors fa
   const auto* y = in<typename From::Raw>(b);
   auto* first = out<typename To::Raw>(dsts[0]);
   auto* second = out<typename To::Raw>(dsts[kDsts - 1]);
-  size_t begin = 0;
-  if constexpr (kIsSmall<From> || kIsSmall<To>) {
-    [[maybe_unused]] const auto prescale = static_cast<float>(factors.prescale);
-    for (; begin + kWidth <= n; begin += kWidth) {
-      Floats value = O::apply(scaled<kFinish>(decode(x + begin, From{}), prescale),
-                              scaled<kFinish>(decode(y + begin, From{}), prescale));
-      if constexpr (divides(kFinish)) value /= static_cast<float>(factors.divisor);
-      encode(first + begin, value, To{});
-      if constexpr (kDsts == 2) encode(second + begin, value, To{});
-    }
-  }
   [[maybe_unused]] const auto prescale = static_cast<Factor<From>>(factors.prescale);
   [[maybe_unused]] const auto divisor = static_cast<Factor<From>>(factors.divisor);
-  PYCOMM_INDEPENDENT
-  for (size_t i = begin; i < n; ++i) {
-    auto value = O::apply(scaled<kFinish>(From::decode(get(x[i])), prescale),
-                          scaled<kFinish>(From::decode(get(y[i])), prescale));
-    if constexpr (divides(kFinish)) value /= divisor;
-    const auto result = To::encode(value);
-    put(first[i], result);
-    if constexpr (kDsts == 2) put(second[i], result);
+  if constexpr (kIsSmall<From> || kIsSmall<To>) {
+    const auto merged = [&](const void* of_x, const void* of_y) {
+      Floats value = O::apply(scaled<kFinish>(decode(of_x, From{}), prescale),
+                              scaled<kFinish>(decode(of_y, From{}), prescale));
+      if constexpr (divides(kFinish)) value /= divisor;
+      return value;
+    };
+    size_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Floats value = merged(x + i, y + i);
+      encode(first + i, value, To{});
+      if constexpr (kDsts == 2) encode(second + i, value, To{});
+    }
+    if (i < n) {
+      const ShortStrip<From> rest_of_x(x + i, n - i), rest_of_y(y + i, n - i);
+      ShortStrip<To> result;
+      encode(result.elements, merged(rest_of_x.elements, rest_of_y.elements), To{});
+      result.copy_to(first + i, n - i);
+      if constexpr (kDsts == 2) result.copy_to(second + i, n - i);
+    }
+  } else {
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) {
+      auto value = O::apply(scaled<kFinish>(From::decode(get(x[i])), prescale),
+                            scaled<kFinish>(From::decode(get(y[i])), prescale));
+      if constexpr (divides(kFinish)) value /= divisor;
+      const auto result = To::encode(value);
+      put(first[i], result);
+      if constexpr (kDsts == 2) put(second[i], result);
+    }
   }
 }
 
@@ -149,19 +169,26 @@ template <class From, class To, bool kAverage>
 void convert(void* dst, const void* src, size_t n, double divisor) {
   const auto* x = in<typename From::Raw>(src);
   auto* to = out<typename To::Raw>(dst);
-  size_t begin = 0;
   if constexpr (kIsSmall<From> || kIsSmall<To>) {
-    for (; begin + kWidth <= n; begin += kWidth) {
-      Floats value = decode(x + begin, From{});
+    const auto converted = [&](const void* of_x) {
+      Floats value = decode(of_x, From{});
       if constexpr (kAverage) value /= static_cast<float>(divisor);
-      encode(to + begin, value, To{});
+      return value;
+    };
+    size_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) encode(to + i, converted(x + i), To{});
+    if (i < n) {
+      ShortStrip<To> result;
+      encode(result.elements, converted(ShortStrip<From>(x + i, n - i).elements), To{});
+      result.copy_to(to + i, n - i);
     }
-  }
-  PYCOMM_INDEPENDENT
-  for (size_t i = begin; i < n; ++i) {
-    auto value = From::decode(get(x[i]));
-    if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
-    put(to[i], To::encode(value));
+  } else {
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) {
+      auto value = From::decode(get(x[i]));
+      if constexpr (kAverage) value /= static_cast<typename From::Value>(divisor);
+      put(to[i], To::encode(value));
+    }
   }
 }
 
@@ -170,15 +197,20 @@ template <class From>
 void scale(void* dst, const void* src, size_t n, double factor) {
   const auto* x = in<typename From::Raw>(src);
   auto* to = out<typename From::Value>(dst);
-  size_t begin = 0;
   if constexpr (kIsSmall<From>) {
-    for (; begin + kWidth <= n; begin += kWidth) {
-      store(to + begin, decode(x + begin, From{}) * static_cast<float>(factor));
+    const auto scaled = [&](const void* of_x) { return decode(of_x, From{}) * static_cast<float>(factor); };
+    size_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(to + i, scaled(x + i));
+    if (i < n) {
+      ShortStrip<Plain<float>> result;
+      store(result.elements, scaled(ShortStrip<From>(x + i, n - i).elements));
+      result.copy_to(to + i, n - i);
     }
+  } else {
+    PYCOMM_INDEPENDENT
+    for (size_t i = 0; i < n; ++i)
+      put(to[i], From::decode(get(x[i])) * static_cast<typename From::Value>(factor));
   }
-  PYCOMM_INDEPENDENT
-  for (size_t i = begin; i < n; ++i)
-    put(to[i], From::decode(get(x[i])) * static_cast<typename From::Value>(factor));
 }
 
 // What the walk over blocks needs to know of a type and an operator.
