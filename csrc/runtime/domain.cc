@@ -30,6 +30,7 @@ std::string describe(const CallRecord& record) {
                                                                  : name(record.collective);
   if (record.collective != Collective::barrier) {
     text += "(count=" + std::to_string(record.count) + ", dtype=" + name(record.dtype);
+    if (record.ragged) text += ", with counts";
     switch (record.collective) {
       case Collective::all_reduce:
       case Collective::reduce_scatter:

@@ -54,6 +54,7 @@ struct CallRecord {
   DType dtype = DType::float32;
   Op op = Op::sum;
   schedule::Placement in = schedule::Placement::plain, out = schedule::Placement::plain;
+  bool ragged = false;
   Side side = Side::both;  // send and recv: this rank's; `peer` is the other rank of the group
   int16_t peer = 0;
   char algorithm[24] = {};

@@ -20,6 +20,7 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
       call.world.collective == Collective::all_to_all ? schedule::in_elements(call, rank) : call.counts[0];
   record.root = call.world.root;
   record.collective = call.world.collective;
+  record.ragged = call.ragged;
   record.dtype = call.dtype;
   record.op = call.op;
   record.prescale = call.prescale;

@@ -20,6 +20,7 @@ namespace pycomm::runtime {
 namespace {
 
 constexpr double kTick = 0.02;
+constexpr double kLongestTurn = 1;    // of wait()'s loop, which takes milliseconds
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
 // Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
@@ -198,11 +199,17 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
   if (!hopeless && policy.spin_us > 0 && met_soon(calls[0], hopes, policy, patience)) return;
   patience.on_block();
   Domain& group = *calls[0].domain;
-  double nap = 0.0005, ticked = now_s();
+  double nap = 0.0005, ticked = now_s(), turned = ticked;
   for (Pending& call : calls) {
     if (call.started == 0) call.started = ticked;
   }
   while (!hopes.met()) {
+    // A job that was stopped, or whose machine slept, does not come back to a deadline that has passed.
+    const double now = now_s();
+    if (const double stood = now - turned - kLongestTurn; stood > 0) {
+      for (Pending& call : calls) call.started += stood;
+    }
+    turned = now;
     group.waker(group.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
     for (const Pending& call : calls) {
       look_for_trouble(call);
@@ -210,7 +217,7 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
       if (hopes.met()) return;  // in time: others may have failed in a later call
       group.raise_failure(Domain::Caller::under_way);
     }
-    if (const double now = now_s(); now - ticked > kTick) {
+    if (now - ticked > kTick) {
       ticked = now;
       try {
         patience.on_tick();

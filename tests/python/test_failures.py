@@ -218,6 +218,29 @@ def test_a_stopped_rank_is_named_at_the_deadline() -> None:
         assert kind in ("CommTimeoutError", "AbortedError"), text
 
 
+def test_time_in_which_all_were_stopped_does_not_count() -> None:
+    """A job that was suspended, or whose machine slept, goes on."""
+    gate, late = Gate(), Gate()
+
+    def fn(comm: Communicator) -> None:
+        comm.barrier()
+        gate.arrive()
+        if comm.rank == 1:
+            late.wait_for(1)
+        comm.barrier(timeout=2)
+
+    with started(fn, 2) as ranks:
+        gate.wait_for(2)
+        time.sleep(0.2)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in ranks:
+                rank.kill(number)
+            time.sleep(3 if number == signal.SIGSTOP else 0.2)
+        late.arrive()
+        for rank in ranks:
+            rank.outcome(10)
+
+
 def test_interrupt_while_waiting() -> None:
     gate = Gate()
 
@@ -329,7 +352,7 @@ MISMATCHES: dict[str, tuple[Callable[[Communicator], object], Callable[[Communic
     "equal and uneven": (
         lambda c: c.all_to_all(np.ones(6)),
         lambda c: c.all_to_all(np.ones(6), send_counts=[2, 2, 2], recv_counts=[2, 2, 2]),
-        "",
+        "with counts",
     ),
     "out of order": (
         lambda c: [c.all_reduce(np.ones(4), tag=tag) for tag in "ab"],
