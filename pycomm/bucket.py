@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -78,6 +78,8 @@ class Bucket:
     ) -> None:
         if hasattr(tensors, "shape"):
             raise TypeError("`tensors` is one array or tensor: pass a list of them")
+        if isinstance(dtype, _native.Communicator):
+            raise TypeError("`dtype` is a Communicator: name it, as in Bucket(tensors, comm=comm)")
         if comm is not None and not isinstance(comm, _native.Communicator):
             raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
         found = _tensors(tensors)
@@ -333,7 +335,11 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
 
 
 def _tensors(given: Iterable[Any]) -> list[Any]:
+    if isinstance(given, Mapping):
+        raise TypeError("`tensors` is a mapping: pass its values, and its keys as names=")
     found = _listed(given, "tensors", "tensors")
+    if found and isinstance(found[0], tuple) and len(found[0]) == 2 and isinstance(found[0][0], str):
+        raise TypeError("`tensors` holds names and tensors: pass the tensors, and the names as names=")
     for i, x in enumerate(found):
         checks.buffer(x, f"tensors[{i}]")
     return found

@@ -6,6 +6,8 @@ The collectives themselves are native methods, called with no Python frame betwe
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 import secrets
 import threading
 from collections.abc import Callable
@@ -40,10 +42,16 @@ class premul_sum:
     """The operator that multiplies every rank's values by `factor` as they are read, and sums them.
 
     `comm.all_reduce(x, op=pycomm.premul_sum(0.5))`, likewise reduce and reduce_scatter. `factor` is the same
-    on all ranks: MismatchError otherwise.
+    on all ranks: MismatchError otherwise. Raises TypeError or ValueError if it is not a finite number.
     """
 
     factor: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factor, numbers.Real) or isinstance(self.factor, bool):
+            raise TypeError(f"`factor` is {self.factor!r}: pass a number")
+        if not math.isfinite(self.factor):
+            raise ValueError(f"`factor` is {self.factor!r}: pass a finite number")
 
 
 class Communicator(_native.Communicator):

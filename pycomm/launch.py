@@ -59,7 +59,9 @@ def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
 
 
 def _check_limit(size: int) -> None:
-    needed = len(os.listdir("/proc/self/fd")) + _FILES + _FILES_OF_A_RANK * size
+    files = "/proc/self/fd"  # not there where /proc is not mounted
+    is_open = len(os.listdir(files)) if os.path.isdir(files) else 3
+    needed = is_open + _FILES + _FILES_OF_A_RANK * size
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if needed > limit:
         remedy = "" if needed <= most else f" (as root: the hard limit is {most})"

@@ -118,7 +118,7 @@ int64_t integer(PyObject* object, const char* name) {
 
 double seconds(PyObject* object, const char* name, bool or_none) {
   const double value = PyFloat_AsDouble(object);
-  const bool number = !PyErr_Occurred();
+  const bool number = !PyErr_Occurred() && !PyBool_Check(object);
   PyErr_Clear();
   if (!number) throw TypeError(given(object, name) + ": pass seconds, as a number");
   if (or_none && !(value >= 0)) throw ValueError(given(object, name) + ": pass seconds, 0 or more");

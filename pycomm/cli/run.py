@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     # The other names are those of mpirun, horovodrun and torchrun.
     names = ("-n", "-np", "--np", "--nproc-per-node", "--nproc_per_node")
-    parser.add_argument(*names, dest="size", type=int, required=True, metavar="N", help="how many ranks")
+    parser.add_argument(*names, dest="size", type=int, metavar="N", help="how many ranks (needed)")
     parser.add_argument(
         "--on-failure",
         choices=("end", "wait"),
@@ -38,6 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.size is None:
+        after = next((arg for arg in args.args if re.match(r"-(n|-np)", arg)), None)
+        return fail(
+            f"`{after}` stands after the script, which gets it: write `pycomm run -n N {args.script}`"
+            if after
+            else f"how many ranks? Write `pycomm run -n N {args.script}`"
+        )
     try:
         check_ranks("-n", args.size)
     except ValueError as error:

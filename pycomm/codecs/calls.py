@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import threading
 import time
@@ -336,7 +337,9 @@ def _resolve(codec: Any) -> Codec:
             f"`codec` is {codec!r}: pass a name ({', '.join(DEFAULTS)}) or an object of pycomm.codecs"
         )
     if codec not in DEFAULTS:
-        raise ValueError(f"`codec` is {codec!r}: there are {', '.join(DEFAULTS)}")
+        near = difflib.get_close_matches(codec.lower(), DEFAULTS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"`codec` is {codec!r}{hint}: there are {', '.join(DEFAULTS)}")
     return DEFAULTS[codec]
 
 

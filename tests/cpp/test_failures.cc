@@ -182,8 +182,8 @@ void all_reduce(Communicator& comm, int64_t count = 100, const std::string& algo
   comm.execute(call.request, patience);
 }
 
-// Rank 1 and the others make different calls. Whoever is not caught in this call is caught in the next, since a rank
-// that only gives may have gone on, or in the one before, if it has not left that yet.
+// Rank 1 and the others make different calls. Whoever is not caught in this call is caught in the next, since
+// a rank that only gives may have gone on, or in the one before, if it has not left that yet.
 void check_mismatch(int size, const std::function<Call(Communicator&, bool odd)>& make,
                     const std::string& value, const std::string& odd_value) {
   const auto reports = run_threads(size, [&](Communicator& comm) {

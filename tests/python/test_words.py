@@ -1,6 +1,7 @@
 """What errors say to whoever meets pycomm for the first time: the value, and what to write in its place."""
 
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -53,6 +54,18 @@ def test_an_operator_of_another_library(comm: Any) -> None:
         text = message(lambda op=op: comm.all_reduce(np.ones(2), op=op))
         assert 'pass a name, as in op="avg"' in text and f"did you mean '{meant}'?" in text
     assert "pass a name" in message(lambda: comm.all_reduce(np.ones(2), op=3))
+
+
+def test_a_misspelt_codec(comm: Any) -> None:
+    for codec in ("in8", "Int8", "int8bit"):
+        text = message(lambda codec=codec: comm.all_reduce(np.ones(2), codec=codec), ValueError)
+        assert f"`codec` is '{codec}' (did you mean 'int8'?)" in text
+
+
+def test_a_factor_that_is_no_finite_number() -> None:
+    for factor in (math.nan, math.inf):
+        text = message(lambda factor=factor: pycomm.premul_sum(factor), ValueError)
+        assert f"`factor` is {factor}: pass a finite number" in text
 
 
 @pytest.mark.parametrize("loss", [3.0, 3, True, 1j, np.float32(3), np.int64(3)])
@@ -162,6 +175,12 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     ("`device` is 0: pass a string", lambda comm: comm.empty(1, device=0)),
     ("empty() takes 2 positional arguments but 3 were given", lambda comm: comm.empty(1, "f", "cpu")),
     ("`color` is 'a': pass an integer", lambda comm: comm.split("a")),
+    ("`timeout` is True: pass seconds", lambda comm: comm.barrier(timeout=True)),
+    ("`factor` is '2': pass a number", lambda comm: pycomm.premul_sum("2")),  # type: ignore[arg-type]
+    ("`factor` is True: pass a number", lambda comm: pycomm.premul_sum(True)),
+    ("and the names as names=", lambda comm: pycomm.Bucket({"a": np.ones(2, np.float32)}.items())),
+    ("and its keys as names=", lambda comm: pycomm.Bucket({"a": np.ones(2, np.float32)})),
+    ("Bucket(tensors, comm=comm)", lambda comm: pycomm.Bucket([np.ones(2, np.float32)], comm)),
     ("`color` is 1.5: pass an integer", lambda comm: comm.split(1.5)),
     (f"`color` is {2**80}: too large", lambda comm: comm.split(2**80)),
     ("`collective` is 1: pass a string", lambda comm: comm.explain(1, 2)),
