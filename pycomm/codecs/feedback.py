@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class ErrorFeedback:
         self._layouts: dict[Places, Layout] = {}
         self._where: dict[str, Layout] = {}
         self._loaded: dict[str, Residual] = {}
+        self._strangers = False  # among these there may be names of no parameter
         self._of_torch = False
         self._round: set[str] = set()  # who was called about in this step
         self._of_round: list[Layout] = []
@@ -105,7 +107,8 @@ class ErrorFeedback:
         mean over ranks, which is what an average still owes, stays as it was. Raises ValueError, and leaves
         all as it was, if the states of a list differ in names or lengths, or hold anything but finite 1-D
         arrays; or if calls have been made, and a name is of none of their parameters, or a length not that
-        one's. Before the first call nobody knows of parameters: it then raises for lengths.
+        one's. Before the first call nobody knows of parameters: a name that no call of the first step is
+        about is then a warning in the second, and its residual waits.
         """
         states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
         for each in states:
@@ -138,6 +141,7 @@ class ErrorFeedback:
         self._of_round.clear()
         self._round.clear()
         self._loaded = residuals
+        self._strangers = True
         self._of_torch = of_torch
 
     def __repr__(self) -> str:
@@ -185,11 +189,24 @@ class ErrorFeedback:
                 if source.holds == 0:
                     del self._layouts[source.places]
         if not self._round.isdisjoint(names):
+            self._warn_of_strangers()
             self._round.clear()
             self._of_round.clear()
         layout.end(False)  # so far there is nothing of this call to take back
         self._round |= names
         self._of_round.append(layout)
+
+    def _warn_of_strangers(self) -> None:
+        """A step is over: what was loaded before it, and it was not about, may be misnamed."""
+        if self._strangers and self._loaded:
+            more = f" and {len(self._loaded) - 1} more" if len(self._loaded) > 1 else ""
+            warnings.warn(
+                f"the state that was loaded holds a residual of {min(self._loaded)!r}{more}, which no call of"
+                f" the step since was about, as one was about {min(self._round)!r}: has the parameter another name"
+                " now? The residual is kept for a call that is about it",
+                stacklevel=2,
+            )
+        self._strangers = False
 
     def _require_known(self, name: str, size: int) -> None:
         if not self._where:

@@ -532,6 +532,25 @@ def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_names_of_no_parameter_are_told_after_a_step() -> None:
+    """A new ErrorFeedback cannot know at once: a parameter may have been renamed since the checkpoint."""
+
+    def train(comm: pycomm.Communicator) -> dict[str, Any]:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int8(error_feedback=feedback)
+        feedback.load_state_dict({name: np.ones(300, np.float32) for name in ("w", "old", "older")})
+        for _ in range(3):
+            for name in ("w", "new"):
+                comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag=name)
+        return feedback.state_dict()
+
+    with pytest.warns(UserWarning, match="residual of 'old' and 1 more, which no call of the step") as told:
+        states = pycomm.run_local(train, 2)
+    assert len(told) == 2  # once a rank
+    for state in states:
+        assert sorted(state) == ["new", "old", "older", "w"] and (state["old"] == 1).all()
+
+
 def test_states_survive_savez_and_pickle(tmp_path: Path) -> None:
     feedback = codecs.ErrorFeedback()
     state = {"layer 0.weight": gaussian(1, 300), "b": gaussian(2, 1)}
