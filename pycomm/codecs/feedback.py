@@ -202,8 +202,8 @@ class ErrorFeedback:
             more = f" and {len(self._loaded) - 1} more" if len(self._loaded) > 1 else ""
             warnings.warn(
                 f"the state that was loaded holds a residual of {min(self._loaded)!r}{more}, which no call of"
-                f" the step since was about, as one was about {min(self._round)!r}: has the parameter another name"
-                " now? The residual is kept for a call that is about it",
+                f" the step since was about, as one was about {min(self._round)!r}: has the parameter another"
+                " name now? The residual is kept for a call that is about it",
                 stacklevel=2,
             )
         self._strangers = False
