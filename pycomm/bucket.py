@@ -338,7 +338,7 @@ def _tensors(given: Iterable[Any]) -> list[Any]:
     if isinstance(given, Mapping):
         raise TypeError("`tensors` is a mapping: pass its values, and its keys as names=")
     found = _listed(given, "tensors", "tensors")
-    if found and isinstance(found[0], tuple) and len(found[0]) == 2 and isinstance(found[0][0], str):
+    if any(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
         raise TypeError("`tensors` holds names and tensors: pass the tensors, and the names as names=")
     for i, x in enumerate(found):
         checks.buffer(x, f"tensors[{i}]")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 import secrets
 import threading
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-from pycomm import _native, objects
+from pycomm import _native, checks, objects
 from pycomm.algorithm import introduce
 from pycomm.byhand import Watch
 from pycomm.rollcall import report
@@ -48,10 +47,10 @@ class premul_sum:
     factor: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factor, numbers.Real) or isinstance(self.factor, bool):
-            raise TypeError(f"`factor` is {self.factor!r}: pass a number")
-        if not math.isfinite(self.factor):
-            raise ValueError(f"`factor` is {self.factor!r}: pass a finite number")
+        found = checks.number(self.factor, "factor")
+        if not math.isfinite(found):
+            raise ValueError(f"`factor` is {checks.shown(self.factor)}: pass a finite number")
+        object.__setattr__(self, "factor", found)
 
 
 class Communicator(_native.Communicator):

@@ -76,7 +76,10 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
 void take_op(Request& request, PyObject* op) {
   if (!op) return;
   if (PyUnicode_Check(op)) {
-    request.call.op = parse_op(text(op, "op"));
+    const std::string name = text(op, "op");
+    if (name.starts_with("premul_sum"))
+      throw ValueError("`op` is '" + name + "': pass an object, as in op=pycomm.premul_sum(0.5)");
+    request.call.op = parse_op(name);
     return;
   }
   PyObject* factor = PyObject_GetAttrString(op, "factor");

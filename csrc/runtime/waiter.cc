@@ -20,7 +20,7 @@ namespace pycomm::runtime {
 namespace {
 
 constexpr double kTick = 0.02;
-constexpr double kLongestTurn = 1;    // of wait()'s loop, which takes milliseconds
+constexpr double kLongestTurn = 1;    // of wait()'s loop without its ticks: that takes milliseconds
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
 // Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
@@ -221,6 +221,7 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
       ticked = now;
       try {
         patience.on_tick();
+        turned = now_s();  // it may wait for the interpreter's lock, and that time counts
       } catch (...) {
         group.fail(FailureKind::aborted, rank_name(group, group.rank()) + " was interrupted in " +
                                              describe(calls[0].run->record()) + "; the group cannot go on.");

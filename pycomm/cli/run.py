@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         f" passed on at once, with SIGKILL {GRACE_S:.0f} s later; a second one kills at once."
     )
     # The other names are those of mpirun, horovodrun and torchrun.
-    names = ("-n", "-np", "--np", "--nproc-per-node", "--nproc_per_node")
+    names = ("-n", "-np", "--n", "--np", "--nproc-per-node", "--nproc_per_node")
     parser.add_argument(*names, dest="size", type=int, metavar="N", help="how many ranks (needed)")
     parser.add_argument(
         "--on-failure",
@@ -39,12 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.size is None:
-        after = next((arg for arg in args.args if re.match(r"-(n|-np)", arg)), None)
-        return fail(
-            f"`{after}` stands after the script, which gets it: write `pycomm run -n N {args.script}`"
-            if after
-            else f"how many ranks? Write `pycomm run -n N {args.script}`"
-        )
+        after = next((arg for arg in args.args if re.fullmatch(r"(-n|-np|--n|--np)(=?\d+)?", arg)), None)
+        command = f"pycomm run -n N {'-m ' if args.module else ''}{args.script}"
+        if after:
+            return fail(f"`{after}` stands after the script, which gets it: write `{command}`")
+        return fail(f"how many ranks? Write `{command}`")
     try:
         check_ranks("-n", args.size)
     except ValueError as error:

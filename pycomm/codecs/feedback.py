@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pycomm.gradients import is_tensor
 Residual = npt.NDArray[np.float32]
 Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
 Rule = Callable[[str, tuple[int, ...]], bool]
+_WATCHED = 10  # steps
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -55,7 +57,7 @@ class ErrorFeedback:
         self._layouts: dict[Places, Layout] = {}
         self._where: dict[str, Layout] = {}
         self._loaded: dict[str, Residual] = {}
-        self._strangers = False  # among these there may be names of no parameter
+        self._to_watch = 0  # steps before what is left of these is thought to be misnamed
         self._of_torch = False
         self._round: set[str] = set()  # who was called about in this step
         self._of_round: list[Layout] = []
@@ -107,8 +109,8 @@ class ErrorFeedback:
         mean over ranks, which is what an average still owes, stays as it was. Raises ValueError, and leaves
         all as it was, if the states of a list differ in names or lengths, or hold anything but finite 1-D
         arrays; or if calls have been made, and a name is of none of their parameters, or a length not that
-        one's. Before the first call nobody knows of parameters: a name that no call of the first step is
-        about is then a warning in the second, and its residual waits.
+        one's. Before the first call nobody knows of parameters: a name that no call is about in ten steps is
+        then a warning, and its residual waits.
         """
         states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
         for each in states:
@@ -141,7 +143,7 @@ class ErrorFeedback:
         self._of_round.clear()
         self._round.clear()
         self._loaded = residuals
-        self._strangers = True
+        self._to_watch = _WATCHED
         self._of_torch = of_torch
 
     def __repr__(self) -> str:
@@ -165,6 +167,7 @@ class ErrorFeedback:
             layout.settle()
         else:
             layout = Layout(places, count, of_torch)
+        self._watch_for_strangers(name for name, _, _ in places)
         moving = [name for name, _, _ in places if self._where.get(name) is not layout]
         parts = {name: self._find(name, layout) for name in moving}  # may raise
         for name, part in parts.items():
@@ -189,24 +192,32 @@ class ErrorFeedback:
                 if source.holds == 0:
                     del self._layouts[source.places]
         if not self._round.isdisjoint(names):
-            self._warn_of_strangers()
             self._round.clear()
             self._of_round.clear()
         layout.end(False)  # so far there is nothing of this call to take back
         self._round |= names
         self._of_round.append(layout)
 
-    def _warn_of_strangers(self) -> None:
-        """A step is over: what was loaded before it, and it was not about, may be misnamed."""
-        if self._strangers and self._loaded:
-            more = f" and {len(self._loaded) - 1} more" if len(self._loaded) > 1 else ""
-            warnings.warn(
-                f"the state that was loaded holds a residual of {min(self._loaded)!r}{more}, which no call of"
-                f" the step since was about, as one was about {min(self._round)!r}: has the parameter another"
-                " name now? The residual is kept for a call that is about it",
-                stacklevel=2,
-            )
-        self._strangers = False
+    def _watch_for_strangers(self, names: Iterable[str]) -> None:
+        """Counts steps; after some of them, residuals that were loaded and not used may be misnamed.
+
+        Before a call has begun: a warning may be an exception.
+        """
+        if self._to_watch == 0 or self._round.isdisjoint(names):
+            return
+        self._to_watch -= 1
+        if self._to_watch > 0 or not self._loaded:
+            return
+        level = 1
+        while sys._getframe(level).f_globals.get("__name__", "").startswith("pycomm."):
+            level += 1
+        warnings.warn(
+            f"the state that was loaded has residuals of {_some(self._loaded)}, which no call of the last"
+            f" {_WATCHED} steps has used, while calls were about {_some(self._round)}: if those parameters"
+            " have other names now, rename them in the state too, else delete them there. They are kept"
+            " meanwhile",
+            stacklevel=level + 1,
+        )
 
     def _require_known(self, name: str, size: int) -> None:
         if not self._where:
@@ -232,9 +243,15 @@ class ErrorFeedback:
         wanted = layout.part(name).size
         if found is not None and found.size != wanted:
             raise ValueError(
-                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one thing"
+                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one thing,"
+                " and a state of one model"
             )
         return found
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _checked(name: str, residual: Any) -> Residual:

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -56,10 +58,21 @@ def test_an_operator_of_another_library(comm: Any) -> None:
     assert "pass a name" in message(lambda: comm.all_reduce(np.ones(2), op=3))
 
 
+def test_a_factor_needs_an_object(comm: Any) -> None:
+    for op in ("premul_sum", "premul_sum(2)"):
+        text = message(lambda op=op: comm.all_reduce(np.ones(2), op=op), ValueError)
+        assert f"`op` is '{op}': pass an object, as in op=pycomm.premul_sum(0.5)" in text
+
+
 def test_a_misspelt_codec(comm: Any) -> None:
     for codec in ("in8", "Int8", "int8bit"):
         text = message(lambda codec=codec: comm.all_reduce(np.ones(2), codec=codec), ValueError)
         assert f"`codec` is '{codec}' (did you mean 'int8'?)" in text
+
+
+@pytest.mark.parametrize("factor", [0.5, np.float32(0.5), np.array(0.5), Fraction(1, 2), Decimal("0.5")])
+def test_factors_as_people_have_them(comm: Any, factor: Any) -> None:
+    assert comm.all_reduce(np.full(3, 2.0), op=pycomm.premul_sum(factor)).tolist() == [1, 1, 1]
 
 
 def test_a_factor_that_is_no_finite_number() -> None:
@@ -177,7 +190,6 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     ("`color` is 'a': pass an integer", lambda comm: comm.split("a")),
     ("`timeout` is True: pass seconds", lambda comm: comm.barrier(timeout=True)),
     ("`factor` is '2': pass a number", lambda comm: pycomm.premul_sum("2")),  # type: ignore[arg-type]
-    ("`factor` is True: pass a number", lambda comm: pycomm.premul_sum(True)),
     ("and the names as names=", lambda comm: pycomm.Bucket({"a": np.ones(2, np.float32)}.items())),
     ("and its keys as names=", lambda comm: pycomm.Bucket({"a": np.ones(2, np.float32)})),
     ("Bucket(tensors, comm=comm)", lambda comm: pycomm.Bucket([np.ones(2, np.float32)], comm)),
