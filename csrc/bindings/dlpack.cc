@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/gil.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -61,15 +62,24 @@ bool is_contiguous(const Tensor& tensor) {
 // __dlpack__(max_version=...), which exporters from before DLPack 1.0 do not know.
 py::object call_export(PyObject* object, bool on_gpu, const char* name) {
   const py::object method = py::handle(object).attr("__dlpack__");
+  const py::tuple nothing;
   py::dict keywords;
   if (on_gpu) keywords["stream"] = -1;
+  const auto call = [&] {  // often Python's own code
+    PyObject* capsule =
+        outlive_interpreter([&] { return PyObject_Call(method.ptr(), nothing.ptr(), keywords.ptr()); });
+    if (!capsule) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(capsule);
+  };
   try {
     try {
-      return method(**keywords, py::arg("max_version") = py::make_tuple(1, 3));
+      keywords["max_version"] = py::make_tuple(1, 3);
+      return call();
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;
     }
-    return method(**keywords);
+    keywords.attr("pop")("max_version");
+    return call();
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
     const std::string text = py::str(error.value()).cast<std::string>();

@@ -14,13 +14,19 @@ namespace pycomm::bindings {
   for (;;) pause();
 }
 
-// Takes the lock back.
-inline void retake(PyThreadState* state) {
+// What call() returns, where it is C that asks for the lock: the interpreter's own, or whatever runs Python.
+template <class Call>
+auto outlive_interpreter(const Call& call) {
   try {
-    PyEval_RestoreThread(state);
-  } catch (...) {  // nothing but that unwinding
+    return call();
+  } catch (...) {  // nothing but that unwinding: C throws nothing
     park();
   }
+}
+
+// Takes the lock back.
+inline void retake(PyThreadState* state) {
+  outlive_interpreter([&] { PyEval_RestoreThread(state); });
 }
 
 class Unlocked {

@@ -40,10 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.size is None:
         after = next((arg for arg in args.args if re.fullmatch(r"(-n|-np|--n|--np)(=?\d+)?", arg)), None)
-        command = f"pycomm run -n N {'-m ' if args.module else ''}{args.script}"
+        right = f"pycomm run -n N {'-m ' if args.module else ''}{args.script}"
         if after:
-            return fail(f"`{after}` stands after the script, which gets it: write `{command}`")
-        return fail(f"how many ranks? Write `{command}`")
+            return fail(f"`{after}` stands after the script, which gets it: write `{right}`")
+        return fail(f"how many ranks? Write `{right}`")
     try:
         check_ranks("-n", args.size)
     except ValueError as error:
