@@ -404,56 +404,6 @@ def test_calls_queued_before_a_failure_raise_it() -> None:
         assert ranks[0].outcome(10) == ["PeerLostError"] * 3
 
 
-EXITS = {
-    "pending calls": "works = [comm.all_reduce(np.ones(20000), async_op=True) for _ in range(2000)]",
-    "a thread in a call": "receive = lambda: comm.recv(np.empty(4), 1 - comm.rank)\n"
-    "threading.Thread(target=receive, daemon=True).start()\n"
-    "time.sleep(0.2)",
-    "a thread that waits": "work = comm.recv(np.empty(4), 1 - comm.rank, async_op=True)\n"
-    "threading.Thread(target=work.wait, daemon=True).start()\n"
-    "time.sleep(0.2)\n"
-    "comm.send(np.empty(4), 1 - comm.rank)",
-    "threads in an exporter": "class Exporter:\n"
-    "    x = np.ones(4)\n"
-    "    def __dlpack__(self, **keywords):\n"
-    "        for _ in range(20000):\n"
-    "            pass\n"
-    "        return self.x.__dlpack__(**keywords)\n"
-    "    def __dlpack_device__(self):\n"
-    "        return self.x.__dlpack_device__()\n"
-    "def read():\n"
-    "    while True:\n"
-    "        pycomm._native.describe_buffer(Exporter(), 'x')\n"
-    "for _ in range(4):\n"
-    "    threading.Thread(target=read, daemon=True).start()\n"
-    "time.sleep(0.2)",
-    "threads that pack": "def pack():\n"
-    "    bucket = pycomm.Bucket([np.ones(1 << 16, np.float32)])\n"
-    "    while True:\n"
-    "        bucket.pack()\n"
-    "for _ in range(8):\n"
-    "    threading.Thread(target=pack, daemon=True).start()\n"
-    "time.sleep(0.2)",
-}
-
-
-@pytest.mark.parametrize("what", EXITS)
-def test_exit_in_the_middle(what: str, tmp_path: Path) -> None:
-    """The interpreter ends while calls are under way: no crash, no hang."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import threading, time, numpy as np, pycomm\ncomm = pycomm.init(timeout=20)\n{EXITS[what]}\n"
-    )
-    for command in (
-        [sys.executable, "-m", "pycomm", "run", "-n", "2", str(script)],
-        [sys.executable, str(script)],
-    ):
-        if len(command) == 2 and what.startswith("a thread"):  # alone, it would have no peer
-            continue
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-
-
 def test_a_call_inside_a_call() -> None:
     """A signal handler runs in the middle of a call: what it calls is refused, and the outer call is left."""
     gate = Gate()
