@@ -10,6 +10,7 @@
 #include <string>
 
 #include "bindings/buffer.h"
+#include "bindings/gil.h"
 #include "common/caches.h"
 #include "common/error.h"
 #include "kernels/topk.h"

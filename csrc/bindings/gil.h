@@ -44,11 +44,7 @@ class Unlocked {
 class Locked {
  public:
   Locked() {
-    try {
-      acquired_.emplace();
-    } catch (...) {
-      park();
-    }
+    outlive_interpreter([this] { acquired_.emplace(); });
   }
 
  private:

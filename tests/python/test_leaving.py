@@ -1,4 +1,4 @@
-"""How a rank leaves: with an error on its way, in a child of fork, from a handler, as the interpreter ends."""
+"""How a rank leaves: with an error on its way, in a child of fork, from a handler, as Python ends."""
 
 import os
 import signal
