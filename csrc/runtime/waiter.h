@@ -43,7 +43,8 @@ struct Pending {
   Domain* domain = nullptr;
   const Run* run = nullptr;
   double timeout_s = 0;  // of all its waits together, counted
-  double started = 0;  // from its first long one, by now_s(), save the time in which the process stood still
+  // From its first long one, by now_s(), moved on by the time in which the process stood still; 0 until then.
+  double started = 0;
 };
 
 // Returns when one of the calls may go on: what its run is blocked on is met, or `also` is. The calls are of
