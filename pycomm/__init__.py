@@ -4,33 +4,14 @@ comm = pycomm.init()
 comm.all_reduce(gradient, op="avg")
 """
 
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-try:
-    from pycomm import interpreter  # noqa: F401, I001
-    from pycomm import _native  # noqa: F401
-except ImportError as error:
-    if error.name not in ("pycomm", "pycomm._native"):
-        raise
-    raise ImportError(
-        f"{__path__[0]} is the source folder of pycomm, without the compiled module: leave it to import an "
-        "installed pycomm, or build one here with `pip install -e .`"
-    ) from None
+from pycomm import interpreter  # noqa: F401
 
-from pycomm import codecs
-from pycomm._native import (
-    AbortedError,
-    CommError,
-    CommTimeoutError,
-    MismatchError,
-    PeerLostError,
-    PersistentOp,
-    Work,
-)
-from pycomm._native import version as __version__
-from pycomm.algorithm import Algorithm
-from pycomm.bucket import Bucket, Stats
-from pycomm.group import Communicator, init, premul_sum, run_local
+if TYPE_CHECKING:
+    from pycomm.api import *  # noqa: F403
+    from pycomm.api import __version__
 
 __all__ = [
     "AbortedError",
@@ -52,14 +33,25 @@ __all__ = [
     "run_local",
 ]
 
+if find_spec("pycomm._native") is None:
+    raise ImportError(
+        f"{__path__[0]} is the source folder of pycomm, without the compiled module: leave it to import an "
+        "installed pycomm, or build one here with `pip install -e .`"
+    )
+
 
 def __getattr__(name: str) -> Any:
-    """pycomm.cuda, which few programs need, is imported when it is first asked for."""
+    """All names are imported when one is first asked for; pycomm.cuda, which few programs need, by itself."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
     if name == "cuda":
         import pycomm.cuda
 
         return pycomm.cuda
-    raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
+    from pycomm import api
+
+    globals().update({name: getattr(api, name) for name in __all__ if name != "cuda"})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -133,15 +133,20 @@ void Emitter::accept(const Offer& offer, int stage) {
 }
 
 void Emitter::combine(const Item& item, const ScheduleStep& step) {
-  std::map<int, Event> shown, done;  // by peer: the last signal to wait for, the one to give
+  struct Peer {
+    int rank;
+    Event shown, done;  // the last signal to wait for, the one to give
+  };
+  std::vector<Peer> peers;
   for (int id : item.offers) {
     const Offer& offer = l_.offers_[id];
     if (!alive(offer)) continue;
-    Event& last = shown[offer.owner];
-    if (offer.shown.index > last.index) last = offer.shown;
-    if (offer.done.index) done[offer.owner] = offer.done;
+    auto peer = std::ranges::lower_bound(peers, offer.owner, {}, &Peer::rank);
+    if (peer == peers.end() || peer->rank != offer.owner) peer = peers.insert(peer, {offer.owner, {}, {}});
+    if (offer.shown.index > peer->shown.index) peer->shown = offer.shown;
+    if (offer.done.index) peer->done = offer.done;
   }
-  for (const auto& [peer, event] : shown) wait(peer, event, step.stage);
+  for (const Peer& peer : peers) wait(peer.rank, peer.shown, step.stage);
   const bool is_copy = !step.final && step.srcs.size() == 1 &&
                        (step.dsts[0].buffer == Buffer::scratch) == (step.srcs[0].buffer == Buffer::scratch);
   const int64_t count = checked_length(item, step, is_copy);
@@ -150,7 +155,9 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   } else {
     combine_plain(item, step, count, is_copy);
   }
-  for (const auto& [peer, event] : done) signal(peer, event, step.stage);
+  for (const Peer& peer : peers) {
+    if (peer.done.index) signal(peer.rank, peer.done, step.stage);
+  }
 }
 
 // The length that all its chunks have.

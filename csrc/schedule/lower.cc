@@ -1,6 +1,7 @@
 #include "schedule/lower.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "common/error.h"
 #include "common/hash.h"
@@ -82,8 +83,8 @@ uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout
     h.add(program.size());
     for (const ScheduleStep& step : program) {
       h.add(step.kind).add(step.stage).add(step.final).add(step.peer).add(step.dsts.size());
-      for (const std::vector<Ref>& refs : {step.dsts, step.srcs}) {
-        for (const Ref& ref : refs) {
+      for (const std::vector<Ref>* refs : {&step.dsts, &step.srcs}) {
+        for (const Ref& ref : *refs) {
           h.add(ref.rank).add(ref.buffer);
           h.add(ref.chunk.block).add(ref.chunk.first).add(ref.chunk.last).add(ref.chunk.of);
         }
@@ -99,9 +100,15 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
            int only_rank) {
   Call call = asked;
   if (call.out == Placement::reachable) throw ValueError("`out` cannot be reachable: peers may only read it");
-  const Schedule shown = call.in == Placement::reachable && !call.in_place ? show_inputs(written) : written;
-  if (call.in == Placement::reachable && !only_copies_in(shown)) call.in = Placement::plain;
-  const Schedule& schedule = call.in == Placement::reachable ? shown : written;
+  std::optional<Schedule> shown;
+  if (call.in == Placement::reachable) {
+    if (!call.in_place) shown = show_inputs(written);
+    if (!only_copies_in(shown ? *shown : written)) {
+      call.in = Placement::plain;
+      shown.reset();
+    }
+  }
+  const Schedule& schedule = shown ? *shown : written;
   if (call.coded()) {
     switch (call.world.collective) {
       case Collective::all_reduce:

@@ -1,6 +1,8 @@
 #include "schedule/lowering.h"
 
 #include <algorithm>
+#include <numeric>
+#include <span>
 
 #include "common/error.h"
 
@@ -15,6 +17,40 @@ bool overlap(const Ref& a, const Ref& b) {
          int64_t{a.chunk.first} * b.chunk.of < int64_t{b.chunk.last} * a.chunk.of &&
          int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
 }
+
+// Offers of the same chunk to the same peer, in the order in which they are made; the first so many are used
+// and accepted.
+struct SameOffers {
+  std::span<const int> offers;
+  size_t used = 0, accepted = 0;
+};
+
+class OffersByKey {
+ public:
+  explicit OffersByKey(const std::vector<Offer>& offers) : ids_(offers.size()) {
+    std::iota(ids_.begin(), ids_.end(), 0);
+    const auto key_of = [&](int id) { return key(offers[id].peer, offers[id].ref); };
+    std::ranges::stable_sort(ids_, {}, key_of);
+    for (size_t first = 0, last; first < ids_.size(); first = last) {
+      for (last = first + 1; last < ids_.size() && key_of(ids_[last]) == key_of(ids_[first]);) ++last;
+      keys_.push_back(key_of(ids_[first]));
+      groups_.push_back({std::span(ids_).subspan(first, last - first)});
+    }
+  }
+  SameOffers* find(int peer, const Ref& ref) {  // null if there is none
+    const auto at = std::ranges::lower_bound(keys_, key(peer, ref));
+    return at == keys_.end() || *at != key(peer, ref) ? nullptr : &groups_[at - keys_.begin()];
+  }
+
+ private:
+  using Key = std::tuple<int, int, Buffer, int, int, int, int>;
+  static Key key(int peer, const Ref& r) {
+    return {r.rank, peer, r.buffer, r.chunk.block, r.chunk.first, r.chunk.last, r.chunk.of};
+  }
+  std::vector<int> ids_;
+  std::vector<Key> keys_;
+  std::vector<SameOffers> groups_;
+};
 
 }  // namespace
 
@@ -34,11 +70,6 @@ Layout Lowering::match(const Geometry& geometry) {
     throw ValueError("the schedule has " + std::to_string(schedule_.ranks.size()) + " programs for " +
                      std::to_string(n_) + " ranks");
   }
-  using Key = std::tuple<int, int, Buffer, int, int, int, int>;
-  auto key = [](int peer, const Ref& r) {
-    return Key{r.rank, peer, r.buffer, r.chunk.block, r.chunk.first, r.chunk.last, r.chunk.of};
-  };
-  std::map<Key, std::vector<int>> made;
   auto note = [&](const Ref& ref) {
     if (ref.buffer == Buffer::image) uses_image_ = true;
     if (ref.buffer == Buffer::scratch) scratch_blocks_ = std::max(scratch_blocks_, ref.chunk.block + 1);
@@ -57,6 +88,7 @@ Layout Lowering::match(const Geometry& geometry) {
   };
   for (int rank = 0; rank < n_; ++rank) {
     const auto& program = schedule_.ranks[rank];
+    offers_of_[rank].resize(program.size());
     for (int i = 0; i < static_cast<int>(program.size()); ++i) {
       const ScheduleStep& step = program[i];
       for (const auto* refs : {&step.dsts, &step.srcs}) {
@@ -74,45 +106,40 @@ Layout Lowering::match(const Geometry& geometry) {
       if (staged(ref)) uses_image_ = true;
       const int id = static_cast<int>(offers_.size());
       offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .from = ref, .step = i});
-      made[key(step.peer, ref)].push_back(id);
       offers_of_[rank][i].push_back(id);
     }
   }
-  std::map<Key, size_t> used, accepted;
+  OffersByKey by_key(offers_);
   for (int rank = 0; rank < n_; ++rank) {
     const auto& program = schedule_.ranks[rank];
     for (int i = 0; i < static_cast<int>(program.size()); ++i) {
       const ScheduleStep& step = program[i];
       if (step.kind == Kind::accept) {
-        const Key k = key(step.peer, step.srcs[0]);
-        const size_t at = accepted[k]++;
-        auto found = made.find(k);
-        if (step.srcs[0].rank != rank || found == made.end() || at >= found->second.size() ||
-            offers_[found->second[at]].step > i) {
+        const auto found = step.srcs[0].rank == rank ? by_key.find(step.peer, step.srcs[0]) : nullptr;
+        if (found == nullptr || found->accepted == found->offers.size() ||
+            offers_[found->offers[found->accepted]].step > i) {
           malformed(rank, i, "accepts what it has not offered: " + words(step.srcs[0]));
         }
-        offers_[found->second[at]].accept = i;
-        offers_of_[rank][i].push_back(found->second[at]);
+        const int id = found->offers[found->accepted++];
+        offers_[id].accept = i;
+        offers_of_[rank][i].push_back(id);
       }
       if (step.kind != Kind::combine) continue;
       if (step.dsts.empty() || step.srcs.empty()) malformed(rank, i, "combines nothing");
-      std::map<Key, int> here;
       auto use = [&](const Ref& ref, bool write) {
         if (ref.rank == rank) return;
-        const Key k = key(rank, ref);
-        auto known = here.find(k);
+        std::vector<int>& here = offers_of_[rank][i];
+        auto known = std::ranges::find(here, ref, [&](int id) { return offers_[id].ref; });
         if (known == here.end()) {
-          const size_t at = used[k]++;
-          auto found = made.find(k);
-          if (found == made.end() || at >= found->second.size()) {
+          const auto found = by_key.find(rank, ref);
+          if (found == nullptr || found->used == found->offers.size()) {
             malformed(rank, i,
                       "uses what rank " + std::to_string(ref.rank) + " has not offered: " + words(ref));
           }
-          known = here.emplace(k, found->second[at]).first;
-          offers_[known->second].use = i;
-          offers_of_[rank][i].push_back(known->second);
+          known = here.insert(here.end(), found->offers[found->used++]);
+          offers_[*known].use = i;
         }
-        (write ? offers_[known->second].written : offers_[known->second].read) = true;
+        (write ? offers_[*known].written : offers_[*known].read) = true;
       };
       for (const Ref& ref : step.srcs) use(ref, false);
       for (const Ref& ref : step.dsts) use(ref, true);
@@ -145,7 +172,7 @@ void Lowering::find_copies() {
         break;
       }
       if (!overlap(step.srcs[0], offer.ref)) continue;
-      const Offer& other = offers_[offers_of_[offer.owner].at(i).front()];
+      const Offer& other = offers_[offers_of_[offer.owner][i].front()];
       const bool lands = step.kind == Kind::accept && other.written;
       const bool shows = step.kind == Kind::offer && other.read && !other.rides;
       if (lands || (shows && other.ref == offer.ref)) {
@@ -212,20 +239,24 @@ void Lowering::find_reads() {
 void Lowering::number_events() {
   for (int rank = 0; rank < n_; ++rank) {
     const auto& program = schedule_.ranks[rank];
-    auto next = [&](int peer, int cell) { return Event{cell, ++num_events_[{rank, peer, cell}]}; };
+    auto next = [&](int peer, int cell) {
+      std::vector<int>& cells = num_events_[rank * n_ + peer];
+      if (cell >= static_cast<int>(cells.size())) cells.resize(cell + 1);
+      return Event{cell, ++cells[cell]};
+    };
     for (int i = 0; i < static_cast<int>(program.size());) {
       const ScheduleStep& step = program[i];
       if (step.kind != Kind::offer) {
-        auto found = offers_of_[rank].find(i);
-        Item item{step.kind, i, found == offers_of_[rank].end() ? std::vector<int>{} : found->second};
+        Item item{step.kind, i, offers_of_[rank][i]};
         if (step.kind == Kind::combine) {
-          std::map<int, Event> done;
-          for (int id : item.offers) {
-            Offer& offer = offers_[id];
+          for (size_t at = 0; at < item.offers.size(); ++at) {
+            Offer& offer = offers_[item.offers[at]];
             if (!needs_done(offer)) continue;
-            auto [entry, is_new] = done.try_emplace(offer.owner);
-            if (is_new) entry->second = next(offer.owner, step.stage);
-            offer.done = entry->second;
+            const auto before = std::find_if(item.offers.begin(), item.offers.begin() + at, [&](int id) {
+              return offers_[id].owner == offer.owner && offers_[id].done.index;
+            });
+            const bool first = before == item.offers.begin() + at;
+            offer.done = first ? next(offer.owner, step.stage) : offers_[*before].done;
           }
         }
         items_[rank].push_back(std::move(item));
@@ -236,7 +267,7 @@ void Lowering::number_events() {
       for (; i < static_cast<int>(program.size()) && program[i].kind == Kind::offer &&
              program[i].stage == step.stage;
            ++i) {
-        const int id = offers_of_[rank].at(i).front();
+        const int id = offers_of_[rank][i].front();
         auto group = std::find_if(groups.begin(), groups.end(), [&](const Item& item) {
           return offers_[item.offers[0]].peer == offers_[id].peer;
         });
@@ -299,7 +330,7 @@ void Lowering::find_idle_copies() {
       std::vector<int> riders;
       int next = i + 1;
       for (; next < static_cast<int>(program.size()) && program[next].kind == Kind::offer; ++next) {
-        const int id = offers_of_[rank].at(next).front();
+        const int id = offers_of_[rank][next].front();
         if (offers_[id].rides && offers_[id].ref == image) riders.push_back(id);
       }
       const auto uses = [&](const ScheduleStep& other) {
@@ -316,8 +347,10 @@ void Lowering::find_idle_copies() {
 
 // Follows the first trip's signals: who has heard, through whom, that whom has entered.
 bool Lowering::full_exchange() const {
-  std::vector<std::vector<bool>> heard(n_, std::vector<bool>(n_, false));
-  std::map<std::tuple<int, int, int, int>, std::vector<bool>> sent;  // (from, to, cell, index)
+  using Ranks = std::vector<bool>;
+  std::vector<Ranks> heard(n_, Ranks(n_, false));
+  std::vector<Ranks> sent;                                               // with one item's signals
+  std::vector<int> shown(offers_.size(), -1), done(offers_.size(), -1);  // of each offer: where in `sent`
   struct Cursor {
     int stage = 0;
     size_t item = 0;
@@ -325,26 +358,21 @@ bool Lowering::full_exchange() const {
   std::vector<Cursor> cursors(n_);
   for (int rank = 0; rank < n_; ++rank) heard[rank][rank] = true;
 
-  auto hear = [&](int rank, int peer, Event event) {
-    auto found = sent.find({peer, rank, event.cell, event.index});
-    if (found == sent.end()) return false;
-    for (int r = 0; r < n_; ++r) heard[rank][r] = heard[rank][r] || found->second[r];
+  auto hear = [&](int rank, int at) {
+    if (at < 0) return false;
+    for (int r = 0; r < n_; ++r) heard[rank][r] = heard[rank][r] || sent[at][r];
     return true;
   };
   auto step = [&](int rank, const Item& item) {  // false: must wait
     for (int id : item.offers) {
-      const Offer& offer = offers_[id];
-      if (item.kind == Kind::combine && !hear(rank, offer.owner, offer.shown)) return false;
-      if (item.kind == Kind::accept && !deferred(offer) && !hear(rank, offer.peer, offer.done)) return false;
+      if (item.kind == Kind::combine && !hear(rank, shown[id])) return false;
+      if (item.kind == Kind::accept && !deferred(offers_[id]) && !hear(rank, done[id])) return false;
     }
     for (int id : item.offers) {
-      const Offer& offer = offers_[id];
-      if (item.kind == Kind::offer)
-        sent[{rank, offer.peer, offer.shown.cell, offer.shown.index}] = heard[rank];
-      if (item.kind == Kind::combine && offer.done.index) {
-        sent[{rank, offer.owner, offer.done.cell, offer.done.index}] = heard[rank];
-      }
+      if (item.kind == Kind::offer) shown[id] = static_cast<int>(sent.size());
+      if (item.kind == Kind::combine && offers_[id].done.index) done[id] = static_cast<int>(sent.size());
     }
+    if (item.kind != Kind::accept) sent.push_back(heard[rank]);
     return true;
   };
   for (bool moved = true; moved;) {
@@ -363,7 +391,7 @@ bool Lowering::full_exchange() const {
       }
     }
   }
-  return std::all_of(heard.begin(), heard.end(), [](const std::vector<bool>& ranks) {
+  return std::all_of(heard.begin(), heard.end(), [](const Ranks& ranks) {
     return std::all_of(ranks.begin(), ranks.end(), [](bool known) { return known; });
   });
 }

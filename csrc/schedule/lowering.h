@@ -59,6 +59,7 @@ class Lowering {
         idle_(n_),
         encode_stages_(n_),
         blocks_read_(n_),
+        num_events_(static_cast<size_t>(n_) * n_),
         layout_(match(geometry)) {
     number_events();
     find_riders(geometry.payload_bytes);
@@ -95,8 +96,8 @@ class Lowering {
   bool needs_done(const Offer& offer) const { return !deferred(offer) || reuses_slots(); }
   bool reuses_slots() const { return layout_.ragged || layout_.trips > layout_.slots; }
   int per_trip(int from, int to, int cell) const {
-    auto found = num_events_.find({from, to, cell});
-    return found == num_events_.end() ? 0 : found->second;
+    const std::vector<int>& cells = num_events_[from * n_ + to];
+    return cell < static_cast<int>(cells.size()) ? cells[cell] : 0;
   }
   int64_t length_of(const Ref& ref, int64_t trip) const {
     const int64_t block = block_length(call_, ref.rank, ref.buffer, ref.chunk.block);
@@ -111,7 +112,7 @@ class Lowering {
   bool uses_image_ = false;
   int scratch_blocks_ = 0;
   std::vector<Offer> offers_;
-  std::vector<std::map<int, std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
+  std::vector<std::vector<std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
   std::vector<std::vector<Item>> items_;
   std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
   std::vector<std::set<std::pair<int, int>>>
@@ -120,7 +121,7 @@ class Lowering {
   std::vector<std::map<int, uint8_t>> encode_stages_;  // rank -> combines that encode, and their stages
   bool encodes_once_ = true;
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
-  std::map<std::tuple<int, int, int>, int> num_events_;        // (from, to, cell)
+  std::vector<std::vector<int>> num_events_;                   // from * ranks + to -> cell -> signals
   Layout layout_;
 };
 

@@ -83,8 +83,7 @@ void SymbolicRun::check_output(int rank) {
     auto check = [&](int64_t begin, int64_t end) {  // elements of `out`
       if (begin >= end) return;
       const auto pieces = call.memory[rank]->look(out + begin * item, out + end * item);
-      std::vector<Elements> held =
-          elements(pieces, out + begin * item, item, end - begin, ranks_[rank].call, "its `out`");
+      std::vector<Elements> held = elements(pieces, out + begin * item, item, end - begin, rank, nullptr);
       for (Elements& part : held)
         part = {part.begin + begin, part.end + begin, {part.term.expr, part.term.delta - begin}};
       check_required(rank, required, held);

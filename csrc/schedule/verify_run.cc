@@ -181,6 +181,7 @@ void SymbolicRun::signal(int rank, const Step& step, int64_t trip) {
 void SymbolicRun::combine(int rank, const Step& step, int64_t trip) {
   if (step.count == 0) return;
   std::vector<Span> spans;
+  spans.reserve(step.num_dsts + step.num_srcs);
   if (!formats_allowed(rank, step) || !resolve(rank, step, trip, spans) || overlaps(rank, step, spans))
     return;
   const RankState& state = ranks_[rank];
@@ -189,14 +190,14 @@ void SymbolicRun::combine(int rank, const Step& step, int64_t trip) {
 
   const Operand* operands = &call_of(rank).plan->programs[rank].operands[step.operand + step.num_dsts];
   std::vector<std::vector<Elements>> sources;
+  sources.reserve(step.num_srcs);
   std::vector<Memory::Piece> pieces;
   for (int32_t s = step.num_dsts; s < step.num_dsts + step.num_srcs; ++s) {
     const Span& span = spans[s];
-    const std::string where = place(rank, *span.operand);
     if (auto conflict = span.memory->read(span.begin, span.end, access, state.clock, pieces)) {
-      return race(rank, &step, where, span.begin, false, *conflict);
+      return race(rank, &step, place(rank, *span.operand), span.begin, false, *conflict);
     }
-    sources.push_back(elements(pieces, span.begin, span.item, span.count, state.call, where));
+    sources.push_back(elements(pieces, span.begin, span.item, span.count, rank, span.operand));
   }
   const std::vector<Elements> result = step.transcode < 0
                                            ? compute(step, operands, sources)
@@ -329,14 +330,16 @@ bool SymbolicRun::overlaps(int rank, const Step& step, const std::vector<Span>& 
 }
 
 std::vector<SymbolicRun::Elements> SymbolicRun::elements(const std::vector<Memory::Piece>& pieces,
-                                                         int64_t begin, int64_t item, int64_t count,
-                                                         int32_t call, const std::string& where) {
+                                                         int64_t begin, int64_t item, int64_t count, int rank,
+                                                         const Operand* operand) {
+  const int32_t call = ranks_[rank].call;
+  const auto where = [&] { return operand ? place(rank, *operand) : "its `out`"; };
   std::vector<Elements> result;
   int64_t next = 0;
   auto fill_until = [&](int64_t until) {
     if (until <= next) return;
     result.push_back({next, until,
-                      expressions_.garbage("bytes in " + where + " that are no whole element of " +
+                      expressions_.garbage("bytes in " + where() + " that are no whole element of " +
                                            std::to_string(item) + " bytes")});
     next = until;
   };
@@ -348,7 +351,7 @@ std::vector<SymbolicRun::Elements> SymbolicRun::elements(const std::vector<Memor
       if (piece.value.size != item || (begin - piece.value.origin) % item != 0) continue;
       term.delta = (begin - piece.value.origin) / item;
       if (piece.call != call) {
-        term = expressions_.garbage("what call " + std::to_string(piece.call) + " left in " + where);
+        term = expressions_.garbage("what call " + std::to_string(piece.call) + " left in " + where());
       }
     }
     fill_until(first);

@@ -81,8 +81,9 @@ class SymbolicRun {
   bool is_bare_copy(int rank, const Step& step);
   bool formats_allowed(int rank, const Step& step);
   bool overlaps(int rank, const Step& step, const std::vector<Span>& spans);
+  // What a rank finds in an operand; in its `out` where there is none.
   std::vector<Elements> elements(const std::vector<Memory::Piece>& pieces, int64_t begin, int64_t item,
-                                 int64_t count, int32_t call, const std::string& where);
+                                 int64_t count, int rank, const Operand* operand);
   std::vector<Elements> compute(const Step& step, const Operand* operands,
                                 const std::vector<std::vector<Elements>>& sources);
   std::vector<Elements> combined(const Step& step, const Operand* operands,

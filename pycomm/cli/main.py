@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if " ".join(argv[:2]) in COMMANDS:
         argv[:2] = [" ".join(argv[:2])]
     parser = argparse.ArgumentParser(prog="pycomm", description="Collective communication for training.")
-    parser.add_argument("--version", action="version", version=f"pycomm {pycomm.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
+
+
+class _Version(argparse.Action):
+    """argparse's own has the text made before, and the launcher starts without the module that has it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.exit(show(f"pycomm {pycomm.__version__}"))
 
 
 def show(text: str) -> int:

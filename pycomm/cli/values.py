@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from pycomm import _native
-
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 MOST_RANKS = 4096
 MOST_NUMBERS = 4096
@@ -20,6 +18,8 @@ def parse_size(text: str, option: str = "") -> int:
 
 def dtype_name(text: str) -> str:
     """What the library calls the type; a TypeError lists the names."""
+    from pycomm import _native  # the launcher starts without it
+
     return _native.dtype_name(text)
 
 

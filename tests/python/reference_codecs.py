@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,13 +188,53 @@ def encode(
         inside = (first <= position) & (position < min(last, index + count))
         tensor[inside], begin[inside] = name, first
     v[tensor < 0] = 0
+    places = np.where(tensor < 0, 0, tensor << 40 | (position - begin)).astype(np.uint64)
+    scales, words, decoded = _encode_all(codec, v, tensor >= 0, places, (step, stage, rank))
+    good = np.repeat(np.isfinite(v.reshape(-1, block)).all(axis=1), block)
+    with np.errstate(all="ignore"):
+        kept = np.where(good, (v - decoded) / k, e).astype(F32)
+    kept[tensor < 0] = 0
+    return Encoded(pack_wire(kind, scales, words, count), decoded[:count].astype(F32), kept[:count])
+
+
+def encode_beginnings(codec: Any, x: Array, *, step: int = 0) -> Iterator[tuple[Array, Encoded]]:
+    """x[:n] and what encode() makes of it, without a residual, for each n from 0 to len(x): of each n, only the
+    last block is encoded anew, since no block depends on another."""
+    kind, block, stream = codec.kind, BLOCK[codec.kind], (step, 0, 0)
+    position = np.arange(-(-len(x) // TILE) * TILE)
+    padded = np.zeros(len(position), F32)
+    padded[: len(x)] = x
+
+    def encode_last(lengths: Array) -> tuple[Array, Array, Array]:
+        blocks = position.reshape(-1, block)[(lengths - 1) // block]
+        inside = blocks < lengths[:, None]
+        v = np.where(inside, padded[blocks], F32(0))
+        places = np.where(inside, blocks, 0).astype(np.uint64)
+        found = _encode_all(codec, v.ravel(), inside.ravel(), places.ravel(), stream)
+        return tuple(each.reshape(len(lengths), -1) for each in found)  # type: ignore[return-value]
+
+    all_scales, all_words, all_decoded = encode_last(np.arange(block, len(position) + 1, block))
+    last_scales, last_words, last_decoded = encode_last(np.arange(1, len(x) + 1))
+    yield x[:0], Encoded(np.zeros(0, np.uint8), np.zeros(0, F32), np.zeros(0, F32))
+    for n in range(1, len(x) + 1):
+        last, size = (n - 1) // block, -(-n // TILE) * TILE // block
+        parts = []
+        for whole, ends in ((all_scales, last_scales), (all_words, last_words), (all_decoded, last_decoded)):
+            part = whole[:size].copy()
+            part[last], part[last + 1 :] = ends[n - 1], 0
+            parts.append(part)
+        scales, words, decoded = parts
+        yield x[:n], Encoded(pack_wire(kind, scales.ravel(), words, n), decoded.ravel()[:n], np.zeros(n, F32))
+
+
+def _encode_all(
+    codec: Any, v: Array, inside: Array, places: Array, stream: tuple[int, int, int]
+) -> tuple[Array, Array, Array]:
+    """Scales, words on the wire and decoded values of whole blocks."""
+    kind, block = codec.kind, BLOCK[codec.kind]
     r = None
     if codec.rounding == "stochastic" and kind != "sign":
-        places = np.where(tensor < 0, 0, tensor << 40 | (position - begin)).astype(np.uint64)
-        r = random_bits(16 if kind == "bf16" else 8, codec.seed, (step, stage, rank), places)
-
-    blocks = v.reshape(-1, block)
-    good = np.isfinite(blocks).all(axis=1)
+        r = random_bits(16 if kind == "bf16" else 8, codec.seed, stream, places)
     with np.errstate(all="ignore"):
         if kind in ("fp16", "bf16"):
             passed = np.where(np.isnan(v), NAN, v).astype(TYPE[kind])
@@ -202,16 +242,12 @@ def encode(
             codes = np.where(
                 np.isfinite(v), round_float(finite, TYPE[kind], r, 8 if kind == "fp16" else 16), passed
             )
-            words, decoded = codes.view(np.uint16), codes.astype(F32)
-            scales: Array = np.zeros(0, F32)
-        else:
-            finite = np.where(good[:, None], blocks, F32(0))
-            scales, words, decoded = _encode_blocks(codec, finite, tensor.reshape(-1, block) >= 0, r)
-            scales = np.where(good, scales, NAN)
-            decoded = np.where(good[:, None], decoded, NAN).ravel()
-        kept = np.where(np.repeat(good, block), (v - decoded) / k, e).astype(F32)
-    kept[tensor < 0] = 0
-    return Encoded(pack_wire(kind, scales, words, count), decoded[:count].astype(F32), kept[:count])
+            return np.zeros(0, F32), codes.view(np.uint16), codes.astype(F32)
+        blocks = v.reshape(-1, block)
+        good = np.isfinite(blocks).all(axis=1)
+        finite = np.where(good[:, None], blocks, F32(0))
+        scales, words, decoded = _encode_blocks(codec, finite, inside.reshape(-1, block), r)
+        return np.where(good, scales, NAN), words, np.where(good[:, None], decoded, NAN).ravel()
 
 
 def _encode_blocks(codec: Any, blocks: Array, inside: Array, r: Array | None) -> tuple[Array, Array, Array]:
