@@ -12,20 +12,28 @@ export CCACHE_BASEDIR := $(CURDIR)
 # The tests start a thousand interpreters, which would each compile NumPy.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules
+.PHONY: demo test docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules \
+  compile compile-with-tests
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
-	$(call install,OFF,OFF)
+demo:
+	@$(MAKE) --no-print-directory -j2 compile $(VENV)/.demo
 	@$(BIN)/python examples/train_lm.py
 
+# OpenBLAS's threads spin as they start; and one test more than there are cores, since many wait.
 test: build
 	@echo "== C++ tests"
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
 	@echo "== Python tests"
-	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # its threads spin as they start
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
 
-build: $(VENV)/.dev
+build:
+	@$(MAKE) --no-print-directory -j2 compile-with-tests $(VENV)/.dev
+
+# Compiling needs few packages: the others are fetched meanwhile.
+compile: $(VENV)/.build
+	$(call install,OFF,OFF)
+compile-with-tests: $(VENV)/.build
 	$(call install,ON,OFF)
 
 # With the CUDA kernels, for every kind of GPU or for ARCHITECTURES=80,90 alone. nvcc is needed, a GPU is not; warnings
@@ -48,10 +56,15 @@ endef
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := demo test lint
 $(VENV)/.docs: EXTRAS := docs
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.build
 	@echo "== environment: packages for $(EXTRAS)"
-	@$(BIN)/python scripts/requirements.py $(EXTRAS) >$(VENV)/requirements.txt
-	@$(PIP) install --no-compile cmake ninja -r $(VENV)/requirements.txt
+	@$(BIN)/python scripts/requirements.py $(EXTRAS) >$@.txt
+	@$(PIP) install --no-compile -r $@.txt
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.python
+	@$(BIN)/python scripts/requirements.py >$@.txt
+	@$(PIP) install --no-compile cmake ninja -r $@.txt
 	@touch $@
 
 $(VENV)/.python: pyproject.toml scripts/requirements.py

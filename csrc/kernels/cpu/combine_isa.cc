@@ -51,11 +51,10 @@ PYCOMM_INLINE void put(Unaligned<Complex<T>>& to, Complex<T> x) {
   to.value.im = x.im;
 }
 
-// Where vectors are wide, the small floats go in those of strips.h as far as they reach: the compiler makes
-// less of a loop whose elements are of two sizes.
+// The small floats go in the vectors of strips.h as far as they reach: the compiler makes less of a loop whose
+// elements are of two sizes.
 template <class F>
-inline constexpr bool kIsSmall = kWidth > 4 && kIsFloat<typename F::Value> &&
-                                 sizeof(typename F::Raw) < sizeof(float);
+inline constexpr bool kIsSmall = kIsFloat<typename F::Value> && sizeof(typename F::Raw) < sizeof(float);
 
 // n elements of the format F, less than a strip, as a whole one.
 template <class F>
