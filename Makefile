@@ -9,6 +9,8 @@ CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*
 export PATH := $(BIN):$(PATH)
 # Where ccache is, what another clone compiled is found as well.
 export CCACHE_BASEDIR := $(CURDIR)
+# Two files more at once, Ninja's way, would only take each other's caches.
+export CMAKE_BUILD_PARALLEL_LEVEL := $(shell nproc)
 # The tests start a thousand interpreters, which would each compile NumPy.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -1,5 +1,6 @@
 """Every test that takes `ranks` runs twice: with rank threads and with real processes."""
 
+import gc
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # How long an example takes is no matter of right or wrong.
 settings.register_profile("pycomm", deadline=None)
 settings.load_profile("pycomm")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: collections, and those of forked ranks above all, need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["threads", "processes"])

@@ -68,14 +68,25 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
 
 
-def test_import_needs_numpy_alone() -> None:
+@pytest.mark.parametrize(
+    ("what", "packages"),
+    [("pycomm; pycomm.init", ["numpy", "pycomm"]), ("pycomm.cli.run", ["pycomm"])],
+    ids=["library", "launcher"],
+)
+def test_import_needs_numpy_alone(what: str, packages: list[str]) -> None:
     code = (
-        "import sys; before = set(sys.modules); import pycomm;"
+        f"import sys; before = set(sys.modules); import {what};"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before} - {'_xxsubinterpreters'};"
-        "print(*sorted(new - set(sys.stdlib_module_names)), 'argparse' in new)"
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["numpy", "pycomm", "False"]
+    assert out.split() == packages
+
+
+def test_import_leaves_the_command_line_out() -> None:
+    code = "import sys, pycomm; pycomm.init; print('argparse' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "False\n"
 
 
 def test_instruction_set_off_is_the_baseline() -> None:
