@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pycomm import interpreter  # noqa: F401
 
 if TYPE_CHECKING:
-    from pycomm.api import *  # noqa: F403
+    from pycomm.api import *
     from pycomm.api import __version__
 
 __all__ = [
@@ -50,7 +50,9 @@ def __getattr__(name: str) -> Any:
         return pycomm.cuda
     from pycomm import api
 
-    globals().update({name: getattr(api, name) for name in __all__ if name != "cuda"})
+    for each in __all__:
+        if each != "cuda":
+            globals().setdefault(each, getattr(api, each))
     return globals()[name]
 
 

@@ -12,8 +12,8 @@ from pycomm._native import Work as Work
 from pycomm._native import version as __version__  # noqa: F401
 from pycomm.algorithm import Algorithm as Algorithm
 from pycomm.bucket import Bucket as Bucket
-from pycomm.bucket import Stats as Stats
 from pycomm.group import Communicator as Communicator
 from pycomm.group import init as init
 from pycomm.group import premul_sum as premul_sum
 from pycomm.group import run_local as run_local
+from pycomm.stats import Stats as Stats

@@ -14,32 +14,10 @@ import numpy.typing as npt
 from pycomm import _native, checks, layouts
 from pycomm.gradients import Gradients, is_tensor
 from pycomm.group import Communicator
+from pycomm.stats import Stats
 
 ID_BITS = 24
 _LINE = 64  # bytes of a cache line: where storage starts
-
-
-class Stats(NamedTuple):
-    """Of the values that were written.
-
-    Squares and magnitudes are of the scaled float32 values before they were rounded, NaNs left out; the
-    counts are of what was written. The bits do not depend on the instruction set or the device.
-    """
-
-    sum_squares: float
-    max_abs: float
-    nans: int
-    infs: int
-
-    @property
-    def norm(self) -> float:
-        """The Euclidean norm, sqrt(sum_squares): to clip by."""
-        return math.sqrt(self.sum_squares)
-
-    @property
-    def finite(self) -> bool:
-        """Whether there is no NaN and no infinity."""
-        return self.nans == 0 and self.infs == 0
 
 
 class Segment(NamedTuple):

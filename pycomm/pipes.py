@@ -168,7 +168,7 @@ class Pump:
         while rest:
             try:
                 rest = rest[os.write(self._sink, rest) :]
-            except BlockingIOError:  # we share it with somebody who does not want to wait
+            except BlockingIOError:  # shared with a process that does not want to wait
                 poll = select.poll()
                 poll.register(self._sink, select.POLLOUT)
                 poll.poll()

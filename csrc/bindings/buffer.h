@@ -24,7 +24,7 @@ struct Buffer {
   bool copied = false;    // by whoever exported it: what is written to it is lost
   bool in_graph = false;  // of autograd's
   std::shared_ptr<void>
-      exported;           // keeps what a protocol handed out; the object itself is kept by who called
+      exported;           // keeps what a protocol handed out; the object itself is kept by the caller
   std::string signature;  // what ranks compare besides, of an object that has its elements in another
 
   int64_t rows() const { return shape.empty() ? 1 : shape[0]; }

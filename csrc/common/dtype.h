@@ -2,8 +2,7 @@
 //
 //   sum, prod        every number (bool: a TypeError that names bor and band)
 //   min, max         every real number and bool; IEEE 754-2019 minimum and maximum: a NaN on any rank is a
-//   NaN
-//                    everywhere, and -0 < +0
+//                    NaN everywhere, and -0 < +0
 //   avg              floats and complex: the sum divided by the number of ranks
 //   band, bor, bxor  integers and bool
 //

@@ -1,4 +1,4 @@
-// The word that somebody may have meant who wrote another one: for error messages.
+// The word that a user may have meant who wrote another one: for error messages.
 #pragma once
 
 #include <cstddef>

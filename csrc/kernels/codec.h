@@ -14,21 +14,18 @@
 //                                         amax / s <= 448 (`ceil_scale`)
 //   int8, int4        128, 32  bfloat16   1 byte, 4 bits (two's complement): round(x / s), |q| <= 127 (7),
 //                                         s = amax / 127 (7) rounded up, so that nothing clips
-//   sign                  128  float32    1 bit (set: negative): the sign times the mean magnitude; sign(0) =
-//   +
+//   sign                  128  float32    1 bit (set: negative): the sign times the mean magnitude;
+//                                         sign(0) = +
 //
-// * All arithmetic is float32, in arithmetic/codecs.h: same bits on every instruction set and on the GPU. x /
-// s
-//   is x * (1 / s), both operations rounded; amax / 448 and the like are one division.
+// * All arithmetic is float32, in arithmetic/codecs.h: same bits on every instruction set and on the GPU.
+//   x / s is x * (1 / s), both operations rounded; amax / 448 and the like are one division.
 // * Encodes saturate, and no finite value decodes to Inf: scales are held at the largest of their format with
 //   which the largest code (448 s, 127 s, ...) is finite.
 // * A block with a NaN or Inf decodes to NaN (canonical) in all its elements: its scale is NaN (E8M0: 255),
-// its
-//   elements' bits are zero. fp16 and bf16 pass NaN and Inf.
+//   its elements' bits are zero. fp16 and bf16 pass NaN and Inf.
 // * A block whose scale would be zero or denormal decodes to +0 in all its elements: all its bits are zero.
-// * int4 with `hadamard`: y = H x / 32 is encoded in x's place and x = H y, H being the Hadamard matrix of 32
-// rows,
-//   entries +-1, in Sylvester's order.
+// * int4 with `hadamard`: y = H x / 32 is encoded in x's place and x = H y, H being the Hadamard matrix of
+//   32 rows, entries +-1, in Sylvester's order.
 // * A segment (one tensor of a bucket) starts at a multiple of kSegmentAlign, hence of every block; what lies
 //   between a segment's end and the next one's begin counts as zero, and not at all in sign's mean. Nor does
 //   what is after the end of the data.

@@ -5,25 +5,20 @@
 //     acc = src[0][i] op src[1][i] op ... op src[k-1][i];   dst[0][i] = ... = dst[m-1][i] = store(acc)
 //
 // * Operands are contiguous, of any alignment. A destination may be the very same address as a source (in
-// place);
-//   otherwise operands do not overlap.
+//   place); otherwise operands do not overlap.
 // * Format says what an operand holds. `raw`: the caller's elements as they came (leaves). `partial`:
-// elements of
-//   accumulator(dtype), already scaled. `final`: elements of dtype, rounded and finished. `wire`: what a
-//   codec made of them: for transcode() alone, see codec.h.
+//   elements of accumulator(dtype), already scaled. `final`: elements of dtype, rounded and finished. `wire`:
+//   what a codec made of them: for transcode() alone, see codec.h.
 // * One source of the same format as the destination is a copy, bit for bit. Otherwise raw sources are
-// converted to
-//   the accumulator and multiplied by `prescale` (premul_sum), partial ones are taken as they are, and a
-//   final destination divides by `divisor` (avg: the number of ranks), makes every NaN the canonical quiet
-//   one and rounds once. Allowed: raw -> raw copy, partial -> partial, final -> final copy, {raw, partial}*
-//   -> partial | final.
+//   converted to the accumulator and multiplied by `prescale` (premul_sum), partial ones are taken as they
+//   are, and a final destination divides by `divisor` (avg: the number of ranks), makes every NaN the
+//   canonical quiet one and rounds once. Allowed: raw -> raw copy, partial -> partial, final -> final copy,
+//   {raw, partial}* -> partial | final.
 // * k sources associate as the balanced binary tree over their order, tree(0, k) = tree(0, p) op tree(p, k)
-// with p
-//   the largest power of two below k: bits depend on nothing else, not on alignment, count, or instruction
-//   set.
+//   with p the largest power of two below k: bits depend on nothing else, not on alignment, count, or
+//   instruction set.
 // * `stream` asks for non-temporal stores: for outputs that are larger than the cache and not read again.
-// When the
-//   call returns they are ordered before any later store (sfence).
+//   When the call returns they are ordered before any later store (sfence).
 //
 // prescale applies to sum and avg only, on floats and complex; divisor is 1 unless the operator is avg.
 #pragma once

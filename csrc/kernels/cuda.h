@@ -2,13 +2,12 @@
 // same arguments, the same bits.
 //
 // * Pointers are device pointers; the arguments themselves (lists of pointers, items, segments) lie in host
-//   memory and are copied into the launch before the call returns. So nothing must outlive the call, no copy
-//   synchronises, and a captured graph holds all that its replays need.
+//   memory and are copied into the launch before the call returns. So nothing must outlive the call, no
+//   copy synchronises, and a captured graph holds all that its replays need.
 // * Calls enqueue on the stream of `launch` and return. The stream's device must be the current one
 //   (DeviceGuard).
-// * Nothing is allocated: who needs memory to work in says how much, and the caller gives it. It is used
-// until
-//   the stream has passed the call.
+// * Nothing is allocated: a call that needs memory to work in says how much, and the caller gives it. The
+//   call uses it until the stream has passed the call.
 // * One exception to "the same bits": a NaN in a *partial* result may be another NaN than the CPU's.
 //
 // Usage errors are TypeError and ValueError; what CUDA reports is a std::runtime_error with CUDA's name of
@@ -59,8 +58,8 @@ int64_t topk_workspace_bytes(size_t count);
 void topk_encode(const TopkArgs& args, void* workspace, const Launch& launch);
 void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count, const Launch& launch);
 
-// The device that the memory at `pointer` belongs to. Throws ValueError if it is not memory of a CUDA device
-// (or managed memory).
+// The device that the memory at `pointer` belongs to. Throws ValueError if it is not memory of a CUDA
+// device (or managed memory).
 int device_of(const void* pointer, const char* name);
 
 // Makes a device the current one of this thread, and the one before it again at the end.

@@ -4,19 +4,16 @@
 //     item.tensor[i] = cast(bucket[item.offset + i] * scale)      unpack
 //
 // * Element types: float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, each item's its own. The product
-// is
-//   float32 (scale is rounded to it once) and is rounded once, to nearest even, as arithmetic/small_float.h
-//   says. scale = 1 between equal types is a copy, bit for bit.
+//   is float32 (scale is rounded to it once) and is rounded once, to nearest even, as
+//   arithmetic/small_float.h says. scale = 1 between equal types is a copy, bit for bit.
 // * Tensors are contiguous, of any length (0 included) and any alignment; they overlap nothing, but for an
-// item
-//   that lies in its place in the bucket already: with equal types and scale 1 it is not copied, else it is
-//   worked on in place.
+//   item that lies in its place in the bucket already: with equal types and scale 1 it is not copied, else it
+//   is worked on in place.
 // * Statistics are of the values that are written: the sum of squares and the largest magnitude of the scaled
-// float32
-//   values before rounding, NaNs left out of both; the counts of NaN and of Inf of what the bucket or tensor
-//   then holds. Squares are exact in float64 and their sums' order is fixed (arithmetic/stats.h), so that the
-//   same bits come out on every instruction set and on the GPU, and 10^9 elements keep far more than 6
-//   digits.
+//   float32 values before rounding, NaNs left out of both; the counts of NaN and of Inf of what the bucket or
+//   tensor then holds. Squares are exact in float64 and their sums' order is fixed (arithmetic/stats.h), so
+//   that the same bits come out on every instruction set and on the GPU, and 10^9 elements keep far more than
+//   6 digits.
 #pragma once
 
 #include <cstddef>

@@ -249,7 +249,7 @@ std::exception_ptr Communicator::wait_for_queue(Patience& patience) {
   return interrupted;
 }
 
-// Nobody may have waited for anybody in the last call. Of two ranks that disagree the later one sees it here.
+// The last call may not have synchronised its ranks; the rank that closes last detects the mismatch.
 std::optional<std::string> Communicator::find_last_mismatch() const {
   const uint64_t calls = collectives_.calls();
   const auto ours = domain_->record_of(rank(), calls);
@@ -390,8 +390,8 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   return comm;
 }
 
-// Who is dead without having called shrink stays so, and everybody else is waited for: all see the same
-// survivors.
+// A rank that is dead without having called shrink stays dead, and every other rank is waited for: all see
+// the same survivors.
 std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
   if (transport::forked_since(fork_generation_) || closed()) check_usable();
   const double started = now_s();

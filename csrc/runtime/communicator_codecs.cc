@@ -93,7 +93,7 @@ void Communicator::finish_coding(const Request& request, Bound& bound) const {
   if (coding.residual) deliver_exact_share(request, bound);
 }
 
-// What a rank keeps for itself no plan encodes: what it owes there is paid when the result is there.
+// A plan never encodes a rank's own share, so the share's residual is added to the result afterwards.
 void Communicator::deliver_exact_share(const Request& request, Bound& bound) const {
   const schedule::Call& call = request.call;
   const bool scatters = call.world.collective == Collective::reduce_scatter;

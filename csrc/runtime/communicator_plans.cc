@@ -21,11 +21,8 @@ constexpr size_t kCachedPlans = 1024;
 
 uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int rank) {
   Hasher h;
-  h.add(call.world.collective).add(call.world.size).add(call.world.root).add(call.world.peer);
-  h.add(call.dtype).add(call.op).add(call.in).add(call.out).add(call.in_place).add(call.deterministic);
-  h.add(call.prescale).add(call.ragged).add(algorithm).add(rank);
-  h.add(call.codec.kind).add(call.codec.rounding).add(call.codec.ceil_scale).add(call.codec.hadamard);
-  for (int64_t count : call.counts) h.add(count);
+  schedule::add(h, call);
+  h.add(algorithm).add(rank);
   return h.digest();
 }
 
@@ -255,7 +252,8 @@ std::shared_ptr<Agreement> Communicator::make_agreement(const Bound& bound, Coll
   return agreement;
 }
 
-// What two ranks say of their part of an all_to_all is in no signature, since others do not know it.
+// Pairwise counts are not in the fingerprint (a rank knows only its row and its column), so ranks exchange
+// them first.
 std::shared_ptr<Agreement> Communicator::agree_on_counts(const Bound& bound, const schedule::Call& call) {
   std::vector<int64_t> sent, expected;  // elements, by peer
   for (int r = 0; r < size(); ++r) {

@@ -17,7 +17,7 @@ int64_t slice_bytes(int64_t bytes) {
 
 int64_t Heap::extent_bytes(int64_t bytes, int ranks) { return ranks * slice_bytes(bytes) + kSmallPage; }
 
-// The slices, then a page that says who has let go.
+// The slices, then a page that says which ranks have let go.
 std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, std::vector<int> ranks, int me) {
   const auto n = static_cast<int>(ranks.size());
   const int64_t total = extent_bytes(bytes, n);

@@ -1,7 +1,8 @@
-// Symmetric memory: allocations that every rank of a group has at the same offset, and who can find them by
-// address.
+// Symmetric memory: allocations that every rank of a group has at the same offset, and the search for them
+// by address.
 //
-// Freed lazily: each rank drops its own handle when it likes; the pages go back when all have.
+// Freed lazily: each rank drops its own handle at any time; the pages go back when all ranks have dropped
+// theirs.
 #pragma once
 
 #include <atomic>

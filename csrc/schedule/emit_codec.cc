@@ -1,10 +1,11 @@
-// The steps of calls with a codec: windows hold wire form, so that what crosses between them and the caller's
-// buffers is encoded or decoded on the way.
+// The steps of calls with a codec: windows hold encoded data, callers' buffers do not, so a combine between
+// the two encodes or decodes.
 //
-// * A result that several see is encoded once, into all windows that need it, the rank's own included, and
-//   every rank takes its `out` from those bytes, its maker too: all hold the same.
-// * A chunk of `in` that this rank has shown, and reads as well, it reads in the form that it showed, as the
-//   others do. What only this rank reads enters exactly.
+// * A result that several ranks read is encoded once, into every window that needs it, the rank's own
+//   included. Every rank decodes its `out` from those bytes, the rank that computed them too, so that all
+//   ranks hold the same values.
+// * If a rank publishes an encoded chunk of `in`, it also reads the encoded copy, so that all ranks sum the
+//   same values. A chunk that only its own rank reads enters exactly.
 #include <algorithm>
 
 #include "schedule/emit.h"

@@ -63,20 +63,13 @@ Schedule show_inputs(Schedule schedule) {
 }
 
 uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout& layout) {
+  Call agreed = plan.call;
+  agreed.in_place = agreed.deterministic = false;  // ranks may differ in these
+  agreed.ragged = layout.ragged;
+  if (layout.ragged) agreed.counts.clear();  // a rank knows its row and its column alone
   Hasher h;
-  const Call& call = plan.call;
-  h.add(static_cast<int>(call.world.collective));
-  for (int v : {call.world.size, call.world.root, call.world.peer}) h.add(v);
-  h.add(static_cast<int>(call.dtype));
-  h.add(static_cast<int>(call.op));
-  if (!layout.ragged) {
-    for (int64_t count : call.counts) h.add(count);
-  }
-  h.add(static_cast<int>(call.in));
-  h.add(static_cast<int>(call.out));
-  h.add(layout.ragged);
-  h.add(call.prescale).add(plan.algorithm);
-  h.add(call.codec.kind).add(call.codec.rounding).add(call.codec.ceil_scale).add(call.codec.hadamard);
+  add(h, agreed);
+  h.add(plan.algorithm);
   for (int64_t v : {layout.width, int64_t{plan.slots}, plan.slot_bytes, int64_t{plan.cells}}) h.add(v);
   // Of the steps too: users may have written two algorithms of one name.
   for (const std::vector<ScheduleStep>& program : schedule.ranks) {

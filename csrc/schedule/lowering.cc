@@ -18,8 +18,8 @@ bool overlap(const Ref& a, const Ref& b) {
          int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
 }
 
-// Offers of the same chunk to the same peer, in the order in which they are made; the first so many are used
-// and accepted.
+// Offers of the same chunk to the same peer, in the order in which they are made; the first so many are
+// used and accepted.
 struct SameOffers {
   std::span<const int> offers;
   size_t used = 0, accepted = 0;
@@ -183,8 +183,8 @@ void Lowering::find_copies() {
   }
 }
 
-// Which combines encode, in which stage, and whether an element is ever encoded twice. A bare encode of `in`
-// has stage 0, as an offer's has: those of one element give the same bits.
+// Which combines encode, in which stage, and whether an element is ever encoded twice. A bare encode of
+// `in` has stage 0, as an offer's has: those of one element give the same bits.
 void Lowering::find_encodes() {
   if (!call_.coded()) return;
   for (int rank = 0; rank < n_; ++rank) {
@@ -345,7 +345,8 @@ void Lowering::find_idle_copies() {
   }
 }
 
-// Follows the first trip's signals: who has heard, through whom, that whom has entered.
+// Follows the first trip's signals: which ranks have heard, directly or through others, that which have
+// entered.
 bool Lowering::full_exchange() const {
   using Ranks = std::vector<bool>;
   std::vector<Ranks> heard(n_, Ranks(n_, false));

@@ -28,12 +28,15 @@ bool takes_codec(DType dtype) {
   return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
 }
 
-bool Call::operator==(const Call& other) const {
-  return world.collective == other.world.collective && world.size == other.world.size &&
-         world.root == other.world.root && world.peer == other.world.peer && dtype == other.dtype &&
-         op == other.op && counts == other.counts && in == other.in && out == other.out &&
-         in_place == other.in_place && prescale == other.prescale && deterministic == other.deterministic &&
-         ragged == other.ragged && codec == other.codec;
+void add(Hasher& hasher, const Call& call) {
+  // A structured binding names every field, so a new one cannot be forgotten: without it this does not compile.
+  const auto& [world, dtype, op, counts, in, out, in_place, prescale, deterministic, ragged, codec] = call;
+  const auto& [collective, size, root, peer] = world;
+  const auto& [kind, rounding, ceil_scale, hadamard, seed] = codec;
+  hasher.add(collective).add(size).add(root).add(peer).add(dtype).add(op).add(counts.size());
+  for (int64_t count : counts) hasher.add(count);
+  hasher.add(in).add(out).add(in_place).add(prescale).add(deterministic).add(ragged);
+  hasher.add(kind).add(rounding).add(ceil_scale).add(hadamard).add(seed);
 }
 
 bool encodes(const Program& program, const Step& step) {

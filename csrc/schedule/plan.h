@@ -1,40 +1,40 @@
-// A plan: a schedule lowered for one kind of call. It is what the verifier proves and what the executor runs.
+// A plan: a schedule lowered for one kind of call. It is what the verifier proves and what the executor
+// runs.
 //
 // Each rank has a program of three kinds of step over operands with byte addresses:
 //
 //   combine  kernels/combine.h over operands
 //   signal   store (call, value of this trip) into my cell at `peer`, release; everything before is visible
-//   to whoever
-//            waits for it
+//            to whoever waits for it
 //   wait     until `peer`'s cell here has reached (call, value of this trip), acquire
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
-// wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a call,
-// values of a cell start at 1.
+// wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a
+// call, values of a cell start at 1.
 //
-// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric, or if
-// `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's own
-// `out` and nowhere else.
-// `window` is the rank's slice of shared memory: of its current bank, slot (w mod slots). The address of an
-// operand at trip w is
+// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric, or
+// if `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's
+// own `out` and nowhere else. `window` is the rank's slice of shared memory: of its current bank, slot (w
+// mod slots). The address of an operand at trip w is
 //
 //   in, out:  base[space][rank] + offset + w * stride          (in place: the two bases are equal)
 //   window:   base[window][rank] + bank + (w mod slots) * slot_bytes + offset
 //
-// A cell has room for a little data beside its word, so that who waits for the word has the data in the same
-// cache line: `outgoing` is that of the cells that this rank writes at `rank`, to be a destination, and
-// `incoming` that of the cells that `rank` writes here, to be a source. Cells belong to the bank as well.
+// A cell has room for a little data beside its word, so that whoever waits for the word has the data in the
+// same cache line: `outgoing` is that of the cells that this rank writes at `rank`, to be a destination,
+// and `incoming` that of the cells that `rank` writes here, to be a source. Cells belong to the bank as
+// well.
 //
 //   outgoing, incoming:  base[space][rank] + offset; cell i's data is [i * kCellBytes, + kPayloadBytes)
 //
 // A call with a codec (kernels/codec.h). What lies in windows is in wire form, what lies in the caller's
-// buffers is not: combines between the two encode and decode. Windows hold whole tiles; every operand starts
-// at a tile's begin, and a wire operand of `count` elements has the bytes of as many tiles as hold them, of
-// which a last, short one is not used in full. All buffers are plain.
+// buffers is not: combines between the two encode and decode. Windows hold whole tiles; every operand
+// starts at a tile's begin, and a wire operand of `count` elements has the bytes of as many tiles as hold
+// them, of which a last, short one is not used in full. All buffers are plain.
 //
-// Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c
-// - 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
+// Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c -
+// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
 // one); else the executor waits on the entry records.
 #pragma once
 
@@ -43,6 +43,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/hash.h"
 #include "kernels/codec.h"
 #include "kernels/combine.h"
 #include "schedule/schedule.h"
@@ -91,8 +92,8 @@ struct Transcode {
   int64_t stride = 0;   // of both, from one trip to the next
 };
 
-// Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that lies
-// in [first, first + trips). The last loops of a program hold what is left over (the tail).
+// Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that
+// lies in [first, first + trips). The last loops of a program hold what is left over (the tail).
 struct Loop {
   int64_t first = 0, trips = 1;
   int32_t step = 0, num_steps = 0;  // range of Program::steps
@@ -111,8 +112,8 @@ struct Call {
   World world;  // collective, size, root, peer
   DType dtype = DType::float32;
   Op op = Op::sum;
-  // Elements. all_reduce, broadcast, reduce, send_recv: {count}. all_gather, reduce_scatter, gather, scatter:
-  // one entry a block. all_to_all: n * n, row-major, from row to column. barrier: {0}.
+  // Elements. all_reduce, broadcast, reduce, send_recv: {count}. all_gather, reduce_scatter, gather,
+  // scatter: one entry a block. all_to_all: n * n, row-major, from row to column. barrier: {0}.
   std::vector<int64_t> counts;
   Placement in = Placement::plain, out = Placement::plain;
   bool in_place = false;  // out is in (for all_gather, gather: in is out's own block; reduce_scatter,
@@ -125,8 +126,11 @@ struct Call {
   // Of all_reduce, reduce_scatter and all_gather of floats. A plan does not depend on its seed.
   kernels::Codec codec;
   bool coded() const { return codec.kind != kernels::CodecKind::none; }
-  bool operator==(const Call&) const;
+  bool operator==(const Call&) const = default;
 };
+
+// Adds every field of the call: the cache's hash of a call and the fingerprint that ranks compare derive from it.
+void add(Hasher& hasher, const Call& call);
 
 // The element types that codecs take.
 bool takes_codec(DType dtype);

@@ -4,28 +4,26 @@
 // the others one per rank. A *chunk* is a fraction of a block. Four named *buffers* hold chunks:
 //
 //   in       the caller's input. all_reduce, reduce, broadcast: block 0. all_gather, gather: rank r's `in` is
-//   block r
-//            alone. reduce_scatter, scatter, all_to_all: all n blocks (all_to_all: block p goes to rank p).
+//            block r alone. reduce_scatter, scatter, all_to_all: all n blocks (all_to_all: block p goes to
+//            rank p).
 //   out      the caller's output. all_reduce, broadcast, reduce: block 0. all_gather, gather: n blocks.
-//            reduce_scatter, scatter: block r alone. all_to_all: n blocks (block q came from rank q).
-//            In place, `out` may be `in` itself: never write an `out` chunk while its `in` chunk is still
+//            reduce_scatter, scatter: block r alone. all_to_all: n blocks (block q came from rank q). In
+//            place, `out` may be `in` itself: never write an `out` chunk while its `in` chunk is still
 //            needed.
 //   image    the library's own memory in the caller's dtype, as large as the whole data and readable by
-//   peers: copies
-//            of `in`, or finished results.
+//            peers: copies of `in`, or finished results.
 //   scratch  the same in the accumulator's type: partial results.
 //
 // Steps, in each rank's program order:
 //
 //   combine(dsts, srcs, final)  dst = srcs[0] op srcs[1] ... once over the data. One source: a copy. Any
-//   source and any
-//            destination may belong to another rank if that rank has offered it. `final` says that the result
-//            is finished (rounded; divided for avg) and goes to `out` or `image`. Without it, one source and
-//            a destination that is not scratch is a copy bit for bit, and anything else gives a partial
-//            result, in scratch.
+//                               source and any destination may belong to another rank if that rank has
+//                               offered it. `final` says that the result is finished (rounded; divided for
+//                               avg) and goes to `out` or `image`. Without it, one source and a destination
+//                               that is not scratch is a copy bit for bit, and anything else gives a partial
+//                               result, in scratch.
 //   offer(peer, ref)            from now until the accept the peer may read or write my `ref`; I may not
-//   write it
-//            (nor read it, if the peer writes).
+//                               write it (nor read it, if the peer writes).
 //   accept(peer, ref)           waits until the peer has finished with my `ref`; its writes have landed.
 //
 // Each offer has one later accept with the same peer and ref, and is used by exactly one combine of that
@@ -95,6 +93,7 @@ struct World {
   int size = 1;
   int root = 0;  // broadcast, reduce, gather, scatter; send_recv: the sender
   int peer = 0;  // send_recv: the receiver
+  bool operator==(const World&) const = default;
 };
 
 struct Schedule {

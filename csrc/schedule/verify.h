@@ -6,18 +6,15 @@
 // what is ordered is known from vector clocks. Shown are:
 //
 //   data      at the end every output element of every rank holds an expression that the collective allows
-//   (reductions:
-//             each rank's element once, prescaled once, rounded and divided once at the end), the same on all
-//             ranks; where `balanced` is asked, in the shape of the balanced tree; inputs not meant to change
-//             have not changed
+//             (reductions: each rank's element once, prescaled once, rounded and divided once at the end),
+//             the same on all ranks; where `balanced` is asked, in the shape of the balanced tree; inputs not
+//             meant to change have not changed
 //   races     no two accesses to overlapping bytes, one of them a write, are unordered; the caller's own
-//   reads and
-//             writes of its buffers before entry and after the end are accesses too
+//             reads and writes of its buffers before entry and after the end are accesses too
 //   bounds    every address lies in its buffer, or in its slot of its bank
 //   deadlock  every rank reaches its end
 //   banks     the same for calls that follow each other (`verify_sequence`), with the entry rule of plan.h;
-//   and
-//             full_exchange is claimed only where it holds
+//             and full_exchange is claimed only where it holds
 //
 // Loops of more trips than fill every slot, stage and signal distance are cut to that number (the address of
 // a trip is linear in its number, and slots repeat), unless `all_trips`.

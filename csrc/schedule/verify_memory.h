@@ -1,4 +1,4 @@
-// One range of addresses in a symbolic run: what each byte holds and who touched it last.
+// One range of addresses in a symbolic run: what each byte holds and which access touched it last.
 #pragma once
 
 #include <map>

@@ -180,7 +180,7 @@ std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes, bool for_users
     return mapping;
   };
   if (!threads()) return fresh();
-  // One for all rank threads, so that a sanitizer sees who touches what.
+  // One for all rank threads, so that a sanitizer sees which thread touches what.
   const std::lock_guard lock(shared_->mutex);
   std::erase_if(shared_->mappings, [](const auto& entry) { return entry.second.expired(); });
   std::weak_ptr<Mapping>& known = shared_->mappings[{offset, bytes}];

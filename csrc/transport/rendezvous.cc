@@ -305,7 +305,7 @@ void Join::greet_guests() {
     Message hello;
     std::vector<Fd> fds;
     const Io io = receive(guest, &hello, &fds);
-    if (io == Io::gone) guest = Fd();  // somebody who is not of us
+    if (io == Io::gone) guest = Fd();  // not a rank of this job
     if (io == Io::done) admit(guest, hello, fds);
   }
   std::erase_if(guests_, [](const Fd& guest) { return !guest; });

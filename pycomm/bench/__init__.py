@@ -2,7 +2,7 @@
 
 workers/      what a rank runs, in any interpreter: an engine each for pycomm, MPI, Gloo and DeepSpeed; the
               memory that is sent, the data in it and their check
-peers.py      who is measured beside pycomm, and how its ranks are started
+peers.py      which engines are measured beside pycomm, and how their ranks are started
 sets.py       sets of ranks: starting them, telling them what to do, one set at a time
 measure.py    sizes, checks, repetitions in turn; what comes out are rows
 rows.py       what a row is: times, bandwidths, ratios and their means

@@ -1,4 +1,4 @@
-"""Who is measured beside pycomm: which engine, in which interpreter, and how its ranks are started."""
+"""The engines measured beside pycomm: which, in which interpreter, and how their ranks are started."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class RankSet:
             raise SetError(f"it ended: {self._last_words()}") from None
 
     def close(self) -> None:
-        """Ends the ranks: what they wait for has an end. Who does not listen is killed."""
+        """Ends the ranks: what they wait for has an end. A rank that does not listen is killed."""
         for stream in self._streams:
             with contextlib.suppress(OSError):
                 stream.close()

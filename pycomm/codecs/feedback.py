@@ -59,7 +59,7 @@ class ErrorFeedback:
         self._loaded: dict[str, Residual] = {}
         self._to_watch = 0  # steps before what is left of these is thought to be misnamed
         self._of_torch = False
-        self._round: set[str] = set()  # who was called about in this step
+        self._round: set[str] = set()  # parameters that this step has had a call for
         self._of_round: list[Layout] = []
         self._comm: weakref.ref[_native.Communicator] | None = None
 
@@ -243,8 +243,8 @@ class ErrorFeedback:
         wanted = layout.part(name).size
         if found is not None and found.size != wanted:
             raise ValueError(
-                f"{name!r} has {wanted} elements here, and its residual {found.size}: a name is of one thing,"
-                " and a state of one model"
+                f"{name!r} has {wanted} elements here, and its residual {found.size}: one name cannot stand"
+                " for two parameters, nor a state for two models"
             )
         return found
 
@@ -272,9 +272,9 @@ def _checked(name: str, residual: Any) -> Residual:
 
 
 class Layout:
-    """Residuals of parameters that one call is about, in one piece, laid out like its data, twice.
+    """Double-buffered residuals of one call, in the call's element order.
 
-    A call reads `now` and writes `next`; they change places if its result is finite.
+    A call reads `now` and writes `next`; the two are swapped if the call's result is finite.
     """
 
     def __init__(self, places: Places, count: int, of_torch: bool) -> None:

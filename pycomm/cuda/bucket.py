@@ -6,10 +6,10 @@ import sys
 from typing import Any, cast
 
 from pycomm import _native
-from pycomm.bucket import Stats
 from pycomm.cuda import arrays
 from pycomm.cuda.kernels import Packing
 from pycomm.group import Communicator
+from pycomm.stats import Stats
 
 
 class Gpu:

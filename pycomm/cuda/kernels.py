@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pycomm.bucket import Stats
 from pycomm.cuda.arrays import Call, describe, native, new_bytes, require, stream_handle
+from pycomm.stats import Stats
 
 # Elements whose accumulator has no room for any sum of theirs.
 _SUMS_OVERFLOW = ("float32", "float64", "bfloat16", "complex64", "complex128")

@@ -614,7 +614,7 @@ TEST(what_cannot_be_read_fails_the_group) {
   }
 }
 
-// Who leaves a failed call may use its input again: what is read after that is not believed.
+// A rank that leaves a failed call may use its input again: what is read after that is not believed.
 TEST(a_read_of_a_failed_call_does_not_complete) {
   std::vector<char> in(4096, 2);
   Reading reading(in.data());

@@ -1,5 +1,5 @@
-// The verifier is tested by mutation: correct plans are broken in every small way, an explicit search of all
-// interleavings says which mutants are wrong, and the verifier must reject each of them.
+// The verifier is tested by mutation: correct plans are broken in every small way, an explicit search of
+// all interleavings says which mutants are wrong, and the verifier must reject each of them.
 #include <algorithm>
 #include <cstdio>
 #include <functional>
@@ -428,8 +428,9 @@ TEST(every_wrong_mutant_with_wide_partial_results_is_rejected) {
   CHECK_EQ(tally.unknown, 0);
 }
 
-// Windows hold tiles, and an encode depends on who makes it and where. sign has the smallest tiles. Two ranks
-// with a tile each and a tail; trips of a tile or two, in three slots; blocks shorter than a tile.
+// Windows hold tiles, and an encode depends on the rank that makes it and on its place. sign has the
+// smallest tiles. Two ranks with a tile each and a tail; trips of a tile or two, in three slots; blocks
+// shorter than a tile.
 TEST(every_wrong_mutant_with_a_codec_is_rejected) {
   Tally tally;
   const struct {

@@ -1,3 +1,6 @@
+#include <functional>
+#include <vector>
+
 #include "check.h"
 #include "schedule/plan.h"
 
@@ -81,4 +84,40 @@ TEST(steps_are_told_in_words) {
   CHECK_EQ(words(0), "rank 0 step 0: combine out[64:96] + 1024w <- window@1[0:64] partial in[0:32] + 1024w");
   CHECK_EQ(words(1), "rank 0 step 1: signal to rank 1, cell 1, value 2 + 3w");
   CHECK_EQ(words(2), "rank 0 step 2: wait for rank 1, cell 0, value 1");
+}
+
+TEST(every_field_of_a_call_counts) {
+  const auto digest = [](const Call& call) {
+    Hasher hasher;
+    add(hasher, call);
+    return hasher.digest();
+  };
+  const Call call{.counts = {7}};
+  const std::vector<std::function<void(Call&)>> changes = {
+      [](Call& c) { c.world.collective = Collective::broadcast; },
+      [](Call& c) { c.world.size = 2; },
+      [](Call& c) { c.world.root = 1; },
+      [](Call& c) { c.world.peer = 1; },
+      [](Call& c) { c.dtype = DType::float64; },
+      [](Call& c) { c.op = Op::max; },
+      [](Call& c) { c.counts = {8}; },
+      [](Call& c) { c.counts = {7, 0}; },
+      [](Call& c) { c.in = Placement::symmetric; },
+      [](Call& c) { c.out = Placement::symmetric; },
+      [](Call& c) { c.in_place = true; },
+      [](Call& c) { c.prescale = 0.5; },
+      [](Call& c) { c.deterministic = true; },
+      [](Call& c) { c.ragged = true; },
+      [](Call& c) { c.codec.kind = kernels::CodecKind::int8; },
+      [](Call& c) { c.codec.rounding = kernels::Rounding::stochastic; },
+      [](Call& c) { c.codec.ceil_scale = true; },
+      [](Call& c) { c.codec.hadamard = true; },
+      [](Call& c) { c.codec.seed = 1; },
+  };
+  for (const auto& change : changes) {
+    Call other = call;
+    change(other);
+    CHECK(!(other == call));
+    CHECK(digest(other) != digest(call));
+  }
 }

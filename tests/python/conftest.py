@@ -22,7 +22,7 @@ settings.load_profile("pycomm")
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: collections, and those of forked ranks above all, need not look at it again."""
+    """What is there by now stays: collections, those of forked ranks above all, need not look at it."""
     gc.freeze()
 
 

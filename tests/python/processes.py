@@ -77,7 +77,7 @@ class Gate:
 
     def wait_for(self, count: int) -> None:
         for _ in range(count):
-            assert select.select([self._read], [], [], 30)[0], "who should have come has not within 30 s"
+            assert select.select([self._read], [], [], 30)[0], "a process has not arrived within 30 s"
             os.read(self._read, 1)
 
     def __del__(self) -> None:

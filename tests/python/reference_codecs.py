@@ -198,8 +198,8 @@ def encode(
 
 
 def encode_beginnings(codec: Any, x: Array, *, step: int = 0) -> Iterator[tuple[Array, Encoded]]:
-    """x[:n] and what encode() makes of it, without a residual, for each n from 0 to len(x): of each n, only the
-    last block is encoded anew, since no block depends on another."""
+    """x[:n] and what encode() makes of it, without a residual, for each n from 0 to len(x): only the last
+    block of each is encoded anew, since no block depends on another."""
     kind, block, stream = codec.kind, BLOCK[codec.kind], (step, 0, 0)
     position = np.arange(-(-len(x) // TILE) * TILE)
     padded = np.zeros(len(position), F32)

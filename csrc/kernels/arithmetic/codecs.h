@@ -1,4 +1,4 @@
-// The arithmetic of the codecs of codec.h, element by element and block by block, for who has a block's
+// The arithmetic of the codecs of codec.h, element by element and block by block, for whoever has a block's
 // largest magnitude or mean at hand.
 //
 // A codec with scales is a struct of
@@ -10,7 +10,7 @@
 //   value(scale)          as a float32: a NaN, +0, or a normal number s
 //   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
 //   round(t, random)      the same of t = x * inverse(s), of one element or of vectors of them
-//   decode(bits, s)       NaN where s is one, of any sign and payload: who stores a result makes it canonical
+//   decode(bits, s)       NaN where s is one, of any sign and payload: a store makes it canonical
 #pragma once
 
 #include <cstdint>

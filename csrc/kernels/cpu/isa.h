@@ -1,8 +1,7 @@
-// What the kernels' sources and the copies of cpu/*_isa.cc, one compiled for each instruction set, know of
-// each other.
+// Interface between the dispatcher and the builds of cpu/*_isa.cc, one for each instruction set.
 //
-// All that a copy defines lies in a namespace of its own, and it calls no inline function or template from
-// elsewhere: the linker keeps one body of such a function for the whole program, and it might be the one in
+// All that a build defines lies in a namespace of its own, and it calls no inline function or template from
+// elsewhere: the linker keeps one body of such a function for the whole program, and that body might use
 // AVX-512.
 #pragma once
 
