@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pycomm import interpreter  # noqa: F401
 
 if TYPE_CHECKING:
+    from pycomm._native import version as __version__
     from pycomm.api import *
-    from pycomm.api import __version__
 
 __all__ = [
     "AbortedError",
