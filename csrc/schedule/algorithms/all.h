@@ -1,11 +1,8 @@
-// What algorithm files share: every algorithm's declaration, once, and the few pieces that several are built
-// from.
+// Every algorithm's declaration, once.
 //
 // One file holds one algorithm. Where it serves several collectives (`ring` is a reduce-scatter, an
 // all-gather, and an all-reduce made of both) it asks world.collective.
 #pragma once
-
-#include <vector>
 
 #include "schedule/schedule.h"
 
@@ -23,28 +20,5 @@ Schedule recursive_halving(const World& world);
 Schedule ring(const World& world);
 Schedule tree(const World& world);
 Schedule two_shot(const World& world);
-
-// A world of one: its `in` is the result.
-Schedule alone(const World& world);
-
-// Ends every program with the accepts of its offers that have none yet. For offers that peers only read:
-// their accept says no more than "before the collective ends".
-void accept_all(Schedule& schedule);
-
-// A rooted tree over the ranks.
-struct Tree {
-  explicit Tree(std::vector<int> parents);  // -1 at the root
-  std::vector<int> parent;
-  std::vector<std::vector<int>> children;  // ascending
-  int depth = 0;                           // links between the root and the farthest rank
-};
-
-// One rank's part of a sum towards the root: leaves show `in`, inner ranks a partial sum in scratch, and the
-// root finishes the sum in `out`.
-void reduce_up(Builder& b, const Tree& tree, Chunk chunk);
-// One rank's part of spreading the chunk from the root's `source` to the `out` of all other ranks.
-void broadcast_down(Builder& b, const Tree& tree, Chunk chunk, Buffer source);
-// A whole broadcast or reduce.
-Schedule along_tree(const World& world, const Tree& tree, int64_t trip_bytes = 0);
 
 }  // namespace pycomm::schedule

@@ -7,6 +7,7 @@
 //
 // Johnsson and Ho, Optimum broadcasting and personalized communication in hypercubes, IEEE TC 38(9), 1989.
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 

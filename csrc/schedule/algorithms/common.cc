@@ -1,8 +1,7 @@
-// The pieces that several algorithms are built from.
+#include "schedule/algorithms/common.h"
+
 #include <algorithm>
 #include <utility>
-
-#include "schedule/algorithms/all.h"
 
 namespace pycomm::schedule {
 

@@ -9,6 +9,7 @@
 // Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1),
 // 2005.
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 namespace {

@@ -5,6 +5,7 @@
 //
 // Hensgen, Finkel and Manber, Two algorithms for barrier synchronization, IJPP 17(1), 1988.
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 

@@ -7,6 +7,7 @@
 // Thakur, Rabenseifner and Gropp, Optimization of collective communication operations in MPICH, IJHPCA 19(1),
 // 2005; the rounds are those of the circle method for tournaments, so that partners are mutual for every n.
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 namespace {

@@ -12,6 +12,7 @@
 #include <bit>
 
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 

@@ -7,6 +7,7 @@
 //
 // Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, JPDC 69(2), 2009.
 #include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
 
 namespace pycomm::schedule {
 namespace {

@@ -1,0 +1,33 @@
+// The pieces that several algorithms are built from.
+#pragma once
+
+#include <vector>
+
+#include "schedule/schedule.h"
+
+namespace pycomm::schedule {
+
+// A world of one: its `in` is the result.
+Schedule alone(const World& world);
+
+// Ends every program with the accepts of its offers that have none yet. For offers that peers only read:
+// their accept says no more than "before the collective ends".
+void accept_all(Schedule& schedule);
+
+// A rooted tree over the ranks.
+struct Tree {
+  explicit Tree(std::vector<int> parents);  // -1 at the root
+  std::vector<int> parent;
+  std::vector<std::vector<int>> children;  // ascending
+  int depth = 0;                           // links between the root and the farthest rank
+};
+
+// One rank's part of a sum towards the root: leaves show `in`, inner ranks a partial sum in scratch, and the
+// root finishes the sum in `out`.
+void reduce_up(Builder& b, const Tree& tree, Chunk chunk);
+// One rank's part of spreading the chunk from the root's `source` to the `out` of all other ranks.
+void broadcast_down(Builder& b, const Tree& tree, Chunk chunk, Buffer source);
+// A whole broadcast or reduce.
+Schedule along_tree(const World& world, const Tree& tree, int64_t trip_bytes = 0);
+
+}  // namespace pycomm::schedule
