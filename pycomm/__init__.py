@@ -4,12 +4,14 @@ comm = pycomm.init()
 comm.all_reduce(gradient, op="avg")
 """
 
+import sys
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pycomm import interpreter  # noqa: F401
 
 if TYPE_CHECKING:
+    from pycomm import cuda
     from pycomm._native import version as __version__
     from pycomm.api import *
 
@@ -33,27 +35,29 @@ __all__ = [
     "run_local",
 ]
 
-if find_spec("pycomm._native") is None:
+if "pycomm._native" not in sys.modules and find_spec("pycomm._native") is None:
     raise ImportError(
         f"{__path__[0]} is the source folder of pycomm, without the compiled module: leave it to import an "
         "installed pycomm, or build one here with `pip install -e .`"
     )
 
 
-def __getattr__(name: str) -> Any:
-    """All names are imported when one is first asked for; pycomm.cuda, which few programs need, by itself."""
-    if name not in __all__:
-        raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
-    if name == "cuda":
-        import pycomm.cuda
+if not TYPE_CHECKING:  # which a name that is misspelt would pass
 
-        return pycomm.cuda
-    from pycomm import api
+    def __getattr__(name):
+        """All names are imported when one is first asked for; pycomm.cuda, which few programs need, by itself."""
+        if name not in __all__:
+            raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
+        if name == "cuda":
+            import pycomm.cuda
 
-    for each in __all__:
-        if each != "cuda":
-            globals().setdefault(each, getattr(api, each))
-    return globals()[name]
+            return pycomm.cuda
+        from pycomm import api
+
+        for each in __all__:
+            if each != "cuda":
+                globals().setdefault(each, getattr(api, each))
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

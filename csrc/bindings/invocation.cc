@@ -88,7 +88,7 @@ void take_op(Request& request, PyObject* op) {
     refuse_op(op);
   }
   request.call.op = Op::sum;
-  request.call.prescale = PyFloat_AsDouble(factor);
+  request.call.prescale = PyFloat_AsDouble(factor) + 0.0;  // -0.0 is 0.0: calls that are equal share a plan
   Py_DECREF(factor);
   if (PyErr_Occurred()) throw py::error_already_set();
 }

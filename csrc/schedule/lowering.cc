@@ -81,7 +81,11 @@ Layout Lowering::match(const Geometry& geometry) {
       malformed(rank, step, "not a chunk: " + words(ref));
     }
     if (ref.buffer == Buffer::in || ref.buffer == Buffer::out) {
-      block_offset(call_, ref.rank, ref.buffer, c.block);
+      try {
+        block_offset(call_, ref.rank, ref.buffer, c.block);
+      } catch (const ValueError& error) {
+        malformed(rank, step, error.what());
+      }
     } else if (c.block >= (ref.buffer == Buffer::image ? num_blocks(call_.world) : 64)) {
       malformed(rank, step, "no such block: " + words(ref));
     }
@@ -118,7 +122,8 @@ Layout Lowering::match(const Geometry& geometry) {
         const auto found = step.srcs[0].rank == rank ? by_key.find(step.peer, step.srcs[0]) : nullptr;
         if (found == nullptr || found->accepted == found->offers.size() ||
             offers_[found->offers[found->accepted]].step > i) {
-          malformed(rank, i, "accepts what it has not offered: " + words(step.srcs[0]));
+          malformed(rank, i, "accepts from rank " + std::to_string(step.peer) +
+                                 " what it has not offered there, or not so often: " + words(step.srcs[0]));
         }
         const int id = found->offers[found->accepted++];
         offers_[id].accept = i;
@@ -134,7 +139,8 @@ Layout Lowering::match(const Geometry& geometry) {
           const auto found = by_key.find(rank, ref);
           if (found == nullptr || found->used == found->offers.size()) {
             malformed(rank, i,
-                      "uses what rank " + std::to_string(ref.rank) + " has not offered: " + words(ref));
+                      "uses what rank " + std::to_string(ref.rank) +
+                          " has not offered to it, or not so often: " + words(ref));
           }
           known = here.insert(here.end(), found->offers[found->used++]);
           offers_[*known].use = i;

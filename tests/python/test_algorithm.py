@@ -166,6 +166,18 @@ def test_steps_that_are_no_schedule() -> None:
     with pytest.raises(ValueError, match=r"on 2 ranks.*rank 1, step 0"):
         Algorithm("one_sided", "all_reduce", one_sided).verify(sizes=[2])
 
+    def stranger(b: Builder, world: World) -> None:
+        b.accept(99, b.in_())
+
+    with pytest.raises(ValueError, match="rank 0, step 0: accepts from rank 99 what it has not offered"):
+        Algorithm("stranger", "all_reduce", stranger).verify(sizes=[2])
+
+    def others_block(b: Builder, world: World) -> None:
+        b.copy(b.out(), b.in_())
+
+    with pytest.raises(ValueError, match="rank 1, step 0: rank 1's .*no block 0 .*, but block 1 alone"):
+        Algorithm("others_block", "all_gather", others_block).verify(sizes=[2])
+
 
 def test_two_algorithms_of_one_name_do_not_meet() -> None:
     def write_other_star(b: Builder, world: World) -> None:  # as right as the other, in another order

@@ -365,3 +365,11 @@ def test_small_stacks(ranks: Ranks) -> None:
         ranks(fn, 3)
     finally:
         threading.stack_size(before)
+
+
+def test_the_bits_do_not_depend_on_the_factor_before() -> None:
+    def run(comm: pycomm.Communicator) -> list[bytes]:
+        factors = (0.0, -0.0) if comm.size == 2 else (-0.0, 0.0)
+        return [comm.all_reduce(np.ones(4, np.float32), op=pycomm.premul_sum(f)).tobytes() for f in factors]
+
+    assert len({bits for size in (2, 3) for each in pycomm.run_local(run, size) for bits in each}) == 1

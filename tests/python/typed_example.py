@@ -42,3 +42,4 @@ if TYPE_CHECKING:
         comm.all_reduce(x, "sum")  # type: ignore[call-overload]
         comm.all_reduce_init(x, op="add")  # type: ignore[arg-type]
         comm.barrier(x)  # type: ignore[call-overload]
+        pycomm.innit()  # type: ignore[attr-defined]
