@@ -45,7 +45,7 @@ if "pycomm._native" not in sys.modules and find_spec("pycomm._native") is None:
 if not TYPE_CHECKING:  # which a name that is misspelt would pass
 
     def __getattr__(name):
-        """All names are imported when one is first asked for; pycomm.cuda, which few programs need, by itself."""
+        """All names are imported when one is first asked for; pycomm.cuda, which few need, by itself."""
         if name not in __all__:
             raise AttributeError(f"module 'pycomm' has no attribute {name!r}")
         if name == "cuda":
