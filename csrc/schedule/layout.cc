@@ -55,9 +55,10 @@ int64_t block_offset(const Call& call, int rank, Buffer buffer, int block) {
   if (block < 0 || block >= num_blocks(call.world) || (own_only && block != rank)) {
     throw ValueError("rank " + std::to_string(rank) + "'s `" + name(buffer) + "` has no block " +
                      std::to_string(block) + " in " + name(kind) + ", but " +
-                     (own_only                      ? "block " + std::to_string(rank) + " alone"
-                      : num_blocks(call.world) == 1 ? "block 0 alone"
-                                                    : "blocks 0 to " + std::to_string(num_blocks(call.world) - 1)));
+                     (own_only ? "block " + std::to_string(rank) + " alone"
+                      : num_blocks(call.world) == 1
+                          ? "block 0 alone"
+                          : "blocks 0 to " + std::to_string(num_blocks(call.world) - 1)));
   }
   if (own_only) return 0;
   int64_t offset = 0;

@@ -122,8 +122,9 @@ Layout Lowering::match(const Geometry& geometry) {
         const auto found = step.srcs[0].rank == rank ? by_key.find(step.peer, step.srcs[0]) : nullptr;
         if (found == nullptr || found->accepted == found->offers.size() ||
             offers_[found->offers[found->accepted]].step > i) {
-          malformed(rank, i, "accepts from rank " + std::to_string(step.peer) +
-                                 " what it has not offered there, or not so often: " + words(step.srcs[0]));
+          malformed(rank, i,
+                    "accepts from rank " + std::to_string(step.peer) +
+                        " what it has not offered there, or not so often: " + words(step.srcs[0]));
         }
         const int id = found->offers[found->accepted++];
         offers_[id].accept = i;
