@@ -41,7 +41,11 @@ def shared_memory() -> set[str]:
 
 def children() -> set[str]:
     tasks = Path("/proc/self/task").iterdir()
-    return {pid for task in tasks for pid in (task / "children").read_text().split()}
+    found: set[str] = set()
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            found |= set((task / "children").read_text().split())
+    return found
 
 
 def descriptors() -> int:
