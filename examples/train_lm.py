@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-SECONDS = 50  # what both runs together should take: a minute with what comes before and after
+SECONDS = 45  # what both runs together should take: a minute with what comes before and after
 FEWEST_STEPS = 60  # with fewer the loss has hardly begun to fall
 TRIED_STEPS = 6  # before, to learn what one takes
 

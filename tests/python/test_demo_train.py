@@ -68,7 +68,7 @@ def test_replicas_that_differ_are_noticed() -> None:
 
 
 def test_the_steps_fit_the_budget_of_time() -> None:
-    for seconds_a_step in (0.2, 0.4, 0.8):
+    for seconds_a_step in (0.2, 0.4, 0.7):
         steps = affordable_steps(seconds_a_step)
         assert FEWEST_STEPS <= steps <= MOST_STEPS
         assert SECONDS - seconds_a_step < steps * seconds_a_step <= SECONDS
