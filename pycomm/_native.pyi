@@ -856,6 +856,11 @@ class Work:
     """
 
     def __repr__(self) -> str: ...
+    def add_done_callback(self, fn: typing.Any) -> None:
+        """
+        Calls fn(work) once the call has completed, with or without an error: at once if it has; else soon after, on whichever thread drove it, which can make other calls by then. Keep it short: that thread drives this group's other calls as well. Callbacks of a work run in the order in which they were added. What fn raises goes to sys.unraisablehook.
+        """
+
     def exception(self) -> BaseException | None:
         """
         The call's error, or None while it has none.

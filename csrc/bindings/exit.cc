@@ -75,7 +75,10 @@ int drop_at_last(void* /*unused*/) {
 
 void drop_locked(void (*drop)(void*), void* what) {
   if (!Py_IsInitialized() || !may_return()) return;
-  if (PyGILState_Check()) return drop(what);
+  PyGILState_Check() ? drop(what) : drop_later(drop, what);
+}
+
+void drop_later(void (*drop)(void*), void* what) {
   const std::lock_guard lock(mutex);
   dropped.emplace_back(drop, what);
   any_dropped = true;
@@ -102,6 +105,32 @@ const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock();
                                         mutex.unlock();
                                       });
 }  // namespace
+
+namespace {
+using Comm = std::shared_ptr<runtime::Communicator>;
+
+void close_last(Comm comm) {
+  strike(comm.get());
+  GilPatience patience(true);
+  close_quietly(*comm, patience);
+  comm.reset();
+}
+}  // namespace
+
+Handle::~Handle() {
+  if (!comm) return;
+  if (!comm->on_progress_thread()) {
+    close_last(std::move(comm));
+    return;
+  }
+  // Dropped by a completion callback, on the thread that close() waits for.
+  drop_later(
+      [](void* left) {
+        const std::unique_ptr<Comm> comm(static_cast<Comm*>(left));
+        close_last(std::move(*comm));
+      },
+      new Comm(std::move(comm)));
+}
 
 void close_at_exit() { py::module_::import("atexit").attr("register")(py::cpp_function(end)); }
 

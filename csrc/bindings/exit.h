@@ -18,6 +18,8 @@ bool may_return();
 // it, since others' calls would wait with them: for these the main thread does it soon, or whoever takes the
 // lock back after a call.
 void drop_locked(void (*drop)(void*), void* what);
+// By the main thread, soon, also where this one has the lock.
+void drop_later(void (*drop)(void*), void* what);
 void drop_left();  // under the lock
 
 void close_at_exit();

@@ -10,6 +10,7 @@
 #include "common/error.h"
 #include "common/log.h"
 #include "kernels/combine.h"
+#include "runtime/bootstrap.h"
 #include "schedule/algorithms.h"
 #include "schedule/layout.h"
 
@@ -46,14 +47,14 @@ PyCommunicator join(int rank, int size, const std::string& address, std::optiona
   {
     const Unlocked unlocked;
     set_log_rank(rank, size);
-    comm = Communicator::join(options);
+    comm = runtime::join(options);
   }
   return wrap(std::move(comm));
 }
 
 std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout) {
   std::vector<PyCommunicator> comms;
-  for (auto& comm : Communicator::threads(size, timeout_or_default(timeout)))
+  for (auto& comm : runtime::join_threads(size, timeout_or_default(timeout)))
     comms.push_back(wrap(std::move(comm)));
   return comms;
 }

@@ -49,13 +49,7 @@ struct Handle {
   std::shared_ptr<runtime::Communicator> comm;
   Memo memo;
   explicit Handle(std::shared_ptr<runtime::Communicator> c) : comm(std::move(c)) { enlist(comm.get()); }
-  ~Handle() {
-    if (!comm) return;
-    strike(comm.get());
-    GilPatience patience(true);
-    close_quietly(*comm, patience);
-    comm.reset();
-  }
+  ~Handle();
 };
 
 struct PyCommunicator {

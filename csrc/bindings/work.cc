@@ -5,6 +5,8 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/exit.h"
+#include "bindings/gil.h"
 #include "common/error.h"
 
 namespace py = pybind11;
@@ -51,6 +53,20 @@ class PyWork {
       return shown_("Work", ", failed: " + py::type::of(error).attr("__name__").cast<std::string>());
     }
     return shown_("Work", is_completed() ? ", done" : ", pending");
+  }
+  static void add_done_callback(const py::object& self, const py::object& fn) {
+    if (!PyCallable_Check(fn.ptr())) {
+      throw TypeError("`fn` is a " + std::string(Py_TYPE(fn.ptr())->tp_name) +
+                      ": pass what can be called with the work");
+    }
+    self.cast<PyWork&>().work_->on_completion(
+        [called = fn.ptr(), work = self.ptr(), held = keep_alive(py::make_tuple(self, fn))] {
+          if (!Py_IsInitialized() || !may_return()) return;
+          const Locked locked;
+          PyObject* returned = PyObject_CallOneArg(called, work);
+          if (!returned) PyErr_WriteUnraisable(called);
+          Py_XDECREF(returned);
+        });
   }
   py::object exception() const {
     const std::exception_ptr error = work_->exception();
@@ -190,6 +206,13 @@ void add_work(py::module_& module) {
            "timeout in seconds, CommTimeoutError when it passes first; the call goes on.")
       .def("__repr__", &PyWork::repr)
       .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
+      .def("add_done_callback", &PyWork::add_done_callback, py::arg("fn"),
+           "Calls fn(work) once the call has completed, with or without an error: at once if it has; else "
+           "soon "
+           "after, on whichever thread drove it, which can make other calls by then. Keep it short: that "
+           "thread drives this group's other calls as well. Callbacks of a work run in the order in which "
+           "they "
+           "were added. What fn raises goes to sys.unraisablehook.")
       .def("exception", &PyWork::exception, "The call's error, or None while it has none.")
       .def(
           "result", [](PyWork& work) { return work.wait(py::none()); },

@@ -1,20 +1,11 @@
 #include "runtime/communicator.h"
 
-#include <sched.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <bit>
-#include <cerrno>
-#include <cmath>
-#include <cstring>
+#include <ctime>
 #include <utility>
 
-#include "common/env.h"
 #include "common/error.h"
-#include "common/hash.h"
 #include "common/log.h"
-#include "transport/peer_memory.h"
 
 namespace pycomm::runtime {
 
@@ -26,154 +17,24 @@ void rest(Patience& patience) {
   patience.on_tick();
 }
 
-bool reads_itself(transport::Node& node) {
-  const uint64_t word = 1;
-  uint64_t there = 0;
-  return node.read(node.rank(), &there, reinterpret_cast<uint64_t>(&word), sizeof word) == 0 && there == word;
-}
 }  // namespace
 
 // ---- coming and going ----
 
-Communicator::Communicator(std::unique_ptr<Domain> domain, double timeout_s)
+Communicator::Communicator(std::unique_ptr<Domain> domain, const Fabric& fabric, double timeout_s)
     : domain_(std::move(domain)),
       timeout_s_(timeout_s),
-      fork_generation_(transport::fork_generation()),
-      policy_{.spin_us = env().spin_us, .yield = true},
-      background_policy_{.spin_us = 0, .yield = true},
+      fabric_(fabric),
       heap_(std::make_shared<Heap>(domain_->shared_node())),
-      collectives_(*domain_) {
+      sequences_(*domain_),
+      plans_(fabric_, domain_->size()),
+      binder_(*domain_, fabric_, *heap_, plans_, timeout_s),
+      queue_(*domain_, sequences_, fabric_) {
   register_for_fences();
 }
 
-std::shared_ptr<Communicator> Communicator::join(const transport::Node::Options& options) {
-  warn_of_misspelt_variables();
-  auto node = transport::Node::join(options);
-  auto& root = *reinterpret_cast<std::atomic<int64_t>*>(node->root_page() + 64);
-  std::vector<int> ranks(options.size);
-  for (int r = 0; r < options.size; ++r) ranks[r] = r;
-  if (options.rank == 0) {
-    try {
-      root.store(node->reserve(Domain::bytes(options.size)), std::memory_order_release);
-    } catch (...) {
-      root.store(-1, std::memory_order_release);
-      throw;
-    }
-  }
-  while (root.load(std::memory_order_acquire) == 0) {
-    if (node->dead(0) && root.load(std::memory_order_acquire) == 0) {
-      throw PeerLostError("rank 0 ended while it made the group's memory");
-    }
-    if (options.on_wait) options.on_wait();
-    timespec nap{0, 200000};
-    nanosleep(&nap, nullptr);
-  }
-  const int64_t offset = root.load(std::memory_order_acquire);
-  if (offset < 0) throw OutOfMemoryError("rank 0 could not reserve the group's shared memory; see its error");
-  std::shared_ptr<Communicator> comm(
-      new Communicator(std::make_unique<Domain>(node, ranks, options.rank, offset), options.timeout_s));
-  comm->learn_cores();
-  comm->learn_caches();
-  comm->learn_single_copy();
-  return comm;
-}
-
-std::vector<std::shared_ptr<Communicator>> Communicator::threads(int size, double timeout_s) {
-  warn_of_misspelt_variables();
-  auto nodes = transport::Node::local(size);
-  const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
-  std::vector<int> ranks(size);
-  for (int r = 0; r < size; ++r) ranks[r] = r;
-  std::vector<std::shared_ptr<Communicator>> comms;
-  for (int r = 0; r < size; ++r) {
-    comms.emplace_back(new Communicator(std::make_unique<Domain>(nodes[r], ranks, r, offset), timeout_s));
-    const unsigned cores = std::thread::hardware_concurrency();
-    comms[r]->policy_ = wait_policy(size, static_cast<int>(cores));
-    comms[r]->caches_ = caches();
-    comms[r]->single_copy_ = env().single_copy && reads_itself(*nodes[r]);
-  }
-  return comms;
-}
-
-// The cores that the ranks may use together decide whether spinning is polite.
-void Communicator::learn_cores() {
-  cpu_set_t mask;
-  CPU_ZERO(&mask);
-  sched_getaffinity(0, sizeof mask, &mask);
-  std::vector<int64_t> words(sizeof mask / sizeof(int64_t));
-  std::memcpy(words.data(), &mask, sizeof mask);
-  Patience patience;
-  const auto all = exchange(words, patience);
-  int cores = 0;
-  for (size_t w = 0; w < words.size(); ++w) {
-    uint64_t together = 0;
-    for (int r = 0; r < size(); ++r) together |= static_cast<uint64_t>(all[r * words.size() + w]);
-    cores += std::popcount(together);
-  }
-  policy_ = wait_policy(size(), cores);
-  if (cores > size()) background_policy_ = policy_;
-  log(LogLevel::info, "joined ", size(), " ranks on ", cores, " cores: waits ",
-      policy_.yield ? "yield" : "spin", " before they sleep");
-}
-
-// Plans depend on the caches, and ranks may be shown different ones: each in a container of its own, say.
-void Communicator::learn_caches() {
-  const Caches& mine = caches();
-  Patience patience;
-  const auto all = exchange({mine.l2, mine.last, mine.sharers}, patience);
-  caches_ = mine;
-  for (int r = 0; r < size(); ++r) {
-    caches_.l2 = std::min(caches_.l2, all[3 * r]);
-    caches_.last = std::min(caches_.last, all[3 * r + 1]);
-    caches_.sharers = std::min(caches_.sharers, static_cast<int>(all[3 * r + 2]));
-  }
-  log(LogLevel::info, "caches: L2 of ", caches_.l2 >> 10, " KiB a core, last level of ", caches_.last >> 20,
-      " MiB for ", caches_.sharers, " cores");
-}
-
-// Every rank reads a word of each other's, and all hear how that went: they must choose alike.
-void Communicator::learn_single_copy() {
-  if (size() == 1) return;
-  const uint64_t word = Hasher().add(getpid()).add(now_s()).digest();
-  const int64_t address = env().single_copy ? reinterpret_cast<int64_t>(&word) : 0;
-  Patience patience;
-  const auto words = exchange({address, static_cast<int64_t>(word)}, patience);
-  for (int r = 0; r < size(); ++r) {
-    if (words[2 * r] != 0) continue;
-    return log(LogLevel::info, "single copy off: rank ", r, " has PYCOMM_SINGLE_COPY=0");
-  }
-  const auto try_all = [&] {
-    int64_t error = 0;
-    for (int r = 0; r < size() && error == 0; ++r) {
-      int64_t there = 0;
-      error = domain_->node().read(domain_->node_ranks()[r], &there, static_cast<uint64_t>(words[2 * r]),
-                                   sizeof there);
-      if (error == 0 && there != words[2 * r + 1]) error = ESRCH;  // another namespace's pid
-    }
-    return exchange({error}, patience);
-  };
-  auto errors = try_all();
-  const bool forbidden = std::count(errors.begin(), errors.end(), EPERM) > 0;
-  if (forbidden) {
-    transport::let_siblings_read(true);
-    exchange({0}, patience);
-    errors = try_all();
-  }
-  const auto error = static_cast<int>(*std::max_element(errors.begin(), errors.end()));
-  if (forbidden && error != 0) transport::let_siblings_read(false);
-  single_copy_ = error == 0;
-  log(LogLevel::info, "single copy ", single_copy_ ? "on" : "off: ranks cannot read each other's memory: ",
-      single_copy_ ? "" : std::strerror(error));
-}
-
 Communicator::~Communicator() {
-  if (transport::forked_since(fork_generation_)) {  // the parent's: nothing of it is here
-    if (progress_.joinable()) progress_.detach();
-    for (auto* condition : {&queue_changed_, &work_left_}) {
-      new (condition) std::condition_variable;  // the parent's would wait for its waiters, who are not here
-    }
-    return;
-  }
+  if (queue_.forked()) return;  // the parent's: nothing of it is here
   try {
     close();
   } catch (const CommError& error) {
@@ -184,21 +45,15 @@ Communicator::~Communicator() {
 
 // Of the group's memory, once: not while another thread is still in a call.
 void Communicator::let_go() {
-  const Holding token(*this);
+  const Queue::Holding token(queue_);
   if (token && !std::exchange(let_go_, true)) domain_->let_go();
 }
 
 void Communicator::close(Patience& patience) {
-  if (transport::forked_since(fork_generation_)) return;
-  refuse_reentry();
-  {
-    const std::lock_guard lock(queue_mutex_);
-    if (std::exchange(stopping_, true)) return;
-  }
-  work_left_.notify_all();
-  const std::exception_ptr interrupted = wait_for_queue(patience);
-  if (progress_.joinable()) progress_.join();  // it finishes what is queued
-  closed_.store(true);
+  if (queue_.forked()) return;
+  queue_.refuse_reentry();
+  std::exception_ptr interrupted;
+  if (!queue_.stop(patience, interrupted)) return;
   domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
   std::optional<std::string> mismatch;
@@ -210,8 +65,8 @@ void Communicator::close(Patience& patience) {
 }
 
 void Communicator::leave(const std::string& error, Patience& patience) {
-  if (transport::forked_since(fork_generation_)) return;
-  if (!closed() && queued_.load(std::memory_order_acquire) != 0) {
+  if (queue_.forked()) return;
+  if (!closed() && !queue_.idle()) {
     domain_->fail(FailureKind::peer_lost,
                   "rank " + std::to_string(rank()) +
                       " left the group with calls under way, because of an error: " + error);
@@ -226,34 +81,11 @@ void Communicator::leave(const std::string& error, Patience& patience) {
   close(patience);
 }
 
-// Until nothing is queued. If the caller is interrupted, what is queued fails, and this is what it was
-// interrupted by.
-std::exception_ptr Communicator::wait_for_queue(Patience& patience) {
-  std::exception_ptr interrupted;
-  while (queued_.load(std::memory_order_acquire) != 0) {
-    patience.on_block();
-    {
-      std::unique_lock lock(queue_mutex_);
-      queue_changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return queues_.empty(); });
-    }
-    if (interrupted) continue;
-    try {
-      patience.on_tick();
-    } catch (...) {
-      interrupted = std::current_exception();
-      domain_->fail(FailureKind::aborted, "rank " + std::to_string(rank()) +
-                                              " was interrupted in close(), with calls that had not ended");
-    }
-  }
-  patience.on_block();
-  return interrupted;
-}
-
 // The last call may not have synchronised its ranks; the rank that closes last detects the mismatch.
 std::optional<std::string> Communicator::find_last_mismatch() const {
-  const uint64_t calls = collectives_.calls();
+  const uint64_t calls = sequences_.collectives().calls();
   const auto ours = domain_->record_of(rank(), calls);
-  if (ours && !collectives_.last_exchanged()) {
+  if (ours && !sequences_.collectives().last_exchanged()) {
     if (const auto mismatch = find_mismatch(*domain_, calls, *ours)) return mismatch;
   }
   for (int r = 0; r < size(); ++r) {
@@ -272,20 +104,6 @@ std::optional<std::string> Communicator::find_last_mismatch() const {
 void Communicator::abandon() {
   domain_->node().mark_dead(domain_->node_ranks()[rank()]);
   domain_->ring_all();
-}
-
-void Communicator::refuse_child() const {
-  if (transport::forked_since(fork_generation_)) {
-    throw CommError(
-        "this communicator belongs to the parent process: a child of fork() cannot use it. Call "
-        "pycomm.init() in the processes that communicate.");
-  }
-}
-
-void Communicator::check_usable() const {
-  refuse_child();
-  if (closed()) throw AbortedError("rank " + std::to_string(rank()) + " has closed this communicator");
-  if (domain_->failed()) domain_->raise_failure(Domain::Caller::starting);
 }
 
 // Whether the rank's process has ended, or has closed its communicator.
@@ -308,7 +126,7 @@ std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Pa
 }
 
 std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& patience) {
-  check_usable();
+  queue_.check_usable();
   transport::Node& node = domain_->node();
   const int64_t extent = Heap::extent_bytes(bytes, size());
   int64_t offset = 0;
@@ -381,19 +199,14 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
     if (members[i] == rank()) mine = static_cast<int>(i);
     node_ranks.push_back(domain_->node_ranks()[members[i]]);
   }
-  std::shared_ptr<Communicator> comm(new Communicator(
-      std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]), timeout_s_));
-  comm->policy_ = policy_;
-  comm->background_policy_ = background_policy_;
-  comm->caches_ = caches_;
-  comm->single_copy_ = single_copy_;
-  return comm;
+  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]);
+  return std::make_shared<Communicator>(std::move(domain), fabric_, timeout_s_);
 }
 
 // A rank that is dead without having called shrink stays dead, and every other rank is waited for: all see
 // the same survivors.
 std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
-  if (transport::forked_since(fork_generation_) || closed()) check_usable();
+  if (queue_.forked() || closed()) queue_.check_usable();
   const double started = now_s();
   const auto in_time = [&](int rank) {
     if (now_s() - started > timeout_s_) {
@@ -426,13 +239,8 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
     }
     in_time(leader);
   }
-  std::shared_ptr<Communicator> comm(new Communicator(
-      std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load()), timeout_s_));
-  comm->policy_ = policy_;
-  comm->background_policy_ = background_policy_;
-  comm->caches_ = caches_;
-  comm->single_copy_ = single_copy_;
-  return comm;
+  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load());
+  return std::make_shared<Communicator>(std::move(domain), fabric_, timeout_s_);
 }
 
 }  // namespace pycomm::runtime

@@ -1,7 +1,10 @@
-// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call
-// leaves to the next. Sequences of a group (its collectives; the messages of each pair, one way) are
-// independent.
+// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call leaves to
+// the next. Sequences of a group (its collectives; the messages of each pair, one way) are independent.
 #pragma once
+
+#include <map>
+#include <memory>
+#include <utility>
 
 #include "runtime/domain.h"
 #include "runtime/executor.h"
@@ -33,7 +36,8 @@ class Sequence {
                 Patience& patience) {
     start(prepared, buffers, prepared.record);
     Pending waiting = pending(timeout_s);
-    while (!run_.advance(policy.polls())) wait({&waiting, 1}, policy, patience);
+    Pending* const one = &waiting;
+    while (!run_.advance(policy.polls())) wait({&one, 1}, policy, patience);
     finish();
   }
 
@@ -42,6 +46,29 @@ class Sequence {
   uint64_t calls_ = 0;
   bool last_exchanged_ = true;
   Run run_;
+};
+
+// Those of one rank of a group. One thread at a time may use them.
+class Sequences {
+ public:
+  explicit Sequences(Domain& group) : group_(group), collectives_(group) {}
+  Sequence& collectives() { return collectives_; }
+  const Sequence& collectives() const { return collectives_; }
+  // Of the messages from one rank of the group to another; {-1, -1}: of the collectives. The first use of a pair
+  // makes its domain, or opens the one that the other rank has made; throws OutOfMemoryError.
+  Sequence& of(std::pair<int, int> pair) { return pair.first < 0 ? collectives_ : messages(pair); }
+
+ private:
+  Sequence& messages(std::pair<int, int> pair);
+
+  struct Channel {
+    explicit Channel(std::unique_ptr<Domain> d) : domain(std::move(d)), messages(*domain) {}
+    std::unique_ptr<Domain> domain;
+    Sequence messages;
+  };
+  Domain& group_;
+  Sequence collectives_;
+  std::map<std::pair<int, int>, Channel> channels_;
 };
 
 }  // namespace pycomm::runtime

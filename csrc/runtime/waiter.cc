@@ -29,17 +29,17 @@ bool fence_all_processes() { return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBA
 // What a rank waits for, one or several things.
 class Hopes {
  public:
-  Hopes(std::span<const Pending> calls, const Blocked* also) : calls_(calls), also_(also) {}
+  Hopes(std::span<Pending* const> calls, const Blocked* also) : calls_(calls), also_(also) {}
   bool met(int polls = 1) const {
-    for (const Pending& call : calls_) {
-      const Blocked& blocked = call.run->blocked_on();
-      if (call.run->mismatched() < 0 && reaches(*blocked.word, blocked.target, polls)) return true;
+    for (const Pending* call : calls_) {
+      const Blocked& blocked = call->run->blocked_on();
+      if (call->run->mismatched() < 0 && reaches(*blocked.word, blocked.target, polls)) return true;
     }
     return also_ && also_->met();
   }
 
  private:
-  std::span<const Pending> calls_;
+  std::span<Pending* const> calls_;
   const Blocked* also_;
 };
 
@@ -193,26 +193,28 @@ double now_s() {
 
 WaitPolicy wait_policy(int ranks, int cores) { return {.spin_us = env().spin_us, .yield = ranks > cores}; }
 
-void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience, const Blocked* also) {
+void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& patience,
+          const Blocked* also) {
   const Hopes hopes(calls, also);
-  const bool hopeless = std::ranges::any_of(calls, [](const Pending& c) { return c.run->mismatched() >= 0; });
-  if (!hopeless && policy.spin_us > 0 && met_soon(calls[0], hopes, policy, patience)) return;
+  const bool hopeless =
+      std::ranges::any_of(calls, [](const Pending* c) { return c->run->mismatched() >= 0; });
+  if (!hopeless && policy.spin_us > 0 && met_soon(*calls[0], hopes, policy, patience)) return;
   patience.on_block();
-  Domain& group = *calls[0].domain;
+  Domain& group = *calls[0]->domain;
   double nap = 0.0005, ticked = now_s(), turned = ticked;
-  for (Pending& call : calls) {
-    if (call.started == 0) call.started = ticked;
+  for (Pending* call : calls) {
+    if (call->started == 0) call->started = ticked;
   }
   while (!hopes.met()) {
     // A job that was stopped, or whose machine slept, does not come back to a deadline that has passed.
     const double now = now_s();
     if (const double stood = now - turned - kLongestTurn; stood > 0) {
-      for (Pending& call : calls) call.started += stood;
+      for (Pending* call : calls) call->started += stood;
     }
     turned = now;
     group.waker(group.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
-    for (const Pending& call : calls) {
-      look_for_trouble(call);
+    for (const Pending* call : calls) {
+      look_for_trouble(*call);
       if (!group.failed()) continue;
       if (hopes.met()) return;  // in time: others may have failed in a later call
       group.raise_failure(Domain::Caller::under_way);
@@ -224,7 +226,7 @@ void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience
         turned = now_s();  // it may wait for the interpreter's lock, and that time counts
       } catch (...) {
         group.fail(FailureKind::aborted, rank_name(group, group.rank()) + " was interrupted in " +
-                                             describe(calls[0].run->record()) + "; the group cannot go on.");
+                                             describe(calls[0]->run->record()) + "; the group cannot go on.");
         throw;
       }
     }

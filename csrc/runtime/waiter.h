@@ -50,7 +50,7 @@ struct Pending {
 // Returns when one of the calls may go on: what its run is blocked on is met, or `also` is. The calls are of
 // one group (its own, and messages between its pairs). Otherwise makes the reason the group's failure and
 // throws it.
-void wait(std::span<Pending> calls, const WaitPolicy& policy, Patience& patience,
+void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& patience,
           const Blocked* also = nullptr);
 
 // In words, if another rank has recorded something else for this call than this rank has.

@@ -319,6 +319,21 @@ class CodecWork:
             self.wait()
         return True
 
+    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
+        """See pycomm.Work.add_done_callback; the last part of the call that completes calls it."""
+        left = len(self._works)
+
+        def count(_: Any) -> None:
+            nonlocal left
+            with self._lock:
+                left -= 1
+                done = left == 0
+            if done:
+                fn(self)
+
+        for work in self._works:
+            work.add_done_callback(count)
+
     def exception(self) -> BaseException | None:
         """The call's error, or None while it has none."""
         return next((error for work in self._works if (error := work.exception()) is not None), None)

@@ -195,9 +195,10 @@ class Rank {
     calls_->start(prepared, buffers_, prepared.record);
     Patience patience;
     Pending pending = calls_->pending(30);
+    Pending* const one = &pending;
     while (!calls_->run().advance(1, killer)) {
       again = domain_->self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
-      wait({&pending, 1}, policy_, patience);
+      wait({&one, 1}, policy_, patience);
     }
     if (kill_at == kAfterLastStep) die(board_);
     calls_->finish();

@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "check.h"
-#include "runtime/communicator.h"
+#include "runtime/bootstrap.h"
 
 inline void run_threads(int size, const std::function<void(pycomm::runtime::Communicator&)>& body,
                         double timeout_s = 20) {
-  auto comms = pycomm::runtime::Communicator::threads(size, timeout_s);
+  auto comms = pycomm::runtime::join_threads(size, timeout_s);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {

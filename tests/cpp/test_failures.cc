@@ -20,7 +20,7 @@
 
 #include "check.h"
 #include "common/error.h"
-#include "runtime/communicator.h"
+#include "runtime/bootstrap.h"
 
 using namespace pycomm;
 using namespace pycomm::runtime;
@@ -108,7 +108,7 @@ std::vector<int> run_processes(int size, const Body& body, double timeout_s = 20
       if (before) before(rank);
       try {
         const auto comm =
-            Communicator::join({.rank = rank, .size = size, .address = address, .timeout_s = timeout_s});
+            runtime::join({.rank = rank, .size = size, .address = address, .timeout_s = timeout_s});
         body(*comm);
       } catch (const std::exception& error) {
         check::fail("rank", rank, error.what());
@@ -128,7 +128,7 @@ std::vector<int> run_processes(int size, const Body& body, double timeout_s = 20
 
 std::vector<Report> run_threads(int size, const std::function<Report(Communicator&)>& body,
                                 double timeout_s = 20) {
-  auto comms = Communicator::threads(size, timeout_s);
+  auto comms = runtime::join_threads(size, timeout_s);
   std::vector<Report> reports(size);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) {
@@ -454,7 +454,7 @@ TEST(one_rank_that_may_not_read_others_decides_for_all) {
           Patience patience;
           Call call(comm, Collective::all_gather, 1 << 20);
           const Bound bound = comm.bind(call.request);
-          CHECK_EQ(bound.agreement != nullptr, !forbidden);
+          CHECK_EQ(bound.preludes.size(), forbidden ? 0U : 1U);
           comm.run(bound, patience);
         },
         20, forbidden ? forbid : std::function<void(int)>{});
@@ -565,7 +565,7 @@ TEST(child_of_a_rank_cannot_use_its_group) {
 // The child drops the communicator of a parent whose progress thread sleeps: threads do not survive a fork.
 TEST(child_of_a_rank_can_drop_its_group) {
   const auto statuses = run_processes(1, [&](Communicator&) {
-    auto comms = Communicator::threads(1, 5);
+    auto comms = runtime::join_threads(1, 5);
     Patience patience;
     Call call(*comms[0], Collective::all_reduce, 10);
     comms[0]->submit(comms[0]->bind(call.request))->wait(INFINITY, patience);

@@ -260,3 +260,97 @@ def test_polling_does_not_hold_calls_up(ranks: Ranks) -> None:
         assert all(work.wait()[0] == comm.size for work in works)
 
     ranks(fn, 2)
+
+
+def test_done_callbacks(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        told: list[Any] = []
+        ready = threading.Event()
+        x = np.full(100_000, comm.rank + 1.0)
+        work = comm.all_reduce(x, async_op=True)
+        work.add_done_callback(lambda done: told.append((done.wait() is x, x[0], done.exception())))
+        work.add_done_callback(lambda done: (told.append(done.is_completed()), ready.set()))
+        assert ready.wait(20)
+        assert told == [(True, 3.0, None), True]
+        work.add_done_callback(lambda done: told.append("at once"))
+        assert told[-1] == "at once"
+        with pytest.raises(TypeError, match="`fn` is a int"):
+            work.add_done_callback(3)  # type: ignore[arg-type]
+
+    ranks(fn, 2)
+
+
+def test_a_done_callback_may_call(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        seen: list[float] = []
+        over = threading.Event()
+
+        def then(work: pycomm.Work) -> None:
+            seen.append(comm.all_reduce(work.result() * 10)[0])  # blocking, behind what was made before
+            over.set()
+
+        comm.all_reduce(np.ones(10), async_op=True).add_done_callback(then)
+        assert over.wait(20)
+        assert seen == [40.0]
+
+    ranks(fn, 2)
+
+
+def test_done_callbacks_of_calls_that_fail(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        errors: list[BaseException | None] = []
+        work = comm.all_reduce(np.ones(10 + comm.rank), async_op=True)
+        work.add_done_callback(lambda done: errors.append(done.exception()))
+        with pytest.raises(pycomm.MismatchError):
+            work.wait()
+        with pytest.raises(pycomm.AbortedError):
+            comm.barrier()
+        while not errors:
+            time.sleep(0.001)
+        assert isinstance(errors[0], pycomm.MismatchError)
+
+    ranks(fn, 2)
+
+
+def test_what_a_done_callback_raises_is_unraisable(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: found.append(unraisable.exc_value))
+
+    def fn(comm: Communicator) -> None:
+        def fail(work: pycomm.Work) -> None:
+            raise KeyError("mine")
+
+        comm.all_reduce(np.ones(3), async_op=True).add_done_callback(fail)
+        comm.barrier()
+
+    pycomm.run_local(fn, 2)
+    assert [type(error) for error in found] == [KeyError, KeyError]
+
+
+def test_the_last_reference_goes_with_a_done_callback() -> None:
+    """The progress thread drops it, and cannot close the group itself."""
+    over = threading.Event()
+    comms = [pycomm.init()]
+
+    def drop(work: pycomm.Work) -> None:
+        comms.clear()
+        over.set()
+
+    comms[0].all_reduce(np.ones(1 << 20), async_op=True).add_done_callback(drop)
+    assert over.wait(20)
+    gc.collect()
+
+
+def test_done_callbacks_of_a_codec(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        told: list[Any] = []
+        for codec in ("int8", pycomm.codecs.TopK(k=10, error_feedback=False)):
+            x = np.zeros(4000, np.float32)
+            x[0] = 5
+            work = comm.all_reduce(x, codec=codec, async_op=True)
+            work.add_done_callback(told.append)
+            assert work.wait()[0] == pytest.approx(10, rel=0.01)
+            while work not in told:
+                time.sleep(0.001)
+
+    ranks(fn, 2)

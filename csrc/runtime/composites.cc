@@ -1,58 +1,18 @@
-// Calls with codecs: what they ask for besides their plans, and those that are made of several plans.
+#include "runtime/composites.h"
+
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <utility>
 
 #include "common/error.h"
 #include "common/hash.h"
 #include "kernels/topk.h"
-#include "runtime/communicator.h"
-#include "schedule/algorithms.h"
+#include "runtime/coding.h"
 
 namespace pycomm::runtime {
 
 namespace {
-
-using kernels::Rounding;
-
-void tell(CallRecord& record, const std::string& codec) {
-  std::strncpy(record.codec, codec.c_str(), sizeof record.codec - 1);
-  record.fingerprint = Hasher(record.fingerprint).add(codec).digest() | 1;
-}
-
-std::string words(const kernels::Codec& codec) {
-  std::string options;
-  const auto add = [&](const std::string& option) { options += (options.empty() ? "" : ", ") + option; };
-  if (codec.ceil_scale) add("ceil_scale");
-  if (codec.hadamard) add("hadamard");
-  if (codec.rounding == Rounding::stochastic) add("stochastic");
-  if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
-  return kernels::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
-}
-
-// Ranks that keep no residuals, or in other units, would add up another sum.
-std::string feedback_words(const Coding& coding) {
-  if (!coding.residual) return "";
-  std::array<char, 32> scale{};
-  std::snprintf(scale.data(), scale.size(), " at %.9g", coding.residual_scale);
-  return std::string(", error feedback") + (coding.residual_scale == 1 ? "" : scale.data());
-}
-
-void check_floats(const schedule::Call& call, const std::string& codec) {
-  if (!schedule::takes_codec(call.dtype)) {
-    throw TypeError("codec " + codec + " is for float32, float16 and bfloat16; the buffer is " +
-                    name(call.dtype) + ": convert it, or leave codec out");
-  }
-  const bool sums = call.op == Op::sum || call.op == Op::avg;
-  if (schedule::reduces(call.world.collective) && !sums) {
-    throw TypeError("codec " + codec + " carries sum, avg and premul_sum; op is " +
-                    std::string(name(call.op)) + ": leave codec out");
-  }
-}
 
 // Memory that is written before it is read.
 template <class T>
@@ -60,57 +20,8 @@ std::unique_ptr<T[]> room(int64_t count) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
 }
 
-}  // namespace
-
-void Communicator::check_coding(const Request& request) const {
-  const schedule::Call& call = request.call;
-  const Coding& coding = *request.coding;
-  check_floats(call, kernels::name(coding.codec.kind));
-  if (call.world.collective != Collective::reduce_scatter || coding.segments.empty()) return;
-  int64_t begin = 0;
-  for (const int64_t count : call.counts) {
-    if (begin % kernels::kTile != 0) {
-      throw ValueError("a block of this reduce_scatter begins at element " + std::to_string(begin) +
-                       ": with tensors in it (segments), blocks begin at multiples of " +
-                       std::to_string(kernels::kTile) + " elements; pad them");
-    }
-    begin += count;
-  }
-}
-
-// Ranks that encode in other ways, or in another step, do not make the same call.
-void Communicator::finish_coding(const Request& request, Bound& bound) const {
-  const schedule::Plan& plan = bound.prepared->plan;
-  if (bound.coding->residual && !plan.encodes_once) {
-    const Collective kind = plan.call.world.collective;
-    throw ValueError(
-        "algorithm \"" + plan.algorithm +
-        "\" encodes elements more than once, and error feedback keeps one residual for each: use " +
-        schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
-  }
-  const Coding& coding = *bound.coding;
-  tell(bound.record, words(coding.codec) + feedback_words(coding) + ", step=" + std::to_string(coding.step));
-  if (coding.residual) deliver_exact_share(request, bound);
-}
-
-// A plan never encodes a rank's own share, so the share's residual is added to the result afterwards.
-void Communicator::deliver_exact_share(const Request& request, Bound& bound) const {
-  const schedule::Call& call = request.call;
-  const bool scatters = call.world.collective == Collective::reduce_scatter;
-  if (!scatters && size() > 1) return;
-  const int64_t begin =
-      std::accumulate(call.counts.begin(), call.counts.begin() + (scatters ? rank() : 0), int64_t{0});
-  const int64_t count = call.counts[scatters ? rank() : 0];
-  const bool divides = schedule::reduces(call.world.collective) && call.op == Op::avg;
-  const float scale = bound.coding->residual_scale / (divides ? static_cast<float>(size()) : 1.0F);
-  bound.then = [=, coding = bound.coding, dtype = call.dtype, out = request.out] {
-    kernels::add_residual(dtype, out, static_cast<size_t>(count), coding->residual + begin,
-                          coding->next_residual + begin, scale);
-  };
-}
-
 // What all parts of a call say that they are.
-CallRecord Communicator::record_of_whole(const Request& request, const std::string& codec) const {
+CallRecord record_of_whole(const Request& request, const std::string& codec) {
   const schedule::Call& call = request.call;
   CallRecord record;
   record.count = call.counts[0];
@@ -122,9 +33,11 @@ CallRecord Communicator::record_of_whole(const Request& request, const std::stri
   return record;
 }
 
+}  // namespace
+
 // ---- topk: encode, gather all records, add them in the order of ranks ----
 
-Bound Communicator::bind_topk(const Request& request, int64_t k) {
+Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
   const schedule::Call& call = request.call;
   const int64_t count = call.counts[0];
   check_floats(call, "topk");
@@ -140,22 +53,22 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
     std::unique_ptr<float[]> sum;
   };
   auto state = std::make_shared<State>(
-      State{room<char>(bytes * size()), room<float>(call.dtype == DType::float32 ? 0 : count)});
+      State{room<char>(bytes * binder.size()), room<float>(call.dtype == DType::float32 ? 0 : count)});
 
   Request gather;
   gather.call.world.collective = Collective::all_gather;
   gather.call.dtype = DType::uint8;
-  gather.call.counts.assign(size(), bytes);
+  gather.call.counts.assign(binder.size(), bytes);
   gather.call.in_place = true;
   gather.out = state->records.get();
-  gather.in = state->records.get() + rank() * bytes;
+  gather.in = state->records.get() + binder.rank() * bytes;
   gather.algorithm = request.algorithm;
   gather.tag = request.tag;
   gather.timeout_s = request.timeout_s;
   gather.part_of =
       record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*request.coding));
   std::strncpy(gather.part_of->algorithm, "direct", sizeof gather.part_of->algorithm - 1);
-  Bound bound = bind(gather);
+  Bound bound = binder.bind(gather);
 
   bound.before = [=, dtype = call.dtype, prescale = static_cast<float>(call.prescale), x = request.in,
                   coding = request.coding, mine = static_cast<char*>(const_cast<void*>(gather.in))] {
@@ -171,7 +84,7 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
     auto* values = reinterpret_cast<float*>(mine + bytes) - capacity;
     std::for_each(values, values + capacity, [&](float& value) { value *= prescale; });
   };
-  bound.then = [=, ranks = size(), dtype = call.dtype, op = call.op, out = request.out] {
+  bound.then = [=, ranks = binder.size(), dtype = call.dtype, op = call.op, out = request.out] {
     auto* sum = dtype == DType::float32 ? static_cast<float*>(out) : state->sum.get();
     std::memset(sum, 0, static_cast<size_t>(count) * sizeof(float));
     for (int r = 0; r < ranks; ++r) {
@@ -196,14 +109,14 @@ Bound Communicator::bind_topk(const Request& request, int64_t k) {
 
 // ---- shared_int: agree on every block's scale, sum integers ----
 
-Bound Communicator::bind_shared_int(const Request& request, int width) {
+Bound bind_shared_int(Binder& binder, const Request& request, int width) {
   const schedule::Call& call = request.call;
   const int64_t count = call.counts[0];
   check_floats(call, "shared_int");
   if (width != 8 && width != 16 && width != 32) {
     throw ValueError("`width` is " + std::to_string(width) + ": integers of 8, 16 or 32 bits");
   }
-  const int64_t limit = kernels::shared_limit(width, size());
+  const int64_t limit = kernels::shared_limit(width, binder.size());
   const int64_t blocks = (count + kernels::kSharedBlock - 1) / kernels::kSharedBlock;
   struct State {
     std::unique_ptr<float[]> amax;
@@ -233,26 +146,26 @@ Bound Communicator::bind_shared_int(const Request& request, int width) {
                                    : DType::int32,
                      Op::sum, count, state->q.get());
   sum.algorithm = request.algorithm;
-  Bound bound = bind(sum);
+  Bound bound = binder.bind(sum);
   std::memcpy(bound.record.algorithm, bound.prepared->record.algorithm, sizeof bound.record.algorithm);
-  bound.agreement = std::make_shared<Agreement>();
-  bound.agreement->exchange = bind(part(DType::float32, Op::max, blocks, state->amax.get()));
-  std::memcpy(bound.agreement->exchange.record.algorithm, bound.record.algorithm,
-              sizeof bound.record.algorithm);
+  Prelude scales{.before = nullptr,
+                 .plan = binder.bind(part(DType::float32, Op::max, blocks, state->amax.get()))};
+  std::memcpy(scales.plan.record.algorithm, bound.record.algorithm, sizeof bound.record.algorithm);
 
-  const auto encoding = [rank = rank()](const Coding& of) {
+  const auto encoding = [rank = binder.rank()](const Coding& of) {
     return kernels::Encoding{.step = of.step, .rank = static_cast<uint32_t>(rank), .segments = of.segments};
   };
-  bound.before = [=, dtype = call.dtype, x = request.in, own = request.coding] {
+  scales.before = [=, dtype = call.dtype, x = request.in, own = request.coding] {
     kernels::shared_amax(dtype, x, static_cast<size_t>(count), state->amax.get(), encoding(*own));
   };
-  bound.agreement->conclude = [=, dtype = call.dtype, x = request.in,
-                               own = request.coding](const Bound& asked) -> const Bound& {
+  bound.preludes.push_back(std::move(scales));
+  bound.conclude = [=, dtype = call.dtype, x = request.in,
+                    own = request.coding](const BoundPlan& plan) -> const BoundPlan& {
     kernels::shared_encode(dtype, x, static_cast<size_t>(count), state->amax.get(), width, limit,
                            own->codec.seed, encoding(*own), state->q.get());
-    return asked;
+    return plan;
   };
-  const double divisor = (call.op == Op::avg ? size() : 1) / call.prescale;
+  const double divisor = (call.op == Op::avg ? binder.size() : 1) / call.prescale;
   bound.then = [=, dtype = call.dtype, out = request.out] {
     kernels::shared_decode(state->q.get(), static_cast<size_t>(count), state->amax.get(), width, limit,
                            divisor, dtype, out);

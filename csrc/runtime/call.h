@@ -1,0 +1,55 @@
+// A call: as its caller makes it (Request), and bound to plans and buffers, ready to run again and again (Bound).
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/executor.h"
+
+namespace pycomm::runtime {
+
+// Buffers have been checked for size, contiguity and overlap.
+struct Request {
+  schedule::Call call;  // its placement is found when it is bound
+  const void* in = nullptr;
+  void* out = nullptr;
+  std::shared_ptr<const Coding> coding;  // with a codec
+  std::string algorithm;                 // empty: the library chooses
+  std::string tag;
+  double timeout_s = -1;  // negative: the group's
+  // For a call that the library makes as a part of another one: what mismatches and errors shall tell.
+  std::optional<CallRecord> part_of;
+};
+
+struct BoundPlan {
+  std::shared_ptr<const Prepared> prepared;
+  Buffers buffers;
+  CallRecord record;
+};
+
+// A plan that runs ahead of a call's own, so that ranks can agree on something.
+struct Prelude {
+  std::function<void()> before;  // if set, finds what this rank says
+  BoundPlan plan;
+};
+
+// Runs in this order (execution.h), by whichever thread runs the call: `before`; each prelude; `conclude`; the
+// call's own plan; `then`. Each of these functions may be empty, and may throw, which ends the call.
+struct Bound : BoundPlan {
+  double timeout_s = 0;    // of each plan
+  int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
+  std::pair<int, int> sequence() const { return {src, dst}; }
+  std::shared_ptr<const Coding> coding;
+  std::function<void()> before;  // before anything moves
+  std::vector<Prelude> preludes;
+  // Host work on what the preludes brought. Returns the plan to run: its argument, or another one that it keeps.
+  std::function<const BoundPlan&(const BoundPlan& own)> conclude;
+  std::function<void()> then;         // after success
+  std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
+};
+
+}  // namespace pycomm::runtime

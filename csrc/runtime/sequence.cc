@@ -1,0 +1,28 @@
+#include "runtime/sequence.h"
+
+#include <vector>
+
+namespace pycomm::runtime {
+
+Sequence& Sequences::messages(std::pair<int, int> pair) {
+  const auto found = channels_.find(pair);
+  if (found != channels_.end()) return found->second.messages;
+  const auto [src, dst] = pair;
+  transport::Node& node = group_.node();
+  std::atomic<int64_t>& offset = group_.channel_offset(src, dst);
+  int64_t there = offset.load(std::memory_order_acquire);
+  if (there == 0) {
+    const int64_t bytes = Domain::bytes(2), made = node.reserve(bytes);
+    if (offset.compare_exchange_strong(there, made, std::memory_order_acq_rel)) {
+      there = made;
+    } else {
+      node.release(made, bytes);
+    }
+  }
+  const std::vector<int> ranks = {group_.node_ranks()[src], group_.node_ranks()[dst]};
+  auto domain = std::make_unique<Domain>(group_.shared_node(), ranks, group_.rank() == src ? 0 : 1, there,
+                                         kBankBytes, &group_);
+  return channels_.try_emplace(pair, std::move(domain)).first->second.messages;
+}
+
+}  // namespace pycomm::runtime

@@ -1,0 +1,93 @@
+// Calls that are made of several plans: topk, shared_int.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "float_calls.h"
+
+using namespace float_calls;
+
+TEST(topk_adds_the_largest_of_every_rank) {
+  for (const int n : {1, 2, 3}) {
+    for (const int64_t count : {1, 50, 5000}) {
+      for (const int64_t k : {int64_t{1}, count / 10 + 1, count + 5}) {
+        std::vector<double> exact(count);
+        std::vector<Floats> left(n);
+        for (int r = 0; r < n; ++r) {
+          Floats x = noise(count, r);
+          std::vector<int64_t> order(count);
+          std::iota(order.begin(), order.end(), 0);
+          std::ranges::stable_sort(order, std::greater{}, [&](int64_t i) { return std::abs(x[i]); });
+          for (int64_t i = 0; i < std::min(k, count); ++i) {
+            exact[order[i]] += x[order[i]];
+            x[order[i]] = 0;
+          }
+          left[r] = x;
+        }
+        run_threads(n, [&](Communicator& comm) {
+          Patience patience;
+          const Floats x = noise(count, comm.rank());
+          for (const double prescale : {1.0, 0.5}) {
+            for (const Op op : {Op::sum, Op::avg}) {
+              Floats out(count), residual(count), next(count, NAN);
+              Request r = request(comm, Collective::all_reduce,
+                                  {.residual = residual.data(), .next_residual = next.data()}, x, out);
+              r.call.op = op;
+              r.call.prescale = prescale;
+              const Bound bound = comm.bind_topk(r, k);
+              if (op == Op::avg) {
+                comm.submit(bound)->wait(INFINITY, patience);
+              } else {
+                comm.run(bound, patience);
+              }
+              bool right = true;
+              for (int64_t i = 0; i < count; ++i) {
+                const double should = exact[i] * prescale / (op == Op::avg ? n : 1);
+                right = right && std::abs(out[i] - should) <= 1e-6 * (1 + std::abs(should));
+              }
+              CHECK(right);
+              CHECK(next == left[comm.rank()]);
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+// Integers add exactly: no algorithm, trip or rank's order shows in the bits.
+TEST(shared_int_does_not_depend_on_the_algorithm) {
+  const int64_t count = 10007;
+  const int n = 3;
+  const std::vector<double> exact = sum_of(n, count);
+  for (const int width : {8, 16, 32}) {
+    Copies copies;
+    run_threads(n, [&](Communicator& comm) {
+      Patience patience;
+      const Floats x = noise(count, comm.rank());
+      for (const char* algorithm : {"two_shot", "ring", "one_shot", "tree"}) {
+        Floats out(count);
+        Request r = request(comm, Collective::all_reduce, {.codec = {.seed = 9}, .step = 2}, x, out);
+        r.call.op = Op::avg;
+        r.algorithm = algorithm;
+        const Bound bound = comm.bind_shared_int(r, width);
+        if (algorithm[0] == 't') {
+          comm.submit(bound)->wait(INFINITY, patience);
+        } else {
+          comm.run(bound, patience);
+        }
+        copies.add(out);
+        for (float& value : out) value *= n;
+        // A step is 1 / q_max of a block's largest: some 4 of 42 steps of one bit a rank.
+        CHECK(relative_error(out, exact) < (width == 8 ? 3e-3 : 1e-6));
+      }
+    });
+    CHECK(copies.equal());
+  }
+}
