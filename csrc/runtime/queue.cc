@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "common/error.h"
@@ -81,6 +82,42 @@ bool Queue::stop(Patience& patience, std::exception_ptr& interrupted) {
 }
 
 // ---- blocking calls ----
+
+void Queue::run(const Bound& call, Patience& patience) { run_all(std::array{&call}, patience); }
+
+void Queue::run_both(const Bound& first, const Bound& second, Patience& patience) {
+  run_all(std::array{&first, &second}, patience);
+}
+
+template <size_t N>
+void Queue::run_all(const std::array<const Bound*, N>& calls, Patience& patience) {
+  if (idle()) {
+    const Holding token(*this);
+    if (token && idle()) return run_at_once(calls, patience);
+  }
+  run_queued(calls, patience);
+}
+
+// What a call's functions throw ends it before anything has begun, if there are two (messages have none).
+template <size_t N>
+void Queue::run_at_once(const std::array<const Bound*, N>& calls, Patience& patience) {
+  check_usable();
+  std::array<Execution, N> executions;
+  for (size_t i = 0; i < N; ++i) executions[i] = Execution(*calls[i], sequences_.of(calls[i]->sequence()));
+  for (Execution& execution : executions) execution.start();
+  for (size_t left = N;;) {
+    const int polls = left > 1 ? 1 : fabric_.policy.polls();
+    for (size_t i = left; i-- > 0;) {
+      if (executions[i].advance(polls)) std::swap(executions[i], executions[--left]);
+    }
+    if (left == 0) return;
+    std::array<Pending*, N> pending;
+    for (size_t i = 0; i < left; ++i) pending[i] = &executions[i].pending();
+    const Blocked submission{&queued_, 1};
+    wait({pending.data(), left}, fabric_.policy, patience, &submission);
+    if (submission.met()) return join({executions.data(), left}, patience);
+  }
+}
 
 void Queue::run_queued(std::span<const Bound* const> calls, Patience& patience) {
   refuse_reentry();

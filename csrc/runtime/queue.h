@@ -61,11 +61,9 @@ class Queue {
   Queue& operator=(const Queue&) = delete;
 
   // Blocks until the call has ended; throws its error. The caller's buffers are its own again then.
-  void run(const Bound& call, Patience& patience) { run_all(std::array{&call}, patience); }
+  void run(const Bound& call, Patience& patience);
   // Two messages, neither of which waits for the other.
-  void run_both(const Bound& first, const Bound& second, Patience& patience) {
-    run_all(std::array{&first, &second}, patience);
-  }
+  void run_both(const Bound& first, const Bound& second, Patience& patience);
   // A short call is begun by the thread that makes it: peers find its data sooner, and where their data is there
   // already, no other thread has to wake up for it.
   std::shared_ptr<Work> submit(Bound bound);
@@ -160,35 +158,5 @@ class Queue {
   std::thread progress_;
   bool stopping_ = false, rests_ = false;
 };
-
-template <size_t N>
-void Queue::run_all(const std::array<const Bound*, N>& calls, Patience& patience) {
-  if (idle()) {
-    const Holding token(*this);
-    if (token && idle()) return run_at_once(calls, patience);
-  }
-  run_queued(calls, patience);
-}
-
-// What a call's functions throw ends it before anything has begun, if there are two (messages have none).
-template <size_t N>
-void Queue::run_at_once(const std::array<const Bound*, N>& calls, Patience& patience) {
-  check_usable();
-  std::array<Execution, N> executions;
-  for (size_t i = 0; i < N; ++i) executions[i] = Execution(*calls[i], sequences_.of(calls[i]->sequence()));
-  for (Execution& execution : executions) execution.start();
-  for (size_t left = N;;) {
-    const int polls = left > 1 ? 1 : fabric_.policy.polls();
-    for (size_t i = left; i-- > 0;) {
-      if (executions[i].advance(polls)) std::swap(executions[i], executions[--left]);
-    }
-    if (left == 0) return;
-    std::array<Pending*, N> pending;
-    for (size_t i = 0; i < left; ++i) pending[i] = &executions[i].pending();
-    const Blocked submission{&queued_, 1};
-    wait({pending.data(), left}, fabric_.policy, patience, &submission);
-    if (submission.met()) return join({executions.data(), left}, patience);
-  }
-}
 
 }  // namespace pycomm::runtime
