@@ -184,6 +184,10 @@ bool Run::advance(int polls, const Observer& observer) {
             }
             combine(step, trip);
             break;
+          case Kind::send:
+          case Kind::recv:
+          case Kind::complete:
+            return false;
           case Kind::signal: {
             observer(loop.step + step_);
             Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];

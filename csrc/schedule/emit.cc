@@ -21,6 +21,7 @@ void Emitter::run() {
       wait(offer.peer, offer.done, 0, -l_.layout_.slots * l_.per_trip(offer.peer, rank_, offer.done.cell));
     }
   }
+  complete_earlier();
   for (const Item& item : l_.items_[rank_]) {
     const ScheduleStep& step = l_.schedule_.ranks[rank_][item.step];
     switch (item.kind) {
@@ -56,6 +57,97 @@ void Emitter::wait(int peer, Event event, int stage, int64_t shift) {
         .peer = peer,
         .value = reached,
         .per_trip = l_.per_trip(peer, rank_, event.cell)});
+}
+
+Format Emitter::crossing_format(const Ref& ref) const {
+  return l_.call_.coded() ? Format::wire : format_of(ref);
+}
+
+void Emitter::send(int to, int channel, const Operand& from, const Offer& offer) {
+  push({.kind = Step::Kind::send,
+        .stage = static_cast<uint8_t>(channel / l_.schedule_.stages),
+        .cell = static_cast<uint8_t>(channel),
+        .num_srcs = 1,
+        .operand = static_cast<int32_t>(program_.operands.size()),
+        .peer = to,
+        .count = l_.length_of(offer.ref, trip_)});
+  program_.operands.push_back(from);
+}
+
+void Emitter::receive(const Message& message, int from, int channel, const Operand& to) {
+  push({.kind = Step::Kind::recv,
+        .stage = static_cast<uint8_t>(channel % l_.schedule_.stages),
+        .cell = static_cast<uint8_t>(channel),
+        .num_dsts = 1,
+        .operand = static_cast<int32_t>(program_.operands.size()),
+        .peer = from,
+        .count = l_.length_of(l_.offers_[message.offer].ref, trip_)});
+  program_.operands.push_back(to);
+}
+
+void Emitter::receive_until(int from, int channel, int index) {
+  const std::vector<Message>& messages = l_.messages_[from * l_.n_ + rank_].at(channel);
+  for (int& received = received_[{from, channel}]; received < index; ++received) {
+    const Message& message = messages[received];
+    const Offer& offer = l_.offers_[message.offer];
+    if (alive(offer)) receive(message, from, channel, mail(message.mail, crossing_format(offer.ref)));
+  }
+}
+
+// What was sent from this slot before has been received, so that the slot may be written.
+void Emitter::complete_earlier() {
+  if (!l_.reuses_slots()) return;
+  for (int to = 0; to < l_.n_; ++to) {
+    for (const auto& [channel, messages] : l_.messages_[rank_ * l_.n_ + to]) {
+      if (std::ranges::none_of(messages, [&](const Message& m) { return alive(l_.offers_[m.offer]); }))
+        continue;
+      const auto per_trip = static_cast<int64_t>(messages.size());
+      push({.kind = Step::Kind::complete,
+            .cell = static_cast<uint8_t>(channel),
+            .peer = to,
+            .value = (1 - l_.layout_.slots) * per_trip,
+            .per_trip = per_trip});
+    }
+  }
+}
+
+// The chunk that a peer has written is in the window afterwards.
+void Emitter::take_written(const Offer& offer) {
+  const auto [channel, index] = offer.done;
+  const Message& message = l_.messages_[offer.peer * l_.n_ + rank_].at(channel)[index - 1];
+  const Format format = crossing_format(offer.ref);
+  const Operand window = operand(offer.ref, true, format);
+  receive_until(offer.peer, channel, index - 1);
+  if (int& received = received_[{offer.peer, channel}]; received < index) {
+    received = index;
+    return receive(message, offer.peer, channel, window);
+  }
+  const int64_t count = l_.length_of(offer.ref, trip_);
+  const int stage = channel % l_.schedule_.stages;
+  l_.call_.coded() ? emit_coded({window}, {mail(message.mail, format)}, count, stage, {})
+                   : move(window, mail(message.mail, format), count, stage, false);
+}
+
+Operand Emitter::source(const Item& item, const Ref& ref) const {
+  const Format format = crossing_format(ref);
+  if (l_.call_.world.mapped(ref.rank, rank_)) {
+    return operand(ref, l_.call_.coded() || (l_.in_window(ref) && ref.rank != rank_), format);
+  }
+  const auto id = std::ranges::find_if(item.offers, [&](int id) { return l_.offers_[id].ref == ref; });
+  const Event& shown = l_.offers_[*id].shown;
+  return mail(l_.messages_[ref.rank * l_.n_ + rank_].at(shown.cell)[shown.index - 1].mail, format);
+}
+
+void Emitter::add_destination(std::vector<Operand>& dsts, const Item& item, const Ref& ref,
+                              Format format) const {
+  if (l_.call_.world.mapped(ref.rank, rank_)) {
+    return dsts.push_back(operand(ref, l_.call_.coded() || (l_.in_window(ref) && ref.rank != rank_), format));
+  }
+  const Operand outbox = mail(l_.outboxes_[rank_].at(item.step), format);
+  const auto same = [&](const Operand& dst) {
+    return dst.space == outbox.space && dst.offset == outbox.offset;
+  };
+  if (std::ranges::none_of(dsts, same)) dsts.push_back(outbox);
 }
 
 Operand Emitter::operand(const Ref& ref, bool window, Format format) const {
@@ -115,12 +207,21 @@ void Emitter::show(const Item& item, int stage) {
     }
   }
   const Offer& first = l_.offers_[item.offers[0]];
-  if (any) signal(first.peer, first.shown, stage);
+  if (any && !l_.crosses(first)) return signal(first.peer, first.shown, stage);
+  for (int id : item.offers) {
+    const Offer& offer = l_.offers_[id];
+    if (!offer.read || !alive(offer)) continue;
+    send(offer.peer, offer.shown.cell, operand(offer.ref, true, crossing_format(offer.ref)), offer);
+  }
 }
 
 void Emitter::accept(const Offer& offer, int stage) {
   if (l_.deferred(offer) || !alive(offer)) return;
-  wait(offer.peer, offer.done, stage);
+  if (l_.crosses(offer)) {
+    take_written(offer);
+  } else {
+    wait(offer.peer, offer.done, stage);
+  }
   if (!offer.written || !l_.staged(offer.ref)) return;
   const int64_t count = l_.length_of(offer.ref, trip_);
   if (l_.call_.coded()) {
@@ -141,6 +242,10 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   for (int id : item.offers) {
     const Offer& offer = l_.offers_[id];
     if (!alive(offer)) continue;
+    if (l_.crosses(offer)) {
+      if (offer.read) receive_until(offer.owner, offer.shown.cell, offer.shown.index);
+      continue;
+    }
     auto peer = std::ranges::lower_bound(peers, offer.owner, {}, &Peer::rank);
     if (peer == peers.end() || peer->rank != offer.owner) peer = peers.insert(peer, {offer.owner, {}, {}});
     if (offer.shown.index > peer->shown.index) peer->shown = offer.shown;
@@ -157,6 +262,12 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   }
   for (const Peer& peer : peers) {
     if (peer.done.index) signal(peer.rank, peer.done, step.stage);
+  }
+  for (int id : item.offers) {
+    const Offer& offer = l_.offers_[id];
+    if (!l_.crosses(offer) || !offer.written || !alive(offer)) continue;
+    send(offer.owner, offer.done.cell, mail(l_.outboxes_[rank_].at(item.step), crossing_format(offer.ref)),
+         offer);
   }
 }
 
@@ -191,11 +302,10 @@ void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t 
     const Format format = step.final                      ? Format::final
                           : ref.buffer == Buffer::scratch ? Format::partial
                                                           : Format::raw;
-    const bool window = l_.in_window(ref) && ref.rank != rank_;
     // In place, a rank's `out` holds what its `in` does.
     const bool there = l_.call_.in_place && is_copy && ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
                        step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
-    if (!there) dsts.push_back(operand(ref, window, format));
+    if (!there) add_destination(dsts, item, ref, format);
     to_user = to_user && !there && dsts.back().space == Space::out;
     if (l_.window_copies_[rank_].count({item.step, d})) {
       dsts.push_back(operand(ref, true, format));
@@ -209,7 +319,7 @@ void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t 
     if (rider != item.offers.end()) {
       srcs.push_back({Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
     } else {
-      srcs.push_back(operand(ref, l_.in_window(ref) && ref.rank != rank_, format_of(ref)));
+      srcs.push_back(source(item, ref));
     }
   }
   if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));

@@ -25,6 +25,23 @@ class Emitter {
   }
   void signal(int peer, Event event, int stage);
   void wait(int peer, Event event, int stage, int64_t shift = 0);
+
+  // Across message links.
+  void send(int to, int channel, const Operand& from, const Offer& offer);
+  void receive(const Message& message, int from, int channel, const Operand& to);
+  // All messages of a channel up to the index-th; each into its place in the mail.
+  void receive_until(int from, int channel, int index);
+  void complete_earlier();
+  void take_written(const Offer& offer);
+  // What lies in windows and messages of a chunk.
+  Format crossing_format(const Ref& ref) const;
+  Operand mail(int64_t at, Format format) const {
+    return {Space::window, format, rank_, l_.layout_.mail_offset + at, 0};
+  }
+  // What a combine uses of another rank's window, or of the mail in its place.
+  Operand source(const Item& item, const Ref& ref) const;
+  // Adds a destination in another rank's window, or the one that is sent in its place.
+  void add_destination(std::vector<Operand>& dsts, const Item& item, const Ref& ref, Format format) const;
   void push(const Step& step) { program_.steps.push_back(step); }
 
   Operand operand(const Ref& ref, bool window, Format format) const;
@@ -43,7 +60,7 @@ class Emitter {
 
   // With a codec (emit_codec.cc).
   Operand wire(const Ref& ref) const { return operand(ref, true, Format::wire); }
-  Operand coded_source(const Ref& ref, int step) const;
+  Operand coded_source(const Item& item, const Ref& ref) const;
   std::optional<Ref> shown_form(const Ref& ref, int step) const;
   void emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
                   int stage, Transcode transcode, bool stream = false);
@@ -56,6 +73,7 @@ class Emitter {
   const int64_t trip_;
   Program& program_;
   std::map<std::tuple<int, int, int>, int64_t> reached_;  // (peer, cell, stage): what has been waited for
+  std::map<std::pair<int, int>, int> received_;           // (peer, channel): how many messages of a trip
 };
 
 }  // namespace pycomm::schedule

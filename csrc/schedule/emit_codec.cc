@@ -56,9 +56,9 @@ std::optional<Ref> Emitter::shown_form(const Ref& ref, int step) const {
   return std::nullopt;
 }
 
-Operand Emitter::coded_source(const Ref& ref, int step) const {
-  if (ref.rank != rank_ || !l_.staged(ref)) return wire(ref);
-  const auto shown = ref.buffer == Buffer::in ? shown_form(ref, step) : std::nullopt;
+Operand Emitter::coded_source(const Item& item, const Ref& ref) const {
+  if (ref.rank != rank_ || !l_.staged(ref)) return source(item, ref);
+  const auto shown = ref.buffer == Buffer::in ? shown_form(ref, item.step) : std::nullopt;
   return shown ? wire(*shown) : operand(ref, false, Format::raw);
 }
 
@@ -69,9 +69,11 @@ void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t 
     const Ref& ref = step.dsts[d];
     const bool own_out = ref.rank == rank_ && ref.buffer == Buffer::out;
     if (own_out) out = ref;
-    if (!own_out || l_.window_copies_[rank_].count({item.step, d})) wires.push_back(wire(ref));
+    if (!own_out || l_.window_copies_[rank_].count({item.step, d})) {
+      add_destination(wires, item, ref, Format::wire);
+    }
   }
-  for (const Ref& ref : step.srcs) srcs.push_back(coded_source(ref, item.step));
+  for (const Ref& ref : step.srcs) srcs.push_back(coded_source(item, ref));
   if (wires.empty()) {
     const bool raw = std::ranges::all_of(srcs, [](const Operand& src) { return src.format == Format::raw; });
     const Format format = raw && is_copy ? Format::raw : Format::final;

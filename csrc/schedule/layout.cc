@@ -1,6 +1,7 @@
 #include "schedule/layout.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/error.h"
 
@@ -73,7 +74,7 @@ int64_t data_index(const Call& call, int block, int64_t element) {
 }
 
 Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
-               int scratch_blocks) {
+               int scratch_blocks, const Mail& mail) {
   item = static_cast<int64_t>(size_of(call.dtype));
   if (call.coded()) {
     unit = grain = kernels::kTile;
@@ -86,16 +87,21 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   ragged = is_ragged(call);
   const int blocks = num_blocks(call.world);
   const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
-  const bool uses_window = uses_image || scratch_blocks > 0;
+  const bool uses_window = uses_image || scratch_blocks > 0 || mail.chunks > 0;
 
   // A trip's data: what the cache holds, less where the algorithm pipelines, and what the bank holds.
   int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
-  const int64_t unit_bytes = (uses_image ? blocks * image_unit : 0) + scratch_blocks * scratch_unit;
+  const int64_t unit_bytes = (uses_image ? blocks * image_unit : 0) + scratch_blocks * scratch_unit +
+                             static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(scratch_unit)));
+  // What rounding adds to the fractions, and the line that the mail starts on.
+  const int64_t mail_rest =
+      mail.chunks == 0 ? 0 : mail.chunks * (mail_bytes({.first = 0, .last = 0}) + scratch_unit + 64) + 64;
   const int32_t many_slots = schedule.stages + 1;
   int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * image_unit) * unit;
   if (uses_window) {
-    const int64_t room = geometry.bank_bytes / many_slots - 64;  // 64: the scratch part starts on a line
+    const int64_t room =
+        geometry.bank_bytes / many_slots - mail_rest - 64;  // 64: the scratch part starts on a line
     widest = std::max(grain, std::min(widest, room / unit_bytes * unit));
   }
   if (widest != INT64_MAX) widest = std::max(grain, widest / grain * grain);
@@ -113,7 +119,9 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   }
   if (!uses_window) slots = 1;
   scratch_offset = uses_image ? round_up(image_bytes(blocks, 0), 64) : 0;
-  slot_bytes = uses_window ? round_up(scratch_bytes(scratch_blocks, 0), 64) : 0;
+  mail_offset = round_up(scratch_bytes(scratch_blocks, 0), 64);
+  const auto mail_width = static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(width / unit)));
+  slot_bytes = uses_window ? round_up(mail_offset + mail_width * scratch_unit + mail_rest, 64) : 0;
   if (slots * slot_bytes > geometry.bank_bytes) {
     throw ValueError("the window's bank of " + std::to_string(geometry.bank_bytes) + " bytes cannot hold " +
                      std::to_string(slots) + " slots of " + std::to_string(slot_bytes) +
@@ -123,6 +131,12 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
 
 int64_t Layout::trip_length(int64_t length, int64_t trip) const {
   return width == 0 ? 0 : std::clamp<int64_t>(length - trip * width, 0, width);
+}
+
+// Boundaries are rounded down to the grain: a chunk may be longer than its fraction by that.
+int64_t Layout::mail_bytes(const Chunk& chunk) const {
+  const int64_t elements = width * (chunk.last - chunk.first) / chunk.of + 2 * grain;
+  return round_up(round_up(elements, unit) / unit * scratch_unit, 64);
 }
 
 Range Layout::chunk_range(const Chunk& chunk, int64_t trip_length) const {

@@ -39,15 +39,23 @@ struct Layout {
   int64_t width = 0;
   int64_t trips = 1;
   int32_t slots = 1;
-  int64_t scratch_offset = 0, slot_bytes = 0;
+  int64_t scratch_offset = 0, mail_offset = 0, slot_bytes = 0;  // mail: what crosses message links
   bool ragged = false;
 
+  // How much of a slot a rank's messages take: chunks, and the fractions of a block that they are, added up.
+  struct Mail {
+    int chunks = 0;
+    double blocks = 0;
+  };
+
   Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
-         int scratch_blocks);
+         int scratch_blocks, const Mail& mail);
   // Elements of this trip's part of a block that is `length` long.
   int64_t trip_length(int64_t length, int64_t trip) const;
   // The chunk's elements, relative to the trip's part of the block.
   Range chunk_range(const Chunk& chunk, int64_t trip_length) const;
+  // Room for a chunk in any trip, in windows.
+  int64_t mail_bytes(const Chunk& chunk) const;
   int64_t image_bytes(int block, int64_t element) const {
     return (block * width + element) / unit * image_unit;
   }

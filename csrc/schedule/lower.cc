@@ -93,6 +93,13 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
            int only_rank) {
   Call call = asked;
   if (call.out == Placement::reachable) throw ValueError("`out` cannot be reachable: peers may only read it");
+  if (const auto& nodes = call.world.nodes; !nodes.empty()) {
+    if (static_cast<int>(nodes.size()) != call.world.size) {
+      throw ValueError(std::to_string(nodes.size()) + " nodes are named for " +
+                       std::to_string(call.world.size) + " ranks; name one for each rank");
+    }
+    call.in = call.out = Placement::plain;  // a rank of another node can reach neither
+  }
   std::optional<Schedule> shown;
   if (call.in == Placement::reachable) {
     if (!call.in_place) shown = show_inputs(written);
@@ -125,6 +132,7 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
   plan.call = call;
   plan.algorithm = algorithm;
   plan.cells = lowering.cells();
+  plan.channels = lowering.channels();
   plan.slots = layout.slots;
   plan.slot_bytes = layout.slot_bytes;
   plan.bank_bytes = layout.slots * layout.slot_bytes;

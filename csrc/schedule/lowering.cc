@@ -156,7 +156,51 @@ Layout Lowering::match(const Geometry& geometry) {
     if (offer.use < 0) malformed(offer.owner, offer.step, "nobody uses the offer of " + words(offer.ref));
     if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
   }
-  return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_);
+  has_messages_ = std::ranges::any_of(offers_, [&](const Offer& offer) { return crosses(offer); });
+  return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_, mail());
+}
+
+// A receiver keeps each message until the step that needs it; a sender keeps a result for others that it cannot
+// write there.
+Layout::Mail Lowering::mail() const {
+  std::vector<Layout::Mail> mail(n_);
+  std::vector<std::set<int>> sent(n_);
+  const auto add = [&](int rank, const Offer& offer) {
+    ++mail[rank].chunks;
+    mail[rank].blocks +=
+        static_cast<double>(offer.ref.chunk.last - offer.ref.chunk.first) / offer.ref.chunk.of;
+  };
+  for (const Offer& offer : offers_) {
+    if (!crosses(offer)) continue;
+    if (offer.read) add(offer.peer, offer);
+    if (offer.written) add(offer.owner, offer);
+    if (offer.written && sent[offer.peer].insert(offer.use).second) add(offer.peer, offer);
+  }
+  Layout::Mail most;
+  for (const Layout::Mail& one : mail) {
+    most = {std::max(most.chunks, one.chunks), std::max(most.blocks, one.blocks)};
+  }
+  return most;
+}
+
+void Lowering::place_mail() {
+  std::vector<int64_t> used(n_, 0);
+  const auto place = [&](int rank, const Chunk& chunk) {
+    return std::exchange(used[rank], used[rank] + layout_.mail_bytes(chunk));
+  };
+  for (int from = 0; from < n_; ++from) {
+    for (int to = 0; to < n_; ++to) {
+      for (auto& [channel, messages] : messages_[from * n_ + to]) {
+        for (Message& message : messages) {
+          const Offer& offer = offers_[message.offer];
+          message.mail = place(to, offer.ref.chunk);
+          if (message.written && !outboxes_[from].contains(offer.use)) {
+            outboxes_[from][offer.use] = place(from, offer.ref.chunk);
+          }
+        }
+      }
+    }
+  }
 }
 
 // How each staged chunk that is read comes into the window: at once with the combine that made it, by the
@@ -258,6 +302,13 @@ void Lowering::number_events() {
         if (step.kind == Kind::combine) {
           for (size_t at = 0; at < item.offers.size(); ++at) {
             Offer& offer = offers_[item.offers[at]];
+            if (crosses(offer)) {
+              if (offer.written) {
+                offer.done = number_message(rank, offer.owner, item.offers[at], true,
+                                            stage_of(offer.owner, offer.accept));
+              }
+              continue;
+            }
             if (!needs_done(offer)) continue;
             const auto before = std::find_if(item.offers.begin(), item.offers.begin() + at, [&](int id) {
               return offers_[id].owner == offer.owner && offers_[id].done.index;
@@ -282,8 +333,16 @@ void Lowering::number_events() {
         group->offers.push_back(id);
       }
       for (Item& group : groups) {
-        const Event shown = next(offers_[group.offers[0]].peer, step.stage);
-        for (int id : group.offers) offers_[id].shown = shown;
+        const int peer = offers_[group.offers[0]].peer;
+        if (call_.world.mapped(rank, peer)) {
+          const Event shown = next(peer, step.stage);
+          for (int id : group.offers) offers_[id].shown = shown;
+        } else {
+          for (int id : group.offers) {
+            Offer& offer = offers_[id];
+            if (offer.read) offer.shown = number_message(rank, peer, id, false, stage_of(peer, offer.use));
+          }
+        }
         items_[rank].push_back(std::move(group));
       }
     }
@@ -293,16 +352,25 @@ void Lowering::number_events() {
   if (!reuses_slots()) return;
   std::map<std::tuple<int, int, int>, int> known;
   for (const Offer& offer : offers_) {
-    if (deferred(offer)) continue;
+    if (deferred(offer) || crosses(offer)) continue;
     int& index = known[{offer.owner, offer.peer, offer.done.cell}];
     index = std::max(index, offer.done.index);
   }
   for (int id = 0; id < static_cast<int>(offers_.size()); ++id) {
     const Offer& offer = offers_[id];
-    if (deferred(offer) && known[{offer.owner, offer.peer, offer.done.cell}] < offer.done.index) {
+    if (deferred(offer) && !crosses(offer) &&
+        known[{offer.owner, offer.peer, offer.done.cell}] < offer.done.index) {
       waits_at_top_[offer.owner].push_back(id);
     }
   }
+}
+
+Event Lowering::number_message(int from, int to, int offer, bool written, int receiver_stage) {
+  const int sender_stage = written ? stage_of(from, offers_[offer].use) : stage_of(from, offers_[offer].step);
+  const int channel = sender_stage * schedule_.stages + receiver_stage;
+  std::vector<Message>& messages = messages_[from * n_ + to][channel];
+  messages.push_back({offer, written, 0});
+  return {channel, static_cast<int>(messages.size())};
 }
 
 // A chunk that its owner would show in the window rides with the signal instead if it fits, and if the cell
@@ -310,8 +378,11 @@ void Lowering::number_events() {
 void Lowering::find_riders(int64_t room) {
   if (reuses_slots() || layout_.trips > 1 || call_.coded()) return;
   std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
-  for (const Offer& offer : offers_) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
+  for (const Offer& offer : offers_) {
+    if (!crosses(offer)) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
+  }
   for (Offer& offer : offers_) {
+    if (crosses(offer)) continue;
     const int64_t item = offer.ref.buffer == Buffer::scratch ? layout_.scratch_unit : layout_.item;
     const int64_t bytes = length_of(offer.ref, 0) * item;
     offer.rides = offer.read && deferred(offer) && bytes <= room &&
@@ -373,8 +444,10 @@ bool Lowering::full_exchange() const {
   };
   auto step = [&](int rank, const Item& item) {  // false: must wait
     for (int id : item.offers) {
+      const Offer& offer = offers_[id];
+      if (crosses(offer) && !(item.kind == Kind::combine ? offer.read : offer.written)) continue;
       if (item.kind == Kind::combine && !hear(rank, shown[id])) return false;
-      if (item.kind == Kind::accept && !deferred(offers_[id]) && !hear(rank, done[id])) return false;
+      if (item.kind == Kind::accept && !deferred(offer) && !hear(rank, done[id])) return false;
     }
     for (int id : item.offers) {
       if (item.kind == Kind::offer) shown[id] = static_cast<int>(sent.size());
@@ -399,9 +472,12 @@ bool Lowering::full_exchange() const {
       }
     }
   }
-  return std::all_of(heard.begin(), heard.end(), [](const Ranks& ranks) {
-    return std::all_of(ranks.begin(), ranks.end(), [](bool known) { return known; });
-  });
+  for (int rank = 0; rank < n_; ++rank) {
+    for (int peer = 0; peer < n_; ++peer) {
+      if (call_.world.mapped(rank, peer) && !heard[rank][peer]) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace pycomm::schedule

@@ -18,7 +18,7 @@ namespace pycomm::schedule {
 [[noreturn]] void malformed(int rank, int step, const std::string& what);
 std::string words(const Ref& ref);
 
-// The index-th signal in a trip on a cell from one rank to another.
+// The index-th signal in a trip on a cell from one rank to another, or the index-th message on a channel.
 struct Event {
   int cell = 0;
   int index = 0;  // 0: none
@@ -36,6 +36,14 @@ struct Offer {
   bool rides = false;     // the chunk travels in its signal's cell
   bool copy = false;      // the offer copies the chunk into the window
   Event shown{}, done{};  // owner -> peer; peer -> owner
+};
+
+// A chunk that crosses a message link: what an offer shows, to the peer that reads it, or what that peer has
+// written, to the owner.
+struct Message {
+  int offer;
+  bool written;
+  int64_t mail;  // where its receiver keeps it, in the mail of a slot
 };
 
 // A rank's schedule after matching: offers in a row to one peer share one signal.
@@ -60,8 +68,11 @@ class Lowering {
         encode_stages_(n_),
         blocks_read_(n_),
         num_events_(static_cast<size_t>(n_) * n_),
+        messages_(static_cast<size_t>(n_) * n_),
+        outboxes_(n_),
         layout_(match(geometry)) {
     number_events();
+    place_mail();
     find_riders(geometry.payload_bytes);
     find_idle_copies();
     find_copies();
@@ -74,16 +85,23 @@ class Lowering {
   bool encodes_once() const { return encodes_once_; }
   const Layout& layout() const { return layout_; }
   int cells() const { return schedule_.stages; }
+  int channels() const { return has_messages_ ? schedule_.stages * schedule_.stages : 0; }
 
  private:
   Layout match(const Geometry& geometry);
+  Layout::Mail mail() const;
   void number_events();
+  Event number_message(int from, int to, int offer, bool written, int receiver_stage);
+  void place_mail();
   void find_riders(int64_t room);
   void find_idle_copies();
   void find_copies();
   void find_encodes();
   void find_reads();
 
+  // Whether what the offer is about crosses as a message, not through memory that both map.
+  bool crosses(const Offer& offer) const { return !call_.world.mapped(offer.owner, offer.peer); }
+  int stage_of(int rank, int step) const { return schedule_.ranks[rank][step].stage; }
   bool staged(const Ref& ref) const {
     return (ref.buffer == Buffer::in && call_.in == Placement::plain) ||
            (ref.buffer == Buffer::out && call_.out == Placement::plain);
@@ -122,6 +140,9 @@ class Lowering {
   bool encodes_once_ = true;
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
   std::vector<std::vector<int>> num_events_;                   // from * ranks + to -> cell -> signals
+  bool has_messages_ = false;
+  std::vector<std::map<int, std::vector<Message>>> messages_;  // from * ranks + to -> channel -> in order
+  std::vector<std::map<int, int64_t>> outboxes_;  // rank -> combine whose result is sent -> where in the mail
   Layout layout_;
 };
 

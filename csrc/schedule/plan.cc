@@ -12,7 +12,7 @@ int64_t total(const Call& call) {
 
 std::string describe_operand(const Plan& plan, int rank, const Operand& operand, int64_t count) {
   const char* spaces[] = {"in", "out", "window", "outgoing", "incoming"};
-  std::string text = spaces[static_cast<int>(operand.space)];
+  std::string text = std::string(" ") + spaces[static_cast<int>(operand.space)];
   if (operand.rank != rank) text += "@" + std::to_string(operand.rank);
   text += "[" + std::to_string(operand.offset) + ":" +
           std::to_string(operand.offset + operand_bytes(plan.call, operand.format, count)) + "]";
@@ -31,10 +31,12 @@ bool takes_codec(DType dtype) {
 void add(Hasher& hasher, const Call& call) {
   // A structured binding names every field, so a new one cannot be forgotten: without it this does not compile.
   const auto& [world, dtype, op, counts, in, out, in_place, prescale, deterministic, ragged, codec] = call;
-  const auto& [collective, size, root, peer] = world;
+  const auto& [collective, size, root, peer, nodes] = world;
   const auto& [kind, rounding, ceil_scale, hadamard, seed] = codec;
   hasher.add(collective).add(size).add(root).add(peer).add(dtype).add(op).add(counts.size());
   for (int64_t count : counts) hasher.add(count);
+  hasher.add(nodes.size());
+  for (int node : nodes) hasher.add(node);
   hasher.add(in).add(out).add(in_place).add(prescale).add(deterministic).add(ragged);
   hasher.add(kind).add(rounding).add(ceil_scale).add(hadamard).add(seed);
 }
@@ -75,7 +77,7 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
     text += ": combine";
     for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
       if (i == step.num_dsts) text += " <-";
-      text += " " + describe_operand(plan, rank, program.operands.at(step.operand + i), step.count);
+      text += describe_operand(plan, rank, program.operands.at(step.operand + i), step.count);
     }
     if (step.transcode >= 0) {
       const Transcode& transcode = program.transcodes.at(step.transcode);
@@ -88,9 +90,26 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
     }
     return text;
   }
-  text += step.kind == Step::Kind::signal ? ": signal to rank " : ": wait for rank ";
-  text += std::to_string(step.peer) + ", cell " + std::to_string(step.cell) + ", value " +
-          std::to_string(step.value);
+  const auto rank_and = [&](const char* what) {
+    return " rank " + std::to_string(step.peer) + ", " + what + " " + std::to_string(step.cell);
+  };
+  switch (step.kind) {
+    case Step::Kind::send:
+    case Step::Kind::recv:
+      text += (step.kind == Step::Kind::send ? ": send to" : ": receive from") + rank_and("channel");
+      return text + "," + describe_operand(plan, rank, program.operands.at(step.operand), step.count);
+    case Step::Kind::complete:
+      text += ": complete sends to" + rank_and("channel");
+      break;
+    case Step::Kind::signal:
+      text += ": signal to" + rank_and("cell");
+      break;
+    case Step::Kind::wait:
+    case Step::Kind::combine:
+      text += ": wait for" + rank_and("cell");
+      break;
+  }
+  text += ", value " + std::to_string(step.value);
   if (step.per_trip != 0) text += " + " + std::to_string(step.per_trip) + "w";
   return text;
 }

@@ -1,12 +1,21 @@
 // A plan: a schedule lowered for one kind of call. It is what the verifier proves and what the executor
 // runs.
 //
-// Each rank has a program of three kinds of step over operands with byte addresses:
+// Each rank has a program of steps over operands with byte addresses:
 //
-//   combine  kernels/combine.h over operands
-//   signal   store (call, value of this trip) into my cell at `peer`, release; everything before is visible
-//            to whoever waits for it
-//   wait     until `peer`'s cell here has reached (call, value of this trip), acquire
+//   combine   kernels/combine.h over operands
+//   signal    store (call, value of this trip) into my cell at `peer`, release; everything before is visible to
+//             whoever waits for it
+//   wait      until `peer`'s cell here has reached (call, value of this trip), acquire
+//   send      begins to send an operand of this rank's memory to `peer`; does not wait
+//   recv      the next message of a channel from `peer`, into an operand of this rank's memory; waits for it
+//   complete  until the first (value of this trip) of this call's sends on a channel have been received, so that
+//             their memory may be written again
+//
+// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its sends;
+// what is sent is not buffered: it stays in the sender's memory until it is received, and a rank leaves the call
+// only when all that it has sent has been received. The index is that of the sender's and the receiver's stage, so
+// that both count trips alike.
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
@@ -34,8 +43,8 @@
 // them, of which a last, short one is not used in full. All buffers are plain.
 //
 // Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c -
-// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
-// one); else the executor waits on the entry records.
+// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other one
+// of its node); else the executor waits on the entry records. No rank of another node touches a rank's windows.
 #pragma once
 
 #include <cstdint>
@@ -68,18 +77,18 @@ struct Operand {
 };
 
 struct Step {
-  enum class Kind : uint8_t { combine, signal, wait };
+  enum class Kind : uint8_t { combine, signal, wait, send, recv, complete };
   Kind kind = Kind::combine;
   uint8_t stage = 0;
-  uint8_t cell = 0;     // signal, wait: the index in the pair
+  uint8_t cell = 0;     // signal, wait: the index in the pair; send, recv, complete: that of the channel
   bool stream = false;  // combine: non-temporal stores
   Format dst_format = Format::raw;
-  int32_t num_dsts = 0, num_srcs = 0;
-  int32_t operand = 0;              // combine: first of num_dsts then num_srcs entries of Program::operands
-  int32_t peer = -1;                // signal, wait
-  int64_t value = 0, per_trip = 0;  // signal, wait
-  int64_t count = 0;                // combine: elements
-  int32_t transcode = -1;           // combine with wire operands: its entry of Program::transcodes
+  int32_t num_dsts = 0, num_srcs = 0;  // send: one source; recv: one destination
+  int32_t operand = 0;                 // first of num_dsts then num_srcs entries of Program::operands
+  int32_t peer = -1;                   // all but combine
+  int64_t value = 0, per_trip = 0;     // signal, wait, complete
+  int64_t count = 0;                   // combine, send, recv: elements
+  int32_t transcode = -1;              // combine with wire operands: its entry of Program::transcodes
 };
 
 // What a combine with wire operands needs besides: kernels::transcode() in place of combine().
@@ -149,6 +158,7 @@ struct Plan {
   std::string algorithm;
   std::vector<Program> programs;  // one per rank
   int32_t cells = 1;              // indices used per pair
+  int32_t channels = 0;           // the same for messages
   int32_t slots = 1;
   int64_t slot_bytes = 0, bank_bytes = 0;
   double prescale = 1.0, divisor = 1.0;  // of premul_sum and avg: factors_of(call)

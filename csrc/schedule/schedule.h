@@ -93,6 +93,9 @@ struct World {
   int size = 1;
   int root = 0;  // broadcast, reduce, gather, scatter; send_recv: the sender
   int peer = 0;  // send_recv: the receiver
+  // The node of each rank: two ranks of one node have a mapped link, others a message link. Empty: one node.
+  std::vector<int> nodes;
+  bool mapped(int a, int b) const { return nodes.empty() || nodes[a] == nodes[b]; }
   bool operator==(const World&) const = default;
 };
 

@@ -9,15 +9,27 @@ namespace {
 
 // A program refers to nothing that is not there, so that it can be run at all.
 std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& step) {
+  using enum Step::Kind;
   const Program& program = plan.programs[rank];
-  const int n = plan.call.world.size;
-  if (step.kind != Step::Kind::combine) {
+  const World& world = plan.call.world;
+  const int n = world.size;
+  const bool signals = step.kind == signal || step.kind == wait, combines = step.kind == combine;
+  if (!combines) {
     if (step.peer < 0 || step.peer >= n || step.peer == rank) return "there is no such peer";
-    if (step.cell >= plan.cells) return "a pair has " + std::to_string(plan.cells) + " cells";
-    return std::nullopt;
+    if (world.mapped(rank, step.peer) != signals) {
+      return std::string("the two ranks have a ") + (signals ? "message" : "mapped") + " link";
+    }
+    if (step.cell >= (signals ? plan.cells : plan.channels)) {
+      return signals ? "a pair has " + std::to_string(plan.cells) + " cells"
+                     : "a pair has " + std::to_string(plan.channels) + " channels";
+    }
   }
+  if (signals || step.kind == complete) return std::nullopt;
   if (step.count < 0) return "it has a count of " + std::to_string(step.count);
-  if (step.num_dsts < 1 || step.num_srcs < 1) return "it needs a destination and a source";
+  if (combines && (step.num_dsts < 1 || step.num_srcs < 1)) return "it needs a destination and a source";
+  if (!combines && (step.num_dsts != (step.kind == recv) || step.num_srcs != (step.kind == send))) {
+    return "it needs one operand";
+  }
   const int64_t operands = int64_t{step.num_dsts} + step.num_srcs;
   if (step.operand < 0 || step.operand + operands > static_cast<int64_t>(program.operands.size())) {
     return "its operands are not in the program";
@@ -28,6 +40,9 @@ std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& st
   for (int64_t i = 0; i < operands; ++i) {
     const int owner = program.operands[step.operand + i].rank;
     if (owner < 0 || owner >= n) return "an operand belongs to rank " + std::to_string(owner);
+    if (combines ? !world.mapped(rank, owner) : owner != rank) {
+      return "it cannot reach rank " + std::to_string(owner) + "'s memory";
+    }
   }
   return std::nullopt;
 }
@@ -41,6 +56,13 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
   if (static_cast<int>(plan.programs.size()) != n) {
     return fault(0, -1,
                  std::to_string(plan.programs.size()) + " programs for " + std::to_string(n) + " ranks");
+  }
+  const auto& nodes = plan.call.world.nodes;
+  if (!nodes.empty() && static_cast<int>(nodes.size()) != n) {
+    return fault(0, -1, std::to_string(nodes.size()) + " nodes for " + std::to_string(n) + " ranks");
+  }
+  if (plan.channels < 0 || plan.channels > 256) {
+    return fault(0, -1, std::to_string(plan.channels) + " channels");
   }
   const auto [prescale, divisor] = factors_of(plan.call);
   if (plan.divisor != divisor || plan.prescale != prescale) {
@@ -85,6 +107,9 @@ std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls
   if (calls.empty()) return std::nullopt;
   for (size_t i = 0; i < calls.size(); ++i) {
     if (auto found = malformed(*calls[i], static_cast<int>(i))) return found;
+    if (calls[i]->call.world.nodes != calls[0]->call.world.nodes) {
+      throw ValueError("a sequence of calls on different nodes; a group's ranks stay where they are");
+    }
     if (calls[i]->call.world.size != calls[0]->call.world.size) {
       throw ValueError("a sequence of calls in worlds of " + std::to_string(calls[0]->call.world.size) +
                        " and " + std::to_string(calls[i]->call.world.size) + " ranks; a group has one size");

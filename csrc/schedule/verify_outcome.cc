@@ -45,7 +45,8 @@ void SymbolicRun::check_exchange(int rank) {
   if (!call.plan->full_exchange && !barrier) return;
   for (int peer = 0; peer < n_; ++peer) {
     const int32_t entry = call.entry_epoch[peer];
-    if (peer == rank || (entry >= 0 && ranks_[rank].clock[peer] > entry)) continue;
+    if (peer == rank || (!barrier && !call.plan->call.world.mapped(rank, peer))) continue;
+    if (entry >= 0 && ranks_[rank].clock[peer] > entry) continue;
     fail(Kind::exchange, rank, -1,
          at_end(rank, ranks_[rank].call) + "nothing says that rank " + std::to_string(peer) +
              " has entered, but " + (barrier ? "this is a barrier" : "the plan claims a full exchange"));

@@ -17,6 +17,7 @@ SymbolicRun::SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions
     call.results.resize(n_);
     call.encoded.resize(n_);
     num_cells_ = std::max(num_cells_, plan->cells);
+    num_channels_ = std::max(num_channels_, plan->channels);
   }
   for (int rank = 0; rank < n_; ++rank) {
     const Term nothing =
@@ -25,7 +26,8 @@ SymbolicRun::SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions
   }
   cells_.resize(static_cast<size_t>(n_) * n_ * num_cells_);
   ranks_.resize(n_);
-  for (RankState& state : ranks_) state.clock.assign(n_, 0);
+  channels_.resize(static_cast<size_t>(n_) * n_ * num_channels_);
+  for (RankState& state : ranks_) state.clock.assign(n_ + channels_.size(), 0);
 }
 
 std::optional<Counterexample> SymbolicRun::run() {
@@ -90,14 +92,19 @@ bool SymbolicRun::pass_gate(int rank) {
   if (state.call > 0 && !calls_[state.call - 1].plan->full_exchange) {
     const CallState& previous = calls_[state.call - 1];
     for (int peer = 0; peer < n_; ++peer) {
-      if (previous.entry_epoch[peer] < 0) return false;
+      if (previous.entry_epoch[peer] < 0 && call_of(rank).plan->call.world.mapped(rank, peer)) return false;
     }
-    for (const Clock& clock : previous.entry_clock) {
-      for (int r = 0; r < n_; ++r) state.clock[r] = std::max(state.clock[r], clock[r]);
+    for (int peer = 0; peer < n_; ++peer) {
+      if (call_of(rank).plan->call.world.mapped(rank, peer)) hear(rank, previous.entry_clock[peer]);
     }
   }
   state.phase = Phase::inside;
   return true;
+}
+
+void SymbolicRun::hear(int rank, const Clock& clock) {
+  Clock& mine = ranks_[rank].clock;
+  for (size_t i = 0; i < mine.size(); ++i) mine[i] = std::max(mine[i], clock[i]);
 }
 
 bool SymbolicRun::current(int rank, const Step*& step, int64_t& trip) const {
@@ -118,6 +125,7 @@ bool SymbolicRun::execute(int rank) {
   const CallState& call = call_of(rank);
   const Program& program = call.plan->programs[rank];
   if (state.loop == program.loops.size()) {
+    if (!all_received(rank)) return false;
     leave(rank);
     return true;
   }
@@ -136,6 +144,15 @@ bool SymbolicRun::execute(int rank) {
           break;
         case Step::Kind::combine:
           combine(rank, *step, trips.plan_trip(trip));
+          break;
+        case Step::Kind::send:
+          send(rank, *step, trips.plan_trip(trip));
+          break;
+        case Step::Kind::recv:
+          if (!receive(rank, *step, trips.plan_trip(trip))) return false;
+          break;
+        case Step::Kind::complete:
+          if (!complete(rank, *step, trip)) return false;
           break;
       }
     }
@@ -159,7 +176,7 @@ bool SymbolicRun::wait(int rank, const Step& step, int64_t trip) {
     return signal.call < state.call || (signal.call == state.call && signal.value < value);
   });
   if (found == seen.end()) return false;
-  for (int r = 0; r < n_; ++r) state.clock[r] = std::max(state.clock[r], found->clock[r]);
+  hear(rank, found->clock);
   return true;
 }
 

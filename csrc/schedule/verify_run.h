@@ -49,6 +49,19 @@ class SymbolicRun {
     int64_t value;
     Clock clock;
   };
+  // What a rank has sent: the bytes that its operand held, and what it knew. They stay in its memory until they are
+  // received: a read by a reader of their own, which the channel is, that ends with their receipt (verify_messages.cc).
+  struct Sent {
+    int32_t call;
+    int64_t bytes;
+    std::vector<Memory::Piece> pieces;  // from 0 on
+    Clock clock;
+  };
+  struct Channel {
+    std::vector<Sent> sent;
+    size_t received = 0;
+    std::vector<size_t> before;  // by call of the sender: how many were sent in earlier calls
+  };
   enum class Phase : uint8_t { outside, gate, inside, done };
   struct RankState {
     Phase phase = Phase::outside;
@@ -74,8 +87,13 @@ class SymbolicRun {
   bool wait(int rank, const Step& step, int64_t trip);
 
   void enter(int rank);
+  void hear(int rank, const Clock& clock);
   void leave(int rank);
   void signal(int rank, const Step& step, int64_t trip);
+  void send(int rank, const Step& step, int64_t trip);
+  bool receive(int rank, const Step& step, int64_t trip);
+  bool complete(int rank, const Step& step, int64_t trip);
+  bool all_received(int rank);
   void combine(int rank, const Step& step, int64_t trip);
   bool resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans);
   bool is_bare_copy(int rank, const Step& step);
@@ -107,6 +125,12 @@ class SymbolicRun {
   std::vector<Signal>& cell(int reader, int writer, int index) {
     return cells_[(static_cast<size_t>(reader) * n_ + writer) * num_cells_ + index];
   }
+  // Of a plan's channels, to and from which rank; as a reader of the senders' memory it follows the ranks.
+  size_t channel_at(int from, int to, int index) const {
+    return (static_cast<size_t>(from) * n_ + to) * num_channels_ + index;
+  }
+  int reader(size_t channel) const { return n_ + static_cast<int>(channel); }
+  int sender_of(int reader) const { return (reader - n_) / num_channels_ / n_; }
   // The step that a rank is at, and its trip; false between loops' ends.
   bool current(int rank, const Step*& step, int64_t& trip) const;
 
@@ -125,10 +149,12 @@ class SymbolicRun {
   const VerifyOptions& options_;
   int n_;
   int num_cells_;
+  int num_channels_ = 0;
   Expressions expressions_;
   std::vector<CallState> calls_;
   std::vector<std::vector<Memory>> windows_;  // by rank and bank
   std::vector<std::vector<Signal>> cells_;
+  std::vector<Channel> channels_;
   std::vector<RankState> ranks_;
   std::optional<Counterexample> fault_;       // ends the run
   std::optional<Counterexample> data_fault_;  // told if nothing more basic is wrong

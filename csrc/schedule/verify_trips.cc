@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <span>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace pycomm::schedule {
 
@@ -11,11 +14,18 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 
-using Cell = std::tuple<int, int, int>;  // writer, reader, index
+using StepKind = Step::Kind;
+using Cell = std::tuple<int, int, int>;  // writer, reader, index; of a channel sender, receiver, index
+
+bool is_message(const Step& step) { return step.kind == StepKind::send || step.kind == StepKind::recv; }
 
 Cell cell_of(int rank, const Step& step) {
-  return step.kind == Step::Kind::signal ? Cell{rank, step.peer, step.cell}
-                                         : Cell{step.peer, rank, step.cell};
+  const bool from_here = step.kind == StepKind::signal || step.kind == StepKind::send || step.kind == StepKind::complete;
+  return from_here ? Cell{rank, step.peer, step.cell} : Cell{step.peer, rank, step.cell};
+}
+
+std::span<const Step> steps_of(const Program& program, const Loop& loop) {
+  return std::span(program.steps).subspan(loop.step, loop.num_steps);
 }
 
 bool same_loops(const Plan& plan) {
@@ -39,7 +49,7 @@ std::optional<int64_t> signal_distance(const Plan& plan) {
   int64_t distance = 0;
   for (size_t rank = 0; rank < plan.programs.size(); ++rank) {
     for (const Step& step : plan.programs[rank].steps) {
-      if (step.kind == Step::Kind::combine) continue;
+      if (step.kind == StepKind::combine || is_message(step)) continue;
       const auto known = per_trip.emplace(cell_of(static_cast<int>(rank), step), step.per_trip).first;
       if (step.per_trip < 1 || known->second != step.per_trip) return std::nullopt;
       distance = std::max(distance, ceil_div(std::abs(step.value), step.per_trip));
@@ -48,31 +58,53 @@ std::optional<int64_t> signal_distance(const Plan& plan) {
   return distance;
 }
 
-// No wait of this loop is for a signal of a later iteration.
-bool waits_for_the_past(const Plan& plan, size_t loop) {
-  std::map<Cell, std::vector<const Step*>> signals;
-  auto each_step = [&](auto&& visit) {
-    for (size_t rank = 0; rank < plan.programs.size(); ++rank) {
-      const Program& program = plan.programs[rank];
-      if (program.loops.empty()) continue;
-      for (int32_t i = 0; i < program.loops[loop].num_steps; ++i) {
-        const Step& step = program.steps[program.loops[loop].step + i];
-        if (!visit(static_cast<int>(rank), step)) return false;
-      }
+// What one loop does with a channel in a trip.
+struct Exchange {
+  std::vector<const Step*> sends, recvs, completes;
+};
+
+// Every trip receives what it has sent, which is what completes count on.
+bool exchange_is_even(const Exchange& exchange) {
+  const auto& [sends, recvs, completes] = exchange;
+  if (sends.size() != recvs.size()) return false;
+  for (size_t i = 0; i < sends.size(); ++i) {
+    if (sends[i]->stage > recvs[i]->stage) return false;
+  }
+  return std::ranges::all_of(completes, [&](const Step* complete) {
+    if (complete->per_trip != static_cast<int64_t>(recvs.size())) return false;
+    for (size_t i = 0; i < recvs.size(); ++i) {
+      const int64_t ahead = ceil_div(complete->value - static_cast<int64_t>(i + 1), complete->per_trip);
+      if (ahead + recvs[i]->stage > complete->stage) return false;
     }
     return true;
-  };
-  each_step([&](int rank, const Step& step) {
-    if (step.kind == Step::Kind::signal) signals[cell_of(rank, step)].push_back(&step);
-    return true;
   });
-  return each_step([&](int rank, const Step& wait) {
-    if (wait.kind != Step::Kind::wait) return true;
-    const std::vector<const Step*>& candidates = signals[cell_of(rank, wait)];
-    return std::any_of(candidates.begin(), candidates.end(), [&](const Step* signal) {
-      return ceil_div(wait.value - signal->value, wait.per_trip) + signal->stage <= wait.stage;
+}
+
+// No wait of this loop is for a signal of a later iteration, nor for a message or its receipt.
+bool waits_for_the_past(const Plan& plan, size_t loop) {
+  std::map<Cell, std::vector<const Step*>> signals;
+  std::map<Cell, Exchange> exchanges;
+  std::vector<std::pair<int, const Step*>> waits;
+  for (int rank = 0; rank < static_cast<int>(plan.programs.size()); ++rank) {
+    const Program& program = plan.programs[rank];
+    if (program.loops.empty()) continue;
+    for (const Step& step : steps_of(program, program.loops[loop])) {
+      const Cell cell = cell_of(rank, step);
+      if (step.kind == StepKind::signal) signals[cell].push_back(&step);
+      if (step.kind == StepKind::wait) waits.emplace_back(rank, &step);
+      if (step.kind == StepKind::send) exchanges[cell].sends.push_back(&step);
+      if (step.kind == StepKind::recv) exchanges[cell].recvs.push_back(&step);
+      if (step.kind == StepKind::complete) exchanges[cell].completes.push_back(&step);
+    }
+  }
+  const auto is_past = [&](const std::pair<int, const Step*>& rank_and_wait) {
+    const auto [rank, wait] = rank_and_wait;
+    return std::ranges::any_of(signals[cell_of(rank, *wait)], [&](const Step* signal) {
+      return ceil_div(wait->value - signal->value, wait->per_trip) + signal->stage <= wait->stage;
     });
-  });
+  };
+  return std::ranges::all_of(waits, is_past) &&
+         std::ranges::all_of(exchanges, [](const auto& entry) { return exchange_is_even(entry.second); });
 }
 
 // One operand's bytes in a rank's buffers over all trips of a loop.
@@ -95,7 +127,7 @@ std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vecto
       const Loop& l = program.loops[loop];
       for (int32_t s = 0; s < l.num_steps; ++s) {
         const Step& step = program.steps[l.step + s];
-        if (step.kind != Step::Kind::combine || step.count == 0) continue;
+        if ((step.kind != StepKind::combine && !is_message(step)) || step.count == 0) continue;
         for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
           const Operand& operand = program.operands[step.operand + i];
           if (operand.space != Space::in && operand.space != Space::out) continue;

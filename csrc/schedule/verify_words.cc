@@ -1,4 +1,6 @@
 // Counterexamples in words.
+#include <algorithm>
+
 #include "schedule/verify_run.h"
 
 namespace pycomm::schedule {
@@ -65,7 +67,9 @@ void SymbolicRun::race(int rank, const Step* step, const std::string& where, int
         std::string(": ") + (writes ? "writes" : "reads") + " bytes" + bytes + " of its operand in " + where;
   }
   text += " while ";
-  const std::string other = "rank " + std::to_string(earlier.rank);
+  const bool message = earlier.rank >= n_;
+  const int owner = message ? sender_of(earlier.rank) : earlier.rank;
+  const std::string other = "rank " + std::to_string(owner);
   if (earlier.step == Access::kEntry || earlier.step == Access::kEnd) {
     text += other + "'s caller may " +
             (earlier.step == Access::kEntry ? "not have finished writing them before its entry"
@@ -73,14 +77,15 @@ void SymbolicRun::race(int rank, const Step* step, const std::string& where, int
   } else {
     const Plan& plan = *calls_[earlier.call].plan;
     if (earlier.call != ranks_[rank].call) text += "in call " + std::to_string(earlier.call) + " ";
-    text += describe(plan, earlier.rank, plan.programs[earlier.rank].steps[earlier.step]) +
+    text += describe(plan, owner, plan.programs[owner].steps[earlier.step]) +
             (earlier.trip != 0 ? ", trip " + std::to_string(earlier.trip) + "," : "") + " may still be " +
             (conflict.earlier_writes ? "writing" : "reading") + " them";
   }
   const int index =
       step == nullptr ? -1
                       : static_cast<int>(step - calls_[ranks_[rank].call].plan->programs[rank].steps.data());
-  fail(Kind::race, rank, index, text + " (no signal orders the two)");
+  fail(Kind::race, rank, index,
+       text + (message ? " (nothing says that they have been received)" : " (no signal orders the two)"));
 }
 
 // What a rank that cannot move waits for, and on whom.
@@ -96,8 +101,22 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
   }
   const Step* step = nullptr;
   int64_t trip = 0;
-  current(rank, step, trip);
+  if (!current(rank, step, trip)) {  // at its end
+    for (int at = 0; at < n_ * num_channels_; ++at) {
+      const Channel& channel = channels_[static_cast<size_t>(rank) * n_ * num_channels_ + at];
+      if (channel.received < channel.sent.size()) on = at / num_channels_;
+    }
+    return at_end(rank, state.call) + "waits for ever for rank " + std::to_string(on) +
+           " to receive a message";
+  }
   on = step->peer;
+  if (step->kind == Step::Kind::recv) return at(rank, step) + ": waits for ever, since nothing is sent";
+  if (step->kind == Step::Kind::complete) {
+    const Channel& channel = channels_[channel_at(rank, on, step->cell)];
+    const size_t received = channel.received - std::min(channel.received, channel.before[state.call]);
+    return at(rank, step) + ": waits for ever until " + std::to_string(step->value + trip * step->per_trip) +
+           " are received; " + std::to_string(received) + " are";
+  }
   const auto& seen = cells_[(static_cast<size_t>(rank) * n_ + step->peer) * num_cells_ + step->cell];
   const int64_t held = !seen.empty() && seen.back().call == state.call ? seen.back().value : 0;
   return at(rank, step) + ": waits for ever for " + std::to_string(step->value + trip * step->per_trip) +

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdio>
 #include <vector>
 
@@ -445,6 +446,44 @@ TEST(every_algorithm_is_proved) {
     }
   }
   std::printf("       %ld plans\n", plans);
+}
+
+// The ways in which n ranks lie on nodes: each on its own, two halves, a node of one, ranks dealt round.
+std::vector<std::vector<int>> node_maps(int n) {
+  std::vector<std::vector<int>> maps(4, std::vector<int>(n));
+  for (int rank = 0; rank < n; ++rank) {
+    maps[0][rank] = rank;
+    maps[1][rank] = rank >= (n + 1) / 2;
+    maps[2][rank] = rank == n - 1;
+    maps[3][rank] = rank % 2;
+  }
+  return maps;
+}
+
+TEST(every_algorithm_is_proved_between_nodes) {
+  long plans = 0, sends = 0;
+  for (const Algorithm& algorithm : algorithms()) {
+    for (int n : {2, 3, 4, 5, 6, 7, 8, 12, 16}) {
+      for (const std::vector<int>& nodes : node_maps(n)) {
+        for (int64_t total : {int64_t{0}, int64_t{1}, int64_t{1009}, int64_t{4001} * n}) {
+          for (const bool in_place : {false, true}) {
+            Call call = make_call({algorithm.collective, n, (n - 1) / 2, n - 1, nodes}, total, plans % 2 == 0,
+                                  {Placement::plain, Placement::plain, in_place});
+            call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
+            call.op = plans % 5 == 0 ? Op::avg : Op::sum;
+            const Plan plan = make_plan(algorithm.name, call, small_windows(n));
+            ++plans;
+            for (const Program& program : plan.programs) {
+              sends += std::ranges::count(program.steps, Step::Kind::send, &Step::kind);
+            }
+            const auto found = verify(plan, {.balanced = algorithm.balanced});
+            if (found) check::fail(__FILE__, __LINE__, words(plan) + ": " + found->what);
+          }
+        }
+      }
+    }
+  }
+  std::printf("       %ld plans with %ld sends\n", plans, sends);
 }
 
 TEST(every_root_is_proved) {
