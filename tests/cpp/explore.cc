@@ -4,60 +4,22 @@
 #include <unordered_set>
 #include <utility>
 
+#include "explore_programs.h"
 #include "symbols.h"
 
 namespace explore {
 
 namespace {
 
-using namespace pycomm;
-using namespace pycomm::schedule;
-
-// ---- Programs, written out ----
-
-struct Span {
-  int64_t begin, end;
-  bool write;
-};
-
-struct Move {
-  enum class Kind : uint8_t { caller_writes, enter, gate, combine, signal, wait, caller_takes_back };
-  Kind kind;
-  int call = 0;
-  std::vector<Span> spans;  // memory touched
-  const Step* step = nullptr;
-  const Operand* operands = nullptr;
-  int cell = 0;
-  int64_t word = 0;  // signal, wait; a wait for nothing has -1
-  int64_t trip = 0;  // combine
-  const Transcode* transcode = nullptr;
-  std::vector<int> last_conflict;  // by rank: its last move whose order with this one matters, -1 if none
-};
-
-bool conflict(const Move& a, const Move& b) {
-  for (const Span& x : a.spans) {
-    for (const Span& y : b.spans) {
-      if ((x.write || y.write) && x.begin < y.end && y.begin < x.end) return true;
-    }
-  }
-  return false;
-}
-
-struct Impossible {
-  std::string why;
-};
-
-// ---- Search ----
-
-class Search {
+class Search : Programs {
  public:
   Search(const std::vector<const Plan*>& calls, bool balanced, size_t max_states)
-      : calls_(calls), n_(calls[0]->call.world.size), balanced_(balanced), max_states_(max_states) {}
+      : Programs(calls), balanced_(balanced), max_states_(max_states) {}
 
   Verdict run() {
     try {
-      lay_out();
-      for (int rank = 0; rank < n_; ++rank) write_out(rank);
+      write_out();
+      start();
       find_conflicts();
     } catch (const Impossible& fault) {
       return {true, true, fault.why, 0};
@@ -73,194 +35,23 @@ class Search {
     int64_t begin, end;  // elements of the rank's input
     int stage, symbol;
   };
-  struct Place {
-    int64_t in = 0, in_bytes = 0, out = 0, out_bytes = 0;  // addresses
-  };
-
-  static int64_t item(const Plan& plan) { return static_cast<int64_t>(size_of(plan.call.dtype)); }
-  static int64_t partial(const Plan& plan) {
-    return static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
-  }
-  static constexpr int64_t kTile = 1024;
-  static int64_t tile(const Plan& plan) { return kernels::tile_bytes(plan.call.codec.kind); }
-  static int64_t bytes_of(const Plan& plan, Format format, int64_t count) {
-    if (format == Format::wire) return (count + kTile - 1) / kTile * tile(plan);
-    return count * (format == Format::partial ? partial(plan) : item(plan));
-  }
-  static int64_t before(const Call& call, int block) {
-    int64_t sum = 0;
-    for (int b = 0; b < block; ++b) sum += call.counts[b];
-    return sum;
-  }
-
-  // Gives every buffer its addresses in one flat memory.
-  void lay_out() {
-    int64_t top = 0;
-    int64_t bank = 0;
-    for (const Plan* plan : calls_) {
-      bank = std::max(bank, plan->bank_bytes);
-      cells_per_pair_ = std::max(cells_per_pair_, plan->cells);
-      if (plan->slots < 1 || plan->slots * plan->slot_bytes > plan->bank_bytes)
-        throw Impossible{"slots exceed the bank"};
-    }
-    for (int i = 0; i < n_ * 2; ++i, top += bank) windows_.push_back(top);
-    for (int i = 0; i < n_ * 2; ++i, top += n_ * cells_per_pair_ * kPayloadBytes) payloads_.push_back(top);
-    for (const Plan* plan : calls_) {
-      const Call& call = plan->call;
-      auto& places = places_.emplace_back();
-      for (int rank = 0; rank < n_; ++rank) {
-        Place place;
-        place.in_bytes = in_elements(call, rank) * item(*plan);
-        place.out_bytes = out_elements(call, rank) * item(*plan);
-        place.in = place.out = top;
-        const Collective kind = call.world.collective;
-        if (!call.in_place) {
-          place.out += place.in_bytes;
-        } else if (kind == Collective::all_gather || kind == Collective::gather) {
-          place.in += before(call, rank) * item(*plan);
-        } else if (kind == Collective::reduce_scatter || kind == Collective::scatter) {
-          place.out += before(call, rank) * item(*plan);
-        }
-        top = std::max(place.in + place.in_bytes, place.out + place.out_bytes);
-        places.push_back(place);
-      }
+  void start() {
+    memory_.assign(top_, 0);
+    cells_.assign(static_cast<size_t>(n_) * n_ * cells_per_pair_ + 2 * sends_.size(), 0);
+    for (size_t c = 0; c < calls_.size(); ++c) {
       encoded_.emplace_back(n_);
       entered_.emplace_back(n_, false);
       results_.emplace_back(n_);
     }
-    memory_.assign(top, 0);
-    cells_.assign(static_cast<size_t>(n_) * n_ * cells_per_pair_, 0);
   }
 
-  void write_out(int rank) {
-    std::vector<Move>& moves = moves_.emplace_back();
-    for (int c = 0; c < static_cast<int>(calls_.size()); ++c) {
-      const Plan& plan = *calls_[c];
-      const Place& place = places_[c][rank];
-      const std::vector<Span> buffers = {{place.in, place.in + place.in_bytes, true},
-                                         {place.out, place.out + place.out_bytes, true}};
-      moves.push_back({.kind = Move::Kind::caller_writes, .call = c, .spans = buffers, .last_conflict = {}});
-      moves.push_back({.kind = Move::Kind::enter, .call = c, .spans = {}, .last_conflict = {}});
-      if (c > 0 && !calls_[c - 1]->full_exchange) {
-        moves.push_back({.kind = Move::Kind::gate, .call = c, .spans = {}, .last_conflict = {}});
-      }
-      const Program& program = plan.programs.at(rank);
-      for (const Loop& loop : program.loops) {
-        if (loop.first < 0 || loop.trips < 0 || loop.stages < 1) throw Impossible{"a loop that is none"};
-        for (int64_t i = 0; i < loop.trips + loop.stages - 1; ++i) {
-          for (int32_t s = 0; s < loop.num_steps; ++s) {
-            const Step& step = program.steps.at(loop.step + s);
-            const int64_t trip = i - step.stage;
-            if (trip >= 0 && trip < loop.trips) moves.push_back(write_out(rank, c, step, loop.first + trip));
-          }
-        }
-      }
-      moves.push_back(
-          {.kind = Move::Kind::caller_takes_back, .call = c, .spans = buffers, .last_conflict = {}});
-    }
-  }
-
-  Move write_out(int rank, int c, const Step& step, int64_t trip) {
-    const Plan& plan = *calls_[c];
-    Move move{.kind = Move::Kind::combine, .call = c, .spans = {}, .step = &step, .last_conflict = {}};
-    if (step.kind != Step::Kind::combine) {
-      const bool signals = step.kind == Step::Kind::signal;
-      if (step.peer < 0 || step.peer >= n_ || step.peer == rank || step.cell >= plan.cells) {
-        throw Impossible{"no such cell"};
-      }
-      move.kind = signals ? Move::Kind::signal : Move::Kind::wait;
-      const int reader = signals ? step.peer : rank, writer = signals ? rank : step.peer;
-      move.cell = (reader * n_ + writer) * cells_per_pair_ + step.cell;
-      const int64_t value = step.value + trip * step.per_trip;
-      move.word = (int64_t{c} << 32) + value;
-      if (!signals && value <= 0) move.word = -1;
-      if (signals && value < 0) throw Impossible{"a negative signal"};
-      return move;
-    }
-    const int operands = step.num_dsts + step.num_srcs;
-    const Program& program = plan.programs[rank];
-    if (step.num_dsts < 1 || step.num_srcs < 1 || step.operand < 0 || step.count < 0 ||
-        step.operand + operands > static_cast<int>(program.operands.size())) {
-      throw Impossible{"a combine without operands"};
-    }
-    move.operands = &program.operands[step.operand];
-    move.trip = trip;
-    if (step.transcode >= 0) {
-      if (step.transcode >= static_cast<int>(program.transcodes.size())) throw Impossible{"no transcode"};
-      move.transcode = &program.transcodes[step.transcode];
-    }
-    if (step.count == 0) return move;
-    bool wire = false, partials = false;
-    for (int i = 0; i < operands; ++i) {
-      wire = wire || move.operands[i].format == Format::wire;
-      partials = partials || move.operands[i].format == Format::partial;
-    }
-    if (wire != (move.transcode != nullptr) || (wire && (partials || tile(plan) == 0))) {
-      throw Impossible{"wire form where none can be"};
-    }
-    const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
-    if (!copy && step.dst_format == Format::raw) throw Impossible{"formats"};
-    for (int i = 0; i < operands; ++i) {
-      const Operand& operand = move.operands[i];
-      const bool dst = i < step.num_dsts;
-      if (dst ? operand.format != step.dst_format : !copy && operand.format == Format::final) {
-        throw Impossible{"formats"};
-      }
-      if (operand.rank < 0 || operand.rank >= n_) throw Impossible{"no such rank"};
-      const Place& place = places_[c][operand.rank];
-      const int64_t bytes = bytes_of(plan, operand.format, step.count);
-      int64_t base = 0, offset = operand.offset, room = 0;
-      if (operand.format == Format::wire && operand.space != Space::window) throw Impossible{"wire form"};
-      switch (operand.space) {
-        case Space::in:
-          base = place.in, room = place.in_bytes, offset += trip * operand.stride;
-          break;
-        case Space::out:
-          base = place.out, room = place.out_bytes, offset += trip * operand.stride;
-          break;
-        case Space::window:
-          base = windows_[operand.rank * 2 + c % 2] + trip % plan.slots * plan.slot_bytes;
-          room = plan.slot_bytes;
-          break;
-        case Space::outgoing:
-        case Space::incoming: {
-          const bool outgoing = operand.space == Space::outgoing;
-          const int reader = outgoing ? operand.rank : rank, writer = outgoing ? rank : operand.rank;
-          const int64_t index = offset / kCellBytes;
-          if (outgoing != dst || reader == writer || offset < 0 || index >= plan.cells) {
-            throw Impossible{"no cell of its own"};
-          }
-          base = payloads_[reader * 2 + c % 2] + (writer * cells_per_pair_ + index) * kPayloadBytes;
-          room = kPayloadBytes;
-          offset %= kCellBytes;
-          break;
-        }
-      }
-      if (operand.rank != rank && ((operand.space == Space::in && plan.call.in == Placement::plain) ||
-                                   (operand.space == Space::out && plan.call.out == Placement::plain))) {
-        throw Impossible{"another rank's plain buffer"};
-      }
-      if (operand.rank != rank && operand.space == Space::in && plan.call.in == Placement::reachable) {
-        const Operand& to = move.operands[0];
-        if (dst || operands != 2 || to.rank != rank || to.space != Space::out || to.format != Format::raw ||
-            operand.format != Format::raw) {
-          throw Impossible{"no bare copy of another rank's reachable buffer"};
-        }
-      }
-      if (operand.rank != rank && operand.space == Space::out && plan.call.out == Placement::reachable) {
-        throw Impossible{"another rank's reachable output"};
-      }
-      if (offset < 0 || offset + bytes > room) throw Impossible{"out of bounds"};
-      move.spans.push_back({base + offset, base + offset + bytes, dst});
-    }
-    for (int a = 0; a < step.num_dsts; ++a) {
-      for (int b = a + 1; b < operands; ++b) {
-        const Span &x = move.spans[a], &y = move.spans[b];
-        const bool same = b >= step.num_dsts && x.begin == y.begin && x.end == y.end;
-        if (!same && x.begin < y.end && y.begin < x.end) throw Impossible{"operands overlap"};
-      }
-    }
-    return move;
+  int sent_at(int channel) const { return n_ * n_ * cells_per_pair_ + 2 * channel; }
+  int received_at(int channel) const { return sent_at(channel) + 1; }
+  int64_t sent(int channel) const { return cells_[sent_at(channel)]; }
+  int64_t received(int channel) const { return cells_[received_at(channel)]; }
+  void set_cell(int cell, int64_t word) {
+    stored_.push_back({cell, cells_[cell]});
+    cells_[cell] = word;
   }
 
   // Whether the order of the two matters. That a rank has entered is seen by those who must know at their
@@ -303,9 +94,22 @@ class Search {
     if (ended(rank)) return false;
     const Move& move = next(rank);
     if (move.kind == Move::Kind::wait) return move.word < 0 || cells_[move.cell] >= move.word;
+    if (move.kind == Move::Kind::recv) return received(move.cell) < sent(move.cell);
+    if (move.kind == Move::Kind::complete) return received(move.cell) >= move.word;
+    if (move.kind == Move::Kind::caller_takes_back) return all_received(rank);
     if (move.kind == Move::Kind::gate) {
-      const auto& entered = entered_[move.call - 1];
-      return std::find(entered.begin(), entered.end(), false) == entered.end();
+      for (int peer = 0; peer < n_; ++peer) {
+        if (mapped(rank, peer) && !entered_[move.call - 1][peer]) return false;
+      }
+    }
+    return true;
+  }
+
+  bool mapped(int a, int b) const { return calls_[0]->call.world.mapped(a, b); }
+  bool all_received(int rank) const {
+    for (int at = 0; at < n_ * channels_per_pair_; ++at) {
+      const int channel = rank * n_ * channels_per_pair_ + at;
+      if (received(channel) < sent(channel)) return false;
     }
     return true;
   }
@@ -436,8 +240,30 @@ class Search {
     return symbol;
   }
 
+  // What is sent and not received yet stays as it is.
+  void check_writes(const Move& move) {
+    for (size_t channel = 0; channel < sends_.size(); ++channel) {
+      const auto at = static_cast<int>(channel);
+      for (int64_t number = received(at); number < sent(at); ++number) {
+        const Span& sent = sends_[channel][number]->spans[0];
+        for (const Span& span : move.spans) {
+          if (span.write && overlap(span, sent)) fail("writes what is being sent");
+        }
+      }
+    }
+  }
+
+  void receive(const Move& move) {
+    const Move& send = *sends_[move.cell][received(move.cell)];
+    const Span &to = move.spans[0], &from = send.spans[0];
+    set_cell(received_at(move.cell), received(move.cell) + 1);
+    if (send.call != move.call || from.end - from.begin != to.end - to.begin) return fail("another message");
+    for (int64_t b = 0; b < from.end - from.begin; ++b) put(to.begin + b, memory_[from.begin + b]);
+  }
+
   void move(int rank) {
     const Move& move = next(rank);
+    check_writes(move);
     switch (move.kind) {
       case Move::Kind::caller_writes:
         caller_writes(rank, move.call);
@@ -452,8 +278,15 @@ class Search {
         combine(rank, move);
         break;
       case Move::Kind::signal:
-        stored_.push_back({move.cell, cells_[move.cell]});
-        cells_[move.cell] = move.word;
+        set_cell(move.cell, move.word);
+        break;
+      case Move::Kind::send:
+        set_cell(sent_at(move.cell), sent(move.cell) + 1);
+        break;
+      case Move::Kind::recv:
+        receive(move);
+        break;
+      case Move::Kind::complete:
         break;
       case Move::Kind::caller_takes_back:
         take_back(rank, move.call);
@@ -585,7 +418,8 @@ class Search {
     const int64_t bytes = item(plan);
     if (exchange_asked(c)) {
       for (int peer = 0; peer < n_; ++peer) {
-        if (!entered_[c][peer]) fail("no full exchange");
+        const bool barrier = plan.call.world.collective == Collective::barrier;
+        if (!entered_[c][peer] && (barrier || mapped(rank, peer))) fail("no full exchange");
       }
     }
     for (int64_t i = 0; i < place.in_bytes / bytes; ++i) {
@@ -685,21 +519,14 @@ class Search {
            symbol.divided == 0 && symbol.terms == std::vector{std::pair{rank, element}};
   }
 
-  const std::vector<const Plan*>& calls_;
-  const int n_;
   const bool balanced_;
   const size_t max_states_;
-  int cells_per_pair_ = 1;
   Symbols symbols_;
-  std::vector<int64_t> windows_;            // rank * 2 + bank
-  std::vector<int64_t> payloads_;           // of the cells that a rank reads: rank * 2 + bank
-  std::vector<std::vector<Place>> places_;  // by call and rank
-  std::vector<std::vector<Move>> moves_;
   std::vector<bool> grows_;  // by cell
 
   std::vector<size_t> at_;
   std::vector<uint64_t> memory_;
-  std::vector<int64_t> cells_;
+  std::vector<int64_t> cells_;                              // then by channel: how many were sent, received
   std::vector<std::vector<bool>> entered_;                  // by call and rank
   std::vector<std::vector<std::vector<Encoded>>> encoded_;  // by call and rank
   std::vector<std::vector<std::vector<int>>> results_;      // by call and rank, once taken back

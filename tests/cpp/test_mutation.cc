@@ -96,15 +96,18 @@ class Mutator {
     set<uint8_t>(
         who + "stage", here(&Step::stage),
         {static_cast<uint8_t>(step.stage + 1), static_cast<uint8_t>(step.stage > 0 ? step.stage - 1 : 2)});
+    if (step.kind == Step::Kind::send || step.kind == Step::Kind::recv) {
+      set<int64_t>(who + "count", here(&Step::count), {step.count - 1, step.count + 1, 0});
+      mutate_place(step, who, here);
+      return mutate_operand(step, 0);
+    }
     if (step.kind != Step::Kind::combine) {
       set<int64_t>(
           who + "value", here(&Step::value),
           {step.value - 1, step.value + 1, step.value + step.per_trip, step.value - step.per_trip, -1000});
       set<int64_t>(who + "per_trip", here(&Step::per_trip), {step.per_trip - 1, step.per_trip + 1, 0});
-      set<uint8_t>(
-          who + "cell", here(&Step::cell),
-          {static_cast<uint8_t>(step.cell + 1), static_cast<uint8_t>(step.cell > 0 ? step.cell - 1 : 3)});
-      set<int32_t>(who + "peer", here(&Step::peer), {(step.peer + 1) % plan_.call.world.size, -1});
+      mutate_place(step, who, here);
+      if (step.kind == Step::Kind::complete) return;
       set<Step::Kind>(who + "kind", here(&Step::kind),
                       {step.kind == Step::Kind::wait ? Step::Kind::signal : Step::Kind::wait});
       return;
@@ -128,6 +131,15 @@ class Mutator {
     }
     if (step.num_srcs > 1) set<int32_t>(who + "fewer sources", here(&Step::num_srcs), {step.num_srcs - 1});
     for (int o = 0; o < step.num_dsts + step.num_srcs; ++o) mutate_operand(step, o);
+  }
+
+  // Which cell or channel of which pair.
+  template <typename Here>
+  void mutate_place(const Step& step, const std::string& who, const Here& here) {
+    set<uint8_t>(
+        who + "cell", here(&Step::cell),
+        {static_cast<uint8_t>(step.cell + 1), static_cast<uint8_t>(step.cell > 0 ? step.cell - 1 : 3)});
+    set<int32_t>(who + "peer", here(&Step::peer), {(step.peer + 1) % plan_.call.world.size, -1});
   }
 
   std::vector<Format> formats() const {
@@ -240,6 +252,13 @@ class Mutator {
            [](Plan& plan) { plan.slot_bytes = plan.bank_bytes / ++plan.slots; });
     mutant("one slot for all trips", [](Plan& plan) { plan.slots = 1; });
     set<int32_t>("cells", [](Plan& plan) -> auto& { return plan.cells; }, {plan_.cells - 1});
+    if (!plan_.call.world.nodes.empty()) {
+      set<int32_t>("channels", [](Plan& plan) -> auto& { return plan.channels; }, {plan_.channels - 1});
+      mutant("all ranks on one node", [](Plan& plan) { plan.call.world.nodes.clear(); });
+      for (int rank = 0; rank < plan_.call.world.size; ++rank) {
+        mutant("another node", [&](Plan& plan) { plan.call.world.nodes[rank] ^= 1; });
+      }
+    }
     set<double>("prescale", [](Plan& plan) -> auto& { return plan.prescale; }, {plan_.prescale * 2});
     set<double>("divisor", [](Plan& plan) -> auto& { return plan.divisor; }, {plan_.divisor * 2});
     set<bool>("full exchange", [](Plan& plan) -> auto& { return plan.full_exchange; },
@@ -409,6 +428,36 @@ TEST(every_wrong_mutant_of_a_single_call_is_rejected) {
   }
 }
 
+// Some pairs share memory, others send messages.
+TEST(every_wrong_mutant_between_nodes_is_rejected) {
+  const struct {
+    std::vector<int> nodes;
+    int64_t count;
+    int every;
+  } trials[] = {{{0, 1}, 3, 1},    {{0, 1}, 27, 1},   {{0, 1}, 83, 5},
+                {{0, 0, 1}, 3, 2}, {{0, 1, 2}, 9, 3}, {{0, 1, 0}, 41, 9}};
+  Geometry geometry;
+  geometry.bank_bytes = 64 << 10;
+  geometry.payload_bytes = kPayloadBytes;
+  for (const auto& [nodes, count, every] : trials) {
+    const int n = static_cast<int>(nodes.size());
+    geometry.trip_bytes = 64 * n;
+    Tally tally;
+    for (const Algorithm& algorithm : algorithms()) {
+      for (const bool in_place : {false, true}) {
+        const Call call = make_call({algorithm.collective, n, n - 1, 0, nodes}, count, Placement::plain,
+                                    Placement::plain, in_place, DType::complex128);
+        const Plan plan = make_plan(algorithm.name, call, geometry);
+        try_mutants({&plan}, 0, algorithm.balanced, every, tally);
+      }
+    }
+    tally.print((std::to_string(n) + " ranks on nodes, count " + std::to_string(count)).c_str());
+    CHECK(tally.wrong > 500);
+    CHECK_EQ(tally.rejected, tally.wrong);
+    CHECK_EQ(tally.unknown, 0);
+  }
+}
+
 // Results of 16-bit floats travel as float32: formats and element sizes differ.
 TEST(every_wrong_mutant_with_wide_partial_results_is_rejected) {
   Tally tally;
@@ -440,6 +489,7 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
     std::vector<int64_t> counts;
     int64_t trip_tiles;
     int every;
+    std::vector<int> nodes = {};
   } trials[] = {
       {Collective::all_reduce, "two_shot", 2, {2051}, 8, 1},
       {Collective::all_reduce, "two_shot", 2, {4 * 2048 + 5}, 2, 9},
@@ -457,9 +507,15 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
       {Collective::all_gather, "direct", 2, {1030, 5}, 1, 3},
       {Collective::all_gather, "ring", 3, {3, 5, 4}, 8, 2},
       {Collective::all_gather, "recursive_doubling", 3, {3, 5, 4}, 8, 2},
+      {Collective::all_reduce, "two_shot", 2, {2051}, 8, 2, {0, 1}},
+      {Collective::all_reduce, "two_shot", 3, {3077}, 8, 9, {0, 1, 0}},
+      {Collective::all_reduce, "one_shot", 2, {1030}, 1, 3, {0, 1}},
+      {Collective::reduce_scatter, "ring", 3, {3, 5, 4}, 8, 3, {0, 0, 1}},
+      {Collective::all_gather, "direct", 2, {1030, 5}, 1, 3, {0, 1}},
   };
   for (const auto& trial : trials) {
-    Call call{.world = {.collective = trial.collective, .size = trial.n}, .dtype = DType::float16};
+    Call call{.world = {.collective = trial.collective, .size = trial.n, .nodes = trial.nodes},
+              .dtype = DType::float16};
     call.op = trial.collective == Collective::all_gather ? Op::sum : Op::avg;
     call.counts = trial.counts;
     call.codec.kind = kernels::CodecKind::sign;
@@ -524,23 +580,27 @@ TEST(every_wrong_mutant_of_a_sequence_is_rejected) {
   const struct {
     int n;
     int64_t count;
-  } sizes[] = {{2, 3}, {2, 6}, {3, 3}, {3, 6}};  // three elements travel in cells
+    std::vector<int> nodes;
+    int every;
+  } worlds[] = {{2, 3, {}, 1},     {2, 6, {}, 1},
+                {3, 3, {}, 3},     {3, 6, {}, 3},  // three elements travel in cells
+                {2, 6, {0, 1}, 3}, {3, 6, {0, 1, 0}, 9}};
   geometry.payload_bytes = kPayloadBytes;
-  for (const auto [n, count] : sizes) {
+  for (const auto& [n, count, nodes, every] : worlds) {
     geometry.trip_bytes = 64 * n;
     for (const auto& sequence : sequences) {
       std::vector<Plan> plans;
       bool balanced = true;
       for (const Named& named : sequence) {
-        const Call call = make_call({named.collective, n, 0, 1}, count, named.in, Placement::plain, false,
-                                    DType::complex128);
+        const Call call = make_call({named.collective, n, 0, 1, nodes}, count, named.in, Placement::plain,
+                                    false, DType::complex128);
         plans.push_back(make_plan(named.algorithm, call, geometry));
         balanced = balanced && find_algorithm(named.collective, named.algorithm).balanced;
       }
       std::vector<const Plan*> calls;
       for (const Plan& plan : plans) calls.push_back(&plan);
       for (size_t target = 0; target < calls.size(); ++target) {
-        try_mutants(calls, target, balanced, n == 2 ? 1 : 3, tally);
+        try_mutants(calls, target, balanced, every, tally);
       }
     }
   }

@@ -103,6 +103,34 @@ Plan all_gather_by_hand() {
   return plan;
 }
 
+Step message(Step::Kind kind, int peer, int64_t count) {
+  Step step;
+  step.kind = kind;
+  step.peer = peer;
+  step.count = count;
+  (kind == Step::Kind::send ? step.num_srcs : step.num_dsts) = 1;
+  return step;
+}
+
+// 4 float32 from rank 0 to rank 1 of another node, through rank 0's window.
+Plan message_by_hand() {
+  Plan plan;
+  plan.call.world = {Collective::send_recv, 2, 0, 1, {0, 1}};
+  plan.call.counts = {4};
+  plan.slot_bytes = plan.bank_bytes = 64;
+  plan.channels = 1;
+  plan.full_exchange = true;
+  Program sender, receiver;
+  sender.operands = {{.space = Space::window, .rank = 0}, {.space = Space::in, .rank = 0}};
+  sender.steps = {combine(0, 1, 1, 4, Format::raw), message(Step::Kind::send, 1, 4)};
+  sender.loops = {{.num_steps = 2}};
+  receiver.operands = {{.space = Space::out, .rank = 1}};
+  receiver.steps = {message(Step::Kind::recv, 0, 4)};
+  receiver.loops = {{.num_steps = 1}};
+  plan.programs = {sender, receiver};
+  return plan;
+}
+
 void expect(const std::optional<Counterexample>& found, Kind kind, int rank, int step,
             const std::vector<std::string>& words) {
   CHECK(found.has_value());
@@ -180,9 +208,12 @@ Geometry small_windows(int n) {
 std::string words(const Plan& plan) {
   std::string counts;
   for (int64_t count : plan.call.counts) counts += " " + std::to_string(count);
+  std::string nodes;
+  for (int node : plan.call.world.nodes) nodes += (nodes.empty() ? " on nodes " : " ") + std::to_string(node);
   return std::string(name(plan.call.world.collective)) + " " + plan.algorithm + " of " +
-         std::to_string(plan.call.world.size) + " ranks, root " + std::to_string(plan.call.world.root) +
-         ", counts" + counts.substr(0, 60) + (plan.call.in == Placement::symmetric ? ", symmetric in" : "") +
+         std::to_string(plan.call.world.size) + " ranks" + nodes + ", root " +
+         std::to_string(plan.call.world.root) + ", counts" + counts.substr(0, 60) +
+         (plan.call.in == Placement::symmetric ? ", symmetric in" : "") +
          (plan.call.in == Placement::reachable ? ", reachable in" : "") +
          (plan.call.out == Placement::symmetric ? ", symmetric out" : "") +
          (plan.call.in_place ? ", in place" : "");
@@ -271,6 +302,65 @@ TEST(a_deadlock_is_told_as_a_circle) {
   plan.programs[0].steps[2].value = 2;
   expect(verify(plan), Kind::deadlock, 0, 2,
          {"waits for ever for 2 in a cell that holds 1", "rank 1 has ended"});
+}
+
+TEST(messages_are_not_buffered) {
+  CHECK(!verify(message_by_hand()));
+  // A send does not wait, its memory does.
+  Plan plan = message_by_hand();
+  Program& sender = plan.programs[0];
+  sender.steps.push_back(sender.steps[0]);
+  sender.loops[0].num_steps = 3;
+  expect(verify(plan), Kind::race, 0, 2,
+         {"writes bytes [0, 16) of its operand in rank 0's window",
+          "step 1: send to rank 1, channel 0, window[0:16] may still be reading them",
+          "nothing says that they have been received"});
+  Step complete = message(Step::Kind::complete, 1, 0);
+  complete.num_dsts = 0;
+  complete.value = 1;
+  sender.steps.insert(sender.steps.begin() + 2, complete);
+  sender.loops[0].num_steps = 4;
+  CHECK(!verify(plan));
+  sender.steps[2].value = 2;
+  expect(verify(plan), Kind::deadlock, 0, 2,
+         {"waits for ever until 2 are received; 1 are", "rank 1 has ended"});
+
+  plan = message_by_hand();
+  plan.programs[1].loops[0].num_steps = 0;
+  expect(verify(plan), Kind::deadlock, 0, -1,
+         {"rank 0 at its end: waits for ever for rank 1 to receive a message"});
+  plan = message_by_hand();
+  plan.programs[0].loops[0].num_steps = 1;
+  expect(verify(plan), Kind::deadlock, 1, 0, {"receive from rank 0", "nothing is sent"});
+  plan = message_by_hand();
+  plan.programs[1].steps[0].count = 3;
+  expect(verify(plan), Kind::malformed, 1, 0, {"the message has 16 bytes, and there is room for 12"});
+}
+
+TEST(only_links_that_are_there_are_used) {
+  Plan plan = message_by_hand();
+  plan.call.world.nodes = {};
+  expect(verify(plan), Kind::malformed, 0, 1, {"the two ranks have a mapped link"});
+  plan = message_by_hand();
+  plan.programs[0].steps[1] = signal(1, 1);
+  expect(verify(plan), Kind::malformed, 0, 1, {"the two ranks have a message link"});
+  plan = message_by_hand();
+  plan.programs[0].operands[0].rank = 1;
+  expect(verify(plan), Kind::malformed, 0, 0, {"it cannot reach rank 1's memory"});
+  plan = message_by_hand();
+  plan.programs[0].steps[1].cell = 1;
+  expect(verify(plan), Kind::malformed, 0, 1, {"a pair has 1 channels"});
+  plan = message_by_hand();
+  plan.call.world.nodes = {0};
+  expect(verify(plan), Kind::malformed, 0, -1, {"1 nodes for 2 ranks"});
+  const Plan there = message_by_hand();
+  plan.call.world.nodes = {1, 0};
+  const Plan* calls[] = {&there, &plan};
+  CHECK_THROWS(ValueError, verify_sequence(calls));
+  Call call;
+  call.world = {Collective::all_reduce, 3, 0, 0, {0, 1}};
+  call.counts = {1};
+  CHECK_THROWS(ValueError, make_plan("ring", call, small_windows(3)));
 }
 
 TEST(addresses_stay_in_their_buffers) {
@@ -503,15 +593,21 @@ TEST(every_root_is_proved) {
 // Every ordered pair of algorithms with a third call after it, so that both banks are used again.
 TEST(sequences_of_calls_are_proved) {
   long sequences = 0;
-  for (int n : {2, 3, 5}) {
+  const std::vector<std::vector<int>> worlds = {{}, {}, {}, {0, 1}, {0, 0, 1}, {0, 1, 0, 2, 1}};
+  const int sizes[] = {2, 3, 5, 2, 3, 5};
+  for (size_t w = 0; w < worlds.size(); ++w) {
+    const int n = sizes[w];
     std::vector<Plan> plans;
     for (const Algorithm& algorithm : algorithms()) {
       for (const Buffering& buffering : {kBufferings[0], kBufferings[3], kBufferings[7]}) {
-        const Call call = make_call({algorithm.collective, n, 0, n - 1}, 600 * n, false, buffering);
+        const Call call =
+            make_call({algorithm.collective, n, 0, n - 1, worlds[w]}, 600 * n, false, buffering);
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 1 << 10;
         Plan plan = make_plan(algorithm.name, call, geometry);
-        if (plan.call.in == call.in) plans.push_back(std::move(plan));
+        if (plan.call.in == call.in || (!worlds[w].empty() && buffering.in == Placement::symmetric)) {
+          plans.push_back(std::move(plan));
+        }
       }
     }
     for (const Plan& a : plans) {
@@ -532,9 +628,12 @@ TEST(sequences_of_calls_are_proved) {
 TEST(left_out_trips_hide_nothing) {
   long compared = 0, rejected = 0;
   for (const Algorithm& algorithm : algorithms()) {
-    for (int n : {2, 3, 4}) {
+    for (const auto& [n, nodes] : std::vector<std::pair<int, std::vector<int>>>{
+             {2, {}}, {3, {}}, {4, {}}, {2, {0, 1}}, {3, {0, 1, 0}}, {4, {0, 1, 1, 2}}}) {
       for (const Buffering& buffering : {kBufferings[0], kBufferings[2], kBufferings[3]}) {
-        const Call call = make_call({algorithm.collective, n, 0, n - 1}, 300 * n * n, false, buffering);
+        if (!nodes.empty() && buffering.in == Placement::symmetric) continue;  // lowered as plain
+        const Call call =
+            make_call({algorithm.collective, n, 0, n - 1, nodes}, 300 * n * n, false, buffering);
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 256;
         const Plan plan = make_plan(algorithm.name, call, geometry);
