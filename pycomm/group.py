@@ -9,7 +9,7 @@ import itertools
 import math
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -169,19 +169,37 @@ def _join_by_hand(world: World, address: str, timeout: float | None) -> _native.
             raise _native.CommTimeoutError(f"{error} {remedy}" if remedy else str(error)) from None
 
 
-def run_local(fn: Callable[[Communicator], T], n: int, *, timeout: float | None = None) -> list[T]:
+def run_local(
+    fn: Callable[[Communicator], T],
+    n: int,
+    *,
+    timeout: float | None = None,
+    nodes: int | Sequence[int] = 1,
+    delays: int | None = None,
+) -> list[T]:
     """Runs `fn(comm)` on `n` rank threads of this process; returns what they returned, in rank order.
 
     If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
     that came first is raised here. A communicator is closed when its rank returns. `timeout` is as in init.
     For tests and notebooks: rank threads share the interpreter's lock between calls, and all that is not made
     in `fn`. A model from outside is one model, which all of them change.
+
+    `nodes` makes up nodes, to try what several machines will do: that many, with as many ranks each as they can
+    share evenly in order, or a node for each rank, as in nodes=[0, 0, 1]. Data then goes between nodes by messages
+    alone. `delays` is a seed, which decides how long each message takes, and which overtakes which: to find what
+    depends on it.
     """
     if not callable(fn):
         raise TypeError(f"`fn` is {fn!r}: pass a function first, then how many ranks: run_local(fn, 2)")
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
-    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout)]
+    if isinstance(nodes, int):
+        if not 1 <= nodes <= n:
+            raise ValueError(f"nodes={nodes}: {n} ranks can be on 1 to {n} nodes")
+        nodes = [rank * nodes // n for rank in range(n)]
+    if len(nodes) != n:
+        raise ValueError(f"nodes={nodes!r} names {len(nodes)} nodes for {n} ranks: name one for each rank")
+    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, list(nodes), delays)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 

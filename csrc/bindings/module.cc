@@ -52,9 +52,10 @@ PyCommunicator join(int rank, int size, const std::string& address, std::optiona
   return wrap(std::move(comm));
 }
 
-std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout) {
+std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout, std::vector<int> nodes,
+                                         std::optional<uint64_t> delays) {
   std::vector<PyCommunicator> comms;
-  for (auto& comm : runtime::join_threads(size, timeout_or_default(timeout)))
+  for (auto& comm : runtime::join_threads(size, timeout_or_default(timeout), {std::move(nodes), delays}))
     comms.push_back(wrap(std::move(comm)));
   return comms;
 }
@@ -152,12 +153,14 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("rank", [](const PyCommunicator& self) { return self->rank(); })
       .def_property_readonly("size", [](const PyCommunicator& self) { return self->size(); })
       .def_property_readonly(
-          "local_rank", [](const PyCommunicator& self) { return self->rank(); },
+          "local_rank", [](const PyCommunicator& self) { return self->place().local_rank; },
           "This rank among those of its node.")
       .def_property_readonly(
-          "local_size", [](const PyCommunicator& self) { return self->size(); },
+          "local_size", [](const PyCommunicator& self) { return self->place().local_size; },
           "The number of ranks on this node.")
-      .def_property_readonly("num_nodes", [](const PyCommunicator&) { return 1; })
+      .def_property_readonly(
+          "num_nodes", [](const PyCommunicator& self) { return self->place().num_nodes; },
+          "The number of nodes that the group's ranks are on.")
       .def("empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(),
            py::arg("device") = "cpu",
            "Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it "
@@ -226,7 +229,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");
   module.def("join_threads", &join_threads, py::arg("size"), py::arg("timeout") = py::none(),
-             "The communicators of `size` rank threads of this process.");
+             py::arg("nodes") = std::vector<int>(), py::arg("delays") = py::none(),
+             "The communicators of `size` rank threads of this process, each on a made-up node.");
   module.def("isa", [] { return std::string(kernels::isa()); }, "The instruction set of the kernels in use.");
   module.def("available_isas", [] {
     size_t count = 0;

@@ -55,10 +55,14 @@ Bound Binder::bind(Request& request) {
     bound.src = call.world.root;
     bound.dst = call.world.peer;
     plan_rank = rank() == bound.src ? 0 : 1;
-    call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1};
+    const auto& nodes = domain_.nodes();
+    const bool mapped = nodes.empty() || nodes[bound.src] == nodes[bound.dst];
+    call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1, .nodes = {}};
+    if (!mapped) call.world.nodes = {0, 1};
   } else {
     call.world.size = size();
-    if (!heap_.empty() && size() > 1 && !call.coded()) {
+    call.world.nodes = domain_.nodes();
+    if (!heap_.empty() && size() > 1 && !call.coded() && domain_.nodes().empty()) {
       find_symmetric(request, in, out);
       if (in.distance) call.in = schedule::Placement::symmetric;
       if (out.distance) call.out = schedule::Placement::symmetric;
@@ -142,8 +146,8 @@ void Binder::agree_on_counts(Bound& bound) {
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
 std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& call,
                                                         const std::string& algorithm, int rank) {
-  if (!fabric_.single_copy || call.coded() || call.in != schedule::Placement::plain ||
-      !single_copy_pays(call, fabric_.caches))
+  if (!fabric_.single_copy || !call.world.nodes.empty() || call.coded() ||
+      call.in != schedule::Placement::plain || !single_copy_pays(call, fabric_.caches))
     return nullptr;
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;
@@ -215,6 +219,7 @@ void Binder::agree_on_reading(Bound& bound, std::shared_ptr<const Prepared> prep
 std::string Binder::explain(const Request& request) {
   schedule::Call call = request.call;
   call.world.size = size();
+  call.world.nodes = domain_.nodes();
   if (schedule::reduces(call.world.collective)) {
     require(call.dtype, call.op);
   } else {

@@ -132,9 +132,10 @@ std::shared_ptr<Communicator> join(const transport::Node::Options& options) {
   return comm;
 }
 
-std::vector<std::shared_ptr<Communicator>> join_threads(int size, double timeout_s) {
+std::vector<std::shared_ptr<Communicator>> join_threads(int size, double timeout_s,
+                                                        const transport::Node::MadeUp& made_up) {
   warn_of_misspelt_variables();
-  auto nodes = transport::Node::local(size);
+  auto nodes = transport::Node::local(size, made_up);
   const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
   std::vector<int> ranks(size);
   for (int r = 0; r < size; ++r) ranks[r] = r;

@@ -43,6 +43,15 @@ Communicator::~Communicator() {
   let_go();
 }
 
+Communicator::Place Communicator::place() const {
+  const std::vector<int>& nodes = domain_->nodes();
+  if (nodes.empty()) return {rank(), size(), 1};
+  const int mine = nodes[rank()];
+  return {static_cast<int>(std::count(nodes.begin(), nodes.begin() + rank(), mine)),
+          static_cast<int>(std::count(nodes.begin(), nodes.end(), mine)),
+          1 + *std::max_element(nodes.begin(), nodes.end())};
+}
+
 // Of the group's memory, once: not while another thread is still in a call.
 void Communicator::let_go() {
   const Queue::Holding token(queue_);
@@ -85,7 +94,7 @@ void Communicator::leave(const std::string& error, Patience& patience) {
 std::optional<std::string> Communicator::find_last_mismatch() const {
   const uint64_t calls = sequences_.collectives().calls();
   const auto ours = domain_->record_of(rank(), calls);
-  if (ours && !sequences_.collectives().last_exchanged()) {
+  if (ours && (!sequences_.collectives().last_exchanged() || !domain_->nodes().empty())) {
     if (const auto mismatch = find_mismatch(*domain_, calls, *ours)) return mismatch;
   }
   for (int r = 0; r < size(); ++r) {

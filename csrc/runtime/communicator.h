@@ -29,6 +29,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   int rank() const { return domain_->rank(); }
   int size() const { return domain_->size(); }
+  // Where this rank lies among the group's nodes.
+  struct Place {
+    int local_rank, local_size, num_nodes;
+  };
+  Place place() const;
   bool threads() const { return domain_->node().threads(); }
   bool closed() const { return queue_.closed(); }
   bool on_progress_thread() const { return queue_.on_progress_thread(); }

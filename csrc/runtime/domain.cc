@@ -77,10 +77,12 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     : node_(std::move(node)),
       node_ranks_(std::move(node_ranks)),
       display_ranks_(node_ranks_.size()),
+      nodes_(node_->nodes_of(node_ranks_)),
       rank_(rank),
       bank_bytes_(bank_bytes),
       offset_(offset),
-      mapping_(node_->map(offset, bytes(size(), bank_bytes))) {
+      mapping_(node_->map(offset, bytes(size(), bank_bytes))),
+      messages_(node_->open_messages(offset, node_ranks_, rank)) {
   char* base = mapping_->data();
   failure_ = parent ? parent->failure_ : reinterpret_cast<Failure*>(base);
   members_ = reinterpret_cast<Member*>(base + sizeof(Failure));

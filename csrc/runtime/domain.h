@@ -111,6 +111,9 @@ class Domain {
   const std::shared_ptr<transport::Node>& shared_node() const { return node_; }
   const std::vector<int>& node_ranks() const { return node_ranks_; }
   int64_t bank_bytes() const { return bank_bytes_; }
+  // By rank of the group; empty: all map each other's memory, and there are no messages.
+  const std::vector<int>& nodes() const { return nodes_; }
+  transport::Messages& messages() const { return *messages_; }
 
   Member& member(int rank) const { return members_[rank]; }
   Member& self() const { return members_[rank_]; }
@@ -170,6 +173,7 @@ class Domain {
 
   std::shared_ptr<transport::Node> node_;
   std::vector<int> node_ranks_, display_ranks_;
+  std::vector<int> nodes_;
   int rank_;
   int64_t bank_bytes_;
   int64_t offset_;
@@ -180,6 +184,7 @@ class Domain {
   std::atomic<int64_t>* channels_;
   std::atomic<uint64_t>* let_go_;
   char* windows_;
+  std::unique_ptr<transport::Messages> messages_;
   std::shared_ptr<std::atomic<bool>> raised_;
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
 };

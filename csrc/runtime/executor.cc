@@ -8,6 +8,7 @@ namespace pycomm::runtime {
 
 namespace {
 const std::atomic<uint64_t> kNever{0};
+constexpr int kChannels = transport::Messages::kChannels;
 }  // namespace
 
 Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
@@ -54,6 +55,65 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;
   coding_ = buffers.coding;
+  if (domain.nodes().empty()) return;
+  sent_earlier_ = std::move(sent_before_);
+  sent_before_.resize(static_cast<size_t>(domain.size()) * kChannels);
+  for (int to = 0; to < domain.size(); ++to) {
+    for (int channel = 0; channel < kChannels; ++channel) {
+      sent_before_[to * kChannels + channel] = domain.messages().sent(to, channel);
+    }
+  }
+}
+
+// ---- messages ----
+
+void Run::send(const schedule::Step& step, int64_t trip) {
+  const schedule::Operand& from = program_->operands[step.operand];
+  const int64_t bytes = schedule::operand_bytes(prepared_->plan.call, from.format, step.count);
+  domain_->messages().send(step.peer, step.cell, {call_, fingerprint_}, address(from, trip), bytes);
+  domain_->ring(step.peer);
+}
+
+bool Run::receive(const schedule::Step& step, int64_t trip, int polls) {
+  transport::Messages& messages = domain_->messages();
+  const std::atomic<uint64_t>& arrived = messages.arrived(step.peer, step.cell);
+  const uint64_t target = messages.taken(step.peer, step.cell) + 1;
+  if (!reaches(arrived, target, polls)) {
+    blocked_ = {&arrived, target, step.peer};
+    return false;
+  }
+  if (messages.header(step.peer, step.cell) != transport::Header{call_, fingerprint_}) {
+    blocked_ = {&arrived, target, step.peer};
+    mismatched_ = step.peer;
+    return false;
+  }
+  const schedule::Operand& to = program_->operands[step.operand];
+  const int64_t bytes = schedule::operand_bytes(prepared_->plan.call, to.format, step.count);
+  messages.receive(step.peer, step.cell, address(to, trip), bytes);
+  domain_->ring(step.peer);  // it may wait for its memory
+  return true;
+}
+
+bool Run::sent_are_received(int to, int channel, int64_t value, int polls) {
+  if (value <= 0) return true;
+  const std::atomic<uint64_t>& received = domain_->messages().received(to, channel);
+  const uint64_t target = sent_before_[to * kChannels + channel] + static_cast<uint64_t>(value);
+  if (reaches(received, target, polls)) return true;
+  blocked_ = {&received, target, to};
+  return false;
+}
+
+// The call writes the bank that the call before the last one sent from.
+bool Run::earlier_received() {
+  const transport::Messages& messages = domain_->messages();
+  for (size_t at = 0; at < sent_earlier_.size(); ++at) {
+    const int to = static_cast<int>(at) / kChannels;
+    const std::atomic<uint64_t>& received = messages.received(to, static_cast<int>(at) % kChannels);
+    if (received.load(std::memory_order_acquire) >= sent_earlier_[at]) continue;
+    blocked_ = {&received, sent_earlier_[at], to};
+    return false;
+  }
+  return true;
 }
 
 bool Run::entered() {
@@ -71,6 +131,7 @@ bool Run::entered() {
       return false;
     }
   }
+  if (!sent_earlier_.empty() && !earlier_received()) return false;
   if (prepared_->reachable) domain_->show_input(call_, reinterpret_cast<uint64_t>(input()));
   domain_->enter(call_, *record_);
   ++next_entry_;

@@ -113,6 +113,18 @@ class Run {
     return source.space == schedule::Space::in && source.rank != domain_->rank();
   }
   bool read(const schedule::Step& step, int64_t trip);  // false: blocked for good
+  // Across message links; false: blocked.
+  void send(const schedule::Step& step, int64_t trip);
+  bool receive(const schedule::Step& step, int64_t trip, int polls);
+  bool sent_are_received(int to, int channel, int64_t value, int polls);
+  bool earlier_received();
+  char* address(const schedule::Operand& operand, int64_t trip) const {
+    const auto space = static_cast<size_t>(operand.space);
+    const schedule::Plan& plan = prepared_->plan;
+    const int64_t slot = plan.slots == 1 ? 0 : trip % plan.slots * plan.slot_bytes;
+    return bases_[space] + operand.rank * distances_[space] + operand.offset +
+           (operand.space == schedule::Space::window ? slot : trip * operand.stride);
+  }
   const char* input() const { return bases_[static_cast<size_t>(schedule::Space::in)]; }
 
   Domain* domain_ = nullptr;
@@ -133,6 +145,8 @@ class Run {
   Blocked blocked_;
   int mismatched_ = -1;
   std::vector<void*> pointers_;
+  // By peer and channel, how much was sent in all calls before this one, and before the one before.
+  std::vector<uint64_t> sent_before_, sent_earlier_;
 };
 
 inline void Run::combine(const schedule::Step& step, int64_t trip) {
@@ -185,9 +199,17 @@ bool Run::advance(int polls, const Observer& observer) {
             combine(step, trip);
             break;
           case Kind::send:
+            observer(loop.step + step_);
+            send(step, trip);
+            break;
           case Kind::recv:
+            observer(loop.step + step_);
+            if (!receive(step, trip, polls)) return false;
+            break;
           case Kind::complete:
-            return false;
+            if (!sent_are_received(step.peer, step.cell, step.value + trip * step.per_trip, polls))
+              return false;
+            break;
           case Kind::signal: {
             observer(loop.step + step_);
             Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];

@@ -12,10 +12,10 @@
 //   complete  until the first (value of this trip) of this call's sends on a channel have been received, so that
 //             their memory may be written again
 //
-// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its sends;
-// what is sent is not buffered: it stays in the sender's memory until it is received, and a rank leaves the call
-// only when all that it has sent has been received. The index is that of the sender's and the receiver's stage, so
-// that both count trips alike.
+// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its sends; what
+// is sent is not buffered: it stays in the sender's memory until it is received. A rank may leave the call before that,
+// but enters call c only when all that it has sent in call c - 2 has been received. The index is that of the sender's
+// and the receiver's stage, so that both count trips alike.
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a

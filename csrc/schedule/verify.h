@@ -13,7 +13,7 @@
 //             reads and writes of its buffers before entry and after the end are accesses too
 //   bounds    every address lies in its buffer, or in its slot of its bank
 //   deadlock  every rank reaches its end, with messages that are not buffered: what a rank sends stays in its
-//             memory, and the rank in the call, until it is received
+//             memory until it is received, and all that is sent is received
 //   banks     the same for calls that follow each other (`verify_sequence`), with the entry rule of plan.h;
 //             and full_exchange is claimed only where it holds
 //

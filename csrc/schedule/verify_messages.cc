@@ -1,5 +1,7 @@
 // Messages in a symbolic run. One run still covers all interleavings: a channel has one sender and one receiver, each
 // of which takes its messages in order.
+#include <algorithm>
+
 #include "schedule/verify_run.h"
 
 namespace pycomm::schedule {
@@ -10,7 +12,7 @@ void SymbolicRun::send(int rank, const Step& step, int64_t trip) {
   RankState& state = ranks_[rank];
   const size_t index = channel_at(rank, step.peer, step.cell);
   Channel& channel = channels_[index];
-  channel.before.resize(state.call + 1, channel.sent.size());
+  channel.before.resize(std::max<size_t>(channel.before.size(), state.call + 1), channel.sent.size());
   ++state.clock[rank];
   const Span& span = spans[0];
   const auto at_step = static_cast<int32_t>(&step - call_of(rank).plan->programs[rank].steps.data());
@@ -79,7 +81,7 @@ bool SymbolicRun::complete(int rank, const Step& step, int64_t trip) {
   const size_t index = channel_at(rank, step.peer, step.cell);
   Channel& channel = channels_[index];
   RankState& state = ranks_[rank];
-  channel.before.resize(state.call + 1, channel.sent.size());
+  channel.before.resize(std::max<size_t>(channel.before.size(), state.call + 1), channel.sent.size());
   const int64_t target = static_cast<int64_t>(channel.before[state.call]) + value;
   if (static_cast<int64_t>(channel.received) < target) return false;
   auto& known = state.clock[reader(index)];
@@ -87,17 +89,33 @@ bool SymbolicRun::complete(int rank, const Step& step, int64_t trip) {
   return true;
 }
 
-// A rank leaves when all that it has sent has been received.
-bool SymbolicRun::all_received(int rank) {
+// The bank of a call is written again two calls later: what was sent from it must have been received.
+bool SymbolicRun::earlier_received(int rank) {
+  RankState& state = ranks_[rank];
+  if (state.call < 2) return true;
   for (int to = 0; to < n_; ++to) {
     for (int index = 0; index < num_channels_; ++index) {
       const size_t at = channel_at(rank, to, index);
-      const Channel& channel = channels_[at];
-      if (channel.received < channel.sent.size()) return false;
-      ranks_[rank].clock[reader(at)] = static_cast<int32_t>(channel.received);
+      Channel& channel = channels_[at];
+      channel.before.resize(std::max<size_t>(channel.before.size(), state.call), channel.sent.size());
+      const size_t earlier = channel.before[state.call - 1];
+      if (channel.received < earlier) return false;
+      state.clock[reader(at)] = std::max(state.clock[reader(at)], static_cast<int32_t>(earlier));
     }
   }
   return true;
+}
+
+void SymbolicRun::check_all_received() {
+  for (size_t at = 0; at < channels_.size(); ++at) {
+    const Channel& channel = channels_[at];
+    if (channel.received == channel.sent.size()) continue;
+    const int sender = sender_of(reader(at)), receiver = static_cast<int>(at) / num_channels_ % n_;
+    fault_ = {Kind::deadlock, sender, channel.sent[channel.received].call, -1,
+              at_end(sender, channel.sent[channel.received].call) + "rank " + std::to_string(receiver) +
+                  " never receives a message of channel " + std::to_string(at % num_channels_)};
+    return;
+  }
 }
 
 }  // namespace pycomm::schedule

@@ -45,6 +45,7 @@ std::optional<Counterexample> SymbolicRun::run() {
     const auto* steps = call_of(rank).plan->programs[rank].steps.data();
     fail(Kind::deadlock, rank, inside ? static_cast<int>(step - steps) : -1, deadlock_words(rank));
   }
+  if (!fault_) check_all_received();
   return fault_ ? fault_ : data_fault_;
 }
 
@@ -89,6 +90,7 @@ void SymbolicRun::enter(int rank) {
 // All have entered the call before; after a full exchange that is known without asking.
 bool SymbolicRun::pass_gate(int rank) {
   RankState& state = ranks_[rank];
+  if (!earlier_received(rank)) return false;
   if (state.call > 0 && !calls_[state.call - 1].plan->full_exchange) {
     const CallState& previous = calls_[state.call - 1];
     for (int peer = 0; peer < n_; ++peer) {
@@ -125,7 +127,6 @@ bool SymbolicRun::execute(int rank) {
   const CallState& call = call_of(rank);
   const Program& program = call.plan->programs[rank];
   if (state.loop == program.loops.size()) {
-    if (!all_received(rank)) return false;
     leave(rank);
     return true;
   }

@@ -93,7 +93,8 @@ class SymbolicRun {
   void send(int rank, const Step& step, int64_t trip);
   bool receive(int rank, const Step& step, int64_t trip);
   bool complete(int rank, const Step& step, int64_t trip);
-  bool all_received(int rank);
+  bool earlier_received(int rank);
+  void check_all_received();
   void combine(int rank, const Step& step, int64_t trip);
   bool resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans);
   bool is_bare_copy(int rank, const Step& step);

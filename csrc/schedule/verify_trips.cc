@@ -20,7 +20,8 @@ using Cell = std::tuple<int, int, int>;  // writer, reader, index; of a channel 
 bool is_message(const Step& step) { return step.kind == StepKind::send || step.kind == StepKind::recv; }
 
 Cell cell_of(int rank, const Step& step) {
-  const bool from_here = step.kind == StepKind::signal || step.kind == StepKind::send || step.kind == StepKind::complete;
+  const bool from_here =
+      step.kind == StepKind::signal || step.kind == StepKind::send || step.kind == StepKind::complete;
   return from_here ? Cell{rank, step.peer, step.cell} : Cell{step.peer, rank, step.cell};
 }
 

@@ -94,6 +94,14 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
   on = -1;
   if (state.phase == Phase::done) return "rank " + std::to_string(rank) + " has ended";
   if (state.phase == Phase::gate) {
+    for (int at = 0; at < n_ * num_channels_; ++at) {
+      const Channel& channel = channels_[static_cast<size_t>(rank) * n_ * num_channels_ + at];
+      if (state.call < 2 || channel.received >= channel.before[state.call - 1]) continue;
+      on = at / num_channels_;
+      return "rank " + std::to_string(rank) + " waits to enter call " + std::to_string(state.call) +
+             " until rank " + std::to_string(on) + " has received a message of call " +
+             std::to_string(state.call - 2);
+    }
     const CallState& previous = calls_[state.call - 1];
     for (on = 0; previous.entry_epoch[on] >= 0;) ++on;
     return "rank " + std::to_string(rank) + " waits to enter call " + std::to_string(state.call) +
@@ -101,14 +109,7 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
   }
   const Step* step = nullptr;
   int64_t trip = 0;
-  if (!current(rank, step, trip)) {  // at its end
-    for (int at = 0; at < n_ * num_channels_; ++at) {
-      const Channel& channel = channels_[static_cast<size_t>(rank) * n_ * num_channels_ + at];
-      if (channel.received < channel.sent.size()) on = at / num_channels_;
-    }
-    return at_end(rank, state.call) + "waits for ever for rank " + std::to_string(on) +
-           " to receive a message";
-  }
+  current(rank, step, trip);
   on = step->peer;
   if (step->kind == Step::Kind::recv) return at(rank, step) + ": waits for ever, since nothing is sent";
   if (step->kind == Step::Kind::complete) {

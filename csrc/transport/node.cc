@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <map>
@@ -13,6 +14,7 @@
 
 #include "common/error.h"
 #include "common/log.h"
+#include "transport/loopback.h"
 #include "transport/memory.h"
 #include "transport/peer_memory.h"
 #include "transport/rendezvous.h"
@@ -84,6 +86,8 @@ struct Node::Shared {
   Fd pagemap = open_pagemap();
   bool threads;
   std::vector<std::atomic<bool>> dead;  // by mark_dead
+  std::vector<int> nodes;               // made up
+  std::optional<Loopback> loopback;     // between these
   std::mutex mutex;
   std::map<std::pair<int64_t, int64_t>, std::weak_ptr<Mapping>>
       mappings;  // rank threads: by offset and bytes
@@ -131,9 +135,15 @@ std::shared_ptr<Node> Node::join(const Options& options) {
   return node;
 }
 
-std::vector<std::shared_ptr<Node>> Node::local(int size) {
+std::vector<std::shared_ptr<Node>> Node::local(int size, const MadeUp& made_up) {
   if (size < 1) throw ValueError(std::to_string(size) + " ranks: must be at least 1");
+  if (!made_up.nodes.empty() && static_cast<int>(made_up.nodes.size()) != size) {
+    throw ValueError(std::to_string(made_up.nodes.size()) + " nodes are named for " + std::to_string(size) +
+                     " ranks: name one for each rank");
+  }
   const auto shared = std::make_shared<Shared>(make_memory(), size, true);
+  shared->nodes = made_up.nodes;
+  shared->loopback.emplace(made_up.delays);
   std::vector<std::shared_ptr<Node>> nodes;
   for (int rank = 0; rank < size; ++rank) {
     std::shared_ptr<Node> node(new Node);
@@ -150,6 +160,22 @@ std::vector<std::shared_ptr<Node>> Node::local(int size) {
 Node::~Node() {
   for (const int fd : pidfds_)
     if (fd >= 0) close(fd);
+}
+
+std::vector<int> Node::nodes_of(const std::vector<int>& ranks) const {
+  if (shared_->nodes.empty()) return {};
+  std::vector<int> seen, nodes;
+  for (const int rank : ranks) {
+    const auto at = std::ranges::find(seen, shared_->nodes.at(rank));
+    nodes.push_back(static_cast<int>(at - seen.begin()));
+    if (at == seen.end()) seen.push_back(shared_->nodes[rank]);
+  }
+  return seen.size() > 1 ? nodes : std::vector<int>();
+}
+
+std::unique_ptr<Messages> Node::open_messages(int64_t key, const std::vector<int>& ranks, int me) {
+  if (nodes_of(ranks).empty()) return nullptr;
+  return shared_->loopback->open(key, static_cast<int>(ranks.size()), me);
 }
 
 bool Node::threads() const { return shared_->threads; }

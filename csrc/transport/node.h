@@ -21,6 +21,8 @@
 #include <string>
 #include <vector>
 
+#include "transport/messages.h"
+
 namespace pycomm::transport {
 
 // True in a child of fork() that inherited nodes made before it: nothing of them is mapped there. One load.
@@ -63,8 +65,14 @@ class Node {
   // ValueError for a rank or size that does not fit what others said (two processes with one rank, different
   // sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile.
   static std::shared_ptr<Node> join(const Options& options);
-  // `size` nodes for the rank threads of this process.
-  static std::vector<std::shared_ptr<Node>> local(int size);
+  // Of rank threads: which node each is said to be on, as if they mapped nothing of other nodes' (empty: one node);
+  // and what decides how messages between these are delayed (nothing: they are not).
+  struct MadeUp {
+    std::vector<int> nodes;
+    std::optional<uint64_t> delays;
+  };
+  // `size` nodes for the rank threads of this process. Throws ValueError.
+  static std::vector<std::shared_ptr<Node>> local(int size, const MadeUp& made_up = {});
   ~Node();
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;
@@ -72,6 +80,11 @@ class Node {
   int rank() const { return rank_; }
   int size() const { return size_; }
   bool threads() const;  // made by local()
+  // For each of these ranks the node that it is on, by the least number that tells them apart; empty if it is one.
+  std::vector<int> nodes_of(const std::vector<int>& ranks) const;
+  // The end of `me` of these ranks' messages: `key` names their group among all that are open. Null if all of them are
+  // on one node.
+  std::unique_ptr<Messages> open_messages(int64_t key, const std::vector<int>& ranks, int me);
   int64_t pid_of(int rank) const;
 
   // Copies from a rank's own memory, at that address there, through the kernel. Returns 0 or an errno of

@@ -96,7 +96,12 @@ class Search : Programs {
     if (move.kind == Move::Kind::wait) return move.word < 0 || cells_[move.cell] >= move.word;
     if (move.kind == Move::Kind::recv) return received(move.cell) < sent(move.cell);
     if (move.kind == Move::Kind::complete) return received(move.cell) >= move.word;
-    if (move.kind == Move::Kind::caller_takes_back) return all_received(rank);
+    if (move.kind == Move::Kind::drain) {
+      const std::vector<int64_t>& earlier = sent_by_[rank][move.call - 1];
+      for (size_t channel = 0; channel < earlier.size(); ++channel) {
+        if (received(static_cast<int>(channel)) < earlier[channel]) return false;
+      }
+    }
     if (move.kind == Move::Kind::gate) {
       for (int peer = 0; peer < n_; ++peer) {
         if (mapped(rank, peer) && !entered_[move.call - 1][peer]) return false;
@@ -106,13 +111,6 @@ class Search : Programs {
   }
 
   bool mapped(int a, int b) const { return calls_[0]->call.world.mapped(a, b); }
-  bool all_received(int rank) const {
-    for (int at = 0; at < n_ * channels_per_pair_; ++at) {
-      const int channel = rank * n_ * channels_per_pair_ + at;
-      if (received(channel) < sent(channel)) return false;
-    }
-    return true;
-  }
 
   // Whether this move commutes with all that others may still do, so that no other order need be tried: it
   // touches no memory that they touch, and a cell that only grows lets a wait pass later as well as now.
@@ -161,6 +159,9 @@ class Search : Programs {
       if (able == 0) {
         for (int rank = 0; rank < n_; ++rank) {
           if (!ended(rank)) fail("deadlock of rank " + std::to_string(rank));
+        }
+        for (int channel = 0; channel < static_cast<int>(sends_.size()); ++channel) {
+          if (received(channel) < sent(channel)) fail("a message that nobody receives");
         }
         break;
       }
@@ -287,6 +288,7 @@ class Search : Programs {
         receive(move);
         break;
       case Move::Kind::complete:
+      case Move::Kind::drain:
         break;
       case Move::Kind::caller_takes_back:
         take_back(rank, move.call);

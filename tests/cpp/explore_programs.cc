@@ -40,6 +40,7 @@ void Programs::lay_out() {
 
 void Programs::write_out(int rank) {
   std::vector<Move>& moves = moves_.emplace_back();
+  sent_by_.emplace_back();
   sent_before_.assign(static_cast<size_t>(n_) * n_ * channels_per_pair_, 0);
   for (int c = 0; c < static_cast<int>(calls_.size()); ++c) {
     const Plan& plan = *calls_[c];
@@ -47,9 +48,13 @@ void Programs::write_out(int rank) {
     const std::vector<Span> buffers = {{place.in, place.in + place.in_bytes, true},
                                        {place.out, place.out + place.out_bytes, true}};
     moves.push_back({.kind = Move::Kind::caller_writes, .call = c, .spans = buffers, .last_conflict = {}});
+    sent_by_.back().push_back(sent_before_);
     moves.push_back({.kind = Move::Kind::enter, .call = c, .spans = {}, .last_conflict = {}});
     if (c > 0 && !calls_[c - 1]->full_exchange) {
       moves.push_back({.kind = Move::Kind::gate, .call = c, .spans = {}, .last_conflict = {}});
+    }
+    if (c > 1 && channels_per_pair_ > 0) {
+      moves.push_back({.kind = Move::Kind::drain, .call = c, .spans = {}, .last_conflict = {}});
     }
     const Program& program = plan.programs.at(rank);
     for (const Loop& loop : program.loops) {

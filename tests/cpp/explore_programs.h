@@ -34,6 +34,7 @@ struct Move {
     send,
     recv,
     complete,
+    drain,
     caller_takes_back
   };
   Kind kind;
@@ -90,12 +91,13 @@ class Programs {
   const std::vector<const Plan*>& calls_;
   const int n_;
   int cells_per_pair_ = 1, channels_per_pair_ = 0;
-  int64_t top_ = 0;                              // bytes of the flat memory
-  std::vector<int64_t> windows_;                 // rank * 2 + bank
-  std::vector<int64_t> payloads_;                // of the cells that a rank reads: rank * 2 + bank
-  std::vector<std::vector<Place>> places_;       // by call and rank
-  std::vector<std::vector<Move>> moves_;         // by rank
-  std::vector<std::vector<const Move*>> sends_;  // by channel, in the order of their sender
+  int64_t top_ = 0;                                         // bytes of the flat memory
+  std::vector<int64_t> windows_;                            // rank * 2 + bank
+  std::vector<int64_t> payloads_;                           // of the cells that a rank reads: rank * 2 + bank
+  std::vector<std::vector<Place>> places_;                  // by call and rank
+  std::vector<std::vector<Move>> moves_;                    // by rank
+  std::vector<std::vector<std::vector<int64_t>>> sent_by_;  // by rank, call, channel: before that call
+  std::vector<std::vector<const Move*>> sends_;             // by channel, in the order of their sender
 
  private:
   void lay_out();

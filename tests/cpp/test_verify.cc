@@ -328,7 +328,7 @@ TEST(messages_are_not_buffered) {
   plan = message_by_hand();
   plan.programs[1].loops[0].num_steps = 0;
   expect(verify(plan), Kind::deadlock, 0, -1,
-         {"rank 0 at its end: waits for ever for rank 1 to receive a message"});
+         {"rank 0 at its end: rank 1 never receives a message of channel 0"});
   plan = message_by_hand();
   plan.programs[0].loops[0].num_steps = 1;
   expect(verify(plan), Kind::deadlock, 1, 0, {"receive from rank 0", "nothing is sent"});

@@ -1,4 +1,4 @@
-"""Every test that takes `ranks` runs twice: with rank threads and with real processes."""
+"""Every test that takes `ranks` runs with rank threads, with real processes, and with messages between nodes."""
 
 import gc
 import signal
@@ -26,9 +26,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(params=["threads", "processes"])
+# How many nodes n rank threads are on; messages between them are late and overtake each other.
+_NODES: dict[str, Callable[[int], int]] = {"two nodes": lambda n: min(n, 2), "apart": lambda n: n}
+
+
+@pytest.fixture(params=["threads", "processes", *_NODES])
 def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """`ranks(fn, n)` is `[fn(comm) for each rank]`."""
     if request.param == "processes":
         return processes.run
-    return lambda fn, n, timeout=60: pycomm.run_local(fn, n, timeout=timeout)
+    if request.param == "threads":
+        return lambda fn, n, timeout=60: pycomm.run_local(fn, n, timeout=timeout)
+    nodes = _NODES[request.param]
+    return lambda fn, n, timeout=60: pycomm.run_local(fn, n, timeout=timeout, nodes=nodes(n), delays=n)
