@@ -88,13 +88,13 @@ class Loopback::Exchange {
         posted_.wait(lock);
         continue;
       }
-      // Most are nearly at once; some are late enough for others to come, and for ranks to fall asleep.
-      const uint64_t drawn = random();
-      const auto pause = std::chrono::microseconds(drawn % 16 == 0 ? 1000 : drawn % 20);
+      // Most go at once; some are late enough for others to come, and for ranks to fall asleep.
       Channel* const chosen = ready[random() % ready.size()];
-      lock.unlock();
-      std::this_thread::sleep_for(pause);
-      lock.lock();
+      if (const uint64_t drawn = random() % 64; drawn < 4) {
+        lock.unlock();
+        std::this_thread::sleep_for(std::chrono::microseconds(drawn == 0 ? 1000 : 50));
+        lock.lock();
+      }
       deliver(*chosen);
     }
   }

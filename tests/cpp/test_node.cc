@@ -619,3 +619,14 @@ TEST(rank_threads) {
     });
   for (auto& thread : threads) thread.join();
 }
+
+TEST(rank_threads_may_be_on_made_up_nodes) {
+  const auto nodes = Node::local(4, {.nodes = {5, 2, 5, 2}, .delays = std::nullopt});
+  CHECK((nodes[0]->nodes_of({0, 1, 2, 3}) == std::vector<int>{0, 1, 0, 1}));
+  CHECK((nodes[0]->nodes_of({3, 2}) == std::vector<int>{0, 1}));
+  CHECK(nodes[0]->nodes_of({1, 3}).empty());
+  CHECK(nodes[1]->open_messages(1, {1, 3}, 0) == nullptr);
+  CHECK(nodes[1]->open_messages(1, {1, 2}, 0) != nullptr);
+  CHECK(Node::local(2)[0]->nodes_of({0, 1}).empty());
+  CHECK_THROWS(ValueError, Node::local(3, {.nodes = {0, 1}, .delays = std::nullopt}));
+}

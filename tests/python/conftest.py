@@ -1,4 +1,5 @@
-"""Every test that takes `ranks` runs with rank threads, with real processes, and with messages between nodes."""
+"""Every test that takes `ranks` runs twice: with rank threads and with real processes. Those marked `links` run with
+messages between nodes as well."""
 
 import gc
 import signal
@@ -30,7 +31,14 @@ def pytest_collection_finish() -> None:
 _NODES: dict[str, Callable[[int], int]] = {"two nodes": lambda n: min(n, 2), "apart": lambda n: n}
 
 
-@pytest.fixture(params=["threads", "processes", *_NODES])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    own = any("ranks" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "ranks" in metafunc.fixturenames and not own:
+        nodes = _NODES if metafunc.definition.get_closest_marker("links") else ()
+        metafunc.parametrize("ranks", ["threads", "processes", *nodes], indirect=True)
+
+
+@pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """`ranks(fn, n)` is `[fn(comm) for each rank]`."""
     if request.param == "processes":

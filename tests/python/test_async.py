@@ -15,6 +15,8 @@ from pycomm import Communicator
 
 Ranks = Callable[..., list[Any]]
 
+pytestmark = pytest.mark.links
+
 
 def test_work(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:

@@ -349,7 +349,7 @@ def test_collectives_take_buckets(ranks: Ranks, symmetric: bool) -> None:
         assert comm.broadcast(bucket, root=1) is bucket
         part = comm.reduce_scatter(bucket.data[: 256 * n])
         assert part.size == 256
-        if symmetric:  # is how the group knows it
+        if symmetric and comm.num_nodes == 1:  # is how the group knows it
             with pytest.raises(pycomm.MismatchError, match="symmetric"):
                 comm.all_reduce(bucket if comm.rank == 0 else np.zeros_like(bucket.data))
 

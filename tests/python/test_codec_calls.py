@@ -11,6 +11,8 @@ import pycomm
 from pycomm import Communicator, _native
 
 Ranks = Callable[..., list[Any]]
+
+pytestmark = pytest.mark.links
 INT8 = _native.Codec("int8")
 
 

@@ -16,6 +16,8 @@ from pycomm.codecs.kinds import DEFAULTS
 
 Ranks = Callable[..., list[Any]]
 
+pytestmark = pytest.mark.links
+
 # Codec -> vNMSE of one encode, of two_shot on 2 and 8 ranks, of ring on 8. A test holds to 1.15 times that.
 BOUNDS: dict[Any, tuple[float, float, float]] = {
     codecs.BF16(rounding="nearest"): (2.8e-6, 6e-6, 1.2e-5),

@@ -19,6 +19,8 @@ COUNTS = [0, 1, 2, 3, 7, 64, 1003, 70_001, 300_007]
 UNEVEN = [[3, 0, 5, 1, 2], [0, 0, 1, 0, 0], [1000, 1, 999, 0, 77], [0] * 5]
 
 Ranks = Callable[..., list[Any]]
+
+pytestmark = pytest.mark.links
 Array = np.ndarray[Any, Any]
 
 

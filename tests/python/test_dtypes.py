@@ -16,6 +16,8 @@ import pycomm
 from pycomm import Communicator, _native
 
 Ranks = Callable[..., list[Any]]
+
+pytestmark = pytest.mark.links
 Array = np.ndarray[Any, Any]
 
 SMALL_FLOATS = [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]

@@ -13,6 +13,8 @@ from pycomm import Communicator
 
 Ranks = Callable[..., list[Any]]
 
+pytestmark = pytest.mark.links
+
 
 def test_messages_arrive_in_order(ranks: Ranks) -> None:
     counts = [0, 1, 7, 1000, 50_000, 3, 1_000_003]

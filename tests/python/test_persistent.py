@@ -13,6 +13,8 @@ from pycomm import Communicator
 
 Ranks = Callable[..., list[Any]]
 
+pytestmark = pytest.mark.links
+
 
 def test_runs_on_the_same_buffers(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:

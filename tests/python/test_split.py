@@ -11,6 +11,8 @@ from pycomm import Communicator
 
 Ranks = Callable[..., list[Any]]
 
+pytestmark = pytest.mark.links
+
 
 def test_colors_and_keys(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> tuple[int, int, list[int]]:
