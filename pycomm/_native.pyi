@@ -844,7 +844,11 @@ class Communicator:
         """
 
     @property
-    def num_nodes(self) -> int: ...
+    def num_nodes(self) -> int:
+        """
+        The number of nodes that the group's ranks are on.
+        """
+
     @property
     def rank(self) -> int: ...
     @property
@@ -919,6 +923,12 @@ class World:
 
     @property
     def collective(self) -> str: ...
+    @property
+    def nodes(self) -> list[int]:
+        """
+        The node of each rank: two ranks of one node share memory, others send messages. Empty: one node.
+        """
+
     @property
     def root(self) -> int: ...
     @property
@@ -1078,9 +1088,14 @@ def join(rank: int, size: int, address: str, timeout: float | None = None) -> Co
     Meets the other ranks of this machine at `address`.
     """
 
-def join_threads(size: int, timeout: float | None = None) -> list[Communicator]:
+def join_threads(
+    size: int,
+    timeout: float | None = None,
+    nodes: collections.abc.Sequence[int] = [],
+    delays: int | None = None,
+) -> list[Communicator]:
     """
-    The communicators of `size` rank threads of this process.
+    The communicators of `size` rank threads of this process, each on a made-up node.
     """
 
 def numpy_dtype(name: str) -> typing.Any:

@@ -90,7 +90,10 @@ void add_schedules(py::module_& module) {
       .def_property_readonly("collective",
                              [](const World& world) { return std::string(name(world.collective)); })
       .def_readonly("size", &World::size)
-      .def_readonly("root", &World::root);
+      .def_readonly("root", &World::root)
+      .def_readonly("nodes", &World::nodes,
+                    "The node of each rank: two ranks of one node share memory, others send messages. Empty: "
+                    "one node.");
   py::class_<PyBuilder> builder(module, "Builder", "Writes one rank's program: see docs/algorithms.md.");
   builder.def_property_readonly("rank", [](const PyBuilder& b) { return b.builder->rank(); })
       .def(

@@ -34,6 +34,18 @@ Choice select_all_reduce(const schedule::Call& call, int64_t bytes, bool crowded
 Choice select(const schedule::Call& call, bool crowded) {
   const int64_t bytes = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0}) *
                         static_cast<int64_t>(size_of(call.dtype));
+  if (!call.world.nodes.empty() && !call.coded() && !call.deterministic) {
+    switch (call.world.collective) {
+      case Collective::all_reduce:
+      case Collective::reduce_scatter:
+      case Collective::all_gather:
+      case Collective::broadcast:
+      case Collective::reduce:
+        return {"hierarchical", "on several nodes, what crosses between them crosses once"};
+      default:
+        break;
+    }
+  }
   if (call.coded() && call.world.collective == Collective::all_reduce) {
     return {"two_shot",
             "of all that carry codecs it encodes least: an element twice, whatever the number of ranks"};

@@ -397,6 +397,8 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
   geometry.trip_bytes = 64 * n;
   geometry.payload_bytes = kPayloadBytes;
   for (const Algorithm& algorithm : algorithms()) {
+    if (algorithm.write == find_algorithm(Collective::all_reduce, "hierarchical").write)
+      continue;  // on nodes, below
     for (const auto& kind : kinds) {
       const Call call =
           make_call({algorithm.collective, n, n - 1, 0}, count, kind.in, kind.out, kind.in_place, dtype);

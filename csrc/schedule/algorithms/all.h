@@ -12,6 +12,7 @@ Schedule binomial(const World& world);
 Schedule direct(const World& world);
 Schedule dissemination(const World& world);
 Schedule halving_doubling(const World& world);
+Schedule hierarchical(const World& world);
 Schedule one_shot(const World& world);
 Schedule pairwise(const World& world);
 Schedule pipelined_tree(const World& world);

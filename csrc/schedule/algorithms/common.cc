@@ -49,6 +49,27 @@ void accept_all(Schedule& schedule) {
   }
 }
 
+Nodes::Nodes(const World& world) : node(world.size), local(world.size) {
+  std::vector<int> seen;
+  for (int rank = 0; rank < world.size; ++rank) {
+    const int name = world.nodes.empty() ? 0 : world.nodes[rank];
+    const auto known = std::find(seen.begin(), seen.end(), name);
+    node[rank] = static_cast<int>(known - seen.begin());
+    if (known == seen.end()) {
+      seen.push_back(name);
+      members.emplace_back();
+    }
+    local[rank] = static_cast<int>(members[node[rank]].size());
+    members[node[rank]].push_back(rank);
+  }
+}
+
+std::vector<int> Nodes::in_order() const {
+  std::vector<int> order;
+  for (const std::vector<int>& ranks : members) order.insert(order.end(), ranks.begin(), ranks.end());
+  return order;
+}
+
 Tree::Tree(std::vector<int> parents) : parent(std::move(parents)), children(parent.size()) {
   for (size_t rank = 0; rank < parent.size(); ++rank) {
     if (parent[rank] >= 0) children[parent[rank]].push_back(static_cast<int>(rank));

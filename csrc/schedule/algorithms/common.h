@@ -14,6 +14,16 @@ Schedule alone(const World& world);
 // their accept says no more than "before the collective ends".
 void accept_all(Schedule& schedule);
 
+// The nodes of a world, in the order of their first ranks.
+struct Nodes {
+  explicit Nodes(const World& world);
+  std::vector<std::vector<int>> members;  // by node, ascending
+  std::vector<int> node, local;           // by rank: its node, and its place among the members
+  int count() const { return static_cast<int>(members.size()); }
+  // All ranks, node by node: neighbours share a node where they can.
+  std::vector<int> in_order() const;
+};
+
 // A rooted tree over the ranks.
 struct Tree {
   explicit Tree(std::vector<int> parents);  // -1 at the root

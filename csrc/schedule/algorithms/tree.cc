@@ -24,7 +24,8 @@ int hang(std::vector<int>& parent, int lo, int hi) {
   return root;
 }
 
-// The same tree with its places dealt to ranks by `rank_at`.
+// The same tree with its places dealt to ranks by `rank_at`. Places of one node follow each other, so that few links
+// of the tree leave it.
 template <typename RankAt>
 Tree in_order_tree(int n, RankAt rank_at) {
   std::vector<int> place_parent(n, -1), parent(n, -1);
@@ -40,9 +41,10 @@ Schedule tree(const World& world) {
   const int n = world.size;
   if (n == 1) return alone(world);
   // The second tree deals even places to odd ranks: mirrored where n is even, shifted by one where it is odd.
+  const std::vector<int> order = Nodes(world).in_order();
   const Tree trees[2] = {
-      in_order_tree(n, [](int place) { return place; }),
-      in_order_tree(n, [n](int place) { return n % 2 == 0 ? n - 1 - place : (place + n - 1) % n; }),
+      in_order_tree(n, [&](int place) { return order[place]; }),
+      in_order_tree(n, [&](int place) { return order[n % 2 == 0 ? n - 1 - place : (place + n - 1) % n]; }),
   };
   Schedule schedule;
   schedule.trip_bytes = 64 << 10;

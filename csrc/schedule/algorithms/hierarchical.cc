@@ -1,0 +1,202 @@
+// hierarchical: what crosses between nodes crosses once, and all ranks of a node carry a share of it.
+//
+//   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different nodes with the
+//                   same share finish it, each a piece, and show it in their nodes. Three stages, which work on three
+//                   trips at once.
+//   reduce_scatter  every node sums each block in one of its ranks, which shows it to the block's owner.
+//   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the rest.
+//   broadcast       along a binomial tree of nodes, whose first ranks have all other ranks of their node as children;
+//   reduce          the same tree the other way.
+//
+// Cost for N nodes of L ranks each: a rank moves 2 S (N-1)/(N L) between nodes (all_reduce; half of it reduce_scatter
+// and all_gather), the least possible. The choice where memory inside a node is much faster than the links between.
+// Nodes may have different numbers of ranks: a share then belongs to one rank of each.
+//
+// Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning on heterogeneous network
+// hierarchy, SysML 2019; broadcast and reduce: Karonis, de Supinski, Foster, Gropp, Lusk and Bresnahan, Exploiting
+// hierarchy in parallel computer networks to optimize collective operation performance, IPDPS 2000.
+#include <algorithm>
+
+#include "schedule/algorithms/all.h"
+#include "schedule/algorithms/common.h"
+
+namespace pycomm::schedule {
+namespace {
+
+// The rank of a node that has the share of this number.
+int driver_of(const Nodes& nodes, int node, int share) {
+  const std::vector<int>& members = nodes.members[node];
+  return members[share % static_cast<int>(members.size())];
+}
+
+// What a driver shows of its node's sum: alone on its node it has nothing to sum.
+Ref node_sum(const Nodes& nodes, int driver, Chunk chunk) {
+  const bool alone = nodes.members[nodes.node[driver]].size() == 1;
+  return {driver, alone ? Buffer::in : Buffer::scratch, chunk};
+}
+
+struct Share {
+  int driver;
+  Chunk chunk;
+};
+
+// The ranks of a node show each share to its driver there, which sums it.
+void sum_in_node(Builder& b, const Nodes& nodes, const std::vector<Share>& shares) {
+  const std::vector<int>& members = nodes.members[nodes.node[b.rank()]];
+  if (members.size() == 1) return;
+  for (const Share& share : shares) {
+    if (share.driver != b.rank()) b.offer(share.driver, b.in(share.chunk));
+  }
+  for (const Share& share : shares) {
+    if (share.driver != b.rank()) continue;
+    std::vector<Ref> srcs;
+    for (const int member : members) srcs.push_back(Builder::in_of(member, share.chunk));
+    b.combine({b.scratch(share.chunk)}, srcs);
+  }
+}
+
+Schedule all_reduce(const World& world, const Nodes& nodes) {
+  Schedule schedule;
+  schedule.trip_bytes = 256 << 10;
+  schedule.stages = 3;
+  const int num_nodes = nodes.count();
+  int num_shares = 0;
+  for (const auto& members : nodes.members)
+    num_shares = std::max(num_shares, static_cast<int>(members.size()));
+  const int pieces = num_shares * num_nodes;
+  const auto whole = [&](int share) { return Chunk{0, share * num_nodes, (share + 1) * num_nodes, pieces}; };
+  const auto piece = [&](int share, int node) {
+    return Chunk{0, share * num_nodes + node, share * num_nodes + node + 1, pieces};
+  };
+  for (int rank = 0; rank < world.size; ++rank) {
+    Builder b(schedule, rank);
+    const int node = nodes.node[rank];
+    std::vector<Share> shares;
+    for (int share = 0; share < num_shares; ++share) {
+      shares.push_back({driver_of(nodes, node, share), whole(share)});
+    }
+    sum_in_node(b, nodes, shares);
+    b.stage(1);
+    for (int share = 0; share < num_shares; ++share) {
+      if (driver_of(nodes, node, share) != rank) continue;
+      std::vector<Ref> dsts = {b.out(piece(share, node))}, srcs;
+      for (int other = 0; other < num_nodes; ++other) {
+        const int peer = driver_of(nodes, other, share);
+        srcs.push_back(node_sum(nodes, peer, piece(share, node)));
+        if (other == node) continue;
+        dsts.push_back(Builder::out_of(peer, piece(share, node)));
+        b.offer(peer, node_sum(nodes, rank, piece(share, other)));
+        b.offer(peer, b.out(piece(share, other)));
+      }
+      b.combine(dsts, srcs, /*final=*/true);
+    }
+    b.stage(2);
+    for (int share = 0; share < num_shares; ++share) {
+      const int driver = driver_of(nodes, node, share);
+      if (driver != rank) {
+        b.accept(driver, b.in(whole(share)));
+        b.copy(b.out(whole(share)), Builder::out_of(driver, whole(share)));
+        continue;
+      }
+      for (int other = 0; other < num_nodes; ++other) {
+        if (other != node) b.accept(driver_of(nodes, other, share), b.out(piece(share, other)));
+      }
+      for (const int member : nodes.members[node]) {
+        if (member != rank) b.offer(member, b.out(whole(share)));
+      }
+    }
+  }
+  accept_all(schedule);
+  return schedule;
+}
+
+Schedule reduce_scatter(const World& world, const Nodes& nodes) {
+  Schedule schedule;
+  schedule.stages = 2;
+  const auto driver_in = [&](int node, int block) { return driver_of(nodes, node, nodes.local[block]); };
+  for (int rank = 0; rank < world.size; ++rank) {
+    Builder b(schedule, rank);
+    const int node = nodes.node[rank];
+    std::vector<Share> shares;
+    for (int block = 0; block < world.size; ++block) shares.push_back({driver_in(node, block), {block}});
+    sum_in_node(b, nodes, shares);
+    b.stage(1);
+    for (int block = 0; block < world.size; ++block) {
+      const bool elsewhere = nodes.node[block] != node;
+      if (elsewhere && driver_in(node, block) == rank) b.offer(block, node_sum(nodes, rank, {block}));
+    }
+    std::vector<Ref> srcs;
+    for (int other = 0; other < nodes.count(); ++other) {
+      srcs.push_back(node_sum(nodes, driver_in(other, rank), {rank}));
+    }
+    b.combine({b.out({rank})}, srcs, /*final=*/true);
+  }
+  accept_all(schedule);
+  return schedule;
+}
+
+Schedule all_gather(const World& world, const Nodes& nodes) {
+  Schedule schedule;
+  schedule.stages = 2;
+  for (int rank = 0; rank < world.size; ++rank) {
+    Builder b(schedule, rank);
+    const int node = nodes.node[rank];
+    const auto fetches = [&](int block) {
+      return nodes.node[block] != node && driver_of(nodes, node, nodes.local[block]) == rank;
+    };
+    for (int other = 0; other < nodes.count(); ++other) {
+      if (other != node) b.offer(driver_of(nodes, other, nodes.local[rank]), b.in({rank}));
+    }
+    for (int block = 0; block < world.size; ++block) {
+      if (fetches(block)) b.copy(b.out({block}), Builder::in_of(block, {block}));
+    }
+    b.stage(1);
+    for (const int member : nodes.members[node]) {
+      if (member == rank) continue;
+      b.offer(member, b.in({rank}));
+      for (int block = 0; block < world.size; ++block) {
+        if (fetches(block)) b.offer(member, b.out({block}));
+      }
+    }
+    for (int block = 0; block < world.size; ++block) {
+      if (fetches(block)) continue;
+      const bool near = nodes.node[block] == node;
+      const int driver = near ? block : driver_of(nodes, node, nodes.local[block]);
+      b.copy(b.out({block}), {driver, near ? Buffer::in : Buffer::out, {block}});
+    }
+  }
+  accept_all(schedule);
+  return schedule;
+}
+
+// The root's node comes first, with the root as its head.
+Tree binomial_of_nodes(const World& world, const Nodes& nodes) {
+  const int num_nodes = nodes.count(), first = nodes.node[world.root];
+  const auto head = [&](int node) { return node == first ? world.root : nodes.members[node][0]; };
+  std::vector<int> parent(world.size, -1);
+  for (int place = 0; place < num_nodes; ++place) {
+    const int node = (first + place) % num_nodes;
+    for (const int member : nodes.members[node]) parent[member] = head(node);
+    parent[head(node)] = place == 0 ? -1 : head((first + (place & (place - 1))) % num_nodes);
+  }
+  return Tree(parent);
+}
+
+}  // namespace
+
+Schedule hierarchical(const World& world) {
+  if (world.size == 1) return alone(world);
+  const Nodes nodes(world);
+  switch (world.collective) {
+    case Collective::all_reduce:
+      return all_reduce(world, nodes);
+    case Collective::reduce_scatter:
+      return reduce_scatter(world, nodes);
+    case Collective::all_gather:
+      return all_gather(world, nodes);
+    default:
+      return along_tree(world, binomial_of_nodes(world, nodes), /*trip_bytes=*/256 << 10);
+  }
+}
+
+}  // namespace pycomm::schedule
