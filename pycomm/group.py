@@ -184,10 +184,10 @@ def run_local(
     For tests and notebooks: rank threads share the interpreter's lock between calls, and all that is not made
     in `fn`. A model from outside is one model, which all of them change.
 
-    `nodes` makes up nodes, to try what several machines will do: that many, with as many ranks each as they can
-    share evenly in order, or a node for each rank, as in nodes=[0, 0, 1]. Data then goes between nodes by messages
-    alone. `delays` is a seed, which decides how long each message takes, and which overtakes which: to find what
-    depends on it.
+    `nodes` makes up nodes, to try what several machines will do: that many, with as many ranks each as
+    they can share evenly in order, or a node for each rank, as in nodes=[0, 0, 1]. Data then goes between
+    nodes by messages alone. `delays` is a seed, which decides how long each message takes, and which
+    overtakes which: to find what depends on it.
     """
     if not callable(fn):
         raise TypeError(f"`fn` is {fn!r}: pass a function first, then how many ranks: run_local(fn, 2)")

@@ -1,5 +1,7 @@
-"""Every test that takes `ranks` runs twice: with rank threads and with real processes. Those marked `links` run with
-messages between nodes as well."""
+"""Every test that takes `ranks` runs twice: with rank threads and with real processes.
+
+Those marked `links` run with messages between nodes as well.
+"""
 
 import gc
 import signal

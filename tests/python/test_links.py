@@ -1,4 +1,4 @@
-"""Rank threads on made-up nodes, with messages between them: every algorithm, every codec, and errors by name."""
+"""Rank threads on made-up nodes, with messages between them: algorithms, codecs, and errors by name."""
 
 import time
 from collections.abc import Sequence
@@ -47,7 +47,9 @@ def test_groups_that_are_split_off_have_nodes_of_their_own() -> None:
     assert pycomm.run_local(fn, 4, nodes=2, delays=0) == [(1, 2)] * 4
 
 
-@pytest.mark.parametrize(("nodes", "match"), [(0, "nodes=0"), (4, "1 to 3 nodes"), ([0, 1], "names 2 nodes for 3")])
+@pytest.mark.parametrize(
+    ("nodes", "match"), [(0, "nodes=0"), (4, "1 to 3 nodes"), ([0, 1], "names 2 nodes for 3")]
+)
 def test_nodes_that_make_no_sense(nodes: int | Sequence[int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         pycomm.run_local(lambda comm: None, 3, nodes=nodes)
@@ -158,7 +160,8 @@ def test_a_rank_that_stalls_is_named(nodes: list[int]) -> None:
 @worlds
 def test_a_rank_that_differs_is_named(nodes: list[int]) -> None:
     def fn(comm: Communicator) -> None:
-        with pytest.raises(pycomm.MismatchError, match="rank 0 .*count=4.*rank 1 .*count=5|rank 1 .*count=5.*rank"):
+        named = "rank 0 .*count=4.*rank 1 .*count=5|rank 1 .*count=5.*rank"
+        with pytest.raises(pycomm.MismatchError, match=named):
             comm.barrier()
             comm.all_reduce(np.ones(5 if comm.rank == 1 else 4))
             comm.barrier()
