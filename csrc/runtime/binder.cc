@@ -12,8 +12,9 @@
 
 namespace pycomm::runtime {
 
-// All ranks must find the same. A rank's own slot of the other buffer lies elsewhere on every rank; what only
-// the root has (gather, scatter, the output of reduce), and empty blocks, may lie anywhere: these are plain.
+// All ranks must find the same. A rank's own slot of the other buffer lies elsewhere on every rank; what
+// only the root has (gather, scatter, the output of reduce), and empty blocks, may lie anywhere: these are
+// plain.
 void Binder::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
   const schedule::Call& call = request.call;
   const Collective kind = call.world.collective;
@@ -100,8 +101,8 @@ Bound Binder::bind(Request& request) {
 
 // ---- what ranks agree on first ----
 
-// A part of the call that it is for, also to the others. Gives the word of each rank, or to each, as they are when
-// the prelude has run.
+// A part of the call that it is for, also to the others. Gives the word of each rank, or to each, as they
+// are when the prelude has run.
 std::shared_ptr<Binder::Agreement> Binder::agree(Bound& bound, Collective kind, std::vector<int64_t> mine) {
   const auto agreement =
       std::make_shared<Agreement>(Agreement{std::move(mine), std::vector<int64_t>(size())});
@@ -172,8 +173,8 @@ int64_t word_of(bool fit, const Buffers& buffers) {
   return fit ? 1 | in << 1 | out << (1 + kPageBits) : 0;
 }
 
-// The kernel copies by `rep movsb`, which Zen 3 and Zen 4 run many times slower where the destination lies 1
-// to 63 bytes beyond the source modulo 4 KiB.
+// The kernel copies by `rep movsb`, which Zen 3 and Zen 4 run many times slower where the destination lies
+// 1 to 63 bytes beyond the source modulo 4 KiB.
 bool reads_fast(const schedule::Call& call, const std::vector<int64_t>& words) {
   const auto item = static_cast<int64_t>(size_of(call.dtype));
   for (int to = 0; to < call.world.size; ++to) {

@@ -1,5 +1,5 @@
-// From a request to a bound call: checks, the plan, where the buffers lie, and what ranks have to agree on first.
-// Moves nothing. Thread-safe.
+// From a request to a bound call: checks, the plan, where the buffers lie, and what ranks have to agree on
+// first. Moves nothing. Thread-safe.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,5 @@
-// A call: as its caller makes it (Request), and bound to plans and buffers, ready to run again and again (Bound).
+// A call: as its caller makes it (Request), and bound to plans and buffers, ready to run again and again
+// (Bound).
 #pragma once
 
 #include <functional>
@@ -37,8 +38,8 @@ struct Prelude {
   BoundPlan plan;
 };
 
-// Runs in this order (execution.h), by whichever thread runs the call: `before`; each prelude; `conclude`; the
-// call's own plan; `then`. Each of these functions may be empty, and may throw, which ends the call.
+// Runs in this order (execution.h), by whichever thread runs the call: `before`; each prelude; `conclude`;
+// the call's own plan; `then`. Each of these functions may be empty, and may throw, which ends the call.
 struct Bound : BoundPlan {
   double timeout_s = 0;    // of each plan
   int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
@@ -46,7 +47,8 @@ struct Bound : BoundPlan {
   std::shared_ptr<const Coding> coding;
   std::function<void()> before;  // before anything moves
   std::vector<Prelude> preludes;
-  // Host work on what the preludes brought. Returns the plan to run: its argument, or another one that it keeps.
+  // Host work on what the preludes brought. Returns the plan to run: its argument, or another one that it
+  // keeps.
   std::function<const BoundPlan&(const BoundPlan& own)> conclude;
   std::function<void()> then;         // after success
   std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers

@@ -15,7 +15,8 @@ void check_coding(const Request& request);
 // ValueError.
 void finish_coding(const Request& request, int rank, Bound& bound);
 
-// Ranks that encode in other ways, or in another step, do not make the same call: `codec` is told and compared.
+// Ranks that encode in other ways, or in another step, do not make the same call: `codec` is told and
+// compared.
 void tell(CallRecord& record, const std::string& codec);
 // ", error feedback", with its scale; empty without.
 std::string feedback_words(const Coding& coding);

@@ -1,7 +1,7 @@
 // A group of ranks and what it can do: the object behind pycomm.Communicator. Thread-safe.
 //
-// A facade: requests are bound to plans by a Binder, plans come from a PlanCache, calls run through a Queue over the
-// group's Sequences, in the shared memory of its Domain. How a group comes to be: bootstrap.h.
+// A facade: requests are bound to plans by a Binder, plans come from a PlanCache, calls run through a Queue
+// over the group's Sequences, in the shared memory of its Domain. How a group comes to be: bootstrap.h.
 #pragma once
 
 #include <atomic>
@@ -40,8 +40,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   double default_timeout_s() const { return timeout_s_; }
   Domain& domain() const { return *domain_; }
 
-  // Checks, chooses and lowers; moves nothing. Throws ValueError, TypeError. The request's placement, world and
-  // operator are filled in.
+  // Checks, chooses and lowers; moves nothing. Throws ValueError, TypeError. The request's placement, world
+  // and operator are filled in.
   Bound bind(Request& request) {
     queue_.check_usable();
     return binder_.bind(request);
@@ -83,11 +83,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Allocation> allocate(int64_t bytes, Patience& patience);
   // Collective: the ranks with this rank's color, ordered by (key, rank); null for a negative color.
   std::shared_ptr<Communicator> split(int64_t color, int64_t key, Patience& patience);
-  // Collective among the ranks that are left, also after a failure: their group, in the same order. This one is of
-  // no more use.
+  // Collective among the ranks that are left, also after a failure: their group, in the same order. This
+  // one is of no more use.
   std::shared_ptr<Communicator> shrink(Patience& patience);
-  // Finishes what is queued. Throws MismatchError if another rank's last call was another one; it is closed all the
-  // same.
+  // Finishes what is queued. Throws MismatchError if another rank's last call was another one; it is closed
+  // all the same.
   void close(Patience& patience);
   void close() {
     Patience none;

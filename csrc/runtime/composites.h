@@ -9,8 +9,8 @@ namespace pycomm::runtime {
 // request.coding only the residuals count. Throws TypeError, ValueError.
 Bound bind_topk(Binder& binder, const Request& request, int64_t k);
 
-// Integers of `width` bits under scales that the ranks share: agree on every block's largest element, encode, sum
-// the integers, decode. Throws TypeError, ValueError.
+// Integers of `width` bits under scales that the ranks share: agree on every block's largest element,
+// encode, sum the integers, decode. Throws TypeError, ValueError.
 Bound bind_shared_int(Binder& binder, const Request& request, int width);
 
 }  // namespace pycomm::runtime

@@ -1,5 +1,5 @@
-// One execution of a bound call: a state machine that never blocks, so that blocking, asynchronous, persistent and
-// composite calls run in one order (call.h) whoever drives them.
+// One execution of a bound call: a state machine that never blocks, so that blocking, asynchronous,
+// persistent and composite calls run in one order (call.h) whoever drives them.
 #pragma once
 
 #include <cstddef>
@@ -17,9 +17,11 @@ class Execution {
   // Both must outlive it. Nothing has begun.
   Execution(const Bound& bound, Sequence& sequence) : bound_(&bound), sequence_(&sequence) {}
 
-  // The host work up to the first plan, and that plan. Once, when the calls before it in the sequence have ended.
+  // The host work up to the first plan, and that plan. Once, when the calls before it in the sequence have
+  // ended.
   void start();
-  // As far as it goes; true: the call has succeeded. Throws what the call's own functions throw, which ends it.
+  // As far as it goes; true: the call has succeeded. Throws what the call's own functions throw, which ends
+  // it.
   bool advance(int polls);
   // While advance() says false: what to wait for.
   Pending& pending() { return pending_; }

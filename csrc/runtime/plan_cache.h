@@ -21,12 +21,12 @@ class PlanCache {
   // `fabric` must outlive it. `size`: of the group, whose windows decide how plans cut data.
   PlanCache(const Fabric& fabric, int size) : fabric_(fabric), size_(size) {}
 
-  // The plan of a call, by the named algorithm (empty: the library chooses), for one rank of call.world. Throws
-  // ValueError where that algorithm does not exist, is wrong, or cannot do what the call asks.
+  // The plan of a call, by the named algorithm (empty: the library chooses), for one rank of call.world.
+  // Throws ValueError where that algorithm does not exist, is wrong, or cannot do what the call asks.
   std::shared_ptr<const Prepared> prepare(const schedule::Call& call, const std::string& algorithm, int rank);
 
-  // A user's own algorithm, known from now on under its name for this collective. `write` must be pure. Plans
-  // from it are proved before they run. Throws ValueError for a name that the library has taken.
+  // A user's own algorithm, known from now on under its name for this collective. `write` must be pure.
+  // Plans from it are proved before they run. Throws ValueError for a name that the library has taken.
   void add_algorithm(schedule::Collective collective, const std::string& name, Write write);
 
  private:

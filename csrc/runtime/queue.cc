@@ -292,9 +292,9 @@ void Queue::complete_some(Patience& patience, const WaitPolicy& policy) {
   }
 }
 
-// Drives what nobody waits for. Whoever comes to wait drives sooner than another thread can wake up: so this one
-// stands back while somebody is there, and lets the thread that woke it go on first, if they share a core. (A sleep
-// would cost more than most calls: a timer is an exit of a virtual machine.)
+// Drives what nobody waits for. Whoever comes to wait drives sooner than another thread can wake up: so
+// this one stands back while somebody is there, and lets the thread that woke it go on first, if they share
+// a core. (A sleep would cost more than most calls: a timer is an exit of a virtual machine.)
 void Queue::progress() {
   Patience patience;
   for (bool rested = true;; rested = false) {

@@ -1,9 +1,9 @@
 // Runs a rank's calls on one group: at once where nothing is queued, else as part of the queue.
 //
-// A group's collectives run one at a time, in the order in which they were made, and so do the messages from one
-// rank to another; these sequences run beside each other. A call that finds nothing queued takes the group's token
-// and runs at once. Asynchronous calls queue up, and whoever waits for one drives all that are queued; while nobody
-// does, the progress thread.
+// A group's collectives run one at a time, in the order in which they were made, and so do the messages
+// from one rank to another; these sequences run beside each other. A call that finds nothing queued takes
+// the group's token and runs at once. Asynchronous calls queue up, and whoever waits for one drives all
+// that are queued; while nobody does, the progress thread.
 #pragma once
 
 #include <array>
@@ -32,13 +32,13 @@ class Queue;
 class Work {
  public:
   bool is_completed() const { return done_.load(std::memory_order_acquire); }
-  // Blocks until completed; throws the call's error. With a timeout throws CommTimeoutError when it passes; the
-  // call goes on.
+  // Blocks until completed; throws the call's error. With a timeout throws CommTimeoutError when it passes;
+  // the call goes on.
   void wait(double timeout_s, Patience& patience);
   std::exception_ptr exception() const { return is_completed() ? error_ : nullptr; }
-  // Runs once, soon after the call has completed, on the thread that drove it, which has given up the group's
-  // token by then and may call; at once on this thread if it has completed. Callbacks of a work run in the order
-  // in which they were added. `callback` must not throw.
+  // Runs once, soon after the call has completed, on the thread that drove it, which has given up the
+  // group's token by then and may call; at once on this thread if it has completed. Callbacks of a work run
+  // in the order in which they were added. `callback` must not throw.
   void on_completion(std::function<void()> callback);
 
  private:
@@ -64,25 +64,26 @@ class Queue {
   void run(const Bound& call, Patience& patience);
   // Two messages, neither of which waits for the other.
   void run_both(const Bound& first, const Bound& second, Patience& patience);
-  // A short call is begun by the thread that makes it: peers find its data sooner, and where their data is there
-  // already, no other thread has to wake up for it.
+  // A short call is begun by the thread that makes it: peers find its data sooner, and where their data is
+  // there already, no other thread has to wake up for it.
   std::shared_ptr<Work> submit(Bound bound);
 
   bool idle() const { return queued_.load(std::memory_order_acquire) == 0; }
   bool forked() const { return transport::forked_since(fork_generation_); }
   bool on_progress_thread() const { return std::this_thread::get_id() == progress_.get_id(); }
   bool closed() const { return closed_.load(std::memory_order_relaxed); }
-  // Throw CommError in a child of fork(); in a call's own wait, as in a signal handler; unless calls can be made.
+  // Throw CommError in a child of fork(); in a call's own wait, as in a signal handler; unless calls can be
+  // made.
   void refuse_child() const;
   void refuse_reentry() const;
   void check_usable() const;
 
-  // Takes no more calls, and returns when what is queued has ended; false if that was done before. A caller's
-  // interrupt fails what is queued, and is left in `interrupted`.
+  // Takes no more calls, and returns when what is queued has ended; false if that was done before. A
+  // caller's interrupt fails what is queued, and is left in `interrupted`.
   bool stop(Patience& patience, std::exception_ptr& interrupted);
 
-  // The token, if it was free or is waited for. Whoever waits for it hears when it is free again, and what has
-  // completed under it is told to those who asked.
+  // The token, if it was free or is waited for. Whoever waits for it hears when it is free again, and what
+  // has completed under it is told to those who asked.
   class Holding {
    public:
     enum Wait { wait };

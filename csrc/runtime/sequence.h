@@ -1,5 +1,6 @@
-// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call leaves to
-// the next. Sequences of a group (its collectives; the messages of each pair, one way) are independent.
+// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call
+// leaves to the next. Sequences of a group (its collectives; the messages of each pair, one way) are
+// independent.
 #pragma once
 
 #include <map>
@@ -54,8 +55,8 @@ class Sequences {
   explicit Sequences(Domain& group) : group_(group), collectives_(group) {}
   Sequence& collectives() { return collectives_; }
   const Sequence& collectives() const { return collectives_; }
-  // Of the messages from one rank of the group to another; {-1, -1}: of the collectives. The first use of a pair
-  // makes its domain, or opens the one that the other rank has made; throws OutOfMemoryError.
+  // Of the messages from one rank of the group to another; {-1, -1}: of the collectives. The first use of a
+  // pair makes its domain, or opens the one that the other rank has made; throws OutOfMemoryError.
   Sequence& of(std::pair<int, int> pair) { return pair.first < 0 ? collectives_ : messages(pair); }
 
  private:

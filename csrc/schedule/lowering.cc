@@ -160,8 +160,8 @@ Layout Lowering::match(const Geometry& geometry) {
   return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_, mail());
 }
 
-// A receiver keeps each message until the step that needs it; a sender keeps a result for others that it cannot
-// write there.
+// A receiver keeps each message until the step that needs it; a sender keeps a result for others that it
+// cannot write there.
 Layout::Mail Lowering::mail() const {
   std::vector<Layout::Mail> mail(n_);
   std::vector<std::set<int>> sent(n_);

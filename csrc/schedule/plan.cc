@@ -29,7 +29,8 @@ bool takes_codec(DType dtype) {
 }
 
 void add(Hasher& hasher, const Call& call) {
-  // A structured binding names every field, so a new one cannot be forgotten: without it this does not compile.
+  // A structured binding names every field, so a new one cannot be forgotten: without it this does not
+  // compile.
   const auto& [world, dtype, op, counts, in, out, in_place, prescale, deterministic, ragged, codec] = call;
   const auto& [collective, size, root, peer, nodes] = world;
   const auto& [kind, rounding, ceil_scale, hadamard, seed] = codec;

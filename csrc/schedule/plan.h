@@ -3,19 +3,19 @@
 //
 // Each rank has a program of steps over operands with byte addresses:
 //
-//   combine   kernels/combine.h over operands
-//   signal    store (call, value of this trip) into my cell at `peer`, release; everything before is visible to
-//             whoever waits for it
-//   wait      until `peer`'s cell here has reached (call, value of this trip), acquire
-//   send      begins to send an operand of this rank's memory to `peer`; does not wait
-//   recv      the next message of a channel from `peer`, into an operand of this rank's memory; waits for it
-//   complete  until the first (value of this trip) of this call's sends on a channel have been received, so that
-//             their memory may be written again
+//   combine   kernels/combine.h over operands signal    store (call, value of this trip) into my cell at
+//   `peer`, release; everything before is visible
+//             to whoever waits for it
+//   wait      until `peer`'s cell here has reached (call, value of this trip), acquire send      begins to
+//   send an operand of this rank's memory to `peer`; does not wait recv      the next message of a channel
+//   from `peer`, into an operand of this rank's memory; waits for it complete  until the first (value of
+//   this trip) of this call's sends on a channel have been received, so
+//             that their memory may be written again
 //
-// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its sends; what
-// is sent is not buffered: it stays in the sender's memory until it is received. A rank may leave the call before that,
-// but enters call c only when all that it has sent in call c - 2 has been received. The index is that of the sender's
-// and the receiver's stage, so that both count trips alike.
+// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its
+// sends; what is sent is not buffered: it stays in the sender's memory until it is received. A rank may
+// leave the call before that, but enters call c only when all that it has sent in call c - 2 has been
+// received. The index is that of the sender's and the receiver's stage, so that both count trips alike.
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
@@ -43,8 +43,9 @@
 // them, of which a last, short one is not used in full. All buffers are plain.
 //
 // Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c -
-// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other one
-// of its node); else the executor waits on the entry records. No rank of another node touches a rank's windows.
+// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
+// one of its node); else the executor waits on the entry records. No rank of another node touches a rank's
+// windows.
 #pragma once
 
 #include <cstdint>
@@ -138,7 +139,8 @@ struct Call {
   bool operator==(const Call&) const = default;
 };
 
-// Adds every field of the call: the cache's hash of a call and the fingerprint that ranks compare derive from it.
+// Adds every field of the call: the cache's hash of a call and the fingerprint that ranks compare derive
+// from it.
 void add(Hasher& hasher, const Call& call);
 
 // The element types that codecs take.

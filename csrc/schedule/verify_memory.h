@@ -9,9 +9,9 @@
 
 namespace pycomm::schedule {
 
-// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank had counted
-// `epoch` happened before whoever has heard of more. Behind the ranks come the channels of messages, which count what
-// has been received.
+// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank
+// had counted `epoch` happened before whoever has heard of more. Behind the ranks come the channels of
+// messages, which count what has been received.
 using Clock = std::vector<int32_t>;
 
 struct Access {

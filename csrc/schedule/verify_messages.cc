@@ -1,5 +1,5 @@
-// Messages in a symbolic run. One run still covers all interleavings: a channel has one sender and one receiver, each
-// of which takes its messages in order.
+// Messages in a symbolic run. One run still covers all interleavings: a channel has one sender and one
+// receiver, each of which takes its messages in order.
 #include <algorithm>
 
 #include "schedule/verify_run.h"

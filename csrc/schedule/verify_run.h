@@ -49,8 +49,9 @@ class SymbolicRun {
     int64_t value;
     Clock clock;
   };
-  // What a rank has sent: the bytes that its operand held, and what it knew. They stay in its memory until they are
-  // received: a read by a reader of their own, which the channel is, that ends with their receipt (verify_messages.cc).
+  // What a rank has sent: the bytes that its operand held, and what it knew. They stay in its memory until
+  // they are received: a read by a reader of their own, which the channel is, that ends with their receipt
+  // (verify_messages.cc).
   struct Sent {
     int32_t call;
     int64_t bytes;

@@ -1,13 +1,14 @@
 // Which trips of a plan's loops a proof must run.
 //
-// A loop of T trips does the same thing T times, shifted in memory and in signal values. Its first trips are
-// the least ordered ones (they wait for nothing), so once every slot, stage and signal distance is in use, a
-// further trip meets nothing new: trips in the middle are left out and the signals are numbered as if they
-// did not exist. What is left out is a multiple of the slots, and both ends are run.
+// A loop of T trips does the same thing T times, shifted in memory and in signal values. Its first trips
+// are the least ordered ones (they wait for nothing), so once every slot, stage and signal distance is in
+// use, a further trip meets nothing new: trips in the middle are left out and the signals are numbered as
+// if they did not exist. What is left out is a multiple of the slots, and both ends are run.
 //
-// That holds for a plan in which (1) all ranks have the same loops, (2) all steps of a cell count alike, and every
-// trip receives as many messages of a channel as it sends, (3) no rank waits for an iteration that is ahead of its
-// own, and (4) trips touch disjoint parts of the caller's buffers. In any other plan every trip is run.
+// That holds for a plan in which (1) all ranks have the same loops, (2) all steps of a cell count alike,
+// and every trip receives as many messages of a channel as it sends, (3) no rank waits for an iteration
+// that is ahead of its own, and (4) trips touch disjoint parts of the caller's buffers. In any other plan
+// every trip is run.
 #pragma once
 
 #include <vector>

@@ -10,8 +10,8 @@
 
 namespace pycomm::transport {
 
-// All channels of a group. With a seed a thread of its own is the wire: it delivers one message after another, after a
-// pause, of whichever channel it draws.
+// All channels of a group. With a seed a thread of its own is the wire: it delivers one message after
+// another, after a pause, of whichever channel it draws.
 class Loopback::Exchange {
  public:
   Exchange(int ranks, std::optional<uint64_t> seed)

@@ -1,7 +1,8 @@
 // Messages between ranks of which one maps nothing of the other's memory.
 //
-// A channel (sender, receiver, index) delivers in the order of its sends. Nothing is buffered: what is sent stays in
-// its sender's memory until the receiver has taken it. Nothing here blocks; counters say how far a channel is.
+// A channel (sender, receiver, index) delivers in the order of its sends. Nothing is buffered: what is sent
+// stays in its sender's memory until the receiver has taken it. Nothing here blocks; counters say how far a
+// channel is.
 #pragma once
 
 #include <atomic>
@@ -28,8 +29,8 @@ class Messages {
   // Takes it; it has this many bytes.
   virtual void receive(int from, int channel, void* data, int64_t bytes) = 0;
 
-  // Since the channel was made: how many messages have arrived here, taken or not; of those sent from here, how many
-  // the receiver has taken.
+  // Since the channel was made: how many messages have arrived here, taken or not; of those sent from here,
+  // how many the receiver has taken.
   virtual const std::atomic<uint64_t>& arrived(int from, int channel) const = 0;
   virtual const std::atomic<uint64_t>& received(int to, int channel) const = 0;
   // This end's own count of what it has taken and sent.

@@ -2,11 +2,11 @@
 // death.
 //
 // Memory is one anonymous sparse file (memfd) per node, so nothing has a name that could be left behind.
-// Space is handed out by offset and never reused (the file's address space is practically endless; release()
-// gives the pages back). The descriptor and every rank's pidfd are passed once, at join, over an abstract
-// Unix socket (SCM_RIGHTS); the kernel's word for the uid is checked both ways (SO_PEERCRED). Mappings are
-// MADV_DONTFORK; those that users see are mapped again, privately, in a child of fork(). Descriptors are
-// close-on-exec.
+// Space is handed out by offset and never reused (the file's address space is practically endless;
+// release() gives the pages back). The descriptor and every rank's pidfd are passed once, at join, over an
+// abstract Unix socket (SCM_RIGHTS); the kernel's word for the uid is checked both ways (SO_PEERCRED).
+// Mappings are MADV_DONTFORK; those that users see are mapped again, privately, in a child of fork().
+// Descriptors are close-on-exec.
 //
 // A node may also be made of rank threads of one process (local): same memory, no sockets, deaths marked by
 // hand.
@@ -34,8 +34,8 @@ uint64_t fork_generation();
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
-  // A child of fork() finds there what is there at the fork and later, until it writes; what it writes is its
-  // own. `file`, where it lies at `offset`, must stay open as long as this.
+  // A child of fork() finds there what is there at the fork and later, until it writes; what it writes is
+  // its own. `file`, where it lies at `offset`, must stay open as long as this.
   void show_to_children(int file, int64_t offset);
   ~Mapping();
   Mapping(const Mapping&) = delete;
@@ -60,13 +60,13 @@ class Node {
     std::function<void()> on_wait;  // called every 50 ms or so while waiting, and may throw: for Ctrl-C
   };
 
-  // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the rank
-  // that knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing),
-  // ValueError for a rank or size that does not fit what others said (two processes with one rank, different
-  // sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile.
+  // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the
+  // rank that knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing),
+  // ValueError for a rank or size that does not fit what others said (two processes with one rank,
+  // different sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile.
   static std::shared_ptr<Node> join(const Options& options);
-  // Of rank threads: which node each is said to be on, as if they mapped nothing of other nodes' (empty: one node);
-  // and what decides how messages between these are delayed (nothing: they are not).
+  // Of rank threads: which node each is said to be on, as if they mapped nothing of other nodes' (empty:
+  // one node); and what decides how messages between these are delayed (nothing: they are not).
   struct MadeUp {
     std::vector<int> nodes;
     std::optional<uint64_t> delays;
@@ -80,24 +80,25 @@ class Node {
   int rank() const { return rank_; }
   int size() const { return size_; }
   bool threads() const;  // made by local()
-  // For each of these ranks the node that it is on, by the least number that tells them apart; empty if it is one.
+  // For each of these ranks the node that it is on, by the least number that tells them apart; empty if it
+  // is one.
   std::vector<int> nodes_of(const std::vector<int>& ranks) const;
-  // The end of `me` of these ranks' messages: `key` names their group among all that are open. Null if all of them are
-  // on one node.
+  // The end of `me` of these ranks' messages: `key` names their group among all that are open. Null if all
+  // of them are on one node.
   std::unique_ptr<Messages> open_messages(int64_t key, const std::vector<int>& ranks, int me);
   int64_t pid_of(int rank) const;
 
   // Copies from a rank's own memory, at that address there, through the kernel. Returns 0 or an errno of
-  // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then be
-  // another's.
+  // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then
+  // be another's.
   int read(int rank, void* to, uint64_t from, int64_t bytes);
   // Whether the others should read this memory of ours so: fit_to_read.
   bool fit_to_read(const void* data, int64_t bytes) const;
 
   // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or
-  // OutOfMemoryError is thrown that names what was asked, what the cgroup and MemAvailable have left, and the
-  // remedy, and nothing is kept. Looks before it takes, so that neither SIGBUS nor the out-of-memory killer
-  // comes. One rank calls it and tells the others the offset. Thread- and process-safe.
+  // OutOfMemoryError is thrown that names what was asked, what the cgroup and MemAvailable have left, and
+  // the remedy, and nothing is kept. Looks before it takes, so that neither SIGBUS nor the out-of-memory
+  // killer comes. One rank calls it and tells the others the offset. Thread- and process-safe.
   int64_t reserve(int64_t bytes);
   // Maps an extent that was reserved, page tables filled (no fault later); huge pages are advised where the
   // system offers them for shared memory. `for_users`: children of fork() may read it.

@@ -1,5 +1,5 @@
-// What explore() searches: every rank's program written out as moves over addresses of one flat memory, in which every
-// buffer, window and cell has its place.
+// What explore() searches: every rank's program written out as moves over addresses of one flat memory, in
+// which every buffer, window and cell has its place.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Messages between rank threads: their order, that they are not buffered, and that delays lose and change nothing.
+// Messages between rank threads: their order, that they are not buffered, and that delays lose and change
+// nothing.
 #include <memory>
 #include <numeric>
 #include <optional>

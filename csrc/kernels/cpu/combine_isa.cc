@@ -1,10 +1,10 @@
 // The inner loops for one instruction set: PYCOMM_ISA names it, and the compiler's flags turn it on.
 //
-// Elements go through in blocks that fit the first-level cache. Within a block the sources form the balanced
-// tree as the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as many pairs
-// merge as j has trailing ones; four that need no conversion merge at once. The last merge is the root, and
-// it stores. Two sources of one format are a root over the whole length, so the common case is one plain
-// loop.
+// Elements go through in blocks that fit the first-level cache. Within a block the sources form the
+// balanced tree as the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as
+// many pairs merge as j has trailing ones; four that need no conversion merge at once. The last merge is
+// the root, and it stores. Two sources of one format are a root over the whole length, so the common case
+// is one plain loop.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +18,8 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/strips.h"
 
-// Iterations are independent: destinations are apart from the sources or the very same. Two vectors at a time
-// are a fifth faster than one, out of the second-level cache as well.
+// Iterations are independent: destinations are apart from the sources or the very same. Two vectors at a
+// time are a fifth faster than one, out of the second-level cache as well.
 #if defined(__clang__)
 #define PYCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety) interleave_count(2)")
 #else
@@ -51,8 +51,8 @@ PYCOMM_INLINE void put(Unaligned<Complex<T>>& to, Complex<T> x) {
   to.value.im = x.im;
 }
 
-// The small floats go in the vectors of strips.h as far as they reach: the compiler makes less of a loop whose
-// elements are of two sizes.
+// The small floats go in the vectors of strips.h as far as they reach: the compiler makes less of a loop
+// whose elements are of two sizes.
 template <class F>
 inline constexpr bool kIsSmall = kIsFloat<typename F::Value> && sizeof(typename F::Raw) < sizeof(float);
 
@@ -225,7 +225,8 @@ struct Steps {
   // The last merge, of partial elements, and the store to one or two destinations.
   void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
                Factors factors);
-  // The same of four sources that are all there are, to final elements; null where these are of another size.
+  // The same of four sources that are all there are, to final elements; null where these are of another
+  // size.
   void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, Factors factors);
   // The store where there was nothing to merge.
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);

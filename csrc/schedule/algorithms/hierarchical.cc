@@ -1,20 +1,25 @@
 // hierarchical: what crosses between nodes crosses once, and all ranks of a node carry a share of it.
 //
-//   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different nodes with the
-//                   same share finish it, each a piece, and show it in their nodes. Three stages, which work on three
-//                   trips at once.
+//   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different
+//   nodes
+//                   with the same share finish it, each a piece, and show it in their nodes. Three stages,
+//                   which work on three trips at once.
 //   reduce_scatter  every node sums each block in one of its ranks, which shows it to the block's owner.
-//   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the rest.
-//   broadcast       along a binomial tree of nodes, whose first ranks have all other ranks of their node as children;
+//   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the
+//                   rest.
+//   broadcast       along a binomial tree of nodes: their first ranks have all other ranks of their node as
+//                   children.
 //   reduce          the same tree the other way.
 //
-// Cost for N nodes of L ranks each: a rank moves 2 S (N-1)/(N L) between nodes (all_reduce; half of it reduce_scatter
-// and all_gather), the least possible. The choice where memory inside a node is much faster than the links between.
-// Nodes may have different numbers of ranks: a share then belongs to one rank of each.
+// Cost for N nodes of L ranks each: a rank moves 2 S (N-1)/(N L) between nodes in an all_reduce and half of
+// it in a reduce_scatter or all_gather, the least possible. The choice where memory inside a node is much
+// faster than the links between. Nodes may have different numbers of ranks: a share then belongs to one
+// rank of each.
 //
-// Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning on heterogeneous network
-// hierarchy, SysML 2019; broadcast and reduce: Karonis, de Supinski, Foster, Gropp, Lusk and Bresnahan, Exploiting
-// hierarchy in parallel computer networks to optimize collective operation performance, IPDPS 2000.
+// Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning on heterogeneous
+// network hierarchy, SysML 2019; broadcast and reduce: Karonis, de Supinski, Foster, Gropp, Lusk and
+// Bresnahan, Exploiting hierarchy in parallel computer networks to optimize collective operation
+// performance, IPDPS 2000.
 #include <algorithm>
 
 #include "schedule/algorithms/all.h"

@@ -1,12 +1,13 @@
 // ring all_reduce, reduce_scatter, all_gather: the data is cut into n pieces that travel around the ring of
-// ranks, first collecting a term at every rank, then carrying the finished sum to every rank. Reduce-scatter
-// is the first round, all-gather the second, all-reduce both.
+// ranks, first collecting a term at every rank, then carrying the finished sum to every rank.
+// Reduce-scatter is the first round, all-gather the second, all-reduce both.
 //
-// Cost: n - 1 steps a round; each rank moves (n-1)/n of the data per round, the least possible, and speaks to
-// two neighbours only, which are of its own node where there is one. The choice for large data on a fabric whose links
-// are neighbours.
+// Cost: n - 1 steps a round; each rank moves (n-1)/n of the data per round, the least possible, and speaks
+// to two neighbours only, which are of its own node where there is one. The choice for large data on a
+// fabric whose links are neighbours.
 //
-// Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, JPDC 69(2), 2009.
+// Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, JPDC 69(2),
+// 2009.
 #include "schedule/algorithms/all.h"
 #include "schedule/algorithms/common.h"
 

@@ -1,9 +1,9 @@
-// tree all_reduce: two binary trees, each sums half of the data up to its root and spreads it down again. The
-// inner ranks of one tree are leaves of the other, so that every rank's link is used in full.
+// tree all_reduce: two binary trees, each sums half of the data up to its root and spreads it down again.
+// The inner ranks of one tree are leaves of the other, so that every rank's link is used in full.
 //
 // Cost: 2 log2(n) steps for the first trip; each rank moves at most 2 times the data in and out, and small
-// trips follow each other through the trees: the sum of a trip comes down while later trips go up. The choice
-// for many ranks, where a ring's 2(n-1) steps are too many.
+// trips follow each other through the trees: the sum of a trip comes down while later trips go up. The
+// choice for many ranks, where a ring's 2(n-1) steps are too many.
 //
 // Sanders, Speck and Träff, Two-tree algorithms for full bandwidth broadcast, reduction and scan, Parallel
 // Computing 35, 2009.
@@ -24,8 +24,8 @@ int hang(std::vector<int>& parent, int lo, int hi) {
   return root;
 }
 
-// The same tree with its places dealt to ranks by `rank_at`. Places of one node follow each other, so that few links
-// of the tree leave it.
+// The same tree with its places dealt to ranks by `rank_at`. Places of one node follow each other, so that
+// few links of the tree leave it.
 template <typename RankAt>
 Tree in_order_tree(int n, RankAt rank_at) {
   std::vector<int> place_parent(n, -1), parent(n, -1);
@@ -40,7 +40,8 @@ Tree in_order_tree(int n, RankAt rank_at) {
 Schedule tree(const World& world) {
   const int n = world.size;
   if (n == 1) return alone(world);
-  // The second tree deals even places to odd ranks: mirrored where n is even, shifted by one where it is odd.
+  // The second tree deals even places to odd ranks: mirrored where n is even, shifted by one where it is
+  // odd.
   const std::vector<int> order = Nodes(world).in_order();
   const Tree trees[2] = {
       in_order_tree(n, [&](int place) { return order[place]; }),
