@@ -7,7 +7,6 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
-#include <ctime>
 #include <thread>
 
 #include "common/env.h"
@@ -102,29 +101,12 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
 
 std::shared_ptr<Communicator> join(const transport::Node::Options& options) {
   warn_of_misspelt_variables();
-  auto node = transport::Node::join(options);
-  auto& root = *reinterpret_cast<std::atomic<int64_t>*>(node->root_page() + 64);
+  transport::Node::Options with_root = options;
+  with_root.root_bytes = Domain::bytes(options.size);
+  auto node = transport::Node::join(with_root);
   std::vector<int> ranks(options.size);
   for (int r = 0; r < options.size; ++r) ranks[r] = r;
-  if (options.rank == 0) {
-    try {
-      root.store(node->reserve(Domain::bytes(options.size)), std::memory_order_release);
-    } catch (...) {
-      root.store(-1, std::memory_order_release);
-      throw;
-    }
-  }
-  while (root.load(std::memory_order_acquire) == 0) {
-    if (node->dead(0) && root.load(std::memory_order_acquire) == 0) {
-      throw PeerLostError("rank 0 ended while it made the group's memory");
-    }
-    if (options.on_wait) options.on_wait();
-    timespec nap{0, 200000};
-    nanosleep(&nap, nullptr);
-  }
-  const int64_t offset = root.load(std::memory_order_acquire);
-  if (offset < 0) throw OutOfMemoryError("rank 0 could not reserve the group's shared memory; see its error");
-  auto domain = std::make_unique<Domain>(node, ranks, options.rank, offset);
+  auto domain = std::make_unique<Domain>(node, ranks, options.rank, node->root_extent());
   auto comm = std::make_shared<Communicator>(std::move(domain), Fabric{}, options.timeout_s);
   learn_cores(*comm, comm->fabric_);
   learn_caches(*comm, comm->fabric_);

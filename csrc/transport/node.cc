@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <new>
@@ -46,9 +47,13 @@ const int registered = pthread_atfork([] { shown_mutex.lock(); }, [] { shown_mut
                                         shown_mutex.unlock();
                                       });
 
-// The first word of the file: where its free part begins.
+// The file begins with this.
 using Bump = std::atomic<int64_t>;
 static_assert(Bump::is_always_lock_free && sizeof(Bump) == 8);
+struct Head {
+  Bump bump;         // where the free part begins
+  int64_t root = 0;  // the root extent; -1: there was no space for it
+};
 
 void require_positive(int64_t bytes) {
   if (bytes <= 0) throw ValueError("an extent of " + std::to_string(bytes) + " bytes: must be positive");
@@ -79,7 +84,7 @@ struct Node::Shared {
         root(map_extent(memory.get(), 0, page_size(), true), page_size()),
         threads(threads),
         dead(size) {}
-  Bump& bump() { return *reinterpret_cast<Bump*>(root.data()); }
+  Head& head() { return *reinterpret_cast<Head*>(root.data()); }
 
   Fd memory;
   Mapping root;
@@ -95,12 +100,30 @@ struct Node::Shared {
 
 namespace {
 
-// Whoever makes the memory lays out its first page.
-Fd make_memory() {
+int64_t take_extent(int file, Bump& bump, int64_t bytes) {
+  const int64_t unit = extent_unit(bytes);
+  require_available(bytes);  // before any address space is spent on it
+  bytes = round_up(bytes, page_size());
+  int64_t free = bump.load(), offset;
+  do offset = round_up(free, unit);
+  while (!bump.compare_exchange_weak(free, offset + round_up(bytes, unit)));
+  populate(file, offset, bytes, unit == kHugePage && huge_by_advice());
+  return offset;
+}
+
+// Whoever makes the memory lays out its first page, and the root extent if there is to be one; `failed` is why
+// that could not be.
+Fd make_memory(int64_t root_bytes, std::exception_ptr& failed) {
   Fd memory = create_memory();
   populate(memory.get(), 0, page_size(), false);
-  const Mapping root(map_extent(memory.get(), 0, page_size(), true), page_size());
-  new (root.data()) Bump(page_size());
+  const Mapping page(map_extent(memory.get(), 0, page_size(), true), page_size());
+  Head& head = *new (page.data()) Head{page_size()};
+  try {
+    if (root_bytes > 0) head.root = take_extent(memory.get(), head.bump, root_bytes);
+  } catch (const OutOfMemoryError&) {
+    head.root = -1;
+    failed = std::current_exception();
+  }
   return memory;
 }
 
@@ -114,7 +137,8 @@ std::shared_ptr<Node> Node::join(const Options& options) {
     throw ValueError("a timeout of " + std::to_string(options.timeout_s) + " s: must be positive");
   if (options.size > 1 && options.address.empty())
     throw ValueError("the ranks of a node need an address to meet at, the same on all of them; it is empty");
-  Fd memory = options.rank == 0 ? make_memory() : Fd();
+  std::exception_ptr failed;  // told when the others know
+  Fd memory = options.rank == 0 ? make_memory(options.root_bytes, failed) : Fd();
   Meeting meeting;
   if (options.size > 1) {
     meeting = meet(options, std::move(memory));
@@ -122,6 +146,7 @@ std::shared_ptr<Node> Node::join(const Options& options) {
     meeting.memory = std::move(memory);
     meeting.members.push_back({getpid(), Fd()});
   }
+  if (failed) std::rethrow_exception(failed);
   std::shared_ptr<Node> node(new Node);
   node->rank_ = options.rank;
   node->size_ = options.size;
@@ -141,7 +166,8 @@ std::vector<std::shared_ptr<Node>> Node::local(int size, const MadeUp& made_up) 
     throw ValueError(std::to_string(made_up.nodes.size()) + " nodes are named for " + std::to_string(size) +
                      " ranks: name one for each rank");
   }
-  const auto shared = std::make_shared<Shared>(make_memory(), size, true);
+  std::exception_ptr none;
+  const auto shared = std::make_shared<Shared>(make_memory(0, none), size, true);
   shared->nodes = made_up.nodes;
   shared->loopback.emplace(made_up.delays);
   std::vector<std::shared_ptr<Node>> nodes;
@@ -180,20 +206,17 @@ std::unique_ptr<Messages> Node::open_messages(int64_t key, const std::vector<int
 
 bool Node::threads() const { return shared_->threads; }
 int64_t Node::pid_of(int rank) const { return pids_.at(rank); }
+int64_t Node::root_extent() const {
+  const int64_t offset = shared_->head().root;
+  if (offset < 0) throw OutOfMemoryError("rank 0 could not reserve the group's shared memory; see its error");
+  return offset;
+}
 char* Node::root_page() const { return shared_->root.data(); }
 
 int64_t Node::reserve(int64_t bytes) {
   require_positive(bytes);
   give_back();
-  const int64_t unit = extent_unit(bytes);
-  require_available(bytes);  // before any address space is spent on it
-  bytes = round_up(bytes, page_size());
-  Bump& bump = shared_->bump();
-  int64_t free = bump.load(), offset;
-  do offset = round_up(free, unit);
-  while (!bump.compare_exchange_weak(free, offset + round_up(bytes, unit)));
-  populate(shared_->memory.get(), offset, bytes, unit == kHugePage && huge_by_advice());
-  return offset;
+  return take_extent(shared_->memory.get(), shared_->head().bump, bytes);
 }
 
 std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes, bool for_users) {

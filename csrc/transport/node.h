@@ -57,13 +57,15 @@ class Node {
     // "pycomm-<hash>" is derived from it together with the uid.
     std::string address;
     double timeout_s = 600;         // may be infinity; the earliest deadline of any rank is everybody's
+    int64_t root_bytes = 0;         // of the extent that is there when the ranks have met (root_extent)
     std::function<void()> on_wait;  // called every 50 ms or so while waiting, and may throw: for Ctrl-C
   };
 
   // Blocks until all ranks have come. Throws CommTimeoutError naming the ranks that did not come (on the
   // rank that knows, rank 0; the others say that rank 0 did not answer or which ranks it said are missing),
   // ValueError for a rank or size that does not fit what others said (two processes with one rank,
-  // different sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile.
+  // different sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile,
+  // OutOfMemoryError on rank 0 where there is no space for root_bytes.
   static std::shared_ptr<Node> join(const Options& options);
   // Of rank threads: which node each is said to be on, as if they mapped nothing of other nodes' (empty:
   // one node); and what decides how messages between these are delayed (nothing: they are not).
@@ -118,8 +120,10 @@ class Node {
   // This rank needs the extent no more. The pages go back when all of its ranks have said so or have ended:
   // whichever rank notices that, in its next let_go() or reserve().
   void let_go(Extent extent);
-  // The first page of the file, zeroed at the start: for the root group to find its memory.
-  // Word 0 is the allocator's; bytes [64, 4096) are free to use.
+  // Where the extent of Options::root_bytes lies, which rank 0 has reserved: for the ranks' first group.
+  // Throws OutOfMemoryError if it could not.
+  int64_t root_extent() const;
+  // The first page of the file, zeroed at the start; bytes [64, 4096) are free to use.
   char* root_page() const;
 
   // Whether a rank's process has ended, by its pidfd (no system call more than one poll; never blocks).

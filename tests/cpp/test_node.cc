@@ -620,6 +620,33 @@ TEST(rank_threads) {
   for (auto& thread : threads) thread.join();
 }
 
+TEST(root_extent_is_there_when_ranks_have_met) {
+  const std::string address = fresh_address();
+  run_ranks(3, [&](int rank) {
+    Node::Options mine = options(rank, 3, address);
+    mine.root_bytes = kMiB;
+    const auto node = Node::join(mine);
+    CHECK(node->root_extent() > 0);
+    const auto mapping = node->map(node->root_extent(), kMiB);
+    CHECK_EQ(mapping->data()[kMiB - 1], 0);
+  });
+  CHECK_EQ(Node::join(options(0, 1, ""))->root_extent(), 0);
+}
+
+TEST(all_ranks_hear_that_there_is_no_space_for_the_root_extent) {
+  const std::string address = fresh_address();
+  run_ranks(3, [&](int rank) {
+    Node::Options mine = options(rank, 3, address);
+    mine.root_bytes = int64_t{1} << 50;
+    if (rank == 0) {
+      CHECK_CONTAINS(join_error<OutOfMemoryError>(mine), std::to_string(int64_t{1} << 50));
+    } else {
+      const auto node = Node::join(mine);
+      CHECK_CONTAINS(error_of<OutOfMemoryError>([&] { (void)node->root_extent(); }), "rank 0 could not");
+    }
+  });
+}
+
 TEST(rank_threads_may_be_on_made_up_nodes) {
   const auto nodes = Node::local(4, {.nodes = {5, 2, 5, 2}, .delays = std::nullopt});
   CHECK((nodes[0]->nodes_of({0, 1, 2, 3}) == std::vector<int>{0, 1, 0, 1}));

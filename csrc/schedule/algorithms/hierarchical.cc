@@ -1,9 +1,8 @@
 // hierarchical: what crosses between nodes crosses once, and all ranks of a node carry a share of it.
 //
 //   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different
-//   nodes
-//                   with the same share finish it, each a piece, and show it in their nodes. Three stages,
-//                   which work on three trips at once.
+//                   nodes with the same share finish it, each a piece, and show it in their nodes. Three
+//                   stages, which work on three trips at once.
 //   reduce_scatter  every node sums each block in one of its ranks, which shows it to the block's owner.
 //   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the
 //                   rest.
