@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -193,13 +194,7 @@ def run_local(
         raise TypeError(f"`fn` is {fn!r}: pass a function first, then how many ranks: run_local(fn, 2)")
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
-    if isinstance(nodes, int):
-        if not 1 <= nodes <= n:
-            raise ValueError(f"nodes={nodes}: {n} ranks can be on 1 to {n} nodes")
-        nodes = [rank * nodes // n for rank in range(n)]
-    if len(nodes) != n:
-        raise ValueError(f"nodes={nodes!r} names {len(nodes)} nodes for {n} ranks: name one for each rank")
-    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, list(nodes), delays)]
+    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
 
@@ -230,6 +225,27 @@ def run_local(
         consequences = (_native.PeerLostError, _native.AbortedError)
         raise next((error for error in errors if not isinstance(error, consequences)), errors[0])
     return [results[rank] for rank in range(n)]
+
+
+def _node_of_each(nodes: int | Sequence[int], n: int) -> list[int]:
+    """The node of each rank, by numbers from 0 on."""
+    try:
+        if hasattr(nodes, "__index__") and np.ndim(nodes) == 0:
+            count = operator.index(nodes)
+            if not 1 <= count <= n:
+                raise ValueError(f"nodes={nodes}: {n} ranks can be on 1 to {n} nodes")
+            return [rank * count // n for rank in range(n)]
+        if not isinstance(nodes, Sequence | np.ndarray) or isinstance(nodes, str | bytes):
+            raise TypeError
+        names = [operator.index(node) for node in nodes]
+    except TypeError:
+        raise TypeError(
+            f"`nodes` is {nodes!r}: pass how many nodes, or a list with the number of each rank's node"
+        ) from None
+    if len(names) != n:
+        raise ValueError(f"nodes={nodes!r} names {len(names)} nodes for {n} ranks: name one for each rank")
+    known = list(dict.fromkeys(names))
+    return [known.index(name) for name in names]
 
 
 def _in_words(error: BaseException) -> str:

@@ -55,6 +55,12 @@ void Queue::check_usable() const {
 }
 
 bool Queue::stop(Patience& patience, std::exception_ptr& interrupted) {
+  if (on_progress_thread()) {
+    throw CommError(
+        "rank " + std::to_string(domain_.rank()) +
+        " closes its communicator in a completion callback, on the thread that drives its calls: let "
+        "the callback set a flag, and close where the calls are made");
+  }
   {
     const std::lock_guard lock(mutex_);
     if (std::exchange(stopping_, true)) return false;

@@ -78,8 +78,8 @@ class Queue {
   void refuse_reentry() const;
   void check_usable() const;
 
-  // Takes no more calls, and returns when what is queued has ended; false if that was done before. A
-  // caller's interrupt fails what is queued, and is left in `interrupted`.
+  // Takes no more calls, and returns when what is queued has ended; false if that was done before. A caller's
+  // interrupt fails what is queued, and is left in `interrupted`. Throws CommError on the progress thread.
   bool stop(Patience& patience, std::exception_ptr& interrupted);
 
   // The token, if it was free or is waited for. Whoever waits for it hears when it is free again, and what

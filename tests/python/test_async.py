@@ -356,3 +356,24 @@ def test_done_callbacks_of_a_codec(ranks: Ranks) -> None:
                 time.sleep(0.001)
 
     ranks(fn, 2)
+
+
+def test_a_done_callback_cannot_close() -> None:
+    """The progress thread would wait for itself."""
+    found: list[Any] = []
+    over = threading.Event()
+    comm = pycomm.init()
+
+    def close(work: pycomm.Work) -> None:
+        found.append(threading.current_thread() is threading.main_thread())
+        try:
+            comm.close()
+        except pycomm.CommError as error:
+            found.append(str(error))
+        over.set()
+
+    comm.all_reduce(np.ones(1 << 20), async_op=True).add_done_callback(close)
+    assert over.wait(20)
+    if not found[0]:
+        assert "closes its communicator in a completion callback" in found[1]
+    comm.close()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_groups_that_are_split_off_have_nodes_of_their_own() -> None:
 def test_nodes_that_make_no_sense(nodes: int | Sequence[int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         pycomm.run_local(lambda comm: None, 3, nodes=nodes)
+
+
+@pytest.mark.parametrize("nodes", [2.0, "001", None, {0, 1, 2}, [0, 1, 1.0], iter([0, 0, 1])])
+def test_nodes_that_are_no_numbers(nodes: Any) -> None:
+    with pytest.raises(TypeError, match="`nodes` is .*pass how many nodes"):
+        pycomm.run_local(lambda comm: None, 3, nodes=nodes)
+
+
+@pytest.mark.parametrize("nodes", [np.int64(2), [2**70, 2**70, -1], np.array([5, 5, 1]), (True, True, False)])
+def test_nodes_by_other_numbers(nodes: Any) -> None:
+    assert pycomm.run_local(lambda comm: comm.local_size, 3, nodes=nodes) == [2, 2, 1]
 
 
 @worlds
