@@ -66,12 +66,12 @@ struct Exchange {
 
 // Every trip receives what it has sent, which is what completes count on.
 bool exchange_is_even(const Exchange& exchange) {
-  const auto& [sends, recvs, completes] = exchange;
+  const std::vector<const Step*>&sends = exchange.sends, &recvs = exchange.recvs;
   if (sends.size() != recvs.size()) return false;
   for (size_t i = 0; i < sends.size(); ++i) {
     if (sends[i]->stage > recvs[i]->stage) return false;
   }
-  return std::ranges::all_of(completes, [&](const Step* complete) {
+  return std::ranges::all_of(exchange.completes, [&](const Step* complete) {
     if (complete->per_trip != static_cast<int64_t>(recvs.size())) return false;
     for (size_t i = 0; i < recvs.size(); ++i) {
       const int64_t ahead = ceil_div(complete->value - static_cast<int64_t>(i + 1), complete->per_trip);
@@ -99,7 +99,8 @@ bool waits_for_the_past(const Plan& plan, size_t loop) {
     }
   }
   const auto is_past = [&](const std::pair<int, const Step*>& rank_and_wait) {
-    const auto [rank, wait] = rank_and_wait;
+    const int rank = rank_and_wait.first;
+    const Step* const wait = rank_and_wait.second;
     return std::ranges::any_of(signals[cell_of(rank, *wait)], [&](const Step* signal) {
       return ceil_div(wait->value - signal->value, wait->per_trip) + signal->stage <= wait->stage;
     });
