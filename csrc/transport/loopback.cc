@@ -4,9 +4,12 @@
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <new>
 #include <random>
 #include <thread>
 #include <utility>
+
+#include "transport/node.h"
 
 namespace pycomm::transport {
 
@@ -19,6 +22,11 @@ class Loopback::Exchange {
     if (seed) wire_ = std::thread([this, s = *seed] { deliver_slowly(s); });
   }
   ~Exchange() {
+    if (forked_since(generation_)) {  // the parent's: its threads are not here, and may have held the mutex
+      if (wire_.joinable()) wire_.detach();
+      new (&posted_) std::condition_variable;  // the parent's would wait for its waiters
+      return;
+    }
     {
       const std::lock_guard lock(mutex_);
       ending_ = true;
@@ -99,6 +107,7 @@ class Loopback::Exchange {
     }
   }
 
+  const uint64_t generation_ = fork_generation();
   const int ranks_;
   std::vector<Channel> channels_;
   std::mutex mutex_;

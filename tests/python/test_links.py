@@ -1,10 +1,12 @@
 """Rank threads on made-up nodes, with messages between them: algorithms, codecs, and errors by name."""
 
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 import pycomm
@@ -179,6 +181,28 @@ def test_a_rank_that_differs_is_named(nodes: list[int]) -> None:
             comm.barrier()
 
     pycomm.run_local(fn, len(nodes), nodes=nodes, delays=5)
+
+
+def test_a_child_can_drop_its_parents_groups() -> None:
+    """What delivers late messages is a thread of the parent's."""
+    kept: list[Communicator] = []
+
+    def fn(comm: Communicator) -> None:
+        comm.all_reduce(np.ones(1000))
+        kept.append(comm)
+
+    pycomm.run_local(fn, 2, nodes=2, delays=1)
+
+    def child() -> bool:
+        kept.clear()
+        return gc.collect() >= 0
+
+    rank = processes.Rank(child, [])
+    try:
+        assert rank.outcome(20)
+    finally:
+        rank.kill()
+        rank.wait()
 
 
 def test_messages_between_nodes() -> None:
