@@ -116,7 +116,6 @@ Schedule all_reduce(const World& world, const Nodes& nodes) {
 
 Schedule reduce_scatter(const World& world, const Nodes& nodes) {
   Schedule schedule;
-  schedule.stages = 2;
   const auto driver_in = [&](int node, int block) { return driver_of(nodes, node, nodes.local[block]); };
   for (int rank = 0; rank < world.size; ++rank) {
     Builder b(schedule, rank);
@@ -124,7 +123,6 @@ Schedule reduce_scatter(const World& world, const Nodes& nodes) {
     std::vector<Share> shares;
     for (int block = 0; block < world.size; ++block) shares.push_back({driver_in(node, block), {block}});
     sum_in_node(b, nodes, shares);
-    b.stage(1);
     for (int block = 0; block < world.size; ++block) {
       const bool elsewhere = nodes.node[block] != node;
       if (elsewhere && driver_in(node, block) == rank) b.offer(block, node_sum(nodes, rank, {block}));
