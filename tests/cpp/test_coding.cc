@@ -1,5 +1,4 @@
-// Calls with codecs by rank threads: what ranks end with, what error feedback keeps, what is refused, and the
-// calls that are made of several plans.
+// Calls with codecs: what ranks end with, what error feedback keeps, what is refused.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -16,86 +15,18 @@
 
 #include "check.h"
 #include "common/error.h"
-#include "rank_threads.h"
-#include "runtime/communicator.h"
+#include "float_calls.h"
 #include "schedule/algorithms.h"
-#include "schedule/layout.h"
 
-using namespace pycomm;
-using namespace pycomm::runtime;
+using namespace float_calls;
 using kernels::CodecKind;
 using kernels::Rounding;
 using schedule::Algorithm;
 
 namespace {
 
-using Floats = std::vector<float>;
-
 constexpr CodecKind kKinds[] = {CodecKind::fp16,  CodecKind::bf16, CodecKind::fp8_e4m3, CodecKind::fp8_e5m2,
                                 CodecKind::mxfp8, CodecKind::int8, CodecKind::int4,     CodecKind::sign};
-
-Floats noise(int64_t count, int seed) {
-  std::mt19937 random(static_cast<unsigned>(seed));
-  std::normal_distribution<float> normal;
-  Floats x(count);
-  for (float& value : x) value = normal(random);
-  return x;
-}
-
-Request request(const Communicator& comm, Collective kind, const Coding& coding, const Floats& in,
-                Floats& out) {
-  Request request;
-  request.call.world = {.collective = kind, .size = comm.size()};
-  const auto count = static_cast<int64_t>(kind == Collective::reduce_scatter ? out.size() : in.size());
-  request.call.counts = schedule::uniform_counts(request.call.world, count);
-  request.call.in_place = in.data() == out.data();
-  request.coding = std::make_shared<const Coding>(coding);
-  request.in = in.data();
-  request.out = out.data();
-  return request;
-}
-
-void run(Communicator& comm, const Request& request) {
-  Patience patience;
-  comm.execute(request, patience);
-}
-
-// Every rank's copy, for comparison by one of them.
-class Copies {
- public:
-  void add(const Floats& x) {
-    const std::lock_guard lock(mutex_);
-    all_.push_back(x);
-  }
-  bool equal() const {  // in bits
-    return std::ranges::all_of(all_, [&](const Floats& x) {
-      return x.size() == all_[0].size() &&
-             std::memcmp(x.data(), all_[0].data(), x.size() * sizeof(float)) == 0;
-    });
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<Floats> all_;
-};
-
-double relative_error(const Floats& x, const std::vector<double>& exact) {
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < x.size(); ++i) {
-    error += (x[i] - exact[i]) * (x[i] - exact[i]);
-    norm += exact[i] * exact[i];
-  }
-  return error / norm;
-}
-
-std::vector<double> sum_of(int n, int64_t count) {
-  std::vector<double> sum(count);
-  for (int r = 0; r < n; ++r) {
-    const Floats x = noise(count, r);
-    for (int64_t i = 0; i < count; ++i) sum[i] += x[i];
-  }
-  return sum;
-}
 
 }  // namespace
 
@@ -470,88 +401,5 @@ TEST(different_codecs_are_a_mismatch) {
         }
       });
     }
-  }
-}
-
-// ---- topk ----
-
-TEST(topk_adds_the_largest_of_every_rank) {
-  for (const int n : {1, 2, 3}) {
-    for (const int64_t count : {1, 50, 5000}) {
-      for (const int64_t k : {int64_t{1}, count / 10 + 1, count + 5}) {
-        std::vector<double> exact(count);
-        std::vector<Floats> left(n);
-        for (int r = 0; r < n; ++r) {
-          Floats x = noise(count, r);
-          std::vector<int64_t> order(count);
-          std::iota(order.begin(), order.end(), 0);
-          std::ranges::stable_sort(order, std::greater{}, [&](int64_t i) { return std::abs(x[i]); });
-          for (int64_t i = 0; i < std::min(k, count); ++i) {
-            exact[order[i]] += x[order[i]];
-            x[order[i]] = 0;
-          }
-          left[r] = x;
-        }
-        run_threads(n, [&](Communicator& comm) {
-          Patience patience;
-          const Floats x = noise(count, comm.rank());
-          for (const double prescale : {1.0, 0.5}) {
-            for (const Op op : {Op::sum, Op::avg}) {
-              Floats out(count), residual(count), next(count, NAN);
-              Request r = request(comm, Collective::all_reduce,
-                                  {.residual = residual.data(), .next_residual = next.data()}, x, out);
-              r.call.op = op;
-              r.call.prescale = prescale;
-              const Bound bound = comm.bind_topk(r, k);
-              if (op == Op::avg) {
-                comm.submit(bound)->wait(INFINITY, patience);
-              } else {
-                comm.run(bound, patience);
-              }
-              bool right = true;
-              for (int64_t i = 0; i < count; ++i) {
-                const double should = exact[i] * prescale / (op == Op::avg ? n : 1);
-                right = right && std::abs(out[i] - should) <= 1e-6 * (1 + std::abs(should));
-              }
-              CHECK(right);
-              CHECK(next == left[comm.rank()]);
-            }
-          }
-        });
-      }
-    }
-  }
-}
-
-// ---- shared_int ----
-
-// Integers add exactly: no algorithm, trip or rank's order shows in the bits.
-TEST(shared_int_does_not_depend_on_the_algorithm) {
-  const int64_t count = 10007;
-  const int n = 3;
-  const std::vector<double> exact = sum_of(n, count);
-  for (const int width : {8, 16, 32}) {
-    Copies copies;
-    run_threads(n, [&](Communicator& comm) {
-      Patience patience;
-      const Floats x = noise(count, comm.rank());
-      for (const char* algorithm : {"two_shot", "ring", "one_shot", "tree"}) {
-        Floats out(count);
-        Request r = request(comm, Collective::all_reduce, {.codec = {.seed = 9}, .step = 2}, x, out);
-        r.call.op = Op::avg;
-        r.algorithm = algorithm;
-        const Bound bound = comm.bind_shared_int(r, width);
-        if (algorithm[0] == 't') {
-          comm.submit(bound)->wait(INFINITY, patience);
-        } else {
-          comm.run(bound, patience);
-        }
-        copies.add(out);
-        for (float& value : out) value *= n;
-        // A step is 1 / q_max of a block's largest: some 4 of 42 steps of one bit a rank.
-        CHECK(relative_error(out, exact) < (width == 8 ? 3e-3 : 1e-6));
-      }
-    });
-    CHECK(copies.equal());
   }
 }
