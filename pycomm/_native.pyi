@@ -6,6 +6,9 @@ The native part of pycomm: communicators, plans, kernels.
 import collections.abc
 import typing
 
+import numpy
+import numpy.typing
+
 from pycomm.group import premul_sum
 
 T = typing.TypeVar("T")
@@ -23,6 +26,7 @@ __all__: list[str] = [
     "PeerLostError",
     "PersistentOp",
     "Ref",
+    "Residuals",
     "SEGMENT_ALIGN",
     "Work",
     "World",
@@ -41,9 +45,6 @@ __all__: list[str] = [
     "numpy_dtype",
     "pack",
     "packable_dtype",
-    "run_codec",
-    "run_shared_int",
-    "run_topk",
     "topk_decode_add",
     "topk_encode",
     "unpack",
@@ -1015,6 +1016,23 @@ class Codec:
     @property
     def seed(self) -> int: ...
 
+class Residuals:
+    """
+    What `count` elements still owe, as calls with error feedback read and write it.
+    """
+
+    def __init__(self, count: int) -> None: ...
+    def take_back(self) -> None:
+        """
+        Undoes the last call's change, if it made one.
+        """
+
+    @property
+    def now(self) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        float32, a view; to use while no call is under way.
+        """
+
 def add_algorithm(
     comm: Communicator, collective: str, name: str, write: collections.abc.Callable[[Builder, World], object]
 ) -> None:
@@ -1120,68 +1138,6 @@ def pack(
 def packable_dtype(dtype: typing.Any, what: str = "dtype") -> tuple[str, int]:
     """
     The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
-    """
-
-def run_codec(
-    comm: Communicator,
-    collective: str,
-    x: typing.Any,
-    codec: Codec,
-    *,
-    out: typing.Any = None,
-    op: Op | premul_sum = "sum",
-    algorithm: str | None = None,
-    timeout: float | None = None,
-    tag: str | None = None,
-    async_op: bool = False,
-    deterministic: bool = False,
-    counts: collections.abc.Sequence[int] | None = None,
-    step: int | None = None,
-    segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
-    residual: typing.Any = None,
-    next_residual: typing.Any = None,
-    residual_scale: float = 1.0,
-) -> typing.Any:
-    """
-    A collective whose windows hold what `codec` makes of the elements. `step`: None counts it.
-    """
-
-def run_shared_int(
-    comm: Communicator,
-    x: typing.Any,
-    width: int,
-    *,
-    seed: int = 0,
-    out: typing.Any = None,
-    op: Op | premul_sum = "sum",
-    algorithm: str | None = None,
-    timeout: float | None = None,
-    tag: str | None = None,
-    async_op: bool = False,
-    step: int | None = None,
-    segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
-) -> typing.Any:
-    """
-    An all_reduce of integers of `width` bits under scales that the ranks share.
-    """
-
-def run_topk(
-    comm: Communicator,
-    x: typing.Any,
-    k: int,
-    *,
-    out: typing.Any = None,
-    op: Op | premul_sum = "sum",
-    algorithm: str | None = None,
-    timeout: float | None = None,
-    tag: str | None = None,
-    async_op: bool = False,
-    residual: typing.Any = None,
-    next_residual: typing.Any = None,
-    residual_scale: float = 1.0,
-) -> typing.Any:
-    """
-    An all_reduce of each rank's `k` largest elements.
     """
 
 def topk_decode_add(record: typing.Any, k: int, sum: typing.Any) -> None:

@@ -61,6 +61,39 @@ py::object bytes_for(const py::object& out, int64_t bytes) {
   return out;
 }
 
+// The two residuals of `count` elements, float32, both or neither (None).
+struct ResidualArrays {
+  const float* now = nullptr;
+  float* next = nullptr;
+  float scale = 1;
+};
+ResidualArrays parse_residuals(const py::object& residual, const py::object& next_residual, double residual_scale,
+                          int64_t count) {
+  if (residual.is_none() != next_residual.is_none()) {
+    throw ValueError("`residual` and `next_residual` go together: give both, or neither");
+  }
+  if (residual.is_none()) return {};
+  const auto pointer = [&](const py::object& object, const char* name) {
+    const Buffer buffer = get_buffer(object.ptr(), name);
+    if (buffer.dtype != DType::float32) {
+      throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
+                      ": residuals are float32");
+    }
+    if (buffer.count != count) {
+      throw ValueError(std::string("`") + name + "` has " + std::to_string(buffer.count) +
+                       " elements, `x` has " + std::to_string(count));
+    }
+    return buffer;
+  };
+  const Buffer now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
+  require_writable(next, "next_residual");
+  const auto scale = static_cast<float>(residual_scale);
+  if (!(scale > 0) || std::isinf(scale)) {
+    throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": give a positive number");
+  }
+  return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale};
+}
+
 py::object encode(const Codec& codec, const py::object& x, const py::object& out, uint32_t step,
                   uint32_t stage, uint32_t rank, const py::object& segments, const py::object& residual,
                   const py::object& next_residual, double residual_scale,
@@ -68,7 +101,7 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
   const Buffer from = get_buffer(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   const std::vector<Segment> parsed = parse_segments(segments);
-  const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
+  const ResidualArrays residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object wire = bytes_for(out, kernels::wire_bytes(codec.kind, from.count));
   const Buffer to = get_buffer(wire.ptr(), "out");
   void* const dst = to.data;
@@ -135,7 +168,7 @@ py::object topk_encode(const py::object& x, int64_t k, const py::object& out, co
   const Buffer from = get_buffer(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   require_topk(k, from.count);
-  const Residuals residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
+  const ResidualArrays residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object record = bytes_for(out, kernels::topk_record_bytes(k));
   const Buffer to = get_buffer(record.ptr(), "out");
   const kernels::Isa& chosen = isa_argument(isa);
@@ -204,40 +237,10 @@ std::vector<Segment> parse_segments(const py::object& segments) {
   return parsed;
 }
 
-Residuals parse_residuals(const py::object& residual, const py::object& next_residual, double residual_scale,
-                          int64_t count) {
-  if (residual.is_none() != next_residual.is_none()) {
-    throw ValueError("`residual` and `next_residual` go together: give both, or neither");
-  }
-  if (residual.is_none()) return {};
-  const auto pointer = [&](const py::object& object, const char* name) {
-    const Buffer buffer = get_buffer(object.ptr(), name);
-    if (buffer.dtype != DType::float32) {
-      throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
-                      ": residuals are float32");
-    }
-    if (buffer.count != count) {
-      throw ValueError(std::string("`") + name + "` has " + std::to_string(buffer.count) +
-                       " elements, `x` has " + std::to_string(count));
-    }
-    return buffer;
-  };
-  const Buffer now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
-  require_writable(next, "next_residual");
-  const auto scale = static_cast<float>(residual_scale);
-  if (!(scale > 0) || std::isinf(scale)) {
-    throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": give a positive number");
-  }
-  const auto held =
-      std::array{now.exported, next.exported, hold_memory(residual.ptr()), hold_memory(next_residual.ptr())};
-  return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale,
-          std::make_shared<std::array<std::shared_ptr<void>, 4>>(held)};
-}
-
 void require_codec_dtype(DType dtype, const char* name) {
-  if (dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16) return;
+  if (schedule::takes_codec(dtype)) return;
   throw TypeError(std::string("`") + name + "` is " + pycomm::name(dtype) +
-                  ": codecs carry float32, float16 and bfloat16");
+                  ": codecs carry float32, float16 and bfloat16; convert it");
 }
 
 void add_codecs(py::module_& module) {

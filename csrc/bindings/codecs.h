@@ -19,16 +19,6 @@ const kernels::Isa& isa_argument(const std::optional<std::string>& name);
 // A sequence of (begin, end, id), or None for one tensor. Throws ValueError for what codec.h does not allow.
 std::vector<kernels::Segment> parse_segments(const pybind11::object& segments);
 
-// The two residuals of `count` elements, float32, both or neither (None).
-struct Residuals {
-  const float* now = nullptr;
-  float* next = nullptr;
-  float scale = 1;
-  std::shared_ptr<void> held;  // their memory, but not the objects
-};
-Residuals parse_residuals(const pybind11::object& residual, const pybind11::object& next_residual,
-                          double residual_scale, int64_t count);
-
 void require_codec_dtype(DType dtype, const char* name);  // float32, float16, bfloat16; throws TypeError
 
 // Throws ValueError unless a record can be made of k of `count` elements.

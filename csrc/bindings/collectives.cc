@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arguments.h"
+#include "bindings/coding.h"
 #include "bindings/docs.h"
 #include "bindings/invocation.h"
+#include "bindings/lists.h"
 #include "bindings/python.h"
 #include "bindings/refusal.h"
 #include "bindings/work.h"
@@ -23,15 +25,27 @@ using schedule::Collective;
 constexpr uint32_t kCommon = bit(Arg::x) | bit(Arg::out) | bit(Arg::algorithm) | bit(Arg::timeout) |
                              bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream);
 constexpr uint32_t kReduces = kCommon | bit(Arg::op) | bit(Arg::deterministic);
-constexpr uint32_t kCodec = bit(Arg::codec) | bit(Arg::step);
 
-constexpr Method kAllReduce{"all_reduce", Collective::all_reduce, kReduces | kCodec, 1, nullptr, false};
-constexpr Method kAllReduceInit{
-    "all_reduce_init", Collective::all_reduce, kReduces & ~bit(Arg::async_op), 1, nullptr, true};
-constexpr Method kReduceScatter{
-    "reduce_scatter", Collective::reduce_scatter, kReduces | kCodec | bit(Arg::counts), 1, nullptr, false};
-constexpr Method kAllGather{
-    "all_gather", Collective::all_gather, kCommon | kCodec | bit(Arg::counts), 1, nullptr, false};
+constexpr Method kAllReduce{
+    "all_reduce", Collective::all_reduce, kReduces | kCodecArguments, 1, nullptr, false};
+constexpr Method kAllReduceInit{"all_reduce_init",
+                                Collective::all_reduce,
+                                (kReduces | kCodecArguments) & ~bit(Arg::async_op),
+                                1,
+                                nullptr,
+                                true};
+constexpr Method kReduceScatter{"reduce_scatter",
+                                Collective::reduce_scatter,
+                                kReduces | kCodecArguments | bit(Arg::counts),
+                                1,
+                                nullptr,
+                                false};
+constexpr Method kAllGather{"all_gather",
+                            Collective::all_gather,
+                            kCommon | kCodecArguments | bit(Arg::counts),
+                            1,
+                            nullptr,
+                            false};
 constexpr Method kBroadcast{"broadcast", Collective::broadcast, kCommon | bit(Arg::root), 1, nullptr, false};
 constexpr Method kReduce{"reduce", Collective::reduce, kReduces | bit(Arg::root), 1, nullptr, false};
 constexpr Method kGather{
@@ -67,35 +81,59 @@ PyCommunicator& self_of(PyObject* self) {
   return value ? *static_cast<PyCommunicator*>(value) : py::handle(self).cast<PyCommunicator&>();
 }
 
-void run_now(PyCommunicator& comm, Invocation& call, Bound& bound) {
-  GilPatience patience(call.eager(comm));
-  bound = comm->bind(call.request);
-  if (call.before) bound.before = call.before;
-  comm->run(bound, patience);
-  recycle(call);
-  if (call.then) call.then();
-}
-
-py::object run_list(PyCommunicator& comm, const Method& method, const Arguments& args) {
-  const bool async = truth(args[Arg::async_op]);
-  py::object result =
-      async ? py::none() : py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
-  std::vector<Invocation> calls = check_list(method, comm, args);
-  if (calls.empty() && async) throw ValueError("`x` is an empty list: there is nothing to wait for");
+// Bound ones, with what they do before and after their plans.
+std::vector<Bound> bind_all(PyCommunicator& comm, std::vector<Invocation>& calls) {
+  std::vector<Bound> bounds;
+  bounds.reserve(calls.size());
   for (Invocation& call : calls) {
-    if (async) {
-      result = start(comm, call);
-    } else {
-      Bound bound;
-      run_now(comm, call, bound);
+    Bound& bound = bounds.emplace_back();
+    {
+      GilPatience patience(call.eager(comm));  // a plan is made, where there is none yet
+      bound = comm->bind(call.request);
+    }
+    if (call.before) {
+      bound.before = [first = std::move(call.before), second = std::move(bound.before)] {
+        first();
+        if (second) second();
+      };
+    }
+    if (call.then) {
+      bound.then = [first = std::move(bound.then), second = std::move(call.then)] {
+        if (first) first();
+        second();
+      };
     }
   }
-  return result;
+  return bounds;
+}
+
+void begin_feeding(const std::vector<Invocation>& calls) {
+  for (const Invocation& call : calls) {
+    if (call.feeding) call.feeding->begun();
+  }
+}
+
+void run_all(PyCommunicator& comm, std::vector<Invocation>& calls, std::vector<Bound>& bounds) {
+  for (size_t i = 0; i < calls.size(); ++i) {
+    GilPatience patience(calls[i].eager(comm));
+    comm->run(bounds[i], patience);
+  }
+}
+
+py::object start_all(PyCommunicator& comm, std::vector<Invocation>& calls, std::vector<Bound>& bounds) {
+  if (calls.empty()) throw ValueError("`x` is an empty list: there is nothing to wait for");
+  py::object work;  // the last one's, which ends when all have
+  for (size_t i = 0; i < calls.size(); ++i) work = start(comm, calls[i], std::move(bounds[i]));
+  for (const Invocation& call : calls) {
+    if (call.feeding) call.feeding->started(work);
+  }
+  return work;
 }
 
 // send_recv as the two calls that it makes.
 Arguments side_of(const Arguments& args, Arg buffer, Arg peer) {
   Arguments side;
+  side.self = args.self;
   for (const auto& [to, from] : {std::pair(Arg::x, buffer),
                                  {Arg::peer, peer},
                                  {Arg::timeout, Arg::timeout},
@@ -145,7 +183,8 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
   return std::move(calls[1].result);
 }
 
-py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Arguments& args) {
+py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& args) {
+  if (args[Arg::step]) call.bound.set_step(step_argument(args[Arg::step]));
   GilPatience patience(call.eager);
   comm->run(call.bound, patience);
   return py::reinterpret_borrow<py::object>(call.result ? args[*call.result] : Py_None);
@@ -156,50 +195,39 @@ py::object run_known(PyCommunicator& comm, const Memo::Call& call, const Argumen
 [[gnu::noinline]] py::object run_anew(PyCommunicator& comm, const Method& method, const Arguments& args,
                                       const Memo::Query* query) {
   PyObject* x = args[Arg::x];
-  const bool takes_lists =
-      method.collective == Collective::all_reduce || method.collective == Collective::broadcast;
-  if (takes_lists && x && (PyList_Check(x) || PyTuple_Check(x))) {
-    if (method.persistent) throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
-    return run_list(comm, method, args);
+  if (method.persistent && x && (PyList_Check(x) || PyTuple_Check(x))) {
+    throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
   }
   const bool async = truth(args[Arg::async_op]);
   const Memo::Use place =
       query && !method.persistent && !async ? comm.handle->memo.claim(*query) : Memo::Use();
-  Invocation call = check_call(method, comm, args);
-  if (method.persistent) return make_persistent(comm, call);
-  if (async) return start(comm, call);
-  Bound unkept;
-  run_now(comm, call, place ? place->bound : unkept);
-  const bool none = call.result.is_none();
+  std::vector<Invocation> calls = check_calls(method, comm, args);
+  std::vector<Bound> bounds = bind_all(comm, calls);
+  if (method.persistent) return make_persistent(comm, calls, std::move(bounds));
+  begin_feeding(calls);
+  if (async) return start_all(comm, calls, bounds);
+  run_all(comm, calls, bounds);
   const Arg returned = args[Arg::out] ? Arg::out : Arg::x;
-  if (place && (none || call.result.ptr() == args[returned])) {  // not an array that the call has made
+  if (calls.empty()) return py::reinterpret_borrow<py::object>(args[returned]);
+  Invocation& call = calls[0];
+  recycle(call);
+  const bool none = call.result.is_none();
+  // Not an array that the call has made.
+  if (place && calls.size() == 1 && !call.feeding && (none || call.result.ptr() == args[returned])) {
     place->result = none ? std::nullopt : std::optional(returned);
     place->eager = call.eager(comm);
+    place->bound = std::move(bounds[0]);
     place.keep();
   }
   return std::move(call.result);
 }
 
-// A codec is Python's to read (pycomm/codecs/calls.py), which comes back through codec_calls.cc.
-[[gnu::noinline]] py::object call_codec(const Method& method, PyObject* self, const Arguments& args) {
-  if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
-  if (!args[Arg::x]) throw TypeError(std::string(method.name) + "() needs `x`");
-  py::dict others;
-  for (int arg = 0; arg < kNumArgs; ++arg) {
-    const auto which = static_cast<Arg>(arg);
-    if (which != Arg::x && args[which]) others[name_of(which)] = py::handle(args[which]);
-  }
-  return py::module_::import("pycomm.codecs")
-      .attr("call")(py::handle(self), method.name, py::handle(args[Arg::x]), **others);
-}
-
 py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, Py_ssize_t nargs,
                   PyObject* keywords) {
   PyCommunicator& comm = self_of(self);
-  const Arguments args = parse_arguments(method.name, method.allowed, method.positional, method.peer_name,
-                                         argv, nargs, keywords);
-  if (args.given & kCodec) [[unlikely]]
-    return call_codec(method, self, args);
+  Arguments args = parse_arguments(method.name, method.allowed, method.positional, method.peer_name, argv,
+                                   nargs, keywords);
+  args.self = self;
   if (&method == &kSendRecv) return run_exchange(comm, args);
   Memo::Query query(method, args);
   if (!query.read_buffers()) return run_anew(comm, method, args, nullptr);

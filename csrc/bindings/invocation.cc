@@ -28,8 +28,6 @@ bool overlap(const Buffer& in, const Buffer& out) {
 namespace {
 
 constexpr int64_t kShortBytes = 32 << 10;
-// From here on copying a list's item there and back takes longer than a call of its own.
-constexpr int64_t kLongCopyBytes = 128 << 10;
 
 // ---- what is no buffer ----
 
@@ -121,9 +119,9 @@ void check_premul(const Request& request) {
 
 // ---- buffers: checks, and the collectives by the shape of what they move ----
 
-void require_same_dtype(const Buffer& x, const Buffer& out) {
+void require_same_dtype(const Buffer& x, const Buffer& out, const std::string& item = "") {
   if (x.dtype == out.dtype) return;
-  throw TypeError(std::string("`out` is ") + name(out.dtype) + " where `x` is " + name(x.dtype));
+  throw TypeError("`out" + item + "` is " + name(out.dtype) + " where `x" + item + "` is " + name(x.dtype));
 }
 
 // Shapes that hold `rows` rows like x's: concatenated along axis 0, or stacked (ranks, ...).
@@ -351,103 +349,25 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
   call.result = side.sends ? py::none() : call.x;
 }
 
-struct Item {
-  std::span<const int64_t> shape;
-  DType dtype;
-};
+thread_local std::vector<int64_t> spare_counts;
 
-// How a list is cut, for ranks to compare: its shapes, with the types that are not the first item's, and
-// where these are too many for a message a number for all.
-std::string signature_of(const std::vector<Item>& list) {
-  constexpr size_t kLongest = 180;
-  Hasher all;
-  std::string text;
-  bool whole = true;
-  for (const Item& item : list) {
-    std::string shape = shape_text(item.shape);
-    if (item.dtype != list[0].dtype) shape = name(item.dtype) + shape;
-    all.add(shape);
-    whole = whole && text.size() + shape.size() <= kLongest;
-    if (whole) text += (text.empty() ? "" : " ") + shape;
-  }
-  text = "list of " + std::to_string(list.size()) + ": " + text;
-  if (whole) return text;
-  char number[24];
-  std::snprintf(number, sizeof number, " ... #%08x", static_cast<unsigned>(all.digest()));
-  return text + number;
+}  // namespace
+
+int root_argument(const PyCommunicator& comm, const Arguments& args) {
+  return rank_argument(comm, args[Arg::root], "root");
 }
 
-// Buffers of a list that go in one call: those of a type, but that a large one goes alone, where a copy costs
-// more than a call. All ranks have to cut alike.
-struct Group {
-  std::vector<Buffer> ins, outs;  // outs: none where nothing comes
-  bool alone = false;
-  bool goes_with(const Buffer& in) const {
-    return !alone && in.bytes() < kLongCopyBytes && in.dtype == ins[0].dtype;
-  }
-  bool in_place() const { return outs.empty() || outs[0].data == ins[0].data; }
-};
-
-// Whether memory that one group moves is also another's, or in part its own.
-bool any_overlap(const std::vector<Group>& groups) {
-  std::vector<std::pair<const char*, const char*>> spans;
-  const auto add = [&](const Buffer& b) {
-    const auto* begin = static_cast<const char*>(b.data);
-    if (b.bytes() > 0) spans.emplace_back(begin, begin + b.bytes());
-  };
-  for (const Group& group : groups) {
-    for (size_t i = 0; i < group.ins.size(); ++i) {
-      add(group.ins[i]);
-      if (!group.outs.empty() && group.outs[i].data != group.ins[i].data) add(group.outs[i]);
-    }
-  }
-  std::ranges::sort(spans);
-  return std::ranges::adjacent_find(spans, [](const auto& a, const auto& b) { return b.first < a.second; }) !=
-         spans.end();
+void require_alike(const Buffer& in, const Buffer& out, const std::string& item) {
+  require_same_dtype(in, out, item);
+  if (in.count != out.count) require_shape(out, in.shape, in, 0, ("out" + item).c_str());
 }
 
-// A large buffer, where it lies.
-void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
-  call.in = std::move(group.ins[0]);
-  call.request.call.in_place = group.in_place();
-  call.out = group.outs.empty() ? call.in : std::move(group.outs[0]);
-  call.request.call.counts.assign(1, call.in.count);
-  call.then = [keep = std::move(keep)] {};
-}
-
-// Several buffers of one type in one call: packed side by side, reduced, unpacked. `at_once`: they are packed
-// now, not when the call runs.
-void take_together(Invocation& call, Group group, bool at_once, std::shared_ptr<void> keep) {
-  int64_t total = 0;
-  for (const Buffer& b : group.ins) total += b.bytes();
-  auto storage =
-      std::shared_ptr<char>(static_cast<char*>(std::aligned_alloc(64, (total + 64) / 64 * 64)), std::free);
-  if (!storage) throw std::bad_alloc();
-  call.in.data = call.out.data = storage.get();
-  call.in.dtype = call.out.dtype = group.ins[0].dtype;
-  call.in.count = call.out.count = total / static_cast<int64_t>(size_of(group.ins[0].dtype));
-  call.request.call.counts.assign(1, call.in.count);
-  call.request.call.in_place = true;
-  call.storage = storage;
-  auto pack = [ins = std::move(group.ins), storage, keep] {
-    char* to = storage.get();
-    for (const Buffer& b : ins) {
-      kernels::copy_bytes(to, b.data, static_cast<size_t>(b.bytes()));
-      to += b.bytes();
-    }
-  };
-  if (at_once) {
-    pack();
-  } else {
-    call.before = std::move(pack);
-  }
-  call.then = [outs = std::move(group.outs), storage, keep = std::move(keep)] {
-    const char* from = storage.get();
-    for (const Buffer& b : outs) {
-      kernels::copy_bytes(b.data, from, static_cast<size_t>(b.bytes()));
-      from += b.bytes();
-    }
-  };
+Invocation begin_call(const Method& method, const PyCommunicator& comm, const Arguments& args) {
+  Invocation call;
+  call.request.call.world.collective = method.collective;
+  take_common(call.request, args);
+  if (method.allowed & bit(Arg::root)) call.request.call.world.root = root_argument(comm, args);
+  return call;
 }
 
 void finish_request(Invocation& call) {
@@ -461,10 +381,6 @@ void finish_request(Invocation& call) {
   }
 }
 
-thread_local std::vector<int64_t> spare_counts;
-
-}  // namespace
-
 Invocation::Invocation() { request.call.counts.swap(spare_counts); }
 
 bool Invocation::eager(const PyCommunicator& comm) const {
@@ -477,12 +393,8 @@ Invocation check_call(const Method& method, const PyCommunicator& comm, const Ar
   PyObject* x = args[Arg::x];
   const bool needs_x = method.collective != Collective::barrier && method.collective != Collective::scatter;
   if (needs_x && !x) throw TypeError(std::string(method.name) + "() needs `x`");
-  Invocation call;
-  call.request.call.world.collective = method.collective;
+  Invocation call = begin_call(method, comm, args);
   call.x = py::reinterpret_borrow<py::object>(x ? x : Py_None);
-  take_common(call.request, args);
-  if (method.allowed & bit(Arg::root))
-    call.request.call.world.root = rank_argument(comm, args[Arg::root], "root");
   switch (method.collective) {
     case Collective::all_reduce:
     case Collective::broadcast:
@@ -519,10 +431,7 @@ Invocation check_call(const Method& method, const PyCommunicator& comm, const Ar
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args) {
   std::array<Invocation, 2> calls;
-  for (Invocation& call : calls) {
-    call.request.call.world.collective = method.collective;
-    take_common(call.request, args);
-  }
+  for (Invocation& call : calls) call = begin_call(method, comm, args);
   auto& [sent, received] = calls;
   const auto me = comm->rank();
   const bool alone = args[Arg::peer] && args[Arg::src] && rank_argument(comm, args[Arg::peer], "dst") == me &&
@@ -540,75 +449,6 @@ std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunica
     throw ValueError("`x` and `out` overlap: what comes would overwrite what has not been sent yet");
   }
   for (Invocation& call : calls) finish_request(call);
-  return calls;
-}
-
-std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args) {
-  // Tuples: the caller may change the lists while the call is under way.
-  const py::tuple items(py::reinterpret_borrow<py::object>(args[Arg::x]));
-  const py::object out_list = py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x]);
-  const py::tuple out_items{out_list};
-  if (items.size() != out_items.size()) {
-    throw ValueError("`out` has " + std::to_string(out_items.size()) + " buffers for " +
-                     std::to_string(items.size()));
-  }
-  const int root = args[Arg::root] ? rank_argument(comm, args[Arg::root], "root") : 0;
-  const bool only_sends =
-      method.collective == Collective::broadcast && comm->rank() == root && !args[Arg::out];
-  std::vector<Group> groups;
-  std::vector<Item> list;
-  const auto take = [&](size_t i, const std::string& x, const std::string& to) {
-    Buffer in = get_buffer(items[i].ptr(), x.c_str()), out = get_buffer(out_items[i].ptr(), to.c_str());
-    if (!only_sends) require_writable(out, to.c_str());
-    require_same_dtype(in, out);
-    if (in.count != out.count) require_shape(out, in.shape, in, 0, to.c_str());
-    auto group = std::ranges::find_if(groups, [&](const Group& g) { return g.goes_with(in); });
-    if (group == groups.end()) {
-      group = groups.emplace(groups.end());
-      group->alone = in.bytes() >= kLongCopyBytes;
-    }
-    list.push_back({in.shape, in.dtype});
-    group->ins.push_back(std::move(in));
-    if (!only_sends) group->outs.push_back(std::move(out));
-  };
-  const std::string x = "x", to = args[Arg::out] ? "out" : "x";
-  for (size_t i = 0; i < items.size(); ++i) {
-    try {
-      take(i, x, to);
-    } catch (const std::exception&) {  // once more, to say which it is: names for all would take time
-      const std::string at = "[" + std::to_string(i) + "]";
-      take(i, x + at, to + at);
-      throw;
-    }
-  }
-  std::vector<Invocation> calls;
-  std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items, out_items))};
-  if (truth(args[Arg::async_op])) {  // the copies come later
-    for (const py::handle item : items) held.push_back(hold_memory(item.ptr()));
-    for (const py::handle item : out_items) held.push_back(hold_memory(item.ptr()));
-  }
-  const auto keep = std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
-  const std::string signature = signature_of(list);
-  // What one call writes another may read: then all are read before the first.
-  const bool apart = (groups.size() == 1 && !groups[0].alone) || !any_overlap(groups);
-  for (Group& group : groups) {
-    Invocation& call = calls.emplace_back();
-    call.request.call.world.collective = method.collective;
-    call.request.call.world.root = root;
-    take_common(call.request, args);
-    if (group.alone && apart) {
-      take_alone(call, std::move(group), keep);
-    } else {
-      take_together(call, std::move(group), !apart, keep);
-    }
-    call.in.signature = signature;
-    finish_request(call);
-    if (schedule::reduces(method.collective)) {
-      require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
-    }
-    call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
-    call.result = out_list;
-  }
   return calls;
 }
 

@@ -25,6 +25,8 @@ struct Method {
   bool persistent;        // binds the call and returns it
 };
 
+class Feeding;
+
 // A call after its arguments have been checked.
 struct Invocation {
   Invocation();
@@ -37,17 +39,26 @@ struct Invocation {
   std::function<void()> before;   // by whoever runs the call, when those before it are over
   std::function<void()> then;     // after success
   std::shared_ptr<void> storage;  // coalesced calls: the packed buffer
+  std::shared_ptr<Feeding> feeding;  // with error feedback
 };
 
-// Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
+// One buffer; no codec. Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
 Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
 bool overlap(const Buffer& in, const Buffer& out);
 // send_recv: the send and the receive.
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args);
-// all_reduce([a, b, c]) and broadcast: one call for each element type among them, of a packed copy that
-// `then` unpacks, and one for each large buffer.
-std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args);
+
+// What check_call() is made of, for calls on buffers that lists.cc has got.
+Invocation begin_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
+void finish_request(Invocation& call);  // once `in` and `out` are known
+int root_argument(const PyCommunicator& comm, const Arguments& args);  // 0 where none is given
+// Throws unless `out` takes what `in` holds; `item` is as in "[3]" where they are of lists.
+void require_alike(const Buffer& in, const Buffer& out, const std::string& item);
+inline bool takes_lists(const Method& method) {
+  return method.collective == schedule::Collective::all_reduce ||
+         method.collective == schedule::Collective::broadcast;
+}
 
 // Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.
 void recycle(Invocation& call);

@@ -3,14 +3,18 @@
 #include <algorithm>
 #include <bit>
 
+namespace py = pybind11;
+
 namespace pycomm::bindings {
 
 namespace {
 
-// Whether `f` holds for all arguments that are given and no buffers.
+// Whether `f` holds for all arguments that are given, but for buffers, and the step, which may be another
+// one each time.
 template <class F>
 bool all_others(const Arguments& args, F f) {
-  for (uint32_t left = args.given & ~(bit(Arg::x) | bit(Arg::out)); left; left &= left - 1) {
+  constexpr uint32_t kNone = bit(Arg::x) | bit(Arg::out) | bit(Arg::step);
+  for (uint32_t left = args.given & ~kNone; left; left &= left - 1) {
     if (!f(std::countr_zero(left))) return false;
   }
   return true;
@@ -21,10 +25,14 @@ void for_others(const Arguments& args, F f) {
   all_others(args, [&](int arg) { return f(args.values[arg]), true; });
 }
 
-// Immutable, and refers to nothing: the same object has the same value, and keeps nothing else alive.
+// Immutable, and refers to nothing: the same object has the same value, and keeps nothing else alive. Such
+// are strings, numbers, and codecs that say so.
 bool is_plain(PyObject* object) {
-  return PyUnicode_CheckExact(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
-         PyBool_Check(object);
+  if (PyUnicode_CheckExact(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
+      PyBool_Check(object)) {
+    return true;
+  }
+  return py::getattr(object, "__pycomm_plain__", py::bool_(false)).ptr() == Py_True;
 }
 
 }  // namespace
@@ -70,7 +78,9 @@ Memo::Use Memo::find(const Query& query) {
   const bool found = entry.known && entry.generation == generation_ && entry.method == query.method &&
                      entry.args.given == args.given && entry.x.is(query.x) && entry.out.is(query.out) &&
                      all_others(args, [&](int arg) { return entry.args.values[arg] == args.values[arg]; });
-  return found ? Use(entry) : Use();
+  // A run of a call with a codec changes what is bound: one at a time.
+  if (!found || (entry.call.bound.coding && entry.uses > 0)) return {};
+  return Use(entry);
 }
 
 Memo::Use Memo::claim(const Query& query) {

@@ -2,11 +2,12 @@
 // step, and to check and bind a small one takes longer than to run it.
 //
 // A call is known if all that the checks and the bind look at is as it was: the method, the buffers as
-// get_buffer sees them now, and for the other arguments the very same objects. Two things that a bound call
+// get_buffer sees them now, and for the other arguments but `step` the very same objects. Two things that a bound call
 // depends on change outside the calls: where symmetric memory lies, and which algorithms there are. Who
 // changes them calls clear(). Whether the group is usable is asked by every run.
 //
-// Of the caller's objects only strings, numbers and bools are kept alive, never a buffer. All this is under
+// Of the caller's objects only strings, numbers and bools are kept alive, and codecs that keep nothing; never a
+// buffer. All this is under
 // the interpreter's lock. A call may give the lock up while it is bound and while it runs: its place is not
 // given to another meanwhile.
 #pragma once
@@ -87,7 +88,7 @@ class Memo {
     uint64_t generation;
     const Method* method;
     Place x, out;
-    Arguments args;  // owned references, but for x and out, which are not looked at
+    Arguments args;  // owned references, but for x, out and step, which are not looked at
     Call call;
   };
   Entry& entry_of(const Query& query);

@@ -4,6 +4,7 @@
 #include "bindings/arguments.h"
 #include "bindings/buffer.h"
 #include "bindings/codecs.h"
+#include "bindings/coding.h"
 #include "bindings/python.h"
 #include "bindings/refusal.h"
 #include "common/env.h"
@@ -224,7 +225,7 @@ PYBIND11_MODULE(_native, module) {
   add_schedules(module);
   add_bucket(module);
   add_codecs(module);
-  add_codec_calls(module, communicator);
+  add_coding(module, communicator);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");

@@ -65,7 +65,6 @@ void register_errors(pybind11::module_& module);
 // Python objects that must live as long as the returned pointer; dropped under the lock.
 std::shared_ptr<void> keep_alive(pybind11::object object);
 
-void add_codec_calls(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);
 void add_collectives(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);
 void add_schedules(pybind11::module_& module);
 void add_bucket(pybind11::module_& module);

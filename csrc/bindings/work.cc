@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "bindings/coding.h"
 #include "bindings/exit.h"
 #include "bindings/gil.h"
 #include "common/error.h"
@@ -89,11 +90,13 @@ class PyWork {
 
 // A call bound once; calling it runs it.
 struct PersistentOp {
-  PyObject_HEAD Bound* bound;
+  PyObject_HEAD std::vector<Bound>* bounds;
   std::shared_ptr<Handle>* handle;
   PyObject *x, *result;
-  Buffer *in, *out;  // as they were bound
-  bool eager;
+  Buffer *in, *out;   // as they were bound
+  Feeding* feeding;   // null: without error feedback
+  bool eager, coded;  // coded: a run changes what is bound
+  bool under_way;     // a coded one
 };
 
 // Whatever has happened to the objects since, the call must not use memory that they have no more.
@@ -102,6 +105,23 @@ void require_bound(PyObject* object, const Buffer& bound, const char* name) {
   if (!peek_buffer(object, now)) now = get_buffer(object, name);
   require_unmoved(bound, now, name);
   if (bound.writable && !now.writable) require_writable(now, name);
+}
+
+[[gnu::noinline]] void run_coded(PersistentOp& op) {
+  if (op.under_way) {
+    throw CommError("this call is under way on another thread: with a codec, one thread at a time may make it");
+  }
+  if (op.feeding) op.feeding->renew(*op.bounds->front().coding);
+  op.under_way = true;
+  struct Reset {
+    bool& flag;
+    ~Reset() { flag = false; }
+  } reset{op.under_way};
+  if (op.feeding) op.feeding->begun();
+  for (Bound& bound : *op.bounds) {
+    GilPatience patience(op.eager);
+    (*op.handle)->comm->run(bound, patience);
+  }
 }
 
 PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
@@ -114,8 +134,12 @@ PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
   try {
     require_bound(op->x, *op->in, "x");
     if (op->result != op->x) require_bound(op->result, *op->out, "out");
-    GilPatience patience(op->eager);
-    (*op->handle)->comm->run(*op->bound, patience);
+    if (op->coded) [[unlikely]] {
+      run_coded(*op);
+    } else {
+      GilPatience patience(op->eager);
+      (*op->handle)->comm->run(op->bounds->front(), patience);
+    }
   } catch (...) {
     set_python_error();
     return nullptr;
@@ -125,13 +149,14 @@ PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
 }
 
 PyObject* repr_persistent(PyObject* self) {
-  const Shown shown(reinterpret_cast<PersistentOp*>(self)->bound->record);
+  const Shown shown(reinterpret_cast<PersistentOp*>(self)->bounds->front().record);
   return PyUnicode_FromString(shown("PersistentOp", "").c_str());
 }
 
 void free_persistent(PyObject* self) {
   auto* op = reinterpret_cast<PersistentOp*>(self);
-  delete op->bound;
+  delete op->bounds;
+  delete op->feeding;
   delete op->handle;
   delete op->in;
   delete op->out;
@@ -168,12 +193,15 @@ std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> o
 
 }  // namespace
 
-py::object make_persistent(PyCommunicator& comm, Invocation& call) {
-  auto bound = std::make_unique<Bound>(comm->bind(call.request));
-  bound->keeps_alive = exports_of(call, nullptr);
+py::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls,
+                           std::vector<Bound> bounds) {
+  Invocation& call = calls.front();
+  bounds.front().keeps_alive = exports_of(call, nullptr);
   auto* op = reinterpret_cast<PersistentOp*>(persistent_type()->tp_alloc(persistent_type(), 0));
   if (!op) throw py::error_already_set();
-  op->bound = bound.release();
+  op->coded = bounds.front().coding != nullptr;
+  op->feeding = call.feeding ? new Feeding(*call.feeding) : nullptr;
+  op->bounds = new std::vector<Bound>(std::move(bounds));
   op->handle = new std::shared_ptr<Handle>(comm.handle);
   op->eager = call.eager(comm);
   op->in = new Buffer(call.in);
@@ -181,13 +209,6 @@ py::object make_persistent(PyCommunicator& comm, Invocation& call) {
   op->x = call.x.release().ptr();
   op->result = call.result.release().ptr();
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(op));
-}
-
-py::object start(PyCommunicator& comm, Invocation& call) {
-  Bound bound = comm->bind(call.request);
-  bound.before = call.before;
-  bound.then = call.then;
-  return start(comm, call, std::move(bound));
 }
 
 py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {

@@ -9,10 +9,10 @@
 
 namespace pycomm::bindings {
 
-// Both keep the call's buffers and its group alive.
-pybind11::object start(PyCommunicator& comm, Invocation& call);  // a Work
-pybind11::object start(PyCommunicator& comm, Invocation& call, runtime::Bound bound);
-pybind11::object make_persistent(PyCommunicator& comm, Invocation& call);
+// Both keep the calls' buffers and their group alive.
+pybind11::object start(PyCommunicator& comm, Invocation& call, runtime::Bound bound);  // a Work
+pybind11::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls,
+                                 std::vector<runtime::Bound> bounds);
 
 void add_work(pybind11::module_& module);
 

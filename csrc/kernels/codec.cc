@@ -95,6 +95,7 @@ class Transcoder {
 
   // The destination, where the last sum can be written as it is.
   float* direct() const {
+    if (args_.finite && args_.stream) return nullptr;  // it could not be read again soon
     const bool plain = n_ == kTile && args_.num_dsts == 1 && args_.num_srcs <= (args_.stream ? 1 : 2) &&
                        args_.src_formats[args_.num_srcs - 1] == Format::wire;
     if (!plain || args_.dst_format == Format::wire || type_of(args_.dst_format) != DType::float32)
@@ -162,9 +163,9 @@ class Transcoder {
     const DType dtype = type_of(args_.dst_format);
     for (int d = 0; d < args_.num_dsts; ++d) {
       void* dst = here(args_.dsts[d], args_.dst_format);
-      if (dst == v) continue;
-      if (args_.stream) {
-        const void* from = v;
+      const void* from = v;
+      if (dst == v) {
+      } else if (args_.stream) {
         if (dtype != DType::float32 || v != buffers_[0].x) {  // a sum of float32 is as it has to be
           kernels_.store(wire_.bytes, dtype, v, elements());
           from = wire_.bytes;
@@ -172,6 +173,10 @@ class Transcoder {
         copy_bytes(dst, from, elements() * size_of(dtype), true, isa_);
       } else {
         kernels_.store(dst, dtype, v, elements());
+        from = dst;
+      }
+      if (d == 0 && args_.finite && args_.dst_format == Format::final) {
+        *args_.finite &= kernels_.finite(from, dtype, elements());
       }
     }
   }
@@ -256,10 +261,11 @@ int64_t wire_bytes(CodecKind kind, int64_t count) {
   return whole + scales_bytes(kind) + (elements + kWireAlign - 1) / kWireAlign * kWireAlign;
 }
 
-void add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
+bool add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
                   float residual_scale, const Isa& isa) {
   const CodecKernels& kernels = *isa.codec;
   FloatTile value, rounded;
+  bool finite = true;
   for (size_t begin = 0; begin < count; begin += kTile) {
     const size_t n = std::min(count - begin, static_cast<size_t>(kTile));
     void* here = static_cast<char*>(x) + begin * size_of(dtype);
@@ -268,7 +274,9 @@ void add_residual(DType dtype, void* x, size_t count, const float* residual, flo
     kernels.store(here, dtype, value.x, n);
     kernels.sum_load(rounded.x, nullptr, here, dtype, n, 1);
     kernels.keep_residual(next_residual + begin, value.x, rounded.x, residual + begin, n, residual_scale);
+    finite &= kernels.finite(here, dtype, n);
   }
+  return finite;
 }
 
 void transcode(const TranscodeArgs& args, const Isa& isa) {

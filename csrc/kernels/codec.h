@@ -108,12 +108,14 @@ struct TranscodeArgs {
   double prescale = 1.0;
   double divisor = 1.0;
   Encoding encoding;
+  // If given, is set to false if a value that is written as Format::final is NaN or Inf.
+  bool* finite = nullptr;
 };
 void transcode(const TranscodeArgs& args, const Isa& isa = chosen_isa());
 
 // x + residual_scale * residual, rounded once to dtype, in place of x; next_residual keeps what rounding
-// lost. For what no encode takes a residual to.
-void add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
+// lost. For what no encode takes a residual to. Returns whether all that is then in x is finite.
+bool add_residual(DType dtype, void* x, size_t count, const float* residual, float* next_residual,
                   float residual_scale, const Isa& isa = chosen_isa());
 
 // ---- shared_int: integers that ranks add exactly, since they share each block's scale ----

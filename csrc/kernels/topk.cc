@@ -141,6 +141,27 @@ uint32_t guess_least(Values& values, size_t k, size_t count) {
   return find_threshold(sample.data(), kSample, static_cast<size_t>(rank)).magnitude;
 }
 
+// A record as it is read; it may be anybody's bytes, at any address.
+struct Record {
+  uint32_t entries;
+  const unsigned char *indices, *values;
+
+  Record(const void* record, size_t capacity)
+      : entries(read<uint32_t>(record, 0)),
+        indices(static_cast<const unsigned char*>(record) + kHeader),
+        values(indices + capacity * sizeof(uint32_t)) {}
+  uint32_t index(size_t i) const { return read<uint32_t>(indices, i); }
+  float value(size_t i) const { return read<float>(values, i); }
+
+ private:
+  template <class T>
+  static T read(const void* from, size_t i) {
+    T value;
+    std::memcpy(&value, static_cast<const unsigned char*>(from) + i * sizeof value, sizeof value);
+    return value;
+  }
+};
+
 void write(const Candidates& found, const TopkArgs& args, const Isa& isa) {
   const auto count = static_cast<uint32_t>(found.size());
   auto* record = static_cast<unsigned char*>(args.record);
@@ -189,23 +210,14 @@ void topk_encode(const TopkArgs& args, const Isa& isa) {
 }
 
 void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count) {
-  const auto* bytes = static_cast<const unsigned char*>(record);
-  uint32_t entries;
-  std::memcpy(&entries, bytes, sizeof entries);
-  if (entries > capacity) {
-    throw ValueError("a top-k record of " + std::to_string(entries) + " entries, with room for " +
+  const Record from(record, capacity);
+  if (from.entries > capacity) {
+    throw ValueError("a top-k record of " + std::to_string(from.entries) + " entries, with room for " +
                      std::to_string(capacity) + ": it was not made with this k");
   }
-  const unsigned char* indices = bytes + kHeader;
-  const unsigned char* values = indices + capacity * sizeof(uint32_t);
-  const auto index_of = [&](size_t i) {
-    uint32_t index;
-    std::memcpy(&index, indices + i * sizeof index, sizeof index);
-    return index;
-  };
   int64_t last = -1;
-  for (size_t i = 0; i < entries; ++i) {
-    const uint32_t index = index_of(i);
+  for (size_t i = 0; i < from.entries; ++i) {
+    const uint32_t index = from.index(i);
     if (index <= last || index >= count) {
       throw ValueError("a top-k record's entry " + std::to_string(i) + " has index " + std::to_string(index) +
                        " after " + std::to_string(last) + ", of " + std::to_string(count) +
@@ -213,14 +225,22 @@ void topk_decode_add(const void* record, size_t capacity, float* sum, size_t cou
     }
     last = index;
   }
-  for (size_t i = 0; i < entries; ++i) {
-    float value, old;
-    std::memcpy(&value, values + i * sizeof value, sizeof value);
-    float* to = sum + index_of(i);  // at any address
+  for (size_t i = 0; i < from.entries; ++i) {
+    float* to = sum + from.index(i);  // at any address
+    float old;
     std::memcpy(&old, to, sizeof old);
-    const float result = canonical(old + value);
+    const float result = canonical(old + from.value(i));
     std::memcpy(to, &result, sizeof result);
   }
+}
+
+bool topk_finite(const void* record, size_t capacity, DType dtype, const void* x, const Isa& isa) {
+  const Record from(record, capacity);
+  const auto* elements = static_cast<const unsigned char*>(x);
+  for (size_t i = 0; i < from.entries; ++i) {
+    if (!isa.codec->finite(elements + from.index(i) * size_of(dtype), dtype, 1)) return false;
+  }
+  return true;
 }
 
 }  // namespace pycomm::kernels

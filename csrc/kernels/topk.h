@@ -37,4 +37,9 @@ void topk_encode(const TopkArgs& args, const Isa& isa = chosen_isa());
 // sum[index] += value for each entry. Throws ValueError for a record that does not fit `count` elements.
 void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count);
 
+// Whether x, of float32, float16 or bfloat16, is finite wherever the record has an entry; to ask once
+// topk_decode_add() has found that the record fits.
+bool topk_finite(const void* record, size_t capacity, DType dtype, const void* x,
+                 const Isa& isa = chosen_isa());
+
 }  // namespace pycomm::kernels

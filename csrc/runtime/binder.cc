@@ -96,6 +96,7 @@ Bound Binder::bind(Request& request) {
   if (auto reading = prepare_reading(call, request.algorithm, plan_rank)) {
     agree_on_reading(bound, std::move(reading));
   }
+  if (request.coding) bound.set_step(request.coding->step);
   return bound;
 }
 

@@ -18,8 +18,9 @@ struct Request {
   schedule::Call call;  // its placement is found when it is bound
   const void* in = nullptr;
   void* out = nullptr;
-  std::shared_ptr<const Coding> coding;  // with a codec
-  std::string algorithm;                 // empty: the library chooses
+  std::shared_ptr<Coding> coding;  // with a codec; no two bound calls that may run at once share it
+  Composite composite;             // with a codec that no plan carries
+  std::string algorithm;           // empty: the library chooses
   std::string tag;
   double timeout_s = -1;  // negative: the group's
   // For a call that the library makes as a part of another one: what mismatches and errors shall tell.
@@ -44,7 +45,7 @@ struct Bound : BoundPlan {
   double timeout_s = 0;    // of each plan
   int src = -1, dst = -1;  // send and recv: the pair, in ranks of the group
   std::pair<int, int> sequence() const { return {src, dst}; }
-  std::shared_ptr<const Coding> coding;
+  std::shared_ptr<Coding> coding;
   std::function<void()> before;  // before anything moves
   std::vector<Prelude> preludes;
   // Host work on what the preludes brought. Returns the plan to run: its argument, or another one that it
@@ -52,6 +53,10 @@ struct Bound : BoundPlan {
   std::function<const BoundPlan&(const BoundPlan& own)> conclude;
   std::function<void()> then;         // after success
   std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers
+
+  // With a codec, while it does not run: the step that its random bits depend on. All ranks must have it
+  // alike.
+  void set_step(uint32_t step);
 };
 
 }  // namespace pycomm::runtime

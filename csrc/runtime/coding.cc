@@ -7,6 +7,7 @@
 
 #include "common/error.h"
 #include "common/hash.h"
+#include "runtime/call.h"
 #include "schedule/algorithms.h"
 
 namespace pycomm::runtime {
@@ -37,21 +38,32 @@ void deliver_exact_share(const Request& request, int rank, Bound& bound) {
   const bool divides = schedule::reduces(call.world.collective) && call.op == Op::avg;
   const float scale = bound.coding->residual_scale / (divides ? static_cast<float>(ranks) : 1.0F);
   bound.then = [=, coding = bound.coding, dtype = call.dtype, out = request.out] {
-    kernels::add_residual(dtype, out, static_cast<size_t>(count), coding->residual + begin,
-                          coding->next_residual + begin, scale);
+    Residuals& residuals = *coding->residuals;
+    coding->finite = kernels::add_residual(dtype, out, static_cast<size_t>(count), residuals.now() + begin,
+                                           residuals.next() + begin, scale);
   };
+}
+
+// What a step adds to a fingerprint, so that the next one can take its place.
+uint64_t word_of(uint32_t step) { return step == 0 ? 0 : Hasher().add(step).digest() & ~uint64_t{1}; }
+
+void set_step_of(CallRecord& record, uint32_t step) {
+  if (!record.steps) return;
+  record.fingerprint ^= word_of(record.step) ^ word_of(step);
+  record.step = step;
 }
 
 }  // namespace
 
-void tell(CallRecord& record, const std::string& codec) {
+void tell(CallRecord& record, const std::string& codec, bool steps) {
+  record.steps = steps ? 1 : 0;
   std::strncpy(record.codec, codec.c_str(), sizeof record.codec - 1);
   record.fingerprint = Hasher(record.fingerprint).add(codec).digest() | 1;
 }
 
 // Ranks that keep no residuals, or in other units, would add up another sum.
 std::string feedback_words(const Coding& coding) {
-  if (!coding.residual) return "";
+  if (!coding.residuals) return "";
   std::array<char, 32> scale{};
   std::snprintf(scale.data(), scale.size(), " at %.9g", coding.residual_scale);
   return std::string(", error feedback") + (coding.residual_scale == 1 ? "" : scale.data());
@@ -85,19 +97,39 @@ void check_coding(const Request& request) {
   }
 }
 
-// Ranks that encode in other ways, or in another step, do not make the same call.
 void finish_coding(const Request& request, int rank, Bound& bound) {
   const schedule::Plan& plan = bound.prepared->plan;
-  if (bound.coding->residual && !plan.encodes_once) {
+  const Coding& coding = *bound.coding;
+  if (coding.residuals && !plan.encodes_once) {
     const Collective kind = plan.call.world.collective;
     throw ValueError(
         "algorithm \"" + plan.algorithm +
         "\" encodes elements more than once, and error feedback keeps one residual for each: use " +
         schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
   }
-  const Coding& coding = *bound.coding;
-  tell(bound.record, words(coding.codec) + feedback_words(coding) + ", step=" + std::to_string(coding.step));
-  if (coding.residual) deliver_exact_share(request, rank, bound);
+  tell(bound.record, words(coding.codec) + feedback_words(coding), true);
+  if (!coding.residuals) return;
+  deliver_exact_share(request, rank, bound);
+  keep_residuals(bound);
+}
+
+void keep_residuals(Bound& bound) {
+  const auto& coding = bound.coding;
+  bound.before = [coding, before = std::move(bound.before)] {
+    coding->finite = true;
+    coding->residuals->begin();
+    if (before) before();
+  };
+  bound.then = [coding, then = std::move(bound.then)] {
+    if (then) then();
+    coding->residuals->end(coding->finite);
+  };
+}
+
+void Bound::set_step(uint32_t step) {
+  coding->step = step;
+  set_step_of(record, step);
+  for (Prelude& prelude : preludes) set_step_of(prelude.plan.record, step);
 }
 
 }  // namespace pycomm::runtime

@@ -44,32 +44,33 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // and operator are filled in.
   Bound bind(Request& request) {
     queue_.check_usable();
-    return binder_.bind(request);
+    return runtime::bind(binder_, request);
   }
   Bound bind(const Request& request) {
     Request mine = request;
     return bind(mine);
   }
-  // An all_reduce by other means, bound in the same way (composites.h).
-  Bound bind_topk(const Request& request, int64_t k) {
-    queue_.check_usable();
-    return runtime::bind_topk(binder_, request, k);
-  }
-  Bound bind_shared_int(const Request& request, int width) {
-    queue_.check_usable();
-    return runtime::bind_shared_int(binder_, request, width);
-  }
-  // The step of the next call with a codec whose caller names none.
+  // The step of the next call with a codec that is counted.
   uint32_t codec_step() const { return codec_step_.load(std::memory_order_relaxed); }
-  uint32_t take_codec_step() { return codec_step_.fetch_add(1, std::memory_order_relaxed); }
 
-  void run(const Bound& bound, Patience& patience) { queue_.run(bound, patience); }
+  // A call with a codec changes its Bound, which one thread at a time may run.
+  void run(Bound& bound, Patience& patience) {
+    if (bound.coding) [[unlikely]]
+      count(bound);
+    queue_.run(bound, patience);
+  }
   // Two messages, neither of which waits for the other.
   void run_both(const Bound& first, const Bound& second, Patience& patience) {
     queue_.run_both(first, second, patience);
   }
-  std::shared_ptr<Work> submit(Bound bound) { return queue_.submit(std::move(bound)); }
-  void execute(Request request, Patience& patience) { run(bind(request), patience); }
+  std::shared_ptr<Work> submit(Bound bound) {
+    if (bound.coding) count(bound);
+    return queue_.submit(std::move(bound));
+  }
+  void execute(Request request, Patience& patience) {
+    Bound bound = bind(request);
+    run(bound, patience);
+  }
 
   std::string explain(const Request& request) { return binder_.explain(request); }
   // See PlanCache.
@@ -101,6 +102,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
  private:
   friend std::shared_ptr<Communicator> join(const transport::Node::Options& options);  // it finds fabric_ out
 
+  void count(Bound& bound) {
+    if (bound.coding->counted) bound.set_step(codec_step_.fetch_add(1, std::memory_order_relaxed));
+  }
   void let_go();
   std::optional<std::string> find_last_mismatch() const;
   std::vector<int64_t> exchange_extent(const std::vector<int64_t>& mine, int64_t offset, int64_t bytes,

@@ -7,6 +7,7 @@
 
 #include "common/error.h"
 #include "common/hash.h"
+#include "kernels/copy.h"
 #include "kernels/topk.h"
 #include "runtime/coding.h"
 
@@ -21,7 +22,7 @@ std::unique_ptr<T[]> room(int64_t count) {
 }
 
 // What all parts of a call say that they are.
-CallRecord record_of_whole(const Request& request, const std::string& codec) {
+CallRecord record_of_whole(const Request& request, const std::string& codec, bool steps) {
   const schedule::Call& call = request.call;
   CallRecord record;
   record.count = call.counts[0];
@@ -29,18 +30,39 @@ CallRecord record_of_whole(const Request& request, const std::string& codec) {
   record.op = call.op;
   record.prescale = call.prescale;
   record.fingerprint = Hasher().add(call.counts[0]).add(call.dtype).add(call.op).add(call.prescale).digest();
-  tell(record, codec);
+  tell(record, codec, steps);
   return record;
 }
 
-}  // namespace
+// A copy of x with zeros outside of the segments.
+void copy_segments(char* to, const void* x, int64_t count, DType dtype,
+                   const std::vector<kernels::Segment>& segments) {
+  const auto size = static_cast<int64_t>(size_of(dtype));
+  const auto* from = static_cast<const char*>(x);
+  int64_t end = 0;
+  const auto clear_to = [&](int64_t begin) {
+    std::memset(to + end * size, 0, static_cast<size_t>((begin - end) * size));
+  };
+  for (const kernels::Segment& segment : segments) {
+    clear_to(segment.begin);
+    end = segment.end;
+    kernels::copy_bytes(to + segment.begin * size, from + segment.begin * size,
+                        static_cast<size_t>((end - segment.begin) * size));
+  }
+  clear_to(count);
+}
 
-// ---- topk: encode, gather all records, add them in the order of ranks ----
+// ---- topk ----
 
 Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
   const schedule::Call& call = request.call;
   const int64_t count = call.counts[0];
   check_floats(call, "topk");
+  if (!request.algorithm.empty() || call.deterministic) {
+    const std::string given =
+        request.algorithm.empty() ? "deterministic=True" : "algorithm=\"" + request.algorithm + "\"";
+    throw ValueError(given + ": topk is an all_gather of records, summed in rank order; leave it out");
+  }
   if (k < 1) throw ValueError("`k` is " + std::to_string(k) + ": keep one element at least");
   if (count >> 32) {
     throw ValueError("topk numbers elements in 32 bits, and the buffer has " + std::to_string(count) +
@@ -51,9 +73,13 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
   struct State {
     std::unique_ptr<char[]> records;
     std::unique_ptr<float[]> sum;
+    std::unique_ptr<char[]> segments;
   };
+  const std::shared_ptr<Coding> coding = request.coding;
+  const bool cut = !coding->segments.empty();
   auto state = std::make_shared<State>(
-      State{room<char>(bytes * binder.size()), room<float>(call.dtype == DType::float32 ? 0 : count)});
+      State{room<char>(bytes * binder.size()), room<float>(call.dtype == DType::float32 ? 0 : count),
+            room<char>(cut ? count * static_cast<int64_t>(size_of(call.dtype)) : 0)});
 
   Request gather;
   gather.call.world.collective = Collective::all_gather;
@@ -62,23 +88,25 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
   gather.call.in_place = true;
   gather.out = state->records.get();
   gather.in = state->records.get() + binder.rank() * bytes;
-  gather.algorithm = request.algorithm;
   gather.tag = request.tag;
   gather.timeout_s = request.timeout_s;
   gather.part_of =
-      record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*request.coding));
+      record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*coding), false);
   std::strncpy(gather.part_of->algorithm, "direct", sizeof gather.part_of->algorithm - 1);
   Bound bound = binder.bind(gather);
 
+  bound.coding = coding;
   bound.before = [=, dtype = call.dtype, prescale = static_cast<float>(call.prescale), x = request.in,
-                  coding = request.coding, mine = static_cast<char*>(const_cast<void*>(gather.in))] {
+                  mine = static_cast<char*>(const_cast<void*>(gather.in))] {
+    Residuals* const residuals = coding->residuals.get();
+    if (cut) copy_segments(state->segments.get(), x, count, dtype, coding->segments);
     kernels::topk_encode({.dtype = dtype,
-                          .x = x,
+                          .x = cut ? state->segments.get() : x,
                           .count = static_cast<size_t>(count),
                           .capacity = static_cast<size_t>(capacity),
                           .record = mine,
-                          .residual = coding->residual,
-                          .next_residual = coding->next_residual,
+                          .residual = residuals ? residuals->now() : nullptr,
+                          .next_residual = residuals ? residuals->next() : nullptr,
                           .residual_scale = coding->residual_scale});
     if (prescale == 1) return;
     auto* values = reinterpret_cast<float*>(mine + bytes) - capacity;
@@ -91,23 +119,29 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
       kernels::topk_decode_add(state->records.get() + r * bytes, static_cast<size_t>(capacity), sum,
                                static_cast<size_t>(count));
     }
-    if (sum == out && op == Op::sum) return;
-    const void* from = sum;
-    void* to = out;
-    const kernels::Format partial = kernels::Format::partial;
-    kernels::find_combine(dtype, op)({.dsts = &to,
-                                      .srcs = &from,
-                                      .src_formats = &partial,
-                                      .num_dsts = 1,
-                                      .num_srcs = 1,
-                                      .dst_format = kernels::Format::final,
-                                      .count = static_cast<size_t>(count),
-                                      .divisor = op == Op::avg ? static_cast<double>(ranks) : 1.0});
+    if (sum != out || op != Op::sum) {
+      const void* from = sum;
+      void* to = out;
+      const kernels::Format partial = kernels::Format::partial;
+      kernels::find_combine(dtype, op)({.dsts = &to,
+                                        .srcs = &from,
+                                        .src_formats = &partial,
+                                        .num_dsts = 1,
+                                        .num_srcs = 1,
+                                        .dst_format = kernels::Format::final,
+                                        .count = static_cast<size_t>(count),
+                                        .divisor = op == Op::avg ? static_cast<double>(ranks) : 1.0});
+    }
+    for (int r = 0; r < ranks && coding->residuals && coding->finite; ++r) {
+      coding->finite =
+          kernels::topk_finite(state->records.get() + r * bytes, static_cast<size_t>(capacity), dtype, out);
+    }
   };
+  if (coding->residuals) keep_residuals(bound);
   return bound;
 }
 
-// ---- shared_int: agree on every block's scale, sum integers ----
+// ---- shared_int ----
 
 Bound bind_shared_int(Binder& binder, const Request& request, int width) {
   const schedule::Call& call = request.call;
@@ -126,7 +160,7 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
   const Coding& coding = *request.coding;
   std::string codec = "shared_int(" + std::to_string(width);
   if (coding.codec.seed != 0) codec += ", seed=" + std::to_string(coding.codec.seed);
-  const CallRecord whole = record_of_whole(request, codec + "), step=" + std::to_string(coding.step));
+  const CallRecord whole = record_of_whole(request, codec + ")", true);
 
   const auto part = [&](DType dtype, Op op, int64_t elements, void* data) {
     Request reduce;
@@ -170,7 +204,19 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
     kernels::shared_decode(state->q.get(), static_cast<size_t>(count), state->amax.get(), width, limit,
                            divisor, dtype, out);
   };
+  bound.coding = request.coding;
+  bound.set_step(coding.step);
   return bound;
+}
+
+}  // namespace
+
+Bound bind(Binder& binder, Request& request) {
+  if (const auto* topk = std::get_if<TopK>(&request.composite)) return bind_topk(binder, request, topk->k);
+  if (const auto* shared = std::get_if<SharedInt>(&request.composite)) {
+    return bind_shared_int(binder, request, shared->width);
+  }
+  return binder.bind(request);
 }
 
 }  // namespace pycomm::runtime

@@ -5,12 +5,11 @@
 
 namespace pycomm::runtime {
 
-// The k largest elements of every rank: encode, gather all records, add them up in the order of ranks. Of
-// request.coding only the residuals count. Throws TypeError, ValueError.
-Bound bind_topk(Binder& binder, const Request& request, int64_t k);
-
-// Integers of `width` bits under scales that the ranks share: agree on every block's largest element,
-// encode, sum the integers, decode. Throws TypeError, ValueError.
-Bound bind_shared_int(Binder& binder, const Request& request, int width);
+// Binds the request, an all_reduce if it is a composite. Throws TypeError, ValueError.
+//
+// TopK: each rank encodes its k largest elements, gathers all records, and adds them in the order of ranks.
+// With segments, elements outside of them are left out, and are zero in the result.
+// SharedInt: the ranks agree on every block's largest element, encode, sum the integers, decode.
+Bound bind(Binder& binder, Request& request);
 
 }  // namespace pycomm::runtime

@@ -41,6 +41,7 @@ std::string describe(const CallRecord& record) {
         break;
     }
     if (record.codec[0]) text += std::string(", codec=") + record.codec;
+    if (record.steps) text += ", step=" + std::to_string(record.step);
     if (record.prescale != 1.0) text += ", scaled by " + std::to_string(record.prescale);
     switch (record.collective) {
       case Collective::broadcast:

@@ -57,9 +57,11 @@ struct CallRecord {
   bool ragged = false;
   Side side = Side::both;  // send and recv: this rank's; `peer` is the other rank of the group
   int16_t peer = 0;
+  uint32_t steps = 0;  // whether it has a step
+  uint32_t step = 0;
   char algorithm[24] = {};
   char tag[240] = {};   // long enough for the shapes of a list
-  char codec[80] = {};  // its name and options, and the call's step
+  char codec[80] = {};  // its name and options
 };
 static_assert(sizeof(CallRecord) % 8 == 0);
 std::string describe(const CallRecord& record);

@@ -149,9 +149,10 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
                              .rank = static_cast<uint32_t>(domain_->rank()),
                              .index = how.index + shift,
                              .segments = coding_->segments};
-  if (coding_->residual) {
-    encoding.residual = coding_->residual + how.element + shift;
-    encoding.next_residual = coding_->next_residual + how.element + shift;
+  Residuals* const residuals = coding_->residuals.get();
+  if (residuals) {
+    encoding.residual = residuals->now() + how.element + shift;
+    encoding.next_residual = residuals->next() + how.element + shift;
     encoding.residual_scale = coding_->residual_scale / static_cast<float>(divisor);
   }
   kernels::transcode({.codec = &coding_->codec,
@@ -166,7 +167,8 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
                       .count = static_cast<size_t>(step.count),
                       .prescale = plan.prescale,
                       .divisor = divisor,
-                      .encoding = encoding});
+                      .encoding = encoding,
+                      .finite = residuals ? &coding_->finite : nullptr});
 }
 
 bool Run::read(const schedule::Step& step, int64_t trip) {

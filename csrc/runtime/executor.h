@@ -14,8 +14,8 @@
 #include <array>
 #include <vector>
 
-#include "kernels/codec.h"
 #include "kernels/combine.h"
+#include "runtime/coding.h"
 #include "runtime/domain.h"
 #include "schedule/plan.h"
 
@@ -33,19 +33,6 @@ struct Prepared {
   const schedule::Program& program(int rank) const { return plan.programs[rank]; }
 };
 
-// What the encodes of a call with a codec depend on besides its plan.
-struct Coding {
-  kernels::Codec codec;  // with its seed
-  uint32_t step = 0;
-  std::vector<kernels::Segment> segments;
-  // As long as the rank's `in`; both or neither. What the rank never encodes (its own share of a
-  // reduce_scatter, anything in a world of one) has its residual added to the result. The scale is that of
-  // values that are not divided yet.
-  const float* residual = nullptr;
-  float* next_residual = nullptr;
-  float residual_scale = 1;
-};
-
 // The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones
 // are used.
 struct Buffers {
@@ -53,7 +40,7 @@ struct Buffers {
   char* out = nullptr;
   // Symmetric: rank r's buffer is at own + (r - rank) * distance. 0: plain.
   int64_t in_distance = 0, out_distance = 0;
-  const Coding* coding = nullptr;  // of a call with a codec
+  Coding* coding = nullptr;  // of a call with a codec
 };
 
 struct NoObserver {
@@ -137,7 +124,7 @@ class Run {
   Cell *outgoing_ = nullptr, *incoming_ = nullptr;  // of rank 0
   int64_t next_outgoing_ = 0, next_incoming_ = 0;
   const CallRecord* record_ = nullptr;
-  const Coding* coding_ = nullptr;
+  Coding* coding_ = nullptr;
   int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
   int64_t iteration_ = 0;

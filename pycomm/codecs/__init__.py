@@ -5,7 +5,6 @@ are in csrc/kernels/codec.h. Codecs carry sums and averages of float32, float16 
 tensors. All ranks must pass the same codec, and end with the same bits.
 """
 
-from pycomm.codecs.calls import CodecWork, call
 from pycomm.codecs.feedback import ErrorFeedback, one_dimensional
 from pycomm.codecs.kinds import (
     BF16,
@@ -20,6 +19,9 @@ from pycomm.codecs.kinds import (
     SharedInt,
     Sign,
     TopK,
+    feedback_of,
+    require_names,
+    resolve,
 )
 
 __all__ = [
@@ -30,13 +32,14 @@ __all__ = [
     "MXFP8",
     "BlockCodec",
     "Codec",
-    "CodecWork",
     "ErrorFeedback",
     "Int4",
     "Int8",
     "SharedInt",
     "Sign",
     "TopK",
-    "call",
+    "feedback_of",
     "one_dimensional",
+    "require_names",
+    "resolve",
 ]

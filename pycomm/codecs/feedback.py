@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -149,7 +151,11 @@ class ErrorFeedback:
     def __repr__(self) -> str:
         return f"<pycomm.codecs.ErrorFeedback of {len(self._where.keys() | self._loaded.keys())} parameters>"
 
-    # ---- for pycomm.codecs.call ----
+    # ---- for the calls, which are native ----
+
+    def exempted(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        """Which of these tensors are reduced as they are."""
+        return [i for i, each in enumerate(zip(names, shapes, strict=True)) if self.exempt(*each)]
 
     def layout(self, comm: _native.Communicator, places: Places, count: int, of_torch: bool) -> Layout:
         """The residuals for a call on `count` elements, of a tensor or array, with parameters at `places`.
@@ -163,23 +169,23 @@ class ErrorFeedback:
                 " rank; state_dict() and load_state_dict() take residuals along"
             )
         layout = self._layouts.get(places)
-        if layout is not None:
-            layout.settle()
-        else:
+        if layout is None:
             layout = Layout(places, count, of_torch)
         self._watch_for_strangers(name for name, _, _ in places)
         moving = [name for name, _, _ in places if self._where.get(name) is not layout]
         parts = {name: self._find(name, layout) for name in moving}  # may raise
+        if moving:
+            layout.settle()
         for name, part in parts.items():
             layout.part(name)[:] = 0 if part is None else part
         return layout
 
     def begun(self, comm: _native.Communicator, layout: Layout) -> None:
-        """A call has begun that writes layout.next: it is what skip() may take back from now on."""
+        """A call begins with these residuals: it is what skip() may take back from now on."""
         self._comm = weakref.ref(comm)
         self._of_torch |= layout.of_torch
         self._layouts[layout.places] = layout
-        names = {name for name, _, _ in layout.places}
+        names = [name for name, _, _ in layout.places]
         for name in names:
             source = self._where.get(name)
             if source is layout:
@@ -194,8 +200,7 @@ class ErrorFeedback:
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
-        layout.end(False)  # so far there is nothing of this call to take back
-        self._round |= names
+        self._round.update(names)
         self._of_round.append(layout)
 
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
@@ -272,40 +277,41 @@ def _checked(name: str, residual: Any) -> Residual:
 
 
 class Layout:
-    """Double-buffered residuals of one call, in the call's element order.
-
-    A call reads `now` and writes `next`; the two are swapped if the call's result is finite.
-    """
+    """The residuals of one call, in the call's element order."""
 
     def __init__(self, places: Places, count: int, of_torch: bool) -> None:
-        self.now: Residual = np.zeros(count, np.float32)
-        self.next: Residual = np.zeros(count, np.float32)
+        self.residuals = _native.Residuals(count)
         self.places = places
         self.of_torch = of_torch
         self.holds = 0  # parameters whose residuals are here and in no later layout
         self._slices = {name: slice(begin, end) for name, begin, end in places}
-        self._may_take_back = False
-        self._under_way: Callable[[], object] | None = None
+        self._work: _native.Work | None = None
 
     def part(self, name: str) -> Residual:
-        return self.now[self._slices[name]]
+        """A view, to use once settle() has returned."""
+        return self.residuals.now[self._slices[name]]
 
-    def start(self, wait: Callable[[], object]) -> None:
-        """`wait` returns when the asynchronous call that writes `next` has ended, one way or the other."""
-        self._under_way = wait
+    def start(self, work: _native.Work) -> None:
+        """`work` is the last asynchronous call with these residuals; calls run in order."""
+        self._work = work
 
     def settle(self) -> None:
-        wait, self._under_way = self._under_way, None
-        if wait is not None:
-            wait()
-
-    def end(self, finite: bool) -> None:
-        self._under_way = None
-        self._may_take_back = finite
-        if finite:
-            self.now, self.next = self.next, self.now
+        """Waits until no call is under way. An error is left to whoever asks for the result."""
+        work, self._work = self._work, None
+        if work is not None:
+            with contextlib.suppress(_native.CommError):
+                work.wait()
 
     def take_back(self) -> None:
-        if self._may_take_back:
-            self.now, self.next = self.next, self.now
-        self._may_take_back = False
+        self.residuals.take_back()
+
+
+# Residuals of codecs that have no ErrorFeedback of their own: a parameter's, whatever codec carries it.
+_kept: weakref.WeakKeyDictionary[_native.Communicator, ErrorFeedback] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def kept(comm: _native.Communicator) -> ErrorFeedback:
+    """The residuals that live as long as the communicator does."""
+    with _lock:
+        return _kept.setdefault(comm, ErrorFeedback())

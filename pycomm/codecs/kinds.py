@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 from pycomm import _native, checks
-from pycomm.codecs.feedback import ErrorFeedback
+from pycomm.codecs.feedback import ErrorFeedback, kept
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -22,6 +23,11 @@ class Codec:
 
     name: ClassVar[str]
     feedback_by_default: ClassVar[bool] = False
+
+    @property
+    def __pycomm_plain__(self) -> bool:
+        """Whether it is a mere value: a call with it can be remembered, and keeps nothing alive."""
+        return not isinstance(getattr(self, "error_feedback", None), ErrorFeedback)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,3 +233,44 @@ def _check_feedback(feedback: Any) -> None:
 DEFAULTS: dict[str, Codec] = {
     kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
 }
+
+
+# ---- for the calls, which are native ----
+
+
+def resolve(codec: Any, collective: str) -> Codec:
+    """What `codec=` of a call of this name asks for. Raises TypeError, ValueError."""
+    found = codec if isinstance(codec, Codec) else _named(codec)
+    all_reduce_alone = (SharedInt, TopK)
+    if isinstance(found, all_reduce_alone) and not collective.startswith("all_reduce"):
+        others = [name for name, each in DEFAULTS.items() if not isinstance(each, all_reduce_alone)]
+        raise ValueError(f"{collective} cannot carry {found.name}, all_reduce can: pass {', '.join(others)}")
+    return found
+
+
+def _named(codec: Any) -> Codec:
+    if not isinstance(codec, str):
+        raise TypeError(
+            f"`codec` is {codec!r}: pass a name ({', '.join(DEFAULTS)}) or an object of pycomm.codecs"
+        )
+    if codec not in DEFAULTS:
+        near = difflib.get_close_matches(codec.lower(), DEFAULTS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"`codec` is {codec!r}{hint}: there are {', '.join(DEFAULTS)}")
+    return DEFAULTS[codec]
+
+
+def feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | None:
+    """What keeps the residuals of a call: the codec's own, or the communicator's; None if nothing does."""
+    given = getattr(codec, "error_feedback", None)
+    if isinstance(given, ErrorFeedback):
+        return given
+    return kept(comm) if (codec.feedback_by_default if given is None else given) else None
+
+
+def require_names(codec: Codec) -> NoReturn:
+    """For a call with error feedback whose parameters have no names."""
+    raise ValueError(
+        f"{codec.name} with error feedback keeps what it lost under the parameter's name: pass tag=, or a"
+        " Bucket with names, or error_feedback=False"
+    )

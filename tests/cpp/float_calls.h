@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -33,10 +34,22 @@ inline Request request(const Communicator& comm, Collective kind, const Coding& 
   const auto count = static_cast<int64_t>(kind == Collective::reduce_scatter ? out.size() : in.size());
   request.call.counts = schedule::uniform_counts(request.call.world, count);
   request.call.in_place = in.data() == out.data();
-  request.coding = std::make_shared<const Coding>(coding);
+  request.coding = std::make_shared<Coding>(coding);
   request.in = in.data();
   request.out = out.data();
   return request;
+}
+
+// Error feedback that owes `now`; what a call does not write of what it will owe next stays `unwritten`.
+inline std::shared_ptr<Residuals> residuals_of(const Floats& now, float unwritten = NAN) {
+  auto residuals = std::make_shared<Residuals>(static_cast<int64_t>(now.size()));
+  std::ranges::copy(now, residuals->now());
+  std::fill_n(residuals->next(), now.size(), unwritten);
+  return residuals;
+}
+
+inline Floats owed(Residuals& residuals) {
+  return {residuals.now(), residuals.now() + residuals.count()};
 }
 
 inline void run(Communicator& comm, const Request& request) {

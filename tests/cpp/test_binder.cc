@@ -37,7 +37,7 @@ TEST(large_inputs_are_read_where_they_lie_if_all_are_fit) {
         int64_t* in = in_place ? out.get() + comm.rank() * kCount : apart.get();
         Request r = request(comm, Collective::all_gather, kCount, in, out.get());
         r.call.in_place = in_place;
-        const Bound bound = comm.bind(r);
+        Bound bound = comm.bind(r);
         CHECK(bound.record.in == schedule::Placement::plain);
         CHECK_EQ(bound.preludes.size(), 1U);
         for (int i = 0; i < 3; ++i) {
@@ -74,7 +74,7 @@ TEST(groups_inherit_whether_inputs_can_be_read) {
     if (comm.rank() == 2) return;
     const auto out = pages(2 << 20, true), in = pages(1 << 20, true);
     std::fill(in.get(), in.get() + (1 << 20), comm.rank() + 1);
-    const Bound bound = half->bind(request(*half, Collective::all_gather, 1 << 20, in.get(), out.get()));
+    Bound bound = half->bind(request(*half, Collective::all_gather, 1 << 20, in.get(), out.get()));
     CHECK_EQ(bound.preludes.size(), 1U);
     half->run(bound, patience);
     CHECK_EQ(out.get()[(1 << 20) - 1], 1);
@@ -91,7 +91,7 @@ TEST(symmetric_buffers_are_used_in_place) {
     const Request r = request(comm, Collective::all_reduce, kCount, data, data);
     for (int i = 0; i < 3; ++i) {
       std::fill(data, data + kCount, comm.rank() + 1);
-      const Bound bound = comm.bind(r);
+      Bound bound = comm.bind(r);
       CHECK(bound.record.in == schedule::Placement::symmetric);
       CHECK(bound.prepared->plan.bank_bytes == 0);  // nothing is staged
       comm.run(bound, patience);

@@ -439,6 +439,64 @@ TEST(residuals) {
 
 // OCP Microscaling Formats v1.0: the shared scale is 2^(floor(log2 amax) - 8), what exceeds 448 of it
 // saturates, ties go to even, and a NaN scale is 255.
+// One value that is not finite, anywhere, once it is rounded; in the destination, whole or past the cache.
+TEST(whether_a_result_is_finite) {
+  const Codec codec{.kind = CodecKind::int8};
+  const auto is_finite = [&](DType dtype, const Floats& x, bool stream, const Isa& isa) {
+    std::vector<char> out(x.size() * 4 + 64);
+    void* dst = out.data() + (64 - reinterpret_cast<uintptr_t>(out.data()) % 64);
+    const void* src = x.data();
+    const Format partial = Format::partial;
+    bool finite = true;
+    transcode({.codec = &codec,
+               .dtype = dtype,
+               .dsts = &dst,
+               .srcs = &src,
+               .src_formats = &partial,
+               .num_dsts = 1,
+               .num_srcs = 1,
+               .dst_format = Format::final,
+               .stream = stream,
+               .count = x.size(),
+               .finite = &finite},
+              isa);
+    return finite;
+  };
+  for (const Isa* isa : isas()) {
+    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+      const float most = dtype == DType::float16 ? 65504.0F : 3e38F;
+      for (const size_t count : {size_t{1}, size_t{7}, size_t{33}, size_t{1024}, size_t{2100}}) {
+        for (const bool stream : {false, true}) {
+          Floats x(count, most);
+          CHECK(is_finite(dtype, x, stream, *isa));
+          std::vector<float> wrong = {INFINITY, -INFINITY, NAN, -NAN};
+          if (dtype == DType::float16) wrong.push_back(65520.0F);  // rounds to Inf
+          if (dtype == DType::bfloat16) wrong.push_back(3.4e38F);
+          for (const float value : wrong) {
+            for (size_t at = 0; at < count; at += at < 70 ? 1 : 97) {
+              x[at] = value;
+              CHECK(!is_finite(dtype, x, stream, *isa));
+              x[at] = -most;
+            }
+          }
+          CHECK(is_finite(dtype, x, stream, *isa));
+        }
+        Floats x(count, most), residual(count), next(count);
+        std::vector<uint16_t> halves(count);
+        void* data = x.data();
+        if (dtype != DType::float32) {
+          data = halves.data();
+          const uint16_t largest = dtype == DType::float16 ? 0x7bff : 0x7f61;
+          std::ranges::fill(halves, largest);
+        }
+        CHECK(add_residual(dtype, data, count, residual.data(), next.data(), 1, *isa));
+        residual[count / 2] = 3e38F;  // more than there is room for
+        CHECK(!add_residual(dtype, data, count, residual.data(), next.data(), 1, *isa));
+      }
+    }
+  }
+}
+
 TEST(mxfp8_rules) {
   const Codec codec{.kind = CodecKind::mxfp8};
   Floats x(32);

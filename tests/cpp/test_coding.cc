@@ -81,7 +81,7 @@ TEST(two_shot_is_what_its_encodes_say) {
   const int64_t count = 2148;  // two tiles and a tail: rank 0 owns the first tile
   const kernels::Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic, .seed = 77};
   const std::vector<kernels::Segment> segments = {{0, 700, 5}, {768, 2100, 6}};
-  std::vector<Floats> x, residual, results(2), next(2, Floats(count, 9)), expected_next = next;
+  std::vector<Floats> x, residual, results(2), next(2), expected_next(2, Floats(count, 9));
   for (int r = 0; r < 2; ++r) {
     x.push_back(noise(count, r));
     residual.push_back(noise(count, 10 + r));
@@ -89,16 +89,14 @@ TEST(two_shot_is_what_its_encodes_say) {
   }
   run_threads(2, [&](Communicator& comm) {
     const int rank = comm.rank();
-    Request r = request(comm, Collective::all_reduce,
-                        {.codec = codec,
-                         .step = 11,
-                         .segments = segments,
-                         .residual = residual[rank].data(),
-                         .next_residual = next[rank].data(),
-                         .residual_scale = 2},
-                        x[rank], results[rank]);
+    const auto residuals = residuals_of(residual[rank], 9);
+    Request r = request(
+        comm, Collective::all_reduce,
+        {.codec = codec, .step = 11, .segments = segments, .residuals = residuals, .residual_scale = 2},
+        x[rank], results[rank]);
     r.call.op = Op::avg;
     run(comm, r);
+    next[rank] = owed(*residuals);
   });
   Floats expected(count);
   const int64_t begins[] = {0, 1024, count};
@@ -150,7 +148,7 @@ TEST(trips_do_not_show_in_the_bits) {
   const int64_t count = 400'000;
   const kernels::Codec codec{.kind = CodecKind::int4, .rounding = Rounding::stochastic, .seed = 1};
   Floats expected(2 * count), residual(count, 0.25F);
-  std::vector<Floats> next(2, Floats(count)), expected_next = next;
+  std::vector<Floats> expected_next(2, Floats(count));
   std::vector<char> code(kernels::wire_bytes(codec.kind, count));
   for (int r = 0; r < 2; ++r) {
     const Floats x = noise(count, r);
@@ -178,16 +176,16 @@ TEST(trips_do_not_show_in_the_bits) {
     kernels::transcode(args);
   }
   run_threads(2, [&](Communicator& comm) {
-    const Coding coding{
-        .codec = codec, .step = 5, .residual = residual.data(), .next_residual = next[comm.rank()].data()};
     Floats out(2 * count);
     for (const char* algorithm : {"direct", "ring", "recursive_doubling"}) {
       const Floats x = noise(count, comm.rank());
-      Request r = request(comm, Collective::all_gather, coding, x, out);
+      const auto residuals = residuals_of(residual);
+      Request r = request(comm, Collective::all_gather,
+                          {.codec = codec, .step = 5, .residuals = residuals}, x, out);
       r.algorithm = algorithm;
       run(comm, r);
       CHECK(out == expected);
-      CHECK(next[comm.rank()] == expected_next[comm.rank()]);
+      CHECK(owed(*residuals) == expected_next[comm.rank()]);
     }
   });
 }
@@ -260,17 +258,16 @@ TEST(error_feedback_keeps_what_is_lost) {
         run_threads(n, [&](Communicator& comm) {
           const int rank = comm.rank();
           before[rank] = noise(count, 100 + rank);
-          after[rank].assign(count, NAN);
           results[rank].resize(count);
           const Floats x = noise(count, rank);
           const Coding coding{.codec = {.kind = CodecKind::int8},
-                              .residual = before[rank].data(),
-                              .next_residual = after[rank].data(),
+                              .residuals = residuals_of(before[rank]),
                               .residual_scale = scale};
           Request r = request(comm, Collective::all_reduce, coding, x, results[rank]);
           r.call.op = op;
           r.algorithm = algorithm.name;
           run(comm, r);
+          after[rank] = owed(*coding.residuals);
         });
         std::vector<double> should = sum_of(n, count);
         double worst = 0;
@@ -297,7 +294,7 @@ TEST(what_is_refused_is_told_with_what_there_is) {
       Coding coding{.codec = {.kind = CodecKind::int8}};
       Request r = request(comm, Collective::all_reduce, coding, x, x);
       change(r, coding);
-      r.coding = std::make_shared<const Coding>(coding);
+      r.coding = std::make_shared<Coding>(coding);
       try {
         comm.bind(r);
         check::fail(__FILE__, __LINE__, "not refused: " + words);
@@ -327,16 +324,97 @@ TEST(what_is_refused_is_told_with_what_there_is) {
           r.call.counts = {2500, 2500};
         },
         "begins at element 2500");
-    CHECK_THROWS(ValueError, comm.bind_topk(request(comm, Collective::all_reduce, {}, x, x), 0));
-    CHECK_THROWS(ValueError, comm.bind_shared_int(request(comm, Collective::all_reduce, {}, x, x), 12));
+    refused([](Request& r, Coding&) { r.composite = TopK{0}; }, "one element at least");
+    refused([](Request& r, Coding&) { r.composite = SharedInt{12}; }, "8, 16 or 32 bits");
+    refused(
+        [](Request& r, Coding&) {
+          r.composite = TopK{3};
+          r.algorithm = "ring";
+        },
+        "algorithm=\"ring\": topk");
   });
   run_threads(3, [](Communicator& comm) {
-    Floats x = noise(5000, 0), residual(5000);
-    const Coding coding{
-        .codec = {.kind = CodecKind::int8}, .residual = residual.data(), .next_residual = residual.data()};
+    Floats x = noise(5000, 0);
+    const Coding coding{.codec = {.kind = CodecKind::int8}, .residuals = std::make_shared<Residuals>(5000)};
     Request r = request(comm, Collective::all_reduce, coding, x, x);
     r.algorithm = "halving_doubling";
     CHECK_THROWS(ValueError, comm.bind(r));
+  });
+}
+
+// A result that holds NaN or Inf leaves what is owed as it was, on every path that a final value takes; and
+// what a call has changed can be taken back.
+TEST(residuals_stay_where_a_result_is_not_finite) {
+  const int64_t count = 3000;
+  for (const int n : {1, 2, 3}) {
+    run_threads(n, [&](Communicator& comm) {
+      const Floats before = noise(count, 7);
+      for (const char* algorithm : {"two_shot", "ring", "one_shot"}) {
+        for (const float wrong : {INFINITY, -INFINITY, NAN}) {
+          for (const bool topk : {false, true}) {
+            const Coding coding{.codec = {.kind = CodecKind::int8}, .residuals = residuals_of(before)};
+            Residuals& residuals = *coding.residuals;
+            Floats x = noise(count, comm.rank()), out(count);
+            const auto reduce = [&] {
+              Request r = request(comm, Collective::all_reduce, coding, x, out);
+              if (topk) {
+                r.composite = TopK{20};
+              } else if (n > 1) {
+                r.algorithm = algorithm;
+              }
+              run(comm, r);
+            };
+            if (comm.rank() == n - 1) x[2999] = wrong;
+            reduce();
+            CHECK(!std::isfinite(out[2999]));
+            CHECK(owed(residuals) == before);
+            residuals.take_back();
+            CHECK(owed(residuals) == before);
+            x[2999] = 1;
+            reduce();
+            CHECK(owed(residuals) != before);
+            residuals.take_back();
+            CHECK(owed(residuals) == before);
+            residuals.take_back();
+            CHECK(owed(residuals) == before);
+          }
+        }
+      }
+    });
+  }
+}
+
+// Calls that are counted have the communicator's number, one for each run, and the others that of their
+// caller; a call that is bound once is run again under another step.
+TEST(a_bound_call_is_run_again_in_another_step) {
+  const int64_t count = 5000;
+  run_threads(2, [&](Communicator& comm) {
+    Patience patience;
+    const Floats x = noise(count, comm.rank());
+    const kernels::Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic};
+    for (const bool shared : {false, true}) {
+      Floats out(count), expected(count);
+      const auto bind = [&](const Coding& coding, Floats& to) {
+        Request r = request(comm, Collective::all_reduce, coding, x, to);
+        if (shared) r.composite = SharedInt{16};
+        return comm.bind(r);
+      };
+      Bound fixed = bind({.codec = codec, .step = 4}, expected);
+      Bound counted = bind({.codec = codec, .counted = true}, out);
+      for (int i = 0; i < 3; ++i) {
+        const uint32_t step = comm.codec_step();
+        comm.run(counted, patience);
+        CHECK_EQ(comm.codec_step(), step + 1);
+        fixed.set_step(step);
+        const uint64_t fingerprint = fixed.record.fingerprint;
+        comm.run(fixed, patience);
+        CHECK(out == expected);
+        fixed.set_step(step + 1);
+        CHECK(fixed.record.fingerprint != fingerprint);
+        fixed.set_step(step);
+        CHECK_EQ(fixed.record.fingerprint, fingerprint);
+      }
+    }
   });
 }
 
@@ -368,11 +446,15 @@ TEST(different_codecs_are_a_mismatch) {
        },
        {"codec=bf16", "op=sum, algorithm"}},
       {[&](Communicator& c, Floats& x, bool other) {
-         return c.bind_topk(request(c, Collective::all_reduce, {}, x, x), other ? 10 : 11);
+         Request r = request(c, Collective::all_reduce, {}, x, x);
+         r.composite = TopK{other ? 10 : 11};
+         return c.bind(r);
        },
        {"all_reduce(count=5000, dtype=float32", "topk(10)", "topk(11)"}},
       {[&](Communicator& c, Floats& x, bool other) {
-         return c.bind_shared_int(request(c, Collective::all_reduce, {.step = other}, x, x), 8);
+         Request r = request(c, Collective::all_reduce, {.step = other}, x, x);
+         r.composite = SharedInt{8};
+         return c.bind(r);
        },
        {"shared_int(8), step=0", "shared_int(8), step=1"}},
   };
@@ -385,7 +467,7 @@ TEST(different_codecs_are_a_mismatch) {
         Patience patience;
         Floats x = noise(5000, 0);
         try {
-          const Bound bound = wrong.bind(comm, x, comm.rank() == 1);
+          Bound bound = wrong.bind(comm, x, comm.rank() == 1);
           if (queued) {
             works[comm.rank()] = comm.submit(bound);
             works[comm.rank()]->wait(INFINITY, patience);

@@ -35,12 +35,13 @@ TEST(topk_adds_the_largest_of_every_rank) {
           const Floats x = noise(count, comm.rank());
           for (const double prescale : {1.0, 0.5}) {
             for (const Op op : {Op::sum, Op::avg}) {
-              Floats out(count), residual(count), next(count, NAN);
-              Request r = request(comm, Collective::all_reduce,
-                                  {.residual = residual.data(), .next_residual = next.data()}, x, out);
+              Floats out(count);
+              const auto residuals = residuals_of(Floats(count));
+              Request r = request(comm, Collective::all_reduce, {.residuals = residuals}, x, out);
+              r.composite = TopK{k};
               r.call.op = op;
               r.call.prescale = prescale;
-              const Bound bound = comm.bind_topk(r, k);
+              Bound bound = comm.bind(r);
               if (op == Op::avg) {
                 comm.submit(bound)->wait(INFINITY, patience);
               } else {
@@ -52,7 +53,7 @@ TEST(topk_adds_the_largest_of_every_rank) {
                 right = right && std::abs(out[i] - should) <= 1e-6 * (1 + std::abs(should));
               }
               CHECK(right);
-              CHECK(next == left[comm.rank()]);
+              CHECK(owed(*residuals) == left[comm.rank()]);
             }
           }
         });
@@ -76,7 +77,8 @@ TEST(shared_int_does_not_depend_on_the_algorithm) {
         Request r = request(comm, Collective::all_reduce, {.codec = {.seed = 9}, .step = 2}, x, out);
         r.call.op = Op::avg;
         r.algorithm = algorithm;
-        const Bound bound = comm.bind_shared_int(r, width);
+        r.composite = SharedInt{width};
+        Bound bound = comm.bind(r);
         if (algorithm[0] == 't') {
           comm.submit(bound)->wait(INFINITY, patience);
         } else {

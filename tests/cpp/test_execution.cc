@@ -13,12 +13,12 @@ using namespace group_calls;
 namespace {
 
 // Runs a call as blocking calls and as asynchronous ones do.
-const std::vector<std::function<void(Communicator&, const Bound&)>> kWays = {
-    [](Communicator& comm, const Bound& bound) {
+const std::vector<std::function<void(Communicator&, Bound&)>> kWays = {
+    [](Communicator& comm, Bound& bound) {
       Patience patience;
       comm.run(bound, patience);
     },
-    [](Communicator& comm, const Bound& bound) {
+    [](Communicator& comm, Bound& bound) {
       Patience patience;
       comm.submit(bound)->wait(INFINITY, patience);
     },

@@ -213,7 +213,8 @@ class Rank {
     buffers.in = in;
     buffers.out = out;
     buffers.in_distance = in_memory.distance;
-    buffers.coding = &s.coding;
+    Coding coding = s.coding;
+    buffers.coding = &coding;
 
     const Prepared& prepared = *s.plans[rank_];
     calls_->complete(prepared, buffers, policy_, 60, patience_);

@@ -453,7 +453,7 @@ TEST(one_rank_that_may_not_read_others_decides_for_all) {
         [&](Communicator& comm) {
           Patience patience;
           Call call(comm, Collective::all_gather, 1 << 20);
-          const Bound bound = comm.bind(call.request);
+          Bound bound = comm.bind(call.request);
           CHECK_EQ(bound.preludes.size(), forbidden ? 0U : 1U);
           comm.run(bound, patience);
         },

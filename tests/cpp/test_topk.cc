@@ -174,6 +174,25 @@ TEST(sums) {
 }
 
 // Whatever a record says, nothing outside of the sum is written, and nothing at all if it does not fit.
+TEST(whether_what_a_record_touches_is_finite) {
+  const Floats x = values(500, Kind::normal, 3);
+  std::vector<uint8_t> record(static_cast<size_t>(topk_record_bytes(20)));
+  topk_encode({.dtype = DType::float32, .x = x.data(), .count = 500, .capacity = 20, .record = record.data()});
+  const std::vector<uint32_t> touched = largest(x, 20);
+  for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+    std::vector<uint8_t> out(500 * size_of(dtype));
+    CHECK(topk_finite(record.data(), 20, dtype, out.data()));
+    for (size_t i = 0; i < 500; ++i) {
+      uint8_t* top = &out[(i + 1) * size_of(dtype) - 2];  // the sign and the exponent
+      top[0] = dtype == DType::float16 ? 0 : 0x80;
+      top[1] = dtype == DType::float16 ? 0x7c : 0x7f;
+      const bool is_touched = std::ranges::find(touched, i) != touched.end();
+      CHECK_EQ(topk_finite(record.data(), 20, dtype, out.data()), !is_touched);
+      top[0] = top[1] = 0;
+    }
+  }
+}
+
 TEST(hostile_records) {
   std::mt19937 random(6);
   const size_t capacity = 20, count = 100;

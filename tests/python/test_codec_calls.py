@@ -1,4 +1,4 @@
-"""The native calls with codecs, under pycomm.codecs: what they return, count, keep alive and refuse."""
+"""Calls with codecs: what they return, count, remember, keep alive and refuse."""
 
 import gc
 from collections.abc import Callable
@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 
 import pycomm
-from pycomm import Communicator, _native
+from pycomm import Bucket, Communicator, _native, codecs
 
 Ranks = Callable[..., list[Any]]
 
 pytestmark = pytest.mark.links
-INT8 = _native.Codec("int8")
+INT8 = codecs.Int8(rounding="nearest")
 
 
 def noise(comm: Communicator, count: int = 5000, dtype: str = "float32") -> np.ndarray:
     return np.random.default_rng(comm.rank).standard_normal(count).astype(dtype)
 
 
-def roundtrip(codec: _native.Codec, x: np.ndarray, **encoding: Any) -> np.ndarray:
-    decoded = np.empty_like(x)
-    _native.decode(codec, _native.encode(codec, x, **encoding), decoded)
+def roundtrip(codec: codecs.BlockCodec, x: np.ndarray, **encoding: Any) -> np.ndarray:
+    decoded, native = np.empty_like(x), codec.native()
+    _native.decode(native, _native.encode(native, x, **encoding), decoded)
     return decoded
 
 
@@ -30,7 +30,7 @@ def roundtrip(codec: _native.Codec, x: np.ndarray, **encoding: Any) -> np.ndarra
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_all_reduce_sums_what_encodes_leave(ranks: Ranks, dtype: str) -> None:
     def fn(comm: Communicator) -> None:
-        codec = _native.Codec("int8", rounding="stochastic", seed=9)
+        codec = codecs.Int8(seed=9)
         x = noise(comm, dtype=dtype)
         total = sum(
             roundtrip(
@@ -43,10 +43,10 @@ def test_all_reduce_sums_what_encodes_leave(ranks: Ranks, dtype: str) -> None:
         )
         assert isinstance(total, np.ndarray)
         y = np.empty_like(x)
-        assert _native.run_codec(comm, "all_reduce", x, codec, out=y, algorithm="one_shot", step=4) is y
+        assert comm.all_reduce(x, codec=codec, out=y, algorithm="one_shot", step=4) is y
         assert y.tobytes() == total.astype(dtype).tobytes()
-        halved = _native.run_codec(
-            comm, "all_reduce", x, codec, out=y, op="avg", algorithm="one_shot", step=4, async_op=True
+        halved = comm.all_reduce(
+            x, codec=codec, out=y, op="avg", algorithm="one_shot", step=4, async_op=True
         ).wait()
         assert halved.tobytes() == (total / 2).astype(dtype).tobytes()
 
@@ -56,11 +56,11 @@ def test_all_reduce_sums_what_encodes_leave(ranks: Ranks, dtype: str) -> None:
 def test_blocks(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = noise(comm, 3000)
-        gathered = _native.run_codec(comm, "all_gather", x, INT8)
+        gathered = comm.all_gather(x, codec=INT8)
         others = [np.random.default_rng(r).standard_normal(3000).astype("float32") for r in range(3)]
         assert gathered.tobytes() == b"".join(roundtrip(INT8, other).tobytes() for other in others)
         counts = [100, 0, 2900]
-        part = _native.run_codec(comm, "reduce_scatter", x, INT8, counts=counts)
+        part = comm.reduce_scatter(x, codec=INT8, counts=counts)
         assert part.shape == (counts[comm.rank],)
         begin = sum(counts[: comm.rank])
         exact = sum(others)[begin : begin + counts[comm.rank]]
@@ -73,11 +73,11 @@ def test_steps_are_counted_where_none_is_given() -> None:
     def fn(comm: Communicator) -> None:
         x = noise(comm)
         assert comm.codec_step == 0
-        _native.run_codec(comm, "all_reduce", x, INT8)
-        _native.run_codec(comm, "all_reduce", x, INT8, step=40)
+        comm.all_reduce(x, codec=INT8)
+        comm.all_reduce(x, codec=INT8, step=40)
         with pytest.raises(ValueError):
-            _native.run_codec(comm, "all_reduce", x, INT8, algorithm="recursive_doubling")
-        _native.run_codec(comm, "all_reduce", x, INT8, async_op=True).wait()
+            comm.all_reduce(x, codec=INT8, algorithm="recursive_doubling")
+        comm.all_reduce(x, codec=INT8, async_op=True).wait()
         assert comm.codec_step == 2
         comm.all_reduce(x)
         assert comm.codec_step == 2
@@ -85,25 +85,79 @@ def test_steps_are_counted_where_none_is_given() -> None:
     pycomm.run_local(fn, 2)
 
 
+def test_a_call_that_is_remembered_is_the_same_call(ranks: Ranks) -> None:
+    """The step of each run, given or counted, decides its random bits; nothing else of a call before does."""
+
+    def fn(comm: Communicator) -> None:
+        codec: Any
+        for codec in ("int8", codecs.Int4(seed=3), "shared_int", codecs.TopK(error_feedback=False)):
+            x, y = noise(comm), np.empty(5000, np.float32)
+            results = []
+            for step in (5, 6, 5):
+                comm.all_reduce(x, out=y, codec=codec, step=step)
+                results.append(y.copy())
+            op = comm.all_reduce_init(x, out=y, codec=codec, step=6)
+            assert (results[0] == results[2]).all() and op() is y and (results[1] == y).all()
+            assert (op() == y).all() and (results[1] == y).all()
+            assert (results[0] != results[1]).any() != isinstance(codec, codecs.TopK)
+            before = comm.codec_step
+            for call in (comm.all_reduce_init(x, out=y, codec=codec), lambda: comm.all_reduce(x, out=y, codec=codec)):
+                for _ in range(3):
+                    step = comm.codec_step
+                    call()
+                    counted = y.copy()
+                    comm.all_reduce(x.copy(), out=y, codec=codec, step=step)
+                    assert (counted == y).all()
+            assert comm.codec_step == before + 6
+
+    ranks(fn, 2)
+
+
+def test_bound_calls_with_error_feedback(ranks: Ranks) -> None:
+    """They read what is owed, and exempt what is exempt, as the calls do that are made anew."""
+
+    def fn(comm: Communicator) -> None:
+        tensors = [noise(comm, 1000).reshape(10, 100), noise(comm, 7), noise(comm, 600).reshape(3, 200)]
+        for kind in (codecs.Int4, codecs.TopK):
+            feedbacks = codecs.ErrorFeedback(), codecs.ErrorFeedback()
+            bound, anew = (kind(error_feedback=feedback) for feedback in feedbacks)
+            one, other = (Bucket(tensors, names=["a", "b", "c"]) for _ in range(2))
+            x, z = noise(comm), noise(comm)
+            op = comm.all_reduce_init(one, op="avg", codec=bound)
+            of_array = comm.all_reduce_init(x, op="avg", codec=bound, tag="array")
+            for _ in range(4):
+                one.pack()
+                other.pack()
+                assert op() is one and comm.all_reduce(other, op="avg", codec=anew) is other
+                assert (one.data == other.data).all()
+                x[:] = z[:] = noise(comm)
+                assert of_array() is x
+                comm.all_reduce(z, op="avg", codec=anew, tag="array")
+                assert (x == z).all()
+            states = [feedback.state_dict() for feedback in feedbacks]
+            assert list(states[0]) == ["a", "c", "array"] == list(states[1])
+            assert all((states[0][name] == states[1][name]).all() for name in states[0])
+            for feedback in feedbacks:
+                feedback.skip()
+                feedback.load_state_dict(states[0])  # in memory of its own
+            one.pack()
+            other.pack()
+            assert (op().data == comm.all_reduce(other, op="avg", codec=anew).data).all()
+            feedbacks[0].scale = 8.0
+            with pytest.raises(ValueError, match="was 1.0.* is 8.0.*: bind it anew"):
+                op()
+
+    ranks(fn, 2)
+
+
 def test_work_keeps_residuals_alive(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = noise(comm, 200_000)
         works = []
         for _ in range(5):
-            e = np.zeros(200_000, np.float32)
-            works.append(
-                _native.run_codec(
-                    comm,
-                    "all_reduce",
-                    x,
-                    INT8,
-                    out=np.empty_like(x),
-                    residual=e,
-                    next_residual=e,
-                    async_op=True,
-                )
-            )
-            del e
+            codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+            works.append(comm.all_reduce(x, codec=codec, out=np.empty_like(x), tag="w", async_op=True))
+            del codec
             gc.collect()
         results = [work.wait() for work in works]
         assert all(result.tobytes() == results[0].tobytes() for result in results)
@@ -114,35 +168,36 @@ def test_work_keeps_residuals_alive(ranks: Ranks) -> None:
 def test_refused_before_anything_moves(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = noise(comm)
-        e = np.zeros(5000, np.float32)
+        many: Any = comm  # whatever it is given
+        fed = codecs.Int8(error_feedback=codecs.ErrorFeedback())
         for error, words, call in (
-            (TypeError, "float64", lambda: _native.run_codec(comm, "all_reduce", x.astype("float64"), INT8)),
-            (TypeError, "int32", lambda: _native.run_topk(comm, x.astype("int32"), 5)),
-            (TypeError, "op is max", lambda: _native.run_codec(comm, "all_reduce", x, INT8, op="max")),
+            (TypeError, "float64", lambda: comm.all_reduce(x.astype("float64"), codec=INT8)),
+            (TypeError, "int32", lambda: comm.all_reduce(x.astype("int32"), codec="topk", tag="w")),
+            (TypeError, r"x\[1\]. is int32", lambda: comm.all_reduce([x, x.astype("int32")], codec=INT8)),
+            (TypeError, "op is max", lambda: comm.all_reduce(x, codec=INT8, op="max")),
+            (
+                TypeError,
+                "error_feedback=False",
+                lambda: comm.all_reduce(x, codec=fed, tag="w", op=pycomm.premul_sum(0.5)),
+            ),
             (
                 ValueError,
                 "two_shot, ring",
-                lambda: _native.run_codec(comm, "all_reduce", x, INT8, algorithm="recursive_doubling"),
+                lambda: comm.all_reduce(x, codec=INT8, algorithm="recursive_doubling"),
             ),
-            (ValueError, "takes no codec", lambda: _native.run_codec(comm, "broadcast", x, INT8)),
-            (
-                ValueError,
-                "4999 elements",
-                lambda: _native.run_codec(comm, "all_reduce", x, INT8, residual=e[1:], next_residual=e[1:]),
-            ),
-            (ValueError, "go together", lambda: _native.run_codec(comm, "all_reduce", x, INT8, residual=e)),
-            (
-                ValueError,
-                "multiple of 256",
-                lambda: _native.run_codec(comm, "all_reduce", x, INT8, segments=[(5, 9, 0)]),
-            ),
-            (ValueError, "one element at least", lambda: _native.run_topk(comm, x, 0)),
-            (ValueError, "8, 16 or 32", lambda: _native.run_shared_int(comm, x, 4)),
+            (TypeError, "takes no codec", lambda: many.broadcast(x, codec=INT8)),
+            (ValueError, "32 bits", lambda: comm.all_reduce(x, codec=INT8, step=1 << 32)),
+            (ValueError, "32 bits", lambda: comm.all_reduce(x, codec=INT8, step=-1)),
+            (TypeError, "step.*integer", lambda: many.all_reduce(x, codec=INT8, step="3")),
             (TypeError, "codec=", lambda: comm.all_reduce(x, step=3)),
+            (TypeError, "codec=", lambda: many.all_reduce_init(x, step=3)),
+            (ValueError, "did you mean 'int8'", lambda: comm.all_reduce_init(x, codec="INT8")),
+            (ValueError, "tag=", lambda: comm.all_reduce_init(x, codec=fed)),
         ):
             if comm.rank == 1:  # on one rank alone
                 with pytest.raises(error, match=words):
                     call()
+        assert comm.codec_step == 0 and fed.error_feedback.state_dict() == {}
         comm.all_reduce(x)  # and the group goes on
 
     ranks(fn, 2)
@@ -150,9 +205,9 @@ def test_refused_before_anything_moves(ranks: Ranks) -> None:
 
 def test_different_codecs_are_a_mismatch(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> str:
-        codec = _native.Codec("bf16") if comm.rank else INT8
+        codec = codecs.BF16(rounding="nearest") if comm.rank else INT8
         with pytest.raises(pycomm.MismatchError) as raised:
-            _native.run_codec(comm, "all_reduce", noise(comm), codec, step=3)
+            comm.all_reduce(noise(comm), codec=codec, step=3)
         return str(raised.value)
 
     for text in ranks(fn, 2):
@@ -173,7 +228,7 @@ def test_algorithms_of_ones_own_carry_codecs_if_they_can() -> None:
     pycomm.Algorithm("star_for_codecs", "all_reduce", write)
 
     def fn(comm: Communicator) -> bytes:
-        y = _native.run_codec(comm, "all_reduce", noise(comm, 200_000), INT8, algorithm="star_for_codecs")
+        y = comm.all_reduce(noise(comm, 200_000), codec=INT8, algorithm="star_for_codecs")
         return y.tobytes()
 
     first, *others = pycomm.run_local(fn, 3)

@@ -109,6 +109,25 @@ void store(void* x, DType dtype, const float* from, size_t n) {
   store_as<Wide<float>>(x, from, n);
 }
 
+// The largest magnitude, as bits, is that of the largest number, of an Inf or of a NaN.
+template <class Bits>
+bool all_below(const void* x, size_t n, Bits infinity) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const auto* from = in<Bits>(x);
+  Bits most = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const Bits magnitude = from[i].value & kMagnitude;
+    most = most < magnitude ? magnitude : most;
+  }
+  return most < infinity;
+}
+
+bool finite(const void* x, DType dtype, size_t n) {
+  if (dtype == DType::float16) return all_below<uint16_t>(x, n, 0x7c00);
+  if (dtype == DType::bfloat16) return all_below<uint16_t>(x, n, 0x7f80);
+  return all_below<uint32_t>(x, n, kFloatInf);
+}
+
 void divide(float* to, const float* from, float divisor) {
   auto* result = out<float>(to);
   const auto* x = in<float>(from);
@@ -552,6 +571,7 @@ const CodecKernels codec_kernels = {
                    decode_blocks<Mxfp8Code<true>>, decode_blocks<Int8Code>, decode_blocks<Int4Code>,
                    decode_rotated, decode_sign},
     .store = store,
+    .finite = finite,
     .divide = divide,
     .random = random,
     .encode = {{encode_plain<Float16Code, false>, encode_plain<Float16Code, true>},

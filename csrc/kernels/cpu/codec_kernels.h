@@ -35,6 +35,7 @@ struct CodecKernels {
   void (*sum_decode[kNumTileCodes])(float* to, const float* from, const uint8_t* wire, bool past);
 
   void (*store)(void* x, DType dtype, const float* from, size_t n);  // rounds once, NaN is canonical
+  bool (*finite)(const void* x, DType dtype, size_t n);              // no NaN, no Inf
   void (*divide)(float* to, const float* from, float divisor);
 
   // 16 bytes for each counter from `first` on; `first` and `counters` are multiples of 16. Meanwhile, of

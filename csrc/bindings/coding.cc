@@ -1,0 +1,176 @@
+#include "bindings/coding.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "bindings/codecs.h"
+#include "common/error.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+using runtime::Coding;
+using runtime::Residuals;
+
+namespace {
+
+py::module_ codecs() { return py::module_::import("pycomm.codecs"); }
+
+py::tuple shape_of(const py::handle& x) { return py::tuple(x.attr("shape")); }
+
+// A view of memory that the residuals own.
+py::array_t<float> view_of(const std::shared_ptr<Residuals>& residuals, float* data) {
+  const py::capsule owner(new std::shared_ptr<Residuals>(residuals),
+                          [](void* p) { delete static_cast<std::shared_ptr<Residuals>*>(p); });
+  return py::array_t<float>(static_cast<py::ssize_t>(residuals->count()), data, owner);
+}
+
+}  // namespace
+
+Feeding::Feeding(py::object comm, py::object feedback, py::object places, int64_t count, bool of_torch)
+    : comm_(std::move(comm)),
+      feedback_(std::move(feedback)),
+      places_(std::move(places)),
+      count_(count),
+      of_torch_(of_torch) {}
+
+void Feeding::renew(Coding& coding) {
+  layout_ = feedback_.attr("layout")(comm_, places_, count_, of_torch_);
+  const auto scale = feedback_.attr("scale").cast<float>();
+  if (coding.residuals && coding.residual_scale != scale) {
+    throw ValueError("the loss scale of the error feedback was " + std::to_string(coding.residual_scale) +
+                     " when this call was bound, and is " + std::to_string(scale) + ": bind it anew");
+  }
+  coding.residuals = layout_.attr("residuals").cast<std::shared_ptr<Residuals>>();
+  coding.residual_scale = scale;
+}
+
+Coder::Coder(const char* collective, const Arguments& args) : args_(args) {
+  if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
+  if (args[Arg::step]) step_argument(args[Arg::step]);
+  codec_ = codecs().attr("resolve")(py::handle(args[Arg::codec]), collective);
+  feedback_ = codecs().attr("feedback_of")(codec_, py::handle(args.self));
+}
+
+void Coder::check(const runtime::Request& request) const {
+  runtime::check_floats(request.call, codec_.attr("name").cast<std::string>());
+}
+
+std::vector<std::string> Coder::names(const std::vector<size_t>& items) const {
+  const bool tagged = args_[Arg::tag] != nullptr;
+  if (feeds() && !tagged) codecs().attr("require_names")(codec_);
+  const std::string prefix = tagged ? text(args_[Arg::tag], "tag") : "";
+  std::vector<std::string> names;
+  for (const size_t i : items) names.push_back(prefix + "[" + std::to_string(i) + "]");
+  return names;
+}
+
+Parts Coder::parts_of(PyObject* x) const {
+  const py::object segments = py::getattr(x, "segments", py::none());
+  if (segments.is_none()) return {};
+  Parts parts{.names = {}, .segments = parse_segments(segments), .shapes = {}};
+  for (const py::handle view : py::getattr(x, "views")) parts.shapes.push_back(shape_of(view));
+  if (py::getattr(x, "named").cast<bool>()) {
+    parts.names = py::getattr(x, "names").cast<std::vector<std::string>>();
+  } else {
+    std::vector<size_t> all(parts.segments.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = i;
+    parts.names = names(all);
+  }
+  return parts;
+}
+
+std::vector<size_t> Coder::exempt(const Parts& parts) const {
+  if (!feeds() || parts.names.empty()) return {};
+  return feedback_.attr("exempted")(parts.names, parts.shapes).cast<std::vector<size_t>>();
+}
+
+std::string Coder::signature(const Parts& parts, const std::vector<size_t>& exempt) {
+  py::list names, shapes;
+  for (const size_t i : exempt) {
+    names.append(parts.names[i]);
+    shapes.append(parts.shapes[i]);
+  }
+  const py::object text = py::module_::import("pycomm.layouts").attr("signature")(names, shapes);
+  return "exempt " + text.cast<std::string>();
+}
+
+std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& parts,
+                                     const std::vector<size_t>& exempt, PyObject* x, int64_t count) const {
+  check(request);
+  const auto kind = codec_.attr("name").cast<std::string>();
+  auto coding = std::make_shared<Coding>();
+  int64_t carried = count;
+  py::list places;
+  if (parts.names.empty()) {
+    if (feeds()) {
+      if (!args_[Arg::tag]) codecs().attr("require_names")(codec_);
+      places.append(py::make_tuple(text(args_[Arg::tag], "tag"), 0, count));
+    }
+  } else {
+    carried = 0;
+    auto left_out = exempt.begin();
+    for (size_t i = 0; i < parts.segments.size(); ++i) {
+      if (left_out != exempt.end() && *left_out == i) {
+        ++left_out;
+        continue;
+      }
+      const kernels::Segment& segment = parts.segments[i];
+      coding->segments.push_back(segment);
+      places.append(py::make_tuple(parts.names[i], segment.begin, segment.end));
+      carried += segment.end - segment.begin;
+    }
+  }
+  if (kind == "topk") {
+    if (exempt.empty()) coding->segments.clear();  // what lies between tensors is zero
+    request.composite = runtime::TopK{codec_.attr("kept")(carried).cast<int64_t>()};
+  } else if (kind == "shared_int") {
+    request.composite = runtime::SharedInt{codec_.attr("width").cast<int>()};
+    coding->codec.seed = codec_.attr("seed").cast<uint64_t>();
+  } else {
+    coding->codec = codec_.attr("native")().cast<kernels::Codec>();
+  }
+  coding->counted = !args_[Arg::step];
+  if (!coding->counted) coding->step = step_argument(args_[Arg::step]);
+  request.coding = coding;
+  if (!feeds()) return nullptr;
+  if (request.call.prescale != 1.0) {
+    throw TypeError("`op` is premul_sum, and " + kind +
+                    " has error feedback, which counts in units of the sum: scale the gradients first, or "
+                    "pass error_feedback=False");
+  }
+  const py::object data = py::getattr(x, "__pycomm_buffer__", py::handle(x));
+  const bool of_torch = py::module_::import("pycomm.gradients").attr("is_tensor")(data).cast<bool>();
+  auto feeding = std::make_shared<Feeding>(py::reinterpret_borrow<py::object>(args_.self), feedback_,
+                                           py::tuple(places), count, of_torch);
+  feeding->renew(*coding);
+  return feeding;
+}
+
+uint32_t step_argument(PyObject* step) {
+  const int64_t value = integer(step, "step");
+  if (value < 0 || value >> 32) {
+    throw ValueError("`step` is " + std::to_string(value) + ": a number of 32 bits");
+  }
+  return static_cast<uint32_t>(value);
+}
+
+void add_coding(py::module_& module, py::class_<PyCommunicator>& communicator) {
+  communicator.def_property_readonly(
+      "codec_step", [](const PyCommunicator& self) { return self->codec_step(); },
+      "How many calls with a codec were made without step=: the step of the next one.");
+  py::class_<Residuals, std::shared_ptr<Residuals>>(
+      module, "Residuals", "What `count` elements still owe, as calls with error feedback read and write it.")
+      .def(py::init<int64_t>(), py::arg("count"))
+      .def_property_readonly(
+          "now",
+          [](const std::shared_ptr<Residuals>& self) { return view_of(self, self->now()); },
+          "float32, a view; to use while no call is under way.")
+      .def("take_back", &Residuals::take_back, "Undoes the last call's change, if it made one.");
+}
+
+}  // namespace pycomm::bindings

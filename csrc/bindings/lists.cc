@@ -1,0 +1,360 @@
+#include "bindings/lists.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "bindings/codecs.h"
+#include "bindings/coding.h"
+#include "bindings/packing.h"
+#include "common/error.h"
+#include "common/hash.h"
+#include "kernels/codec.h"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+namespace {
+
+using kernels::Segment;
+using schedule::Collective;
+
+// From here on copying a list's item there and back takes longer than a call of its own.
+constexpr int64_t kLongCopyBytes = 128 << 10;
+
+struct Item {
+  std::span<const int64_t> shape;
+  DType dtype;
+};
+
+// How a list is cut, for ranks to compare: its shapes, with the types that are not the first item's, and
+// where these are too many for a message a number for all.
+std::string signature_of(const std::vector<Item>& list) {
+  constexpr size_t kLongest = 180;
+  Hasher all;
+  std::string text;
+  bool whole = true;
+  for (const Item& item : list) {
+    std::string shape = shape_text(item.shape);
+    if (item.dtype != list[0].dtype) shape = name(item.dtype) + shape;
+    all.add(shape);
+    whole = whole && text.size() + shape.size() <= kLongest;
+    if (whole) text += (text.empty() ? "" : " ") + shape;
+  }
+  text = "list of " + std::to_string(list.size()) + ": " + text;
+  if (whole) return text;
+  char number[24];
+  std::snprintf(number, sizeof number, " ... #%08x", static_cast<unsigned>(all.digest()));
+  return text + number;
+}
+
+// Buffers of a list that go in one call.
+struct Group {
+  enum class Kind : uint8_t { packed, alone, coded, exempt };
+  Kind kind;
+  std::vector<size_t> items;
+  std::vector<Buffer> ins, outs;  // outs: none where nothing comes
+  bool in_place() const { return outs.empty() || outs[0].data == ins[0].data; }
+};
+
+// A list, read and checked.
+class List {
+ public:
+  List(const Method& method, const PyCommunicator& comm, const Arguments& args);
+
+  bool only_sends() const { return only_sends_; }
+  size_t size() const { return ins_.size(); }
+  const Buffer& in(size_t i) const { return ins_[i]; }
+  std::string signature() const;
+  std::shared_ptr<void> keep(bool async) const;
+  py::object result() const { return out_list_; }
+  // Throws ValueError if what is written to one item is also another's.
+  void require_apart() const;
+  // `kinds`: of each item.
+  std::vector<Group> group(const std::vector<Group::Kind>& kinds) const;
+
+ private:
+  void take(size_t i, const std::string& item);
+
+  // Tuples: the caller may change the lists while the call is under way.
+  py::tuple items_, out_items_;
+  py::object out_list_;
+  std::string out_name_;
+  bool only_sends_ = false;
+  std::vector<Buffer> ins_, outs_;
+};
+
+List::List(const Method& method, const PyCommunicator& comm, const Arguments& args)
+    : items_(py::reinterpret_borrow<py::object>(args[Arg::x])),
+      out_list_(py::reinterpret_borrow<py::object>(args[args[Arg::out] ? Arg::out : Arg::x])),
+      out_name_(args[Arg::out] ? "out" : "x") {
+  if (args[Arg::out] && !PyList_Check(args[Arg::out]) && !PyTuple_Check(args[Arg::out])) {
+    throw TypeError(std::string("`out` is a ") + Py_TYPE(args[Arg::out])->tp_name +
+                    ": for a list pass a list as long");
+  }
+  out_items_ = py::tuple(out_list_);
+  if (items_.size() != out_items_.size()) {
+    throw ValueError("`out` has " + std::to_string(out_items_.size()) + " buffers for " +
+                     std::to_string(items_.size()));
+  }
+  only_sends_ = method.collective == Collective::broadcast && comm->rank() == root_argument(comm, args) &&
+                !args[Arg::out];
+  for (size_t i = 0; i < items_.size(); ++i) {
+    try {
+      take(i, "");
+    } catch (const std::exception&) {  // once more, to say which it is: names for all would take time
+      take(i, "[" + std::to_string(i) + "]");
+      throw;
+    }
+  }
+}
+
+void List::take(size_t i, const std::string& item) {
+  Buffer in = get_buffer(items_[i].ptr(), ("x" + item).c_str()),
+         out = get_buffer(out_items_[i].ptr(), (out_name_ + item).c_str());
+  if (!only_sends_) require_writable(out, (out_name_ + item).c_str());
+  require_alike(in, out, item);
+  ins_.push_back(std::move(in));
+  outs_.push_back(std::move(out));
+}
+
+void List::require_apart() const {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < outs_.size(); ++i) {
+    if (outs_[i].bytes() > 0) order.push_back(i);
+  }
+  const auto begin = [&](size_t i) { return static_cast<const char*>(outs_[i].data); };
+  std::ranges::sort(order, {}, begin);
+  for (size_t at = 1; at < order.size(); ++at) {
+    const size_t a = order[at - 1], b = order[at];
+    if (begin(b) >= begin(a) + outs_[a].bytes()) continue;
+    throw ValueError("`" + out_name_ + "[" + std::to_string(std::min(a, b)) + "]` and `" + out_name_ + "[" +
+                     std::to_string(std::max(a, b)) + "]` overlap: pass buffers with memory of their own");
+  }
+}
+
+std::string List::signature() const {
+  std::vector<Item> list;
+  for (const Buffer& in : ins_) list.push_back({in.shape, in.dtype});
+  return signature_of(list);
+}
+
+std::shared_ptr<void> List::keep(bool async) const {
+  std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items_, out_items_))};
+  if (async) {  // the copies come later
+    for (const py::handle item : items_) held.push_back(hold_memory(item.ptr()));
+    for (const py::handle item : out_items_) held.push_back(hold_memory(item.ptr()));
+  }
+  return std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(held));
+}
+
+std::vector<Group> List::group(const std::vector<Group::Kind>& kinds) const {
+  std::vector<Group> groups;
+  for (size_t i = 0; i < ins_.size(); ++i) {
+    const Buffer& in = ins_[i];
+    auto group = std::ranges::find_if(groups, [&](const Group& g) {
+      return g.kind == kinds[i] && g.kind != Group::Kind::alone && g.ins[0].dtype == in.dtype;
+    });
+    if (group == groups.end()) group = groups.insert(groups.end(), Group{kinds[i], {}, {}, {}});
+    group->items.push_back(i);
+    group->ins.push_back(in);
+    if (!only_sends_) group->outs.push_back(outs_[i]);
+  }
+  return groups;
+}
+
+// Whether memory that one group moves is also another's, or in part its own.
+bool any_overlap(const std::vector<Group>& groups) {
+  std::vector<std::pair<const char*, const char*>> spans;
+  const auto add = [&](const Buffer& b) {
+    const auto* begin = static_cast<const char*>(b.data);
+    if (b.bytes() > 0) spans.emplace_back(begin, begin + b.bytes());
+  };
+  for (const Group& group : groups) {
+    for (size_t i = 0; i < group.ins.size(); ++i) {
+      add(group.ins[i]);
+      if (!group.outs.empty() && group.outs[i].data != group.ins[i].data) add(group.outs[i]);
+    }
+  }
+  std::ranges::sort(spans);
+  return std::ranges::adjacent_find(spans, [](const auto& a, const auto& b) { return b.first < a.second; }) !=
+         spans.end();
+}
+
+// A call on what lies in `data`, in place.
+void take_in_place(Invocation& call, const Buffer& data) {
+  call.in = call.out = data;
+  call.request.call.counts.assign(1, data.count);
+  call.request.call.in_place = true;
+}
+
+// A large buffer, where it lies.
+void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
+  const bool in_place = group.in_place();
+  take_in_place(call, group.ins[0]);
+  call.request.call.in_place = in_place;
+  if (!group.outs.empty()) call.out = std::move(group.outs[0]);
+  call.then = [keep = std::move(keep)] {};
+}
+
+// Several buffers of one type in one call: packed, communicated, unpacked. `at_once`: they are packed now,
+// not when the call runs.
+std::shared_ptr<Packing> take_together(Invocation& call, Group group, bool at_once,
+                                       std::shared_ptr<void> keep) {
+  const int64_t align = group.kind == Group::Kind::coded ? kernels::kSegmentAlign : 1;
+  auto packing =
+      std::make_shared<Packing>(std::move(group.ins), std::move(group.outs), align, std::move(keep));
+  take_in_place(call, packing->buffer());
+  call.storage = packing;
+  if (at_once) {
+    packing->pack();
+  } else {
+    call.before = [packing] { packing->pack(); };
+  }
+  call.then = [packing] { packing->unpack(); };
+  return packing;
+}
+
+using Codings = std::vector<std::shared_ptr<runtime::Coding>>;
+
+// What was exempt counts for whether a call's result is finite.
+void unpack_exempt(Invocation& call, std::shared_ptr<Packing> packing, Codings codings) {
+  call.then = [packing = std::move(packing), codings = std::move(codings)] {
+    if (packing->unpack_finite()) return;
+    for (const auto& coding : codings) coding->residuals->take_back();
+  };
+}
+
+std::vector<Segment> segments_of(const std::vector<std::string>& names, const Packing& packing,
+                                 const Group& group) {
+  const auto ids =
+      py::module_::import("pycomm.bucket").attr("segment_ids")(names).cast<std::vector<uint64_t>>();
+  std::vector<Segment> segments;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const int64_t begin = packing.offsets()[i];
+    segments.push_back({begin, begin + group.ins[i].count, ids[i]});
+  }
+  return segments;
+}
+
+std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args) {
+  const List list(method, comm, args);
+  std::optional<Coder> coder;
+  std::vector<Group::Kind> kinds(list.size(), Group::Kind::packed);
+  std::string signature = list.signature();
+  if (args.given & kCodecArguments) {
+    list.require_apart();
+    coder.emplace(method.name, args);
+    Parts parts;
+    std::vector<size_t> all(list.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      all[i] = i;
+      require_codec_dtype(list.in(i).dtype, ("x[" + std::to_string(i) + "]").c_str());
+      parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(list.in(i).shape.begin(), list.in(i).shape.end()))));
+    }
+    parts.names = coder->names(all);
+    kinds.assign(list.size(), Group::Kind::coded);
+    const std::vector<size_t> exempt = coder->exempt(parts);
+    for (const size_t i : exempt) kinds[i] = Group::Kind::exempt;
+    if (!exempt.empty()) signature += ", " + Coder::signature(parts, exempt);
+  } else {
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list.in(i).bytes() >= kLongCopyBytes) kinds[i] = Group::Kind::alone;
+    }
+  }
+  std::vector<Group> groups = list.group(kinds);
+  // What is coded first: what is exempt counts for it.
+  std::ranges::stable_partition(groups, [](const Group& g) { return g.kind != Group::Kind::exempt; });
+  const auto keep = list.keep(truth(args[Arg::async_op]));
+  // What one call writes another may read: then all are read before the first.
+  const bool apart =
+      (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
+  std::vector<Invocation> calls;
+  Codings codings;
+  for (const Group& group : groups) {
+    Invocation& call = calls.emplace_back(begin_call(method, comm, args));
+    std::shared_ptr<Packing> packing;
+    if (group.kind == Group::Kind::alone && apart) {
+      take_alone(call, group, keep);
+    } else {
+      packing = take_together(call, group, !apart, keep);
+    }
+    call.in.signature = signature;
+    finish_request(call);
+    if (coder) coder->check(call.request);
+    if (group.kind == Group::Kind::coded) {
+      Parts parts{.names = coder->names(group.items), .segments = {}, .shapes = {}};
+      parts.segments = segments_of(parts.names, *packing, group);
+      call.feeding = coder->code(call.request, parts, {}, list.result()[py::int_(group.items[0])].ptr(), call.in.count);
+      codings.push_back(call.request.coding);
+    } else if (group.kind == Group::Kind::exempt) {
+      unpack_exempt(call, packing, codings);
+    }
+    if (schedule::reduces(method.collective)) {
+      require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
+    }
+    call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
+    call.result = list.result();
+  }
+  return calls;
+}
+
+Buffer part_of(const Buffer& whole, const Segment& segment) {
+  Buffer part;
+  part.data = static_cast<char*>(whole.data) + segment.begin * static_cast<int64_t>(size_of(whole.dtype));
+  part.dtype = whole.dtype;
+  part.count = segment.end - segment.begin;
+  return part;
+}
+
+// A call on one buffer, whose codec may leave tensors to another one.
+std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& comm, const Arguments& args,
+                                    Invocation first) {
+  std::vector<Invocation> calls;
+  calls.push_back(std::move(first));
+  const Coder coder(method.name, args);
+  coder.check(calls[0].request);
+  const Parts parts = coder.parts_of(args[Arg::x]);
+  const auto exempt =
+      method.collective == Collective::all_reduce ? coder.exempt(parts) : std::vector<size_t>();
+  if (!exempt.empty() && exempt.size() == parts.segments.size()) return calls;
+  {
+    Invocation& call = calls[0];
+    call.feeding = coder.code(call.request, parts, exempt, args[Arg::x], call.in.count);
+  }
+  if (exempt.empty()) return calls;
+  Group group{Group::Kind::exempt, exempt, {}, {}};
+  for (const size_t i : exempt) {
+    group.ins.push_back(part_of(calls[0].in, parts.segments[i]));
+    group.outs.push_back(part_of(calls[0].out, parts.segments[i]));
+  }
+  Invocation& apart = calls.emplace_back(begin_call(method, comm, args));
+  const auto packing = take_together(apart, std::move(group), false, nullptr);
+  // The coded call overwrites their places: they are read before it, and written after it.
+  calls[0].before = std::exchange(apart.before, nullptr);
+  unpack_exempt(apart, packing, {calls[0].request.coding});
+  apart.in.signature = Coder::signature(parts, exempt);
+  finish_request(apart);
+  apart.x = calls[0].x;
+  apart.result = calls[0].result;
+  return calls;
+}
+
+}  // namespace
+
+std::vector<Invocation> check_calls(const Method& method, const PyCommunicator& comm, const Arguments& args) {
+  PyObject* x = args[Arg::x];
+  if (takes_lists(method) && x && (PyList_Check(x) || PyTuple_Check(x))) {
+    return check_list(method, comm, args);
+  }
+  Invocation call = check_call(method, comm, args);
+  if (args.given & kCodecArguments) return check_coded(method, comm, args, std::move(call));
+  std::vector<Invocation> calls;
+  calls.push_back(std::move(call));
+  return calls;
+}
+
+}  // namespace pycomm::bindings
