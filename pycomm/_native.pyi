@@ -186,8 +186,9 @@ class Communicator:
         deadline. `tag`: a name that all ranks must agree on. `async_op`: returns a Work at once. `stream`: of GPU buffers.
 
         `codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
-        an object of pycomm.codecs, the same on all ranks. `step` numbers the calls for stochastic rounding: the same call with
-        the same step gives the same bits; it defaults to `codec_step`, which counts.
+        an object of pycomm.codecs, the same on all ranks. `step`, of 32 bits, numbers the calls for stochastic rounding: the same
+        call with the same step gives the same bits; it defaults to `codec_step`, which counts. TypeError for other dtypes and
+        operators; ValueError where residuals are to be kept and nothing names them: a Bucket's names, or `tag`.
 
         Raises TypeError for what is no buffer, a dtype that pycomm does not know or that does not take `op`, and ValueError for
         buffers that are strided, read-only, of another size or overlap, and for an algorithm that cannot run this call: both
@@ -254,12 +255,15 @@ class Communicator:
         timeout: float | None = None,
         tag: str | None = None,
         stream: typing.Any = None,
+        codec: typing.Any = None,
+        step: int | None = None,
     ) -> PersistentOp:
         """
         Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.
 
         The call takes no arguments, blocks, and returns where the result is. `x` is one buffer, no list; it is kept alive, and
-        must stay the one that is meant: zero_grad() gives a parameter another gradient. Arguments and errors as all_reduce.
+        must stay the one that is meant: zero_grad() gives a parameter another gradient. With a codec every run is a step of its
+        own, unless `step` is given; one thread at a time may run it. Arguments and errors as all_reduce.
         """
 
     @typing.overload

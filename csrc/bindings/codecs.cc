@@ -67,8 +67,8 @@ struct ResidualArrays {
   float* next = nullptr;
   float scale = 1;
 };
-ResidualArrays parse_residuals(const py::object& residual, const py::object& next_residual, double residual_scale,
-                          int64_t count) {
+ResidualArrays parse_residuals(const py::object& residual, const py::object& next_residual,
+                               double residual_scale, int64_t count) {
   if (residual.is_none() != next_residual.is_none()) {
     throw ValueError("`residual` and `next_residual` go together: give both, or neither");
   }

@@ -18,7 +18,7 @@ using runtime::Residuals;
 
 namespace {
 
-py::module_ codecs() { return py::module_::import("pycomm.codecs"); }
+py::module_ kinds() { return py::module_::import("pycomm.codecs.kinds"); }
 
 py::tuple shape_of(const py::handle& x) { return py::tuple(x.attr("shape")); }
 
@@ -52,8 +52,8 @@ void Feeding::renew(Coding& coding) {
 Coder::Coder(const char* collective, const Arguments& args) : args_(args) {
   if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
   if (args[Arg::step]) step_argument(args[Arg::step]);
-  codec_ = codecs().attr("resolve")(py::handle(args[Arg::codec]), collective);
-  feedback_ = codecs().attr("feedback_of")(codec_, py::handle(args.self));
+  codec_ = kinds().attr("resolve")(py::handle(args[Arg::codec]), collective);
+  feedback_ = kinds().attr("feedback_of")(codec_, py::handle(args.self));
 }
 
 void Coder::check(const runtime::Request& request) const {
@@ -62,7 +62,7 @@ void Coder::check(const runtime::Request& request) const {
 
 std::vector<std::string> Coder::names(const std::vector<size_t>& items) const {
   const bool tagged = args_[Arg::tag] != nullptr;
-  if (feeds() && !tagged) codecs().attr("require_names")(codec_);
+  if (feeds() && !tagged) kinds().attr("require_names")(codec_);
   const std::string prefix = tagged ? text(args_[Arg::tag], "tag") : "";
   std::vector<std::string> names;
   for (const size_t i : items) names.push_back(prefix + "[" + std::to_string(i) + "]");
@@ -108,7 +108,7 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
   py::list places;
   if (parts.names.empty()) {
     if (feeds()) {
-      if (!args_[Arg::tag]) codecs().attr("require_names")(codec_);
+      if (!args_[Arg::tag]) kinds().attr("require_names")(codec_);
       places.append(py::make_tuple(text(args_[Arg::tag], "tag"), 0, count));
     }
   } else {
@@ -167,8 +167,7 @@ void add_coding(py::module_& module, py::class_<PyCommunicator>& communicator) {
       module, "Residuals", "What `count` elements still owe, as calls with error feedback read and write it.")
       .def(py::init<int64_t>(), py::arg("count"))
       .def_property_readonly(
-          "now",
-          [](const std::shared_ptr<Residuals>& self) { return view_of(self, self->now()); },
+          "now", [](const std::shared_ptr<Residuals>& self) { return view_of(self, self->now()); },
           "float32, a view; to use while no call is under way.")
       .def("take_back", &Residuals::take_back, "Undoes the last call's change, if it made one.");
 }

@@ -26,8 +26,8 @@ constexpr uint32_t kCommon = bit(Arg::x) | bit(Arg::out) | bit(Arg::algorithm) |
                              bit(Arg::tag) | bit(Arg::async_op) | bit(Arg::stream);
 constexpr uint32_t kReduces = kCommon | bit(Arg::op) | bit(Arg::deterministic);
 
-constexpr Method kAllReduce{
-    "all_reduce", Collective::all_reduce, kReduces | kCodecArguments, 1, nullptr, false};
+constexpr Method kAllReduce{"all_reduce", Collective::all_reduce, kReduces | kCodecArguments, 1, nullptr,
+                            false};
 constexpr Method kAllReduceInit{"all_reduce_init",
                                 Collective::all_reduce,
                                 (kReduces | kCodecArguments) & ~bit(Arg::async_op),
@@ -40,12 +40,8 @@ constexpr Method kReduceScatter{"reduce_scatter",
                                 1,
                                 nullptr,
                                 false};
-constexpr Method kAllGather{"all_gather",
-                            Collective::all_gather,
-                            kCommon | kCodecArguments | bit(Arg::counts),
-                            1,
-                            nullptr,
-                            false};
+constexpr Method kAllGather{
+    "all_gather", Collective::all_gather, kCommon | kCodecArguments | bit(Arg::counts), 1, nullptr, false};
 constexpr Method kBroadcast{"broadcast", Collective::broadcast, kCommon | bit(Arg::root), 1, nullptr, false};
 constexpr Method kReduce{"reduce", Collective::reduce, kReduces | bit(Arg::root), 1, nullptr, false};
 constexpr Method kGather{

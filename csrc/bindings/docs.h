@@ -21,8 +21,9 @@ whatever the size. `algorithm`: a name from docs/algorithms.md, which has their 
 deadline. `tag`: a name that all ranks must agree on. `async_op`: returns a Work at once. `stream`: of GPU buffers.
 
 `codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
-an object of pycomm.codecs, the same on all ranks. `step` numbers the calls for stochastic rounding: the same call with
-the same step gives the same bits; it defaults to `codec_step`, which counts.
+an object of pycomm.codecs, the same on all ranks. `step`, of 32 bits, numbers the calls for stochastic rounding: the same
+call with the same step gives the same bits; it defaults to `codec_step`, which counts. TypeError for other dtypes and
+operators; ValueError where residuals are to be kept and nothing names them: a Bucket's names, or `tag`.
 
 Raises TypeError for what is no buffer, a dtype that pycomm does not know or that does not take `op`, and ValueError for
 buffers that are strided, read-only, of another size or overlap, and for an algorithm that cannot run this call: both
@@ -30,13 +31,14 @@ before any rank has moved. Raises CommError (PeerLostError, MismatchError, CommT
 group has failed: the buffers are then undefined.)";
 
 inline constexpr const char* kAllReduceInit =
-    R"(all_reduce_init($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, stream=None)
+    R"(all_reduce_init($self, x, *, op='sum', out=None, algorithm=None, deterministic=False, timeout=None, tag=None, stream=None, codec=None, step=None)
 --
 
 Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.
 
 The call takes no arguments, blocks, and returns where the result is. `x` is one buffer, no list; it is kept alive, and
-must stay the one that is meant: zero_grad() gives a parameter another gradient. Arguments and errors as all_reduce.)";
+must stay the one that is meant: zero_grad() gives a parameter another gradient. With a codec every run is a step of its
+own, unless `step` is given; one thread at a time may run it. Arguments and errors as all_reduce.)";
 
 inline constexpr const char* kReduceScatter =
     R"(reduce_scatter($self, x, *, out=None, counts=None, op='sum', algorithm=None, deterministic=False, timeout=None, tag=None, async_op=False, stream=None, codec=None, step=None)

@@ -34,11 +34,11 @@ struct Invocation {
   bool eager(const PyCommunicator& comm) const;
 
   runtime::Request request;
-  Buffer in, out;                 // as far as this rank has them
-  pybind11::object x, result;     // kept alive; what the method returns
-  std::function<void()> before;   // by whoever runs the call, when those before it are over
-  std::function<void()> then;     // after success
-  std::shared_ptr<void> storage;  // coalesced calls: the packed buffer
+  Buffer in, out;                    // as far as this rank has them
+  pybind11::object x, result;        // kept alive; what the method returns
+  std::function<void()> before;      // by whoever runs the call, when those before it are over
+  std::function<void()> then;        // after success
+  std::shared_ptr<void> storage;     // coalesced calls: the packed buffer
   std::shared_ptr<Feeding> feeding;  // with error feedback
 };
 
@@ -51,7 +51,7 @@ std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunica
 
 // What check_call() is made of, for calls on buffers that lists.cc has got.
 Invocation begin_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
-void finish_request(Invocation& call);  // once `in` and `out` are known
+void finish_request(Invocation& call);                                 // once `in` and `out` are known
 int root_argument(const PyCommunicator& comm, const Arguments& args);  // 0 where none is given
 // Throws unless `out` takes what `in` holds; `item` is as in "[3]" where they are of lists.
 void require_alike(const Buffer& in, const Buffer& out, const std::string& item);

@@ -68,6 +68,7 @@ class List {
   bool only_sends() const { return only_sends_; }
   size_t size() const { return ins_.size(); }
   const Buffer& in(size_t i) const { return ins_[i]; }
+  PyObject* item(size_t i) const { return PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i)); }
   std::string signature() const;
   std::shared_ptr<void> keep(bool async) const;
   py::object result() const { return out_list_; }
@@ -253,7 +254,8 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     for (size_t i = 0; i < list.size(); ++i) {
       all[i] = i;
       require_codec_dtype(list.in(i).dtype, ("x[" + std::to_string(i) + "]").c_str());
-      parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(list.in(i).shape.begin(), list.in(i).shape.end()))));
+      const auto& shape = list.in(i).shape;
+      parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(shape.begin(), shape.end()))));
     }
     parts.names = coder->names(all);
     kinds.assign(list.size(), Group::Kind::coded);
@@ -270,8 +272,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   std::ranges::stable_partition(groups, [](const Group& g) { return g.kind != Group::Kind::exempt; });
   const auto keep = list.keep(truth(args[Arg::async_op]));
   // What one call writes another may read: then all are read before the first.
-  const bool apart =
-      (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
+  const bool apart = (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
   std::vector<Invocation> calls;
   Codings codings;
   for (const Group& group : groups) {
@@ -288,7 +289,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     if (group.kind == Group::Kind::coded) {
       Parts parts{.names = coder->names(group.items), .segments = {}, .shapes = {}};
       parts.segments = segments_of(parts.names, *packing, group);
-      call.feeding = coder->code(call.request, parts, {}, list.result()[py::int_(group.items[0])].ptr(), call.in.count);
+      call.feeding = coder->code(call.request, parts, {}, list.item(group.items[0]), call.in.count);
       codings.push_back(call.request.coding);
     } else if (group.kind == Group::Kind::exempt) {
       unpack_exempt(call, packing, codings);

@@ -2,14 +2,13 @@
 // step, and to check and bind a small one takes longer than to run it.
 //
 // A call is known if all that the checks and the bind look at is as it was: the method, the buffers as
-// get_buffer sees them now, and for the other arguments but `step` the very same objects. Two things that a bound call
-// depends on change outside the calls: where symmetric memory lies, and which algorithms there are. Who
-// changes them calls clear(). Whether the group is usable is asked by every run.
+// get_buffer sees them now, and for the other arguments but `step` the very same objects. Two things that a
+// bound call depends on change outside the calls: where symmetric memory lies, and which algorithms there
+// are. Code that changes either must call clear(). run() checks whether the group is usable.
 //
-// Of the caller's objects only strings, numbers and bools are kept alive, and codecs that keep nothing; never a
-// buffer. All this is under
-// the interpreter's lock. A call may give the lock up while it is bound and while it runs: its place is not
-// given to another meanwhile.
+// Of the caller's objects only strings, numbers, bools and plain codecs are kept alive, never a buffer. All
+// this is under the interpreter's lock. A call may give the lock up while it is bound and while it runs: its
+// place is not given to another meanwhile.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -109,7 +109,8 @@ void require_bound(PyObject* object, const Buffer& bound, const char* name) {
 
 [[gnu::noinline]] void run_coded(PersistentOp& op) {
   if (op.under_way) {
-    throw CommError("this call is under way on another thread: with a codec, one thread at a time may make it");
+    throw CommError(
+        "this call is under way on another thread: with a codec, one thread at a time may make it");
   }
   if (op.feeding) op.feeding->renew(*op.bounds->front().coding);
   op.under_way = true;
@@ -193,8 +194,7 @@ std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> o
 
 }  // namespace
 
-py::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls,
-                           std::vector<Bound> bounds) {
+py::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls, std::vector<Bound> bounds) {
   Invocation& call = calls.front();
   bounds.front().keeps_alive = exports_of(call, nullptr);
   auto* op = reinterpret_cast<PersistentOp*>(persistent_type()->tp_alloc(persistent_type(), 0));

@@ -18,7 +18,6 @@ from pycomm.bench.workers.load import is_own, load
 from pycomm.cli.main import warn
 from pycomm.cli.values import at_least, check_ranks, dtype_name, parse_size
 from pycomm.codecs import Codec
-from pycomm.codecs import call as codecs_call
 
 MOST_SIZES = 1000
 DTYPES = (  # what `all` means
@@ -234,7 +233,8 @@ def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
         if not isinstance(own, str | Codec):
             raise ValueError(f"is a {type(own).__name__}, not an object of pycomm.codecs")
         x = np.zeros(1, numpy_dtype(dtype))
-        pycomm.run_local(lambda comm: codecs_call(comm, collective, x, codec=own, op=op), 1)
+        options = {} if collective == "all_gather" else {"op": op}
+        pycomm.run_local(lambda comm: getattr(comm, collective)(x, codec=own, **options), 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--codecs {codec}: {error}") from None
     except Exception as error:  # of a user's codec

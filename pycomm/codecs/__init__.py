@@ -19,9 +19,6 @@ from pycomm.codecs.kinds import (
     SharedInt,
     Sign,
     TopK,
-    feedback_of,
-    require_names,
-    resolve,
 )
 
 __all__ = [
@@ -38,8 +35,5 @@ __all__ = [
     "SharedInt",
     "Sign",
     "TopK",
-    "feedback_of",
     "one_dimensional",
-    "require_names",
-    "resolve",
 ]

@@ -48,9 +48,7 @@ inline std::shared_ptr<Residuals> residuals_of(const Floats& now, float unwritte
   return residuals;
 }
 
-inline Floats owed(Residuals& residuals) {
-  return {residuals.now(), residuals.now() + residuals.count()};
-}
+inline Floats owed(Residuals& residuals) { return {residuals.now(), residuals.now() + residuals.count()}; }
 
 inline void run(Communicator& comm, const Request& request) {
   Patience patience;

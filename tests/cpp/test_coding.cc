@@ -180,8 +180,8 @@ TEST(trips_do_not_show_in_the_bits) {
     for (const char* algorithm : {"direct", "ring", "recursive_doubling"}) {
       const Floats x = noise(count, comm.rank());
       const auto residuals = residuals_of(residual);
-      Request r = request(comm, Collective::all_gather,
-                          {.codec = codec, .step = 5, .residuals = residuals}, x, out);
+      Request r =
+          request(comm, Collective::all_gather, {.codec = codec, .step = 5, .residuals = residuals}, x, out);
       r.algorithm = algorithm;
       run(comm, r);
       CHECK(out == expected);

@@ -177,7 +177,8 @@ TEST(sums) {
 TEST(whether_what_a_record_touches_is_finite) {
   const Floats x = values(500, Kind::normal, 3);
   std::vector<uint8_t> record(static_cast<size_t>(topk_record_bytes(20)));
-  topk_encode({.dtype = DType::float32, .x = x.data(), .count = 500, .capacity = 20, .record = record.data()});
+  topk_encode(
+      {.dtype = DType::float32, .x = x.data(), .count = 500, .capacity = 20, .record = record.data()});
   const std::vector<uint32_t> touched = largest(x, 20);
   for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
     std::vector<uint8_t> out(500 * size_of(dtype));

@@ -97,7 +97,7 @@ def test_codecs_beside_none(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         (["all_reduce", "--codecs", "int9"], "int9"),
-        (["all_reduce", "--codecs", "int8", "-d", "int32"], "is int32: codecs carry"),
+        (["all_reduce", "--codecs", "int8", "-d", "int32"], "the buffer is int32"),
         (["all_reduce", "--codecs", "int8", "-o", "max"], "max"),
         (["broadcast", "--codecs", "int8"], "broadcast takes no codec"),
         (["all_reduce", "--codecs", "topk"], "pycomm bench codecs"),

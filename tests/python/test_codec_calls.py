@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def test_a_call_that_is_remembered_is_the_same_call(ranks: Ranks) -> None:
             assert (op() == y).all() and (results[1] == y).all()
             assert (results[0] != results[1]).any() != isinstance(codec, codecs.TopK)
             before = comm.codec_step
-            for call in (comm.all_reduce_init(x, out=y, codec=codec), lambda: comm.all_reduce(x, out=y, codec=codec)):
+            bound = comm.all_reduce_init(x, out=y, codec=codec)
+            for call in (bound, partial(comm.all_reduce, x, out=y, codec=codec)):
                 for _ in range(3):
                     step = comm.codec_step
                     call()
