@@ -34,7 +34,7 @@ constexpr uint32_t bit(Arg arg) { return 1u << static_cast<int>(arg); }
 // Borrowed references.
 struct Arguments {
   PyObject* self = nullptr;  // the communicator
-  uint32_t given = 0;  // a bit set of Arg: those that are given, and not None
+  uint32_t given = 0;        // a bit set of Arg: those that are given, and not None
   // Only these are set: to clear them all would take as long as to parse a call.
   std::array<PyObject*, kNumArgs> values;
 

@@ -14,6 +14,7 @@
 #include "common/caches.h"
 #include "common/error.h"
 #include "kernels/topk.h"
+#include "schedule/plan.h"
 
 namespace py = pybind11;
 

@@ -269,7 +269,8 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   }
   std::vector<Group> groups = list.group(kinds);
   // What is coded first: what is exempt counts for it.
-  std::ranges::stable_partition(groups, [](const Group& g) { return g.kind != Group::Kind::exempt; });
+  std::stable_partition(groups.begin(), groups.end(),
+                        [](const Group& g) { return g.kind != Group::Kind::exempt; });
   const auto keep = list.keep(truth(args[Arg::async_op]));
   // What one call writes another may read: then all are read before the first.
   const bool apart = (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
