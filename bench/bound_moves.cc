@@ -180,7 +180,7 @@ void compare_at(bound::Rig<N>& rig, Collective collective, size_t bytes, bool in
   Hand<N> hand(rig, collective, bytes, in, out);
   const bool overwrites = in_place && collective == Collective::all_to_all;
   runtime::Prepared plan = rig.prepare(call);
-  if (runtime::single_copy_pays(call, caches())) {
+  if (runtime::single_copy_pays(call, rig.profile())) {
     call.in = Placement::reachable;
     if (runtime::Prepared reading = rig.prepare(call); reading.reachable) plan = std::move(reading);
   }

@@ -112,9 +112,10 @@ class Rig {
   void call(const runtime::Prepared& prepared, const runtime::Buffers& buffers) {
     calls_->complete(prepared, buffers, policy_, 600, patience_);
   }
+  const runtime::Profile& profile() const { return profile_; }
   runtime::Prepared prepare(const schedule::Call& call) const {
     return runtime::Prepared(
-        schedule::make_plan(runtime::select(call, crowded).algorithm, call, geometry_, rank), rank);
+        schedule::make_plan(runtime::select(call, profile_, crowded).algorithm, call, geometry_, rank), rank);
   }
 
   // Microseconds of a call, by side and turn. Sides take turns.
@@ -175,7 +176,8 @@ class Rig {
   std::array<char*, N> windows_;
   runtime::WaitPolicy policy_;
   runtime::Patience patience_;
-  const schedule::Geometry geometry_ = runtime::host_geometry(N);
+  const runtime::Profile profile_ = runtime::built_in_profile(caches());
+  const schedule::Geometry geometry_ = runtime::host_geometry(N, profile_);
   unsigned epoch_ = 0;
   int parity_ = 0;
 };

@@ -6,6 +6,7 @@
 
 #include "common/error.h"
 #include "common/words.h"
+#include "schedule/collective.h"
 
 namespace py = pybind11;
 
@@ -87,8 +88,7 @@ Arguments parse_arguments(const char* method, uint32_t allowed, int positional, 
     PyObject* key = PyTuple_GET_ITEM(keywords, k);
     const size_t found = find_argument(key, peer_name);
     if (found == static_cast<size_t>(Arg::codec) && !(allowed >> found & 1)) {
-      throw TypeError(std::string(method) +
-                      "() takes no codec: all_reduce, reduce_scatter and all_gather do");
+      throw TypeError(std::string(method) + "() takes no codec: " + schedule::codec_collectives() + " do");
     }
     if (found == kNumArgs || !(allowed >> found & 1)) {
       refuse_keyword(method, allowed, peer_name, text(key, "keyword"));

@@ -145,7 +145,7 @@ void copy(const py::object& out, const py::object& x, bool stream) {
 }  // namespace
 
 void add_bucket(py::module_& module) {
-  module.attr("SEGMENT_ALIGN") = kernels::kSegmentAlign;
+  module.attr("SEGMENT_ALIGN") = kSegmentAlign;
   module.def(
       "describe_buffer",
       [](const py::object& x, const std::string& what, bool writable) {

@@ -193,12 +193,12 @@ Buffer from_attribute(PyObject* object, const char* name) {
 }
 
 // The element types of the buffer protocol: the struct module's, with NumPy's for complex numbers.
-struct Format {
+struct StructFormat {
   std::string_view code;
   dlpack::Code kind;
   size_t native, standard;  // bytes; 0: the format has none
 };
-constexpr Format kFormats[] = {
+constexpr StructFormat kFormats[] = {
     {"b", dlpack::kInt, 1, 1},
     {"h", dlpack::kInt, sizeof(short), 2},
     {"i", dlpack::kInt, sizeof(int), 4},
@@ -234,7 +234,7 @@ DType from_format(const char* given, Py_ssize_t item, const char* name) {
   constexpr bool kLittle = std::endian::native == std::endian::little;
   const bool swapped = kLittle ? order == '>' || order == '!' : order == '<';
   const std::string_view code = format.substr(has_order && !format.empty() ? 1 : 0);
-  for (const Format& known : kFormats) {
+  for (const StructFormat& known : kFormats) {
     if (code != known.code) continue;
     const size_t size = native ? known.native : known.standard;
     const auto dtype = dlpack::dtype_of(known.kind, static_cast<uint32_t>(8 * size), 1);

@@ -19,10 +19,6 @@
 namespace py = pybind11;
 
 namespace pycomm::bindings {
-
-using kernels::Codec;
-using kernels::CodecKind;
-using kernels::Rounding;
 using kernels::Segment;
 
 namespace {
@@ -30,7 +26,7 @@ namespace {
 Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
                  bool hadamard) {
   Codec codec;
-  codec.kind = kernels::parse_codec(kind);
+  codec.kind = parse_codec(kind);
   if (rounding != "nearest" && rounding != "stochastic") {
     throw ValueError("`rounding` is \"" + rounding + "\": nearest or stochastic");
   }
@@ -103,11 +99,11 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
   require_codec_dtype(from.dtype, "x");
   const std::vector<Segment> parsed = parse_segments(segments);
   const ResidualArrays residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
-  py::object wire = bytes_for(out, kernels::wire_bytes(codec.kind, from.count));
+  py::object wire = bytes_for(out, wire_bytes(codec.kind, from.count));
   const Buffer to = get_buffer(wire.ptr(), "out");
   void* const dst = to.data;
   const void* const src = from.data;
-  const kernels::Format format = kernels::Format::raw;
+  const Format format = Format::raw;
   const kernels::Isa& chosen = isa_argument(isa);
   const Unlocked unlocked;
   kernels::transcode({.codec = &codec,
@@ -117,7 +113,7 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
                       .src_formats = &format,
                       .num_dsts = 1,
                       .num_srcs = 1,
-                      .dst_format = kernels::Format::wire,
+                      .dst_format = Format::wire,
                       .count = static_cast<size_t>(from.count),
                       .encoding = {.step = step,
                                    .stage = stage,
@@ -139,15 +135,14 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
   if (add && to.dtype != DType::float32) {
     throw TypeError(std::string("`out` is ") + name(to.dtype) + ": sums are float32");
   }
-  const int64_t bytes = kernels::wire_bytes(codec.kind, to.count);
+  const int64_t bytes = wire_bytes(codec.kind, to.count);
   if (from.bytes() != bytes) {
     throw ValueError("`wire` has " + std::to_string(from.bytes()) + " bytes: " + std::to_string(to.count) +
-                     " elements of " + kernels::name(codec.kind) + " take " + std::to_string(bytes));
+                     " elements of " + pycomm::name(codec.kind) + " take " + std::to_string(bytes));
   }
   void* const dst = to.data;
   const void* const srcs[2] = {add ? to.data : from.data, from.data};
-  const kernels::Format formats[2] = {add ? kernels::Format::raw : kernels::Format::wire,
-                                      kernels::Format::wire};
+  const Format formats[2] = {add ? Format::raw : Format::wire, Format::wire};
   const kernels::Isa& chosen = isa_argument(isa);
   const Unlocked unlocked;
   kernels::transcode({.codec = &codec,
@@ -157,7 +152,7 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
                       .src_formats = formats,
                       .num_dsts = 1,
                       .num_srcs = add ? 2 : 1,
-                      .dst_format = kernels::Format::final,
+                      .dst_format = Format::final,
                       .stream = !add && to.bytes() >= past_cache_bytes(1),
                       .count = static_cast<size_t>(to.count)},
                      chosen);
@@ -227,8 +222,8 @@ std::vector<Segment> parse_segments(const py::object& segments) {
     const auto [begin, stop, id] = py::cast<std::tuple<int64_t, int64_t, uint64_t>>(item);
     const std::string what = "`segments` has (" + std::to_string(begin) + ", " + std::to_string(stop) + ", " +
                              std::to_string(id) + "): ";
-    if (begin % kernels::kSegmentAlign != 0) {
-      throw ValueError(what + "a tensor begins at a multiple of " + std::to_string(kernels::kSegmentAlign));
+    if (begin % kSegmentAlign != 0) {
+      throw ValueError(what + "a tensor begins at a multiple of " + std::to_string(kSegmentAlign));
     }
     if (begin < end || stop < begin) throw ValueError(what + "tensors are in order and do not overlap");
     if (id >> 24) throw ValueError(what + "a tensor's id is below 2^24");
@@ -248,7 +243,7 @@ void add_codecs(py::module_& module) {
   py::class_<Codec>(module, "Codec", "What turns gradients into wire bytes and back, see pycomm.codecs.")
       .def(py::init(&make_codec), py::arg("kind"), py::kw_only(), py::arg("rounding") = "nearest",
            py::arg("seed") = 0, py::arg("ceil_scale") = false, py::arg("hadamard") = false)
-      .def_property_readonly("kind", [](const Codec& self) { return kernels::name(self.kind); })
+      .def_property_readonly("kind", [](const Codec& self) { return pycomm::name(self.kind); })
       .def_property_readonly(
           "rounding",
           [](const Codec& self) { return self.rounding == Rounding::nearest ? "nearest" : "stochastic"; })
@@ -259,7 +254,7 @@ void add_codecs(py::module_& module) {
           "wire_bytes",
           [](const Codec& self, int64_t count) {
             if (count < 0) throw ValueError("`count` is " + std::to_string(count));
-            return kernels::wire_bytes(self.kind, count);
+            return wire_bytes(self.kind, count);
           },
           py::arg("count"), "Bytes that `count` elements take on the wire.");
   module.def(

@@ -132,7 +132,7 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
     request.composite = runtime::SharedInt{codec_.attr("width").cast<int>()};
     coding->codec.seed = codec_.attr("seed").cast<uint64_t>();
   } else {
-    coding->codec = codec_.attr("native")().cast<kernels::Codec>();
+    coding->codec = codec_.attr("native")().cast<Codec>();
   }
   coding->counted = !args_[Arg::step];
   if (!coding->counted) coding->step = step_argument(args_[Arg::step]);

@@ -17,7 +17,6 @@ namespace pycomm::bindings {
 namespace {
 
 namespace cuda = kernels::cuda;
-using kernels::Format;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -144,16 +143,16 @@ class PyEncoding {
   std::vector<kernels::Segment> segments_;
 };
 
-kernels::Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed,
-                          bool ceil_scale, bool hadamard) {
-  return {.kind = kernels::parse_codec(kind),
-          .rounding = rounding == "stochastic" ? kernels::Rounding::stochastic : kernels::Rounding::nearest,
+Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
+                 bool hadamard) {
+  return {.kind = parse_codec(kind),
+          .rounding = rounding == "stochastic" ? Rounding::stochastic : Rounding::nearest,
           .ceil_scale = ceil_scale,
           .hadamard = hadamard,
           .seed = seed};
 }
 
-void transcode(const Where& where, const kernels::Codec& codec, const std::string& dtype,
+void transcode(const Where& where, const Codec& codec, const std::string& dtype,
                const std::vector<uintptr_t>& srcs, const std::vector<std::string>& formats,
                const std::vector<uintptr_t>& dsts, const std::string& dst_format, size_t count,
                double prescale, double divisor, const PyEncoding& encoding) {
@@ -259,7 +258,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("combine", &combine, py::arg("where"), py::arg("dtype"), py::arg("op"), py::arg("srcs"),
              py::arg("formats"), py::arg("dsts"), py::arg("dst_format"), py::arg("count"),
              py::arg("prescale"), py::arg("divisor"));
-  py::class_<kernels::Codec>(module, "Codec", py::module_local())
+  py::class_<Codec>(module, "Codec", py::module_local())
       .def(py::init(&make_codec), py::arg("kind"), py::arg("rounding"), py::arg("seed"),
            py::arg("ceil_scale"), py::arg("hadamard"));
   py::class_<PyEncoding>(module, "Encoding", py::module_local())

@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace pycomm::bindings {
 
 using runtime::Request;
-using schedule::Collective;
+using schedule::Content;
 
 bool overlap(const Buffer& in, const Buffer& out) {
   if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return false;
@@ -187,14 +187,14 @@ const char* at(const Buffer& buffer, int64_t element) {
 
 // x in and out: all_reduce, broadcast, reduce.
 void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
-  const Collective kind = call.request.call.world.collective;
-  const bool receives = kind != Collective::reduce || comm->rank() == call.request.call.world.root;
+  const schedule::World& world = call.request.call.world;
+  const bool receives = world.has(world.traits().out, comm->rank());
   call.in = get_buffer(x, "x");
   call.request.call.counts.assign(1, call.in.count);
   if (!args[Arg::out]) {
     call.result = call.x;
     call.out = call.in;
-    const bool only_sends = kind == Collective::broadcast && comm->rank() == call.request.call.world.root;
+    const bool only_sends = world.traits().in.on == Content::On::root && comm->rank() == world.root;
     if (receives && !only_sends) require_writable(call.out, "x");
     call.request.call.in_place = true;
     return;
@@ -209,8 +209,8 @@ void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const
 
 // One block in, all out: all_gather, gather (out at the root only).
 void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
-  const bool receives = call.request.call.world.collective == Collective::all_gather ||
-                        comm->rank() == call.request.call.world.root;
+  const schedule::World& world = call.request.call.world;
+  const bool receives = world.has(world.traits().out, comm->rank());
   call.in = get_buffer(x, "x");
   const int n = comm->size(), me = comm->rank();
   std::vector<int64_t> rows(n, call.in.rows());
@@ -235,8 +235,7 @@ void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, cons
 // All blocks in, one out: reduce_scatter, scatter (in at the root only).
 void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const int n = comm->size(), me = comm->rank();
-  const bool gives =
-      call.request.call.world.collective == Collective::reduce_scatter || me == call.request.call.world.root;
+  const bool gives = call.request.call.world.has(call.request.call.world.traits().in, me);
   std::vector<int64_t> rows;
   if (args[Arg::counts]) rows = counts_argument(comm, args[Arg::counts], "counts");
   if (!gives) {
@@ -391,38 +390,29 @@ void recycle(Invocation& call) { spare_counts.swap(call.request.call.counts); }
 
 Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args) {
   PyObject* x = args[Arg::x];
-  const bool needs_x = method.collective != Collective::barrier && method.collective != Collective::scatter;
+  const schedule::Traits& traits = schedule::traits(method.collective);
+  const bool blocks_of_root = traits.in.holds == Content::Holds::blocks && traits.in.on == Content::On::root;
+  const bool needs_x = traits.moves() && !blocks_of_root;
   if (needs_x && !x) throw TypeError(std::string(method.name) + "() needs `x`");
   Invocation call = begin_call(method, comm, args);
   call.x = py::reinterpret_borrow<py::object>(x ? x : Py_None);
-  switch (method.collective) {
-    case Collective::all_reduce:
-    case Collective::broadcast:
-    case Collective::reduce:
-      take_whole(call, comm, x, args);
-      break;
-    case Collective::all_gather:
-    case Collective::gather:
-      take_gather(call, comm, x, args);
-      break;
-    case Collective::reduce_scatter:
-    case Collective::scatter:
-      if (!x && method.collective == Collective::scatter && comm->rank() == call.request.call.world.root) {
-        throw TypeError("scatter() needs `x` on the root");
-      }
-      take_scatter(call, comm, x, args);
-      break;
-    case Collective::all_to_all:
-      take_all_to_all(call, comm, x, args);
-      break;
-    case Collective::barrier:
-      call.request.call.counts.assign(1, 0);
-      call.result = py::none();
-      break;
-    case Collective::send_recv:
-      take_message(call, comm, method, args,
-                   {std::strcmp(method.name, "send") == 0, Arg::x, Arg::peer, "x", method.peer_name});
-      break;
+  if (!traits.moves()) {
+    call.request.call.counts.assign(1, 0);
+    call.result = py::none();
+  } else if (traits.between_two()) {
+    take_message(call, comm, method, args,
+                 {std::strcmp(method.name, "send") == 0, Arg::x, Arg::peer, "x", method.peer_name});
+  } else if (traits.pairwise) {
+    take_all_to_all(call, comm, x, args);
+  } else if (traits.in.holds == Content::Holds::own) {
+    take_gather(call, comm, x, args);
+  } else if (traits.out.holds == Content::Holds::own) {
+    if (!x && blocks_of_root && comm->rank() == call.request.call.world.root) {
+      throw TypeError("scatter() needs `x` on the root");
+    }
+    take_scatter(call, comm, x, args);
+  } else {
+    take_whole(call, comm, x, args);
   }
   finish_request(call);
   return call;

@@ -55,10 +55,6 @@ void finish_request(Invocation& call);                                 // once `
 int root_argument(const PyCommunicator& comm, const Arguments& args);  // 0 where none is given
 // Throws unless `out` takes what `in` holds; `item` is as in "[3]" where they are of lists.
 void require_alike(const Buffer& in, const Buffer& out, const std::string& item);
-inline bool takes_lists(const Method& method) {
-  return method.collective == schedule::Collective::all_reduce ||
-         method.collective == schedule::Collective::broadcast;
-}
 
 // Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.
 void recycle(Invocation& call);

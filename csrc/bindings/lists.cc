@@ -20,7 +20,6 @@ namespace pycomm::bindings {
 namespace {
 
 using kernels::Segment;
-using schedule::Collective;
 
 // From here on copying a list's item there and back takes longer than a call of its own.
 constexpr int64_t kLongCopyBytes = 128 << 10;
@@ -101,8 +100,8 @@ List::List(const Method& method, const PyCommunicator& comm, const Arguments& ar
     throw ValueError("`out` has " + std::to_string(out_items_.size()) + " buffers for " +
                      std::to_string(items_.size()));
   }
-  only_sends_ = method.collective == Collective::broadcast && comm->rank() == root_argument(comm, args) &&
-                !args[Arg::out];
+  const bool from_root = schedule::traits(method.collective).in.on == schedule::Content::On::root;
+  only_sends_ = from_root && comm->rank() == root_argument(comm, args) && !args[Arg::out];
   for (size_t i = 0; i < items_.size(); ++i) {
     try {
       take(i, "");
@@ -205,7 +204,7 @@ void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
 // not when the call runs.
 std::shared_ptr<Packing> take_together(Invocation& call, Group group, bool at_once,
                                        std::shared_ptr<void> keep) {
-  const int64_t align = group.kind == Group::Kind::coded ? kernels::kSegmentAlign : 1;
+  const int64_t align = group.kind == Group::Kind::coded ? kSegmentAlign : 1;
   auto packing =
       std::make_shared<Packing>(std::move(group.ins), std::move(group.outs), align, std::move(keep));
   take_in_place(call, packing->buffer());
@@ -295,7 +294,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     } else if (group.kind == Group::Kind::exempt) {
       unpack_exempt(call, packing, codings);
     }
-    if (schedule::reduces(method.collective)) {
+    if (schedule::traits(method.collective).reduces) {
       require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
     }
     call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
@@ -320,8 +319,8 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
   const Coder coder(method.name, args);
   coder.check(calls[0].request);
   const Parts parts = coder.parts_of(args[Arg::x]);
-  const auto exempt =
-      method.collective == Collective::all_reduce ? coder.exempt(parts) : std::vector<size_t>();
+  const bool apart_alike = schedule::traits(method.collective).one_block();
+  const auto exempt = apart_alike ? coder.exempt(parts) : std::vector<size_t>();
   if (!exempt.empty() && exempt.size() == parts.segments.size()) return calls;
   {
     Invocation& call = calls[0];
@@ -349,7 +348,7 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
 
 std::vector<Invocation> check_calls(const Method& method, const PyCommunicator& comm, const Arguments& args) {
   PyObject* x = args[Arg::x];
-  if (takes_lists(method) && x && (PyList_Check(x) || PyTuple_Check(x))) {
+  if (schedule::traits(method.collective).takes_list && x && (PyList_Check(x) || PyTuple_Check(x))) {
     return check_list(method, comm, args);
   }
   Invocation call = check_call(method, comm, args);

@@ -122,7 +122,7 @@ std::string explain(PyCommunicator& self, const std::string& collective, int64_t
                     int root, bool deterministic) {
   runtime::Request request;
   request.call.world.collective = schedule::parse_collective(collective);
-  if (request.call.world.collective == schedule::Collective::send_recv) {
+  if (request.call.world.traits().between_two()) {
     throw ValueError("send and recv have one algorithm: there is nothing to choose");
   }
   request.call.world.root = root;

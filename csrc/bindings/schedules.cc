@@ -50,12 +50,12 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   }
   Call call;
   call.world = {.collective = parse_collective(collective), .size = size, .root = root};
-  if (call.world.collective == Collective::send_recv) call.world.size = 2, call.world.peer = 1 - root;
+  if (call.world.traits().between_two()) call.world.size = 2, call.world.peer = 1 - root;
   if (root < 0 || root >= call.world.size)
     throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
   call.dtype = dtype_from_python(dtype.ptr());
   call.op = parse_op(op);
-  if (reduces(call.world.collective)) {
+  if (call.world.traits().reduces) {
     require(call.dtype, call.op);
   } else {
     call.op = any_op(call.dtype);
@@ -63,7 +63,7 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
   call.counts = uniform_counts(call.world, count);
   call.in = call.out = placement == "plain" ? Placement::plain : Placement::symmetric;
   call.in_place = in_place;
-  const runtime::Geometry geometry = runtime::host_geometry(size);
+  const runtime::Geometry geometry = runtime::host_geometry(size, runtime::built_in_profile(caches()));
   const Schedule written = write.is_none()
                                ? find_algorithm(call.world.collective, algorithm).write(call.world)
                                : call_python(write, call.world);

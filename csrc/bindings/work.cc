@@ -29,8 +29,7 @@ struct Shown {
       : collective(record.collective), dtype(record.dtype), count(record.count) {}
   std::string operator()(const char* type, const std::string& state) const {
     std::string text = std::string("<pycomm.") + type + ": " + name(collective);
-    if (collective != schedule::Collective::barrier)
-      text += " of " + std::to_string(count) + " " + name(dtype);
+    if (schedule::traits(collective).moves()) text += " of " + std::to_string(count) + " " + name(dtype);
     return text + state + ">";
   }
 };

@@ -1,6 +1,7 @@
 #include "common/dtype.h"
 
 #include <array>
+#include <bit>
 
 #include "common/error.h"
 #include "common/words.h"
@@ -151,6 +152,21 @@ void require(DType dtype, Op op) {
                   " takes " + list<Op>(kNumOps, [&](Op other) { return supports(dtype, other); }) +
                   ", and '" + name(op) + "' takes " +
                   list<DType>(kNumDTypes, [&](DType other) { return supports(other, op); }));
+}
+
+Average average(DType dtype, int num_ranks) {
+  switch (dtype) {
+    case DType::float32:
+    case DType::float64:
+    case DType::bfloat16:  // as far as float32, in which it is summed
+    case DType::complex64:
+    case DType::complex128: {
+      const double scale = 1.0 / static_cast<double>(std::bit_ceil(static_cast<unsigned>(num_ranks)));
+      return {scale, num_ranks * scale};
+    }
+    default:
+      return {1.0, static_cast<double>(num_ranks)};
+  }
 }
 
 }  // namespace pycomm

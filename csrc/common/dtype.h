@@ -56,4 +56,14 @@ bool supports(DType dtype, Op op);
 Op any_op(DType dtype);            // some operator that makes sense on it: for calls that only move data
 void require(DType dtype, Op op);  // throws TypeError that says which operators or types would do
 
+// What makes a sum over `num_ranks` an average that overflows nowhere on the way: elements are multiplied by
+// the power of two that is 1 / num_ranks or the next below, the sum divided by what is left. The bits are
+// those of the sum divided by num_ranks, but where that sum overflows, and where an element is so small
+// (below num_ranks times the least normal number) that the power of two takes bits from it. Elements whose
+// accumulator has room for any sum are not scaled.
+struct Average {
+  double prescale = 1.0, divisor = 1.0;
+};
+Average average(DType dtype, int num_ranks);
+
 }  // namespace pycomm

@@ -6,9 +6,7 @@
 //
 // * Operands are contiguous, of any alignment. A destination may be the very same address as a source (in
 //   place); otherwise operands do not overlap.
-// * Format says what an operand holds. `raw`: the caller's elements as they came (leaves). `partial`:
-//   elements of accumulator(dtype), already scaled. `final`: elements of dtype, rounded and finished. `wire`:
-//   what a codec made of them: for transcode() alone, see codec.h.
+// * Format says what an operand holds; no operand is `wire`.
 // * One source of the same format as the destination is a copy, bit for bit. Otherwise raw sources are
 //   converted to the accumulator and multiplied by `prescale` (premul_sum), partial ones are taken as they
 //   are, and a final destination divides by `divisor` (avg: the number of ranks), makes every NaN the
@@ -27,11 +25,10 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/format.h"
 #include "kernels/isa.h"
 
 namespace pycomm::kernels {
-
-enum class Format : uint8_t { raw, partial, final, wire };
 
 struct CombineArgs {
   void* const* dsts;
@@ -45,16 +42,6 @@ struct CombineArgs {
   double prescale = 1.0;
   double divisor = 1.0;
 };
-
-// What makes a sum over `num_ranks` an average that overflows nowhere on the way: elements are multiplied by
-// the power of two that is 1 / num_ranks or the next below, the sum divided by what is left. The bits are
-// those of the sum divided by num_ranks, but where that sum overflows, and where an element is so small
-// (below num_ranks times the least normal number) that the power of two takes bits from it. Elements whose
-// accumulator has room for any sum are not scaled.
-struct Average {
-  double prescale = 1.0, divisor = 1.0;
-};
-Average average(DType dtype, int num_ranks);
 
 using CombineFn = void (*)(const CombineArgs&);
 

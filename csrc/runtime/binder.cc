@@ -17,24 +17,25 @@ namespace pycomm::runtime {
 // plain.
 void Binder::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
   const schedule::Call& call = request.call;
-  const Collective kind = call.world.collective;
-  if (kind == Collective::gather || kind == Collective::scatter || call.ragged) return;
+  const schedule::Traits& traits = call.world.traits();
+  if ((traits.rooted && !traits.one_block()) || call.ragged) return;
   const auto item = static_cast<int64_t>(size_of(call.dtype));
   const bool empty_blocks = std::count(call.counts.begin(), call.counts.end(), 0) > 0;
   const bool all_empty = std::count(call.counts.begin(), call.counts.end(), 0) ==
                          static_cast<std::ptrdiff_t>(call.counts.size());
-  const bool one_block_in = kind == Collective::all_gather,
-             one_block_out = kind == Collective::reduce_scatter;
-  if (!(one_block_in ? call.in_place || empty_blocks : all_empty)) {
+  using schedule::Content;
+  const bool own_block_in = traits.in.holds == Content::Holds::own,
+             own_block_out = traits.out.holds == Content::Holds::own;
+  if (!(own_block_in ? call.in_place || empty_blocks : all_empty)) {
     in = heap_.find(request.in, schedule::in_elements(call, rank()) * item, size());
   }
-  if (!(one_block_out ? call.in_place || empty_blocks : all_empty || kind == Collective::reduce)) {
+  if (!(own_block_out ? call.in_place || empty_blocks : all_empty || traits.out.on == Content::On::root)) {
     out = heap_.find(request.out, schedule::out_elements(call, rank()) * item, size());
   }
 }
 
 Bound Binder::bind(Request& request) {
-  if (schedule::reduces(request.call.world.collective)) {
+  if (request.call.world.traits().reduces) {
     require(request.call.dtype, request.call.op);
   } else {
     request.call.op = any_op(request.call.dtype);
@@ -52,13 +53,13 @@ Bound Binder::bind(Request& request) {
   }
   int plan_rank = rank();
   Heap::Place in, out;
-  if (call.world.collective == Collective::send_recv) {
+  if (call.world.traits().between_two()) {
     bound.src = call.world.root;
     bound.dst = call.world.peer;
     plan_rank = rank() == bound.src ? 0 : 1;
     const auto& nodes = domain_.nodes();
     const bool mapped = nodes.empty() || nodes[bound.src] == nodes[bound.dst];
-    call.world = {.collective = Collective::send_recv, .size = 2, .root = 0, .peer = 1, .nodes = {}};
+    call.world = {.collective = call.world.collective, .size = 2, .root = 0, .peer = 1, .nodes = {}};
     if (!mapped) call.world.nodes = {0, 1};
   } else {
     call.world.size = size();
@@ -92,7 +93,7 @@ Bound Binder::bind(Request& request) {
     std::strncpy(bound.record.tag, request.tag.c_str(), sizeof bound.record.tag - 1);
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
   }
-  if (call.world.collective == Collective::all_to_all && call.ragged && size() > 1) agree_on_counts(bound);
+  if (call.ragged && size() > 1) agree_on_counts(bound);
   if (auto reading = prepare_reading(call, request.algorithm, plan_rank)) {
     agree_on_reading(bound, std::move(reading));
   }
@@ -149,7 +150,7 @@ void Binder::agree_on_counts(Bound& bound) {
 std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& call,
                                                         const std::string& algorithm, int rank) {
   if (!fabric_.single_copy || !call.world.nodes.empty() || call.coded() ||
-      call.in != schedule::Placement::plain || !single_copy_pays(call, fabric_.caches))
+      call.in != schedule::Placement::plain || !single_copy_pays(call, fabric_.profile))
     return nullptr;
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;
@@ -182,7 +183,7 @@ bool reads_fast(const schedule::Call& call, const std::vector<int64_t>& words) {
     for (int from = 0; from < call.world.size; ++from) {
       if (from == to) continue;
       const int64_t in = words[from] >> 1 & (kPage - 1), out = words[to] >> (1 + kPageBits);
-      const int block = call.world.collective == Collective::all_gather ? from : to;
+      const int block = call.world.traits().in.holds == schedule::Content::Holds::own ? from : to;
       const int64_t source = schedule::block_offset(call, from, schedule::Buffer::in, block) * item;
       const int64_t landing = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
       const int64_t beyond = (out + landing - in - source) & (kPage - 1);
@@ -222,12 +223,12 @@ std::string Binder::explain(const Request& request) {
   schedule::Call call = request.call;
   call.world.size = size();
   call.world.nodes = domain_.nodes();
-  if (schedule::reduces(call.world.collective)) {
+  if (call.world.traits().reduces) {
     require(call.dtype, call.op);
   } else {
     call.op = any_op(call.dtype);
   }
-  const Choice choice = request.algorithm.empty() ? select(call, fabric_.policy.yield)
+  const Choice choice = request.algorithm.empty() ? select(call, fabric_.profile, fabric_.policy.yield)
                                                   : Choice{request.algorithm, "named by the caller"};
   const auto prepared = plans_.prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;

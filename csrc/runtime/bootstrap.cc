@@ -51,14 +51,15 @@ void learn_caches(Communicator& comm, Fabric& fabric) {
   const Caches& mine = caches();
   Patience patience;
   const auto all = comm.exchange({mine.l2, mine.last, mine.sharers}, patience);
-  fabric.caches = mine;
+  Caches least = mine;
   for (int r = 0; r < comm.size(); ++r) {
-    fabric.caches.l2 = std::min(fabric.caches.l2, all[3 * r]);
-    fabric.caches.last = std::min(fabric.caches.last, all[3 * r + 1]);
-    fabric.caches.sharers = std::min(fabric.caches.sharers, static_cast<int>(all[3 * r + 2]));
+    least.l2 = std::min(least.l2, all[3 * r]);
+    least.last = std::min(least.last, all[3 * r + 1]);
+    least.sharers = std::min(least.sharers, static_cast<int>(all[3 * r + 2]));
   }
-  log(LogLevel::info, "caches: L2 of ", fabric.caches.l2 >> 10, " KiB a core, last level of ",
-      fabric.caches.last >> 20, " MiB for ", fabric.caches.sharers, " cores");
+  fabric.profile = built_in_profile(least);
+  log(LogLevel::info, "caches: L2 of ", least.l2 >> 10, " KiB a core, last level of ", least.last >> 20,
+      " MiB for ", least.sharers, " cores");
 }
 
 // Every rank reads a word of each other's, and all hear how that went: they must choose alike.
@@ -123,7 +124,7 @@ std::vector<std::shared_ptr<Communicator>> join_threads(int size, double timeout
   for (int r = 0; r < size; ++r) ranks[r] = r;
   Fabric fabric;
   fabric.policy = wait_policy(size, static_cast<int>(std::thread::hardware_concurrency()));
-  fabric.caches = caches();
+  fabric.profile = built_in_profile(caches());
   fabric.single_copy = env().single_copy && reads_itself(*nodes[0]);
   std::vector<std::shared_ptr<Communicator>> comms;
   for (int r = 0; r < size; ++r) {

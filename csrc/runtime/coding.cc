@@ -14,28 +14,27 @@ namespace pycomm::runtime {
 
 namespace {
 
-using kernels::Rounding;
-
-std::string words(const kernels::Codec& codec) {
+std::string words(const Codec& codec) {
   std::string options;
   const auto add = [&](const std::string& option) { options += (options.empty() ? "" : ", ") + option; };
   if (codec.ceil_scale) add("ceil_scale");
   if (codec.hadamard) add("hadamard");
   if (codec.rounding == Rounding::stochastic) add("stochastic");
   if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
-  return kernels::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
+  return pycomm::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
 }
 
 // A plan never encodes a rank's own share, so the share's residual is added to the result afterwards.
 void deliver_exact_share(const Request& request, int rank, Bound& bound) {
   const schedule::Call& call = request.call;
   const int ranks = call.world.size;
-  const bool scatters = call.world.collective == Collective::reduce_scatter;
+  const schedule::Traits& traits = call.world.traits();
+  const bool scatters = traits.out.holds == schedule::Content::Holds::own;
   if (!scatters && ranks > 1) return;
   const int64_t begin =
       std::accumulate(call.counts.begin(), call.counts.begin() + (scatters ? rank : 0), int64_t{0});
   const int64_t count = call.counts[scatters ? rank : 0];
-  const bool divides = schedule::reduces(call.world.collective) && call.op == Op::avg;
+  const bool divides = traits.reduces && call.op == Op::avg;
   const float scale = bound.coding->residual_scale / (divides ? static_cast<float>(ranks) : 1.0F);
   bound.then = [=, coding = bound.coding, dtype = call.dtype, out = request.out] {
     Residuals& residuals = *coding->residuals;
@@ -75,7 +74,7 @@ void check_floats(const schedule::Call& call, const std::string& codec) {
                     name(call.dtype) + ": convert it, or leave codec out");
   }
   const bool sums = call.op == Op::sum || call.op == Op::avg;
-  if (schedule::reduces(call.world.collective) && !sums) {
+  if (call.world.traits().reduces && !sums) {
     throw TypeError("codec " + codec + " carries sum, avg and premul_sum; op is " +
                     std::string(name(call.op)) + ": leave codec out");
   }
@@ -84,14 +83,15 @@ void check_floats(const schedule::Call& call, const std::string& codec) {
 void check_coding(const Request& request) {
   const schedule::Call& call = request.call;
   const Coding& coding = *request.coding;
-  check_floats(call, kernels::name(coding.codec.kind));
-  if (call.world.collective != Collective::reduce_scatter || coding.segments.empty()) return;
+  check_floats(call, pycomm::name(coding.codec.kind));
+  const bool scatters = call.world.traits().out.holds == schedule::Content::Holds::own;
+  if (!scatters || coding.segments.empty()) return;
   int64_t begin = 0;
   for (const int64_t count : call.counts) {
-    if (begin % kernels::kTile != 0) {
+    if (begin % kTile != 0) {
       throw ValueError("a block of this reduce_scatter begins at element " + std::to_string(begin) +
                        ": with tensors in it (segments), blocks begin at multiples of " +
-                       std::to_string(kernels::kTile) + " elements; pad them");
+                       std::to_string(kTile) + " elements; pad them");
     }
     begin += count;
   }

@@ -47,7 +47,7 @@ class Residuals {
 
 // What the encodes of a call depend on besides its plan, and what a run of it tells.
 struct Coding {
-  kernels::Codec codec;  // with its seed
+  Codec codec;  // with its seed
   uint32_t step = 0;
   bool counted = false;  // the communicator counts such calls: it sets the step of each run
   std::vector<kernels::Segment> segments;

@@ -122,13 +122,13 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
     if (sum != out || op != Op::sum) {
       const void* from = sum;
       void* to = out;
-      const kernels::Format partial = kernels::Format::partial;
+      const Format partial = Format::partial;
       kernels::find_combine(dtype, op)({.dsts = &to,
                                         .srcs = &from,
                                         .src_formats = &partial,
                                         .num_dsts = 1,
                                         .num_srcs = 1,
-                                        .dst_format = kernels::Format::final,
+                                        .dst_format = Format::final,
                                         .count = static_cast<size_t>(count),
                                         .divisor = op == Op::avg ? static_cast<double>(ranks) : 1.0});
     }

@@ -28,31 +28,15 @@ std::string describe(const CallRecord& record) {
   std::string text = record.side == CallRecord::Side::sends      ? "send"
                      : record.side == CallRecord::Side::receives ? "recv"
                                                                  : name(record.collective);
-  if (record.collective != Collective::barrier) {
+  const schedule::Traits& traits = schedule::traits(record.collective);
+  if (traits.moves()) {
     text += "(count=" + std::to_string(record.count) + ", dtype=" + name(record.dtype);
     if (record.ragged) text += ", with counts";
-    switch (record.collective) {
-      case Collective::all_reduce:
-      case Collective::reduce_scatter:
-      case Collective::reduce:
-        text += std::string(", op=") + name(record.op);
-        break;
-      default:
-        break;
-    }
+    if (traits.reduces) text += std::string(", op=") + name(record.op);
     if (record.codec[0]) text += std::string(", codec=") + record.codec;
     if (record.steps) text += ", step=" + std::to_string(record.step);
     if (record.prescale != 1.0) text += ", scaled by " + std::to_string(record.prescale);
-    switch (record.collective) {
-      case Collective::broadcast:
-      case Collective::reduce:
-      case Collective::gather:
-      case Collective::scatter:
-        text += ", root=" + std::to_string(record.root);
-        break;
-      default:
-        break;
-    }
+    if (traits.rooted) text += ", root=" + std::to_string(record.root);
     if (record.side == CallRecord::Side::both) {
       text += std::string(", algorithm=") + record.algorithm;
     } else {

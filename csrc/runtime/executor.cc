@@ -17,8 +17,7 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
   reachable = plan.call.in == schedule::Placement::reachable;
   const schedule::Call& call = plan.call;
   record.fingerprint = plan.fingerprint;
-  record.count =
-      call.world.collective == Collective::all_to_all ? schedule::in_elements(call, rank) : call.counts[0];
+  record.count = call.world.traits().pairwise ? schedule::in_elements(call, rank) : call.counts[0];
   record.root = call.world.root;
   record.collective = call.world.collective;
   record.ragged = call.ragged;

@@ -23,8 +23,8 @@ namespace pycomm::runtime {
 
 // A plan with what only this rank needs to run it again and again.
 struct Prepared {
-  schedule::Plan plan;                    // only this rank's program is filled
-  std::vector<schedule::Format> formats;  // of the operands, in one row for the kernels
+  schedule::Plan plan;          // only this rank's program is filled
+  std::vector<Format> formats;  // of the operands, in one row for the kernels
   kernels::CombineFn combine = nullptr;
   bool reachable = false;  // inputs are
   CallRecord record;

@@ -4,6 +4,7 @@
 
 #include "common/caches.h"
 #include "common/env.h"
+#include "runtime/profile.h"
 #include "runtime/waiter.h"
 
 namespace pycomm::runtime {
@@ -11,7 +12,7 @@ namespace pycomm::runtime {
 struct Fabric {
   WaitPolicy policy{.spin_us = env().spin_us, .yield = true};  // of a thread that waits for its own call
   WaitPolicy background{.spin_us = 0, .yield = true};          // of the progress thread
-  Caches caches{};                                             // the least that any rank has
+  Profile profile = built_in_profile({});
   bool single_copy = false;  // all can read each other's memory through the kernel
 };
 

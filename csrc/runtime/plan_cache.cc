@@ -30,17 +30,18 @@ void require_codecs(Collective collective, const std::string& algorithm) {
   const std::string others = schedule::codec_algorithms(collective, schedule::Algorithm::Codecs::any);
   throw ValueError(std::string(schedule::name(collective)) + " algorithm \"" + algorithm +
                    "\" carries no codec; " +
-                   (others.empty() ? "all_reduce, reduce_scatter and all_gather have algorithms that do"
+                   (others.empty() ? schedule::codec_collectives() + " have algorithms that do"
                                    : "those that do are " + others));
 }
 
 // "all_reduce of 7 float32 (sum) on 3 ranks, in place".
 std::string describe(const schedule::Call& call) {
-  std::string text = name(call.world.collective);
-  if (call.world.collective != Collective::barrier) {
+  std::string text = schedule::name(call.world.collective);
+  const schedule::Traits& traits = call.world.traits();
+  if (traits.moves()) {
     text += " of " + std::to_string(call.counts[0]) + " " + name(call.dtype);
   }
-  if (schedule::reduces(call.world.collective)) text += std::string(" (") + name(call.op) + ")";
+  if (traits.reduces) text += std::string(" (") + name(call.op) + ")";
   text += " on " + std::to_string(call.world.size) + " ranks";
   if (call.world.root != 0) text += ", root " + std::to_string(call.world.root);
   return text + (call.in_place ? ", in place" : "");
@@ -58,7 +59,7 @@ PlanCache::Write PlanCache::user_algorithm(Collective collective, const std::str
 
 schedule::Plan PlanCache::make_plan(const schedule::Call& call, const std::string& algorithm,
                                     int rank) const {
-  const Geometry geometry = host_geometry(size_, fabric_.caches);
+  const Geometry geometry = host_geometry(size_, fabric_.profile);
   const auto write = user_algorithm(call.world.collective, algorithm);
   if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
     throw ValueError("algorithm \"" + algorithm +
@@ -113,7 +114,8 @@ std::shared_ptr<const Prepared> PlanCache::prepare(const schedule::Call& call, c
   }
   // Without the lock: a user's algorithm may be Python, which lets other threads run meanwhile, and they may
   // call.
-  const std::string chosen = algorithm.empty() ? select(call, fabric_.policy.yield).algorithm : algorithm;
+  const std::string chosen =
+      algorithm.empty() ? select(call, fabric_.profile, fabric_.policy.yield).algorithm : algorithm;
   auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
   log(LogLevel::trace, "new plan: ", describe(prepared->record));
   const std::lock_guard lock(mutex_);

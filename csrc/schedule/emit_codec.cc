@@ -29,7 +29,7 @@ Transcode Emitter::encode_of(const Chunk& chunk, uint8_t stage) const {
   const int block = further ? 0 : chunk.block;
   const int64_t length = block_length(l_.call_, rank_, Buffer::scratch, block);
   const int64_t begin = layout.chunk_range(chunk, layout.trip_length(length, trip_)).begin;
-  const bool one_block_in = l_.call_.world.collective == Collective::all_gather;
+  const bool one_block_in = l_.call_.world.traits().in.holds == Content::Holds::own;
   return {.stage = stage,
           .index = data_index(l_.call_, block, begin),
           .element = (one_block_in ? 0 : block_offset(l_.call_, rank_, Buffer::in, block)) + begin,

@@ -11,32 +11,16 @@ namespace {
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 }  // namespace
 
-int num_blocks(const World& world) {
-  switch (world.collective) {
-    case Collective::all_reduce:
-    case Collective::broadcast:
-    case Collective::reduce:
-    case Collective::barrier:
-    case Collective::send_recv:
-      return 1;
-    case Collective::reduce_scatter:
-    case Collective::all_gather:
-    case Collective::gather:
-    case Collective::scatter:
-    case Collective::all_to_all:
-      return world.size;
-  }
-  return 1;
-}
+int num_blocks(const World& world) { return world.traits().one_block() ? 1 : world.size; }
 
 std::vector<int64_t> uniform_counts(const World& world, int64_t count) {
-  if (world.collective == Collective::barrier) return {0};
+  if (!world.traits().moves()) return {0};
   const auto blocks = static_cast<size_t>(num_blocks(world));
-  return std::vector<int64_t>(world.collective == Collective::all_to_all ? blocks * blocks : blocks, count);
+  return std::vector<int64_t>(world.traits().pairwise ? blocks * blocks : blocks, count);
 }
 
 bool is_ragged(const Call& call) {
-  return call.world.collective == Collective::all_to_all &&
+  return call.world.traits().pairwise &&
          (call.ragged || std::any_of(call.counts.begin(), call.counts.end(),
                                      [&](int64_t c) { return c != call.counts[0]; }));
 }
@@ -44,18 +28,17 @@ bool is_ragged(const Call& call) {
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {
   const int blocks = num_blocks(call.world);
   if (block >= blocks) block = 0;  // further scratch images
-  if (call.world.collective != Collective::all_to_all) return call.counts[block];
+  if (!call.world.traits().pairwise) return call.counts[block];
   return buffer == Buffer::out ? call.counts[block * blocks + rank] : call.counts[rank * blocks + block];
 }
 
 int64_t block_offset(const Call& call, int rank, Buffer buffer, int block) {
-  const Collective kind = call.world.collective;
-  const bool own_only =
-      (buffer == Buffer::in && (kind == Collective::all_gather || kind == Collective::gather)) ||
-      (buffer == Buffer::out && (kind == Collective::reduce_scatter || kind == Collective::scatter));
+  const Traits& traits = call.world.traits();
+  const bool own_only = (buffer == Buffer::in && traits.in.holds == Content::Holds::own) ||
+                        (buffer == Buffer::out && traits.out.holds == Content::Holds::own);
   if (block < 0 || block >= num_blocks(call.world) || (own_only && block != rank)) {
     throw ValueError("rank " + std::to_string(rank) + "'s `" + name(buffer) + "` has no block " +
-                     std::to_string(block) + " in " + name(kind) + ", but " +
+                     std::to_string(block) + " in " + traits.name + ", but " +
                      (own_only ? "block " + std::to_string(rank) + " alone"
                       : num_blocks(call.world) == 1
                           ? "block 0 alone"
@@ -68,8 +51,8 @@ int64_t block_offset(const Call& call, int rank, Buffer buffer, int block) {
 }
 
 int64_t data_index(const Call& call, int block, int64_t element) {
-  if (call.world.collective != Collective::reduce_scatter) return element;
-  for (int b = 0; b < block; ++b) element += round_up(call.counts[b], kernels::kTile);
+  if (call.world.traits().in.holds != Content::Holds::blocks) return element;
+  for (int b = 0; b < block; ++b) element += round_up(call.counts[b], kTile);
   return element;
 }
 
@@ -77,8 +60,8 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
                int scratch_blocks, const Mail& mail) {
   item = static_cast<int64_t>(size_of(call.dtype));
   if (call.coded()) {
-    unit = grain = kernels::kTile;
-    image_unit = scratch_unit = kernels::tile_bytes(call.codec.kind);
+    unit = grain = kTile;
+    image_unit = scratch_unit = tile_bytes(call.codec.kind);
   } else {
     image_unit = item;
     scratch_unit = static_cast<int64_t>(size_of(accumulator(call.dtype)));

@@ -110,14 +110,9 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
   }
   const Schedule& schedule = shown ? *shown : written;
   if (call.coded()) {
-    switch (call.world.collective) {
-      case Collective::all_reduce:
-      case Collective::reduce_scatter:
-      case Collective::all_gather:
-        break;
-      default:
-        throw ValueError(std::string(name(call.world.collective)) +
-                         " takes no codec: all_reduce, reduce_scatter and all_gather do");
+    const Traits& traits = call.world.traits();
+    if (!traits.takes_codec) {
+      throw ValueError(std::string(traits.name) + " takes no codec: " + codec_collectives() + " do");
     }
     call.in = call.out = Placement::plain;
     call.codec.seed = 0;

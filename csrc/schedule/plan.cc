@@ -1,13 +1,29 @@
 #include "schedule/plan.h"
 
-#include <numeric>
-
 namespace pycomm::schedule {
 
 namespace {
 
-int64_t total(const Call& call) {
-  return std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
+// A rank's buffer on this side. Of a count for each pair, those that are its own begin at rank * first and
+// are `step` apart.
+int64_t elements(const Call& call, const Content& side, int rank, int first, int step) {
+  if (!call.world.has(side, rank)) return 0;
+  switch (side.holds) {
+    case Content::Holds::nothing:
+      return 0;
+    case Content::Holds::whole:
+      return call.counts[0];
+    case Content::Holds::own:
+      return call.counts[rank];
+    case Content::Holds::blocks:
+      break;
+  }
+  const bool pairs = call.world.traits().pairwise;
+  int64_t total = 0;
+  for (int block = 0; block < call.world.size; ++block) {
+    total += call.counts[pairs ? rank * first + block * step : block];
+  }
+  return total;
 }
 
 std::string describe_operand(const Plan& plan, int rank, const Operand& operand, int64_t count) {
@@ -47,10 +63,10 @@ bool encodes(const Program& program, const Step& step) {
          (step.num_srcs > 1 || program.operands[step.operand + step.num_dsts].format != Format::wire);
 }
 
-kernels::Average factors_of(const Call& call) {
+Average factors_of(const Call& call) {
   if (call.op != Op::avg) return {call.prescale, 1.0};
   if (call.coded()) return {call.prescale, static_cast<double>(call.world.size)};
-  const auto [prescale, divisor] = kernels::average(call.dtype, call.world.size);
+  const auto [prescale, divisor] = average(call.dtype, call.world.size);
   return {call.prescale * prescale, divisor};
 }
 
@@ -62,7 +78,7 @@ int64_t operand_bytes(const Call& call, Format format, int64_t count) {
     case Format::partial:
       return count * static_cast<int64_t>(size_of(accumulator(call.dtype)));
     case Format::wire:
-      return (count + kernels::kTile - 1) / kernels::kTile * kernels::tile_bytes(call.codec.kind);
+      return (count + kTile - 1) / kTile * tile_bytes(call.codec.kind);
   }
   return 0;
 }
@@ -116,57 +132,11 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
 }
 
 int64_t in_elements(const Call& call, int rank) {
-  const int n = call.world.size;
-  switch (call.world.collective) {
-    case Collective::all_reduce:
-    case Collective::reduce:
-      return call.counts[0];
-    case Collective::reduce_scatter:
-      return total(call);
-    case Collective::all_gather:
-    case Collective::gather:
-      return call.counts[rank];
-    case Collective::broadcast:
-    case Collective::send_recv:
-      return rank == call.world.root ? call.counts[0] : 0;
-    case Collective::scatter:
-      return rank == call.world.root ? total(call) : 0;
-    case Collective::all_to_all: {
-      const auto row = call.counts.begin() + static_cast<std::ptrdiff_t>(rank) * n;
-      return std::accumulate(row, row + n, int64_t{0});
-    }
-    case Collective::barrier:
-      return 0;
-  }
-  return 0;
+  return elements(call, call.world.traits().in, rank, call.world.size, 1);
 }
 
 int64_t out_elements(const Call& call, int rank) {
-  const int n = call.world.size;
-  switch (call.world.collective) {
-    case Collective::all_reduce:
-    case Collective::broadcast:
-      return call.counts[0];
-    case Collective::reduce:
-      return rank == call.world.root ? call.counts[0] : 0;
-    case Collective::reduce_scatter:
-    case Collective::scatter:
-      return call.counts[rank];
-    case Collective::all_gather:
-      return total(call);
-    case Collective::gather:
-      return rank == call.world.root ? total(call) : 0;
-    case Collective::send_recv:
-      return rank == call.world.peer ? call.counts[0] : 0;
-    case Collective::all_to_all: {
-      int64_t sum = 0;
-      for (int source = 0; source < n; ++source) sum += call.counts[source * n + rank];
-      return sum;
-    }
-    case Collective::barrier:
-      return 0;
-  }
-  return 0;
+  return elements(call, call.world.traits().out, rank, 1, call.world.size);
 }
 
 }  // namespace pycomm::schedule

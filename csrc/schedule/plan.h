@@ -52,15 +52,13 @@
 #include <string>
 #include <vector>
 
+#include "common/codec.h"
 #include "common/dtype.h"
+#include "common/format.h"
 #include "common/hash.h"
-#include "kernels/codec.h"
-#include "kernels/combine.h"
 #include "schedule/schedule.h"
 
 namespace pycomm::schedule {
-
-using kernels::Format;
 
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
 
@@ -134,8 +132,8 @@ struct Call {
   // anything.
   bool ragged = false;
   // Of all_reduce, reduce_scatter and all_gather of floats. A plan does not depend on its seed.
-  kernels::Codec codec;
-  bool coded() const { return codec.kind != kernels::CodecKind::none; }
+  Codec codec;
+  bool coded() const { return codec.kind != CodecKind::none; }
   bool operator==(const Call&) const = default;
 };
 
@@ -172,7 +170,7 @@ struct Plan {
 
 // What elements are multiplied by as they are read, and finished sums divided by. Codecs have their own
 // range: what they encode is not scaled for an average.
-kernels::Average factors_of(const Call& call);
+Average factors_of(const Call& call);
 
 // In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512]
 // window@1[0:512]".

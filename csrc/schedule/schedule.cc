@@ -1,34 +1,15 @@
 #include "schedule/schedule.h"
 
+#include <algorithm>
 #include <array>
-
-#include "common/error.h"
 
 namespace pycomm::schedule {
 
 namespace {
-constexpr std::array<const char*, kNumCollectives> kCollectiveNames = {
-    "all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce",
-    "gather",     "scatter",        "all_to_all", "barrier",   "send_recv"};
 constexpr std::array<const char*, 4> kBufferNames = {"in", "out", "image", "scratch"};
 }  // namespace
 
-const char* name(Collective collective) { return kCollectiveNames[static_cast<size_t>(collective)]; }
 const char* name(Buffer buffer) { return kBufferNames[static_cast<size_t>(buffer)]; }
-
-bool reduces(Collective collective) {
-  return collective == Collective::all_reduce || collective == Collective::reduce_scatter ||
-         collective == Collective::reduce;
-}
-
-Collective parse_collective(const std::string& text) {
-  std::string known;
-  for (int i = 0; i < kNumCollectives; ++i) {
-    if (text == kCollectiveNames[i]) return static_cast<Collective>(i);
-    known += std::string(i ? ", " : "") + kCollectiveNames[i];
-  }
-  throw ValueError("there is no collective \"" + text + "\"; there are " + known);
-}
 
 Builder::Builder(Schedule& schedule, int rank) : schedule_(schedule), rank_(rank) {
   if (static_cast<size_t>(rank) >= schedule.ranks.size()) schedule.ranks.resize(rank + 1);

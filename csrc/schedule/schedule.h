@@ -42,24 +42,9 @@
 #include <string>
 #include <vector>
 
-namespace pycomm::schedule {
+#include "schedule/collective.h"
 
-enum class Collective : uint8_t {
-  all_reduce,
-  reduce_scatter,
-  all_gather,
-  broadcast,
-  reduce,
-  gather,
-  scatter,
-  all_to_all,
-  barrier,
-  send_recv,
-};
-inline constexpr int kNumCollectives = 10;
-const char* name(Collective collective);
-bool reduces(Collective collective);                   // combines elements; the others only move them
-Collective parse_collective(const std::string& name);  // throws ValueError that lists the names
+namespace pycomm::schedule {
 
 enum class Buffer : uint8_t { in, out, image, scratch };
 const char* name(Buffer buffer);
@@ -96,6 +81,11 @@ struct World {
   // The node of each rank: two ranks of one node have a mapped link, others a message link. Empty: one node.
   std::vector<int> nodes;
   bool mapped(int a, int b) const { return nodes.empty() || nodes[a] == nodes[b]; }
+  const Traits& traits() const { return schedule::traits(collective); }
+  // Whether the rank has this buffer.
+  bool has(const Content& side, int rank) const {
+    return side.on == Content::On::all || rank == (side.on == Content::On::root ? root : peer);
+  }
   bool operator==(const World&) const = default;
 };
 

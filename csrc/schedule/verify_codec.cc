@@ -10,8 +10,6 @@
 
 namespace pycomm::schedule {
 
-using kernels::kTile;
-
 namespace {
 
 // The part of the data, in elements of the inputs, that tiles are cut from.

@@ -2,11 +2,9 @@
 
 #include <bit>
 
-#include "kernels/codec.h"
+#include "common/codec.h"
 
 namespace pycomm::schedule {
-
-using kernels::kTile;
 
 size_t Expressions::Hash::operator()(const Node& node) const {
   uint64_t h = static_cast<uint64_t>(node.kind);

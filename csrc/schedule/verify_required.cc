@@ -146,7 +146,7 @@ std::optional<std::string> call_fault(const Call& call) {
       return "a codec, and buffers that are not plain";
     }
   }
-  if (call.prescale != 1.0 && !reduces(world.collective)) {
+  if (call.prescale != 1.0 && !world.traits().reduces) {
     return std::string(name(world.collective)) + " does not scale";
   }
   return std::nullopt;

@@ -517,7 +517,7 @@ class Search : Programs {
   // What a codec left of an element that was only moved.
   bool is_decoded(const Call& call, int id, int rank, int64_t element) const {
     const Symbol& symbol = symbols_[id];
-    return call.codec.kind != kernels::CodecKind::none && symbol.type == Symbol::Type::final && symbol.sane &&
+    return call.codec.kind != CodecKind::none && symbol.type == Symbol::Type::final && symbol.sane &&
            symbol.divided == 0 && symbol.terms == std::vector{std::pair{rank, element}};
   }
 

@@ -77,7 +77,7 @@ class Programs {
     return static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
   }
   static constexpr int64_t kTile = 1024;
-  static int64_t tile(const Plan& plan) { return kernels::tile_bytes(plan.call.codec.kind); }
+  static int64_t tile(const Plan& plan) { return tile_bytes(plan.call.codec.kind); }
   static int64_t bytes_of(const Plan& plan, Format format, int64_t count) {
     if (format == Format::wire) return (count + kTile - 1) / kTile * tile(plan);
     return count * (format == Format::partial ? partial(plan) : item(plan));

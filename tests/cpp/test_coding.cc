@@ -19,8 +19,6 @@
 #include "schedule/algorithms.h"
 
 using namespace float_calls;
-using kernels::CodecKind;
-using kernels::Rounding;
 using schedule::Algorithm;
 
 namespace {
@@ -68,7 +66,7 @@ TEST(ranks_end_with_the_same_bits) {
         if (!(error < bound)) {
           check::fail(
               __FILE__, __LINE__,
-              std::string(algorithm.name) + ", " + kernels::name(kind) + ": error " + std::to_string(error));
+              std::string(algorithm.name) + ", " + pycomm::name(kind) + ": error " + std::to_string(error));
         }
       }
     }
@@ -79,7 +77,7 @@ TEST(ranks_end_with_the_same_bits) {
 // its own, and encodes the average in stage 1. Every argument of the encodes counts.
 TEST(two_shot_is_what_its_encodes_say) {
   const int64_t count = 2148;  // two tiles and a tail: rank 0 owns the first tile
-  const kernels::Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic, .seed = 77};
+  const Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic, .seed = 77};
   const std::vector<kernels::Segment> segments = {{0, 700, 5}, {768, 2100, 6}};
   std::vector<Floats> x, residual, results(2), next(2), expected_next(2, Floats(count, 9));
   for (int r = 0; r < 2; ++r) {
@@ -102,10 +100,9 @@ TEST(two_shot_is_what_its_encodes_say) {
   const int64_t begins[] = {0, 1024, count};
   for (int owner = 0; owner < 2; ++owner) {
     const int64_t begin = begins[owner], size = begins[owner + 1] - begin;
-    std::vector<char> shown(kernels::wire_bytes(codec.kind, size)), result(shown.size());
+    std::vector<char> shown(wire_bytes(codec.kind, size)), result(shown.size());
     const auto transcode = [&](int rank, uint32_t stage, std::vector<const void*> srcs,
-                               std::vector<kernels::Format> formats, void* dst, kernels::Format format,
-                               double divisor) {
+                               std::vector<Format> formats, void* dst, Format format, double divisor) {
       kernels::transcode({.codec = &codec,
                           .dtype = DType::float32,
                           .dsts = &dst,
@@ -125,11 +122,11 @@ TEST(two_shot_is_what_its_encodes_say) {
                                        .next_residual = expected_next[rank].data() + begin,
                                        .residual_scale = 2 / static_cast<float>(divisor)}});
     };
-    using enum kernels::Format;
+    using enum Format;
     const int other = 1 - owner;
     transcode(other, 0, {x[other].data() + begin}, {raw}, shown.data(), wire, 1);
     std::vector<const void*> srcs = {x[owner].data() + begin, shown.data()};
-    std::vector<kernels::Format> formats = {raw, wire};
+    std::vector<Format> formats = {raw, wire};
     if (owner == 1) {
       std::swap(srcs[0], srcs[1]);
       std::swap(formats[0], formats[1]);
@@ -146,15 +143,15 @@ TEST(two_shot_is_what_its_encodes_say) {
 // However the data is cut into trips: an all_gather of many is each rank's data, encoded as one.
 TEST(trips_do_not_show_in_the_bits) {
   const int64_t count = 400'000;
-  const kernels::Codec codec{.kind = CodecKind::int4, .rounding = Rounding::stochastic, .seed = 1};
+  const Codec codec{.kind = CodecKind::int4, .rounding = Rounding::stochastic, .seed = 1};
   Floats expected(2 * count), residual(count, 0.25F);
   std::vector<Floats> expected_next(2, Floats(count));
-  std::vector<char> code(kernels::wire_bytes(codec.kind, count));
+  std::vector<char> code(wire_bytes(codec.kind, count));
   for (int r = 0; r < 2; ++r) {
     const Floats x = noise(count, r);
     const void* src = x.data();
     void* dst = code.data();
-    kernels::Format format = kernels::Format::raw;
+    Format format = Format::raw;
     kernels::TranscodeArgs args{.codec = &codec,
                                 .dtype = DType::float32,
                                 .dsts = &dst,
@@ -162,7 +159,7 @@ TEST(trips_do_not_show_in_the_bits) {
                                 .src_formats = &format,
                                 .num_dsts = 1,
                                 .num_srcs = 1,
-                                .dst_format = kernels::Format::wire,
+                                .dst_format = Format::wire,
                                 .count = static_cast<size_t>(count),
                                 .encoding = {.step = 5,
                                              .rank = static_cast<uint32_t>(r),
@@ -171,8 +168,8 @@ TEST(trips_do_not_show_in_the_bits) {
     kernels::transcode(args);
     src = code.data();
     dst = expected.data() + r * count;
-    format = kernels::Format::wire;
-    args.dst_format = kernels::Format::final;
+    format = Format::wire;
+    args.dst_format = Format::final;
     kernels::transcode(args);
   }
   run_threads(2, [&](Communicator& comm) {
@@ -391,7 +388,7 @@ TEST(a_bound_call_is_run_again_in_another_step) {
   run_threads(2, [&](Communicator& comm) {
     Patience patience;
     const Floats x = noise(count, comm.rank());
-    const kernels::Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic};
+    const Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic};
     for (const bool shared : {false, true}) {
       Floats out(count), expected(count);
       const auto bind = [&](const Coding& coding, Floats& to) {
@@ -424,7 +421,7 @@ TEST(different_codecs_are_a_mismatch) {
     std::function<Bound(Communicator&, Floats&, bool)> bind;  // true on rank 1
     std::vector<std::string> words;
   };
-  const auto coded = [](Communicator& comm, Floats& x, const kernels::Codec& codec, uint32_t step) {
+  const auto coded = [](Communicator& comm, Floats& x, const Codec& codec, uint32_t step) {
     return comm.bind(request(comm, Collective::all_reduce, {.codec = codec, .step = step}, x, x));
   };
   const Case cases[] = {

@@ -12,8 +12,6 @@
 
 using namespace pycomm;
 using namespace pycomm::schedule;
-using kernels::CodecKind;
-using kernels::kTile;
 
 namespace {
 
@@ -56,7 +54,7 @@ void make_uneven(Call& call) {
 // `tiles` of a block go through the window in one trip.
 Geometry trips_of(const Call& call, int64_t tiles) {
   Geometry geometry;
-  geometry.trip_bytes = tiles * kernels::tile_bytes(call.codec.kind) * num_blocks(call.world);
+  geometry.trip_bytes = tiles * tile_bytes(call.codec.kind) * num_blocks(call.world);
   geometry.bank_bytes = int64_t{1} << 40;
   geometry.payload_bytes = kPayloadBytes;
   return geometry;
@@ -175,11 +173,11 @@ TEST(windows_hold_wire_form) {
     for (CodecKind kind : {CodecKind::fp16, CodecKind::int8, CodecKind::sign}) {
       const Call call = call_of(algorithm, 4, kind, 64 * kTile);
       const Plan plan = make_plan(algorithm.name, call, trips_of(call, 16));
-      CHECK(plan.slot_bytes % kernels::tile_bytes(kind) < 64);
+      CHECK(plan.slot_bytes % tile_bytes(kind) < 64);
       for (const Program& program : plan.programs) {
         for (const Operand& operand : program.operands) {
           CHECK_EQ(operand.format == Format::wire, operand.space == Space::window);
-          if (operand.format == Format::wire) CHECK_EQ(operand.offset % kernels::tile_bytes(kind), 0);
+          if (operand.format == Format::wire) CHECK_EQ(operand.offset % tile_bytes(kind), 0);
         }
       }
     }
@@ -217,7 +215,7 @@ TEST(wire_bytes_cross) {
             }
           }
         }
-        CHECK_EQ(bytes, c.shares * kernels::wire_bytes(kind, share));
+        CHECK_EQ(bytes, c.shares * wire_bytes(kind, share));
       }
     }
   }

@@ -170,7 +170,7 @@ struct Scenario {
            " ranks, counts " + counts + ", " + name(call.dtype) + " " + name(call.op) + ", root " +
            std::to_string(call.world.root) + ", peer " + std::to_string(call.world.peer) + ", in " +
            placed(call.in) + ", out " + placed(call.out) + (call.in_place ? ", in place" : "") +
-           (call.coded() ? std::string(", ") + kernels::name(call.codec.kind) : "");
+           (call.coded() ? std::string(", ") + pycomm::name(call.codec.kind) : "");
   }
 };
 
@@ -399,7 +399,7 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
                       .in = placement,
                       .out = placement == Placement::reachable ? Placement::plain : placement,
                       .in_place = in_place};
-            if (schedule::reduces(kind)) {
+            if (schedule::traits(kind).reduces) {
               const bool real = call.dtype == DType::float32 || call.dtype == DType::float64;
               call.op = all.size() % 3 == 0 ? Op::max : all.size() % 3 == 1 && real ? Op::avg : Op::sum;
             }
@@ -421,8 +421,8 @@ void add_codec_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& 
         if (uneven && schedule::num_blocks(world) == 1) continue;
         const bool averages = (n & (n - 1)) == 0 && all.size() % 2 == 0;
         Call call{.world = world, .counts = counts_of(world, count, uneven), .in_place = in_place};
-        if (schedule::reduces(world.collective) && averages) call.op = Op::avg;
-        call.codec.kind = all.size() % 3 == 0 ? kernels::CodecKind::fp16 : kernels::CodecKind::bf16;
+        if (world.traits().reduces && averages) call.op = Op::avg;
+        call.codec.kind = all.size() % 3 == 0 ? CodecKind::fp16 : CodecKind::bf16;
         all.emplace_back(std::move(call), algorithm.name, static_cast<int>(all.size() % 13));
       }
     }
@@ -468,7 +468,7 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
     if (in_place && !own_slot_in(world.collective) && !own_slot_out(world.collective))
       call.out = call.in == Placement::reachable ? Placement::plain : call.in;
     if (algorithm.codecs != schedule::Algorithm::Codecs::none && draw(2) == 0) {
-      call.codec.kind = kernels::CodecKind::bf16;
+      call.codec.kind = CodecKind::bf16;
       call.dtype = DType::float32;
       call.in = call.out = Placement::plain;
     }

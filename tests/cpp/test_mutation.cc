@@ -181,7 +181,7 @@ class Mutator {
       });
     }
     if (!encodes(program, step)) return;
-    constexpr int64_t tile = kernels::kTile;
+    constexpr int64_t tile = kTile;
     set<uint8_t>(who + "encode's stage", here(&Transcode::stage),
                  {static_cast<uint8_t>(how.stage + 1), static_cast<uint8_t>(how.stage - 1)});
     set<int64_t>(who + "index", here(&Transcode::index),
@@ -210,7 +210,7 @@ class Mutator {
                  {operand.offset + item, operand.offset - item, operand.offset + 1, operand.offset + 64,
                   operand.offset - 64, 0});
     if (operand.format == Format::wire) {
-      const int64_t tile = kernels::tile_bytes(plan_.call.codec.kind);
+      const int64_t tile = tile_bytes(plan_.call.codec.kind);
       set<int64_t>(who + "offset", here(&Operand::offset), {operand.offset + tile, operand.offset - tile});
     }
     set<int64_t>(who + "stride", here(&Operand::stride),
@@ -520,11 +520,11 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
               .dtype = DType::float16};
     call.op = trial.collective == Collective::all_gather ? Op::sum : Op::avg;
     call.counts = trial.counts;
-    call.codec.kind = kernels::CodecKind::sign;
+    call.codec.kind = CodecKind::sign;
     Geometry geometry;
     geometry.bank_bytes = 64 << 10;
     const int64_t blocks = static_cast<int64_t>(trial.counts.size());
-    geometry.trip_bytes = trial.trip_tiles * kernels::tile_bytes(call.codec.kind) * blocks;
+    geometry.trip_bytes = trial.trip_tiles * tile_bytes(call.codec.kind) * blocks;
     const Plan plan = make_plan(trial.algorithm, call, geometry);
     const bool balanced = find_algorithm(trial.collective, trial.algorithm).balanced;
     const long wrong = tally.wrong;
@@ -536,7 +536,7 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
   geometry.bank_bytes = 64 << 10;
   Call gather{
       .world = {.collective = Collective::all_gather, .size = 2}, .dtype = DType::float16, .counts = {3, 5}};
-  gather.codec.kind = kernels::CodecKind::sign;
+  gather.codec.kind = CodecKind::sign;
   const Call broadcast{
       .world = {.collective = Collective::broadcast, .size = 2}, .dtype = DType::float16, .counts = {40}};
   const Plan coded = make_plan("direct", gather, geometry), plain = make_plan("direct", broadcast, geometry);

@@ -63,8 +63,8 @@ TEST(calls_are_equal_in_all_that_a_plan_depends_on) {
   CHECK(differs([](Call& c) { c.in_place = true; }));
   CHECK(differs([](Call& c) { c.prescale = 0.5; }));
   CHECK(differs([](Call& c) { c.deterministic = true; }));
-  CHECK(differs([](Call& c) { c.codec.kind = kernels::CodecKind::int8; }));
-  CHECK(differs([](Call& c) { c.codec.rounding = kernels::Rounding::stochastic; }));
+  CHECK(differs([](Call& c) { c.codec.kind = CodecKind::int8; }));
+  CHECK(differs([](Call& c) { c.codec.rounding = Rounding::stochastic; }));
 }
 
 TEST(steps_are_told_in_words) {
@@ -108,8 +108,8 @@ TEST(every_field_of_a_call_counts) {
       [](Call& c) { c.prescale = 0.5; },
       [](Call& c) { c.deterministic = true; },
       [](Call& c) { c.ragged = true; },
-      [](Call& c) { c.codec.kind = kernels::CodecKind::int8; },
-      [](Call& c) { c.codec.rounding = kernels::Rounding::stochastic; },
+      [](Call& c) { c.codec.kind = CodecKind::int8; },
+      [](Call& c) { c.codec.rounding = Rounding::stochastic; },
       [](Call& c) { c.codec.ceil_scale = true; },
       [](Call& c) { c.codec.hadamard = true; },
       [](Call& c) { c.codec.seed = 1; },

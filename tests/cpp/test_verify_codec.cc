@@ -10,7 +10,6 @@
 
 using namespace pycomm;
 using namespace pycomm::schedule;
-using kernels::kTile;
 using Kind = Counterexample::Kind;
 
 namespace {
@@ -19,13 +18,13 @@ namespace {
 // signal, 2 wait, 3 sum and encode, 4 decode, 5 signal, 6 wait, 7 decode what the other has written.
 Plan two_shot(int64_t count = 2 * kTile + 100) {
   Call call{.world = {.size = 2}, .op = Op::avg, .counts = {count}};
-  call.codec.kind = kernels::CodecKind::int8;
+  call.codec.kind = CodecKind::int8;
   return make_plan("two_shot", call, {.bank_bytes = 1 << 20});
 }
 
 Plan one_shot() {
   Call call{.world = {.size = 2}, .counts = {kTile}};
-  call.codec.kind = kernels::CodecKind::int8;
+  call.codec.kind = CodecKind::int8;
   return make_plan("one_shot", call, {.bank_bytes = 1 << 20});
 }
 
@@ -117,7 +116,7 @@ TEST(windows_hold_whole_tiles) {
 
 TEST(claims_of_encodes_are_checked) {
   Call call{.world = {.size = 4}, .counts = {4 * kTile}};
-  call.codec.kind = kernels::CodecKind::int8;
+  call.codec.kind = CodecKind::int8;
   Plan plan = make_plan("halving_doubling", call, {.bank_bytes = 1 << 20});
   CHECK(!verify(plan));
   CHECK(!plan.encodes_once);
@@ -149,7 +148,7 @@ TEST(left_out_trips_of_codecs_hide_nothing) {
   for (const char* algorithm : {"two_shot", "ring", "tree"}) {
     for (int n : {2, 3}) {
       Call call{.world = {.size = n}, .counts = {30 * n * kTile + 9}};
-      call.codec.kind = kernels::CodecKind::sign;
+      call.codec.kind = CodecKind::sign;
       const Plan plan = make_plan(algorithm, call, {.bank_bytes = 1 << 20, .trip_bytes = 160 * n});
       const auto compare = [&](const Plan& changed) {
         const auto some = verify(changed), all = verify(changed, {.all_trips = true});

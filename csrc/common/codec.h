@@ -1,0 +1,36 @@
+// Gradient codecs by name, and how many bytes they make of elements. What they do to values: kernels/codec.h.
+//
+// A *tile* is kTile elements that start at a multiple of kTile in the data that a call is about; a *block* is
+// what shares a scale, a part of a tile. On the wire a tile is its blocks' scales, then its elements, both in
+// order and packed low bits first; kTile makes both parts multiples of 16 bytes, whatever the codec. The last
+// tile of the data may be short: its scales are all there, its elements end where it does (rounded up to 16
+// bytes, the rest zero). So any run of whole tiles is one run of bytes, and plans cut between tiles.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace pycomm {
+
+enum class CodecKind : uint8_t { none, fp16, bf16, fp8_e4m3, fp8_e5m2, mxfp8, int8, int4, sign };
+inline constexpr int kNumCodecs = 9;
+enum class Rounding : uint8_t { nearest, stochastic };
+
+struct Codec {
+  CodecKind kind = CodecKind::none;
+  Rounding rounding = Rounding::nearest;  // sign has none: nearest
+  bool ceil_scale = false;                // mxfp8
+  bool hadamard = false;                  // int4: blocks are rotated before and after
+  uint64_t seed = 0;
+  bool operator==(const Codec&) const = default;
+};
+
+inline constexpr int64_t kTile = 1024, kSegmentAlign = 256;
+
+const char* name(CodecKind kind);
+CodecKind parse_codec(std::string_view name);  // throws ValueError that lists the names
+int64_t block_of(CodecKind kind);              // elements that share a scale; fp16, bf16: 1
+int64_t tile_bytes(CodecKind kind);
+int64_t wire_bytes(CodecKind kind, int64_t count);  // of `count` elements from a tile's begin on
+
+}  // namespace pycomm

@@ -1,0 +1,48 @@
+// What is chosen for calls whose callers leave it to the library, as data: rules and sizes. There is a
+// built-in one; a tuner can put another in its place.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/caches.h"
+#include "schedule/plan.h"
+
+namespace pycomm::runtime {
+
+using schedule::Geometry;
+
+// What a call must be for its algorithm; what is left empty is any.
+struct Rule {
+  std::optional<schedule::Collective> collective = std::nullopt;
+  std::optional<bool> nodes = std::nullopt;  // several of them
+  std::optional<bool> coded = std::nullopt;
+  std::optional<bool> crowded = std::nullopt;    // the ranks have fewer cores than they are
+  std::optional<bool> symmetric = std::nullopt;  // both buffers
+  int min_ranks = 1;
+  int64_t max_bytes = INT64_MAX;            // that a rank reads if it reads all that the others have
+  bool deterministic = true;                // also for calls that must sum in the balanced order
+  std::string algorithm = {}, reason = {};  // the reason in words, for explain()
+
+  bool fits(const schedule::Call& call, bool is_crowded) const;
+};
+
+struct Profile {
+  std::vector<Rule> rules;  // the first that fits a call counts
+  // All-to-all exchanges of these collectives read plain inputs through the kernel, where that can be
+  // (Placement::reachable), from blocks of so many bytes on.
+  std::vector<schedule::Collective> single_copy;
+  int64_t single_copy_bytes = INT64_MAX;
+  int64_t trip_bytes = 0;  // Geometry's
+  Caches caches{};         // what outputs must be larger than to be stored past them
+};
+
+// The rule of this processor's kind. Pure in the caches: ranks that exchange must use the same.
+Profile built_in_profile(const Caches& found);
+
+// How `ranks` ranks cut data, and from where on they store it past their caches.
+Geometry host_geometry(int ranks, const Profile& profile);
+
+}  // namespace pycomm::runtime
