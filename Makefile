@@ -82,6 +82,7 @@ lint: $(VENV)/.dev
 	@ruff format -q --check $(PYTHON_SOURCES)
 	@clang-format --dry-run -Werror $(CXX_SOURCES)
 	@mypy --no-error-summary
+	@$(BIN)/python scripts/check_sources.py
 
 format: $(VENV)/.dev
 	@ruff check -q --fix-only $(PYTHON_SOURCES)

@@ -20,8 +20,8 @@
 
 #include "runtime/select.h"
 #include "runtime/sequence.h"
-#include "schedule/layout.h"
-#include "schedule/lower.h"
+#include "schedule/lower/layout.h"
+#include "schedule/lower/lower.h"
 #include "transport/peer_memory.h"
 
 // The pointers of the next loop do not overlap.

@@ -1088,7 +1088,7 @@ def encode(
     *,
     out: typing.Any = None,
     step: int = 0,
-    stage: int = 0,
+    turn: int = 0,
     rank: int = 0,
     segments: collections.abc.Sequence[tuple[int, int, int]] | None = None,
     residual: typing.Any = None,

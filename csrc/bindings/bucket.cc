@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/codecs.h"
 #include "bindings/python.h"
 #include "common/error.h"
@@ -64,11 +64,11 @@ void require_apart(std::vector<Extent> extents) {
 
 // The tensors as they lie now: a tensor may have got other memory since the last call.
 struct List {
-  std::vector<Buffer> buffers;
+  std::vector<Array> buffers;
   std::vector<kernels::PackItem> items;
 
   List(const std::vector<py::object>& tensors, const std::vector<int64_t>& offsets,
-       const std::vector<int64_t>& counts, const Buffer& bucket, bool packs) {
+       const std::vector<int64_t>& counts, const Array& bucket, bool packs) {
     const size_t n = tensors.size();
     if (offsets.size() != n || counts.size() != n) {
       throw ValueError("there are " + std::to_string(n) + " tensors, " + std::to_string(offsets.size()) +
@@ -77,7 +77,7 @@ struct List {
     std::vector<Extent> extents;
     for (size_t i = 0; i < n; ++i) {
       const std::string name = ordinal(i);
-      const Buffer& tensor = buffers.emplace_back(get_buffer(tensors[i].ptr(), name.c_str()));
+      const Array& tensor = buffers.emplace_back(get_array(tensors[i].ptr(), name.c_str()));
       require_packable(tensor.dtype, "`" + name + "`");
       if (!packs) require_writable(tensor, name.c_str());
       if (tensor.count != counts[i]) {
@@ -100,7 +100,7 @@ struct List {
 
  private:
   // A tensor lies apart from the bucket or is its own part of it.
-  static void require_place(const kernels::PackItem& item, const Buffer& tensor, const Buffer& bucket,
+  static void require_place(const kernels::PackItem& item, const Array& tensor, const Array& bucket,
                             const std::string& name) {
     const auto* begin = static_cast<const char*>(tensor.data);
     const auto* storage = static_cast<const char*>(bucket.data);
@@ -115,7 +115,7 @@ struct List {
 py::object run(bool packs, const py::object& bucket, const std::vector<py::object>& tensors,
                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, double scale,
                bool stats, const std::optional<std::string>& isa) {
-  const Buffer storage = get_buffer(bucket.ptr(), "bucket");
+  const Array storage = get_array(bucket.ptr(), "bucket");
   require_packable(storage.dtype, "`bucket`");
   if (packs) require_writable(storage, "bucket");
   const List list(tensors, offsets, counts, storage, packs);
@@ -131,7 +131,7 @@ py::object run(bool packs, const py::object& bucket, const std::vector<py::objec
 }
 
 void copy(const py::object& out, const py::object& x, bool stream) {
-  const Buffer to = get_buffer(out.ptr(), "out"), from = get_buffer(x.ptr(), "x");
+  const Array to = get_array(out.ptr(), "out"), from = get_array(x.ptr(), "x");
   require_writable(to, "out");
   if (to.bytes() != from.bytes()) {
     throw ValueError("`out` has " + std::to_string(to.bytes()) + " bytes and `x` " +
@@ -149,7 +149,7 @@ void add_bucket(py::module_& module) {
   module.def(
       "describe_buffer",
       [](const py::object& x, const std::string& what, bool writable) {
-        const Buffer buffer = get_buffer(x.ptr(), what.c_str());
+        const Array buffer = get_array(x.ptr(), what.c_str());
         if (writable) require_writable(buffer, what.c_str());
         const std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
         return std::pair(std::string(name(buffer.dtype)), shape);
@@ -194,7 +194,7 @@ void add_bucket(py::module_& module) {
       "check_unpack",
       [](const py::object& bucket, const std::vector<py::object>& tensors,
          const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts) {
-        const List list(tensors, offsets, counts, get_buffer(bucket.ptr(), "bucket"), false);
+        const List list(tensors, offsets, counts, get_array(bucket.ptr(), "bucket"), false);
       },
       py::arg("bucket"), py::arg("tensors"), py::arg("offsets"), py::arg("counts"),
       "Raises what unpack would.");

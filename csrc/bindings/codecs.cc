@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/gil.h"
 #include "common/caches.h"
 #include "common/error.h"
@@ -49,7 +49,7 @@ Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t 
 // Bytes to write to: `out`, or a new array.
 py::object bytes_for(const py::object& out, int64_t bytes) {
   if (out.is_none()) return py::array_t<uint8_t>(bytes);
-  const Buffer buffer = get_buffer(out.ptr(), "out");
+  const Array buffer = get_array(out.ptr(), "out");
   require_writable(buffer, "out");
   if (buffer.bytes() != bytes) {
     throw ValueError("`out` has " + std::to_string(buffer.bytes()) + " bytes: " + std::to_string(bytes) +
@@ -71,7 +71,7 @@ ResidualArrays parse_residuals(const py::object& residual, const py::object& nex
   }
   if (residual.is_none()) return {};
   const auto pointer = [&](const py::object& object, const char* name) {
-    const Buffer buffer = get_buffer(object.ptr(), name);
+    const Array buffer = get_array(object.ptr(), name);
     if (buffer.dtype != DType::float32) {
       throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
                       ": residuals are float32");
@@ -82,7 +82,7 @@ ResidualArrays parse_residuals(const py::object& residual, const py::object& nex
     }
     return buffer;
   };
-  const Buffer now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
+  const Array now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
   require_writable(next, "next_residual");
   const auto scale = static_cast<float>(residual_scale);
   if (!(scale > 0) || std::isinf(scale)) {
@@ -92,15 +92,15 @@ ResidualArrays parse_residuals(const py::object& residual, const py::object& nex
 }
 
 py::object encode(const Codec& codec, const py::object& x, const py::object& out, uint32_t step,
-                  uint32_t stage, uint32_t rank, const py::object& segments, const py::object& residual,
+                  uint32_t turn, uint32_t rank, const py::object& segments, const py::object& residual,
                   const py::object& next_residual, double residual_scale,
                   const std::optional<std::string>& isa) {
-  const Buffer from = get_buffer(x.ptr(), "x");
+  const Array from = get_array(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   const std::vector<Segment> parsed = parse_segments(segments);
   const ResidualArrays residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object wire = bytes_for(out, wire_bytes(codec.kind, from.count));
-  const Buffer to = get_buffer(wire.ptr(), "out");
+  const Array to = get_array(wire.ptr(), "out");
   void* const dst = to.data;
   const void* const src = from.data;
   const Format format = Format::raw;
@@ -116,7 +116,7 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
                       .dst_format = Format::wire,
                       .count = static_cast<size_t>(from.count),
                       .encoding = {.step = step,
-                                   .stage = stage,
+                                   .turn = turn,
                                    .rank = rank,
                                    .segments = parsed,
                                    .residual = residuals.now,
@@ -128,8 +128,8 @@ py::object encode(const Codec& codec, const py::object& x, const py::object& out
 
 void decode(const Codec& codec, const py::object& wire, const py::object& out, bool add,
             const std::optional<std::string>& isa) {
-  const Buffer from = get_buffer(wire.ptr(), "wire");
-  const Buffer to = get_buffer(out.ptr(), "out");
+  const Array from = get_array(wire.ptr(), "wire");
+  const Array to = get_array(out.ptr(), "out");
   require_codec_dtype(to.dtype, "out");
   require_writable(to, "out");
   if (add && to.dtype != DType::float32) {
@@ -161,12 +161,12 @@ void decode(const Codec& codec, const py::object& wire, const py::object& out, b
 py::object topk_encode(const py::object& x, int64_t k, const py::object& out, const py::object& residual,
                        const py::object& next_residual, double residual_scale,
                        const std::optional<std::string>& isa) {
-  const Buffer from = get_buffer(x.ptr(), "x");
+  const Array from = get_array(x.ptr(), "x");
   require_codec_dtype(from.dtype, "x");
   require_topk(k, from.count);
   const ResidualArrays residuals = parse_residuals(residual, next_residual, residual_scale, from.count);
   py::object record = bytes_for(out, kernels::topk_record_bytes(k));
-  const Buffer to = get_buffer(record.ptr(), "out");
+  const Array to = get_array(record.ptr(), "out");
   const kernels::Isa& chosen = isa_argument(isa);
   const Unlocked unlocked;
   kernels::topk_encode({.dtype = from.dtype,
@@ -182,8 +182,8 @@ py::object topk_encode(const py::object& x, int64_t k, const py::object& out, co
 }
 
 void topk_decode_add(const py::object& record, int64_t k, const py::object& sum) {
-  const Buffer from = get_buffer(record.ptr(), "record");
-  const Buffer to = get_buffer(sum.ptr(), "sum");
+  const Array from = get_array(record.ptr(), "record");
+  const Array to = get_array(sum.ptr(), "sum");
   if (to.dtype != DType::float32) {
     throw TypeError(std::string("`sum` is ") + name(to.dtype) + ": sums are float32");
   }
@@ -259,7 +259,7 @@ void add_codecs(py::module_& module) {
           py::arg("count"), "Bytes that `count` elements take on the wire.");
   module.def(
       "encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
-      py::arg("step") = 0, py::arg("stage") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
+      py::arg("step") = 0, py::arg("turn") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
       py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
       py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
       "Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.");

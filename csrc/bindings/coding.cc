@@ -39,13 +39,13 @@ Feeding::Feeding(py::object comm, py::object feedback, py::object places, int64_
       of_torch_(of_torch) {}
 
 void Feeding::renew(Coding& coding) {
-  layout_ = feedback_.attr("layout")(comm_, places_, count_, of_torch_);
+  residuals_ = feedback_.attr("residuals")(comm_, places_, count_, of_torch_);
   const auto scale = feedback_.attr("scale").cast<float>();
   if (coding.residuals && coding.residual_scale != scale) {
     throw ValueError("the loss scale of the error feedback was " + std::to_string(coding.residual_scale) +
                      " when this call was bound, and is " + std::to_string(scale) + ": bind it anew");
   }
-  coding.residuals = layout_.attr("residuals").cast<std::shared_ptr<Residuals>>();
+  coding.residuals = residuals_.attr("residuals").cast<std::shared_ptr<Residuals>>();
   coding.residual_scale = scale;
 }
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/python.h"
 #include "runtime/coding.h"
 
@@ -26,11 +26,11 @@ class Feeding {
   // Takes the residuals that the next run uses. Throws ValueError, and then nothing has changed.
   void renew(runtime::Coding& coding);
   // Before a run of which nothing is refused any more; and after it, with its Work, if it is asynchronous.
-  void begun() const { feedback_.attr("begun")(comm_, layout_); }
-  void started(const pybind11::object& work) const { layout_.attr("start")(work); }
+  void begun() const { feedback_.attr("begun")(comm_, residuals_); }
+  void started(const pybind11::object& work) const { residuals_.attr("start")(work); }
 
  private:
-  pybind11::object comm_, feedback_, places_, layout_;
+  pybind11::object comm_, feedback_, places_, residuals_;
   int64_t count_;
   bool of_torch_;
 };

@@ -120,11 +120,11 @@ using Segments = std::vector<std::tuple<int64_t, int64_t, uint64_t>>;
 // What an encode depends on besides the values; keeps the segments that Encoding borrows.
 class PyEncoding {
  public:
-  PyEncoding(uint32_t step, uint32_t stage, uint32_t rank, int64_t index, const Segments& segments,
+  PyEncoding(uint32_t step, uint32_t turn, uint32_t rank, int64_t index, const Segments& segments,
              uintptr_t residual, uintptr_t next_residual, float residual_scale) {
     for (const auto& [begin, end, id] : segments) segments_.push_back({begin, end, id});
     encoding_ = {.step = step,
-                 .stage = stage,
+                 .turn = turn,
                  .rank = rank,
                  .index = index,
                  .segments = {},
@@ -263,7 +263,7 @@ PYBIND11_MODULE(_cuda, module) {
            py::arg("ceil_scale"), py::arg("hadamard"));
   py::class_<PyEncoding>(module, "Encoding", py::module_local())
       .def(py::init<uint32_t, uint32_t, uint32_t, int64_t, const Segments&, uintptr_t, uintptr_t, float>(),
-           py::arg("step") = 0, py::arg("stage") = 0, py::arg("rank") = 0, py::arg("index") = 0,
+           py::arg("step") = 0, py::arg("turn") = 0, py::arg("rank") = 0, py::arg("index") = 0,
            py::arg("segments") = Segments{}, py::arg("residual") = 0, py::arg("next_residual") = 0,
            py::arg("residual_scale") = 1.0f);
   module.def("transcode", &transcode, py::arg("where"), py::arg("codec"), py::arg("dtype"), py::arg("srcs"),

@@ -19,7 +19,7 @@ namespace pycomm::bindings {
 using runtime::Request;
 using schedule::Content;
 
-bool overlap(const Buffer& in, const Buffer& out) {
+bool overlap(const Array& in, const Array& out) {
   if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return false;
   const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
   return a < b + out.bytes() && b < a + in.bytes();
@@ -119,13 +119,13 @@ void check_premul(const Request& request) {
 
 // ---- buffers: checks, and the collectives by the shape of what they move ----
 
-void require_same_dtype(const Buffer& x, const Buffer& out, const std::string& item = "") {
+void require_same_dtype(const Array& x, const Array& out, const std::string& item = "") {
   if (x.dtype == out.dtype) return;
   throw TypeError("`out" + item + "` is " + name(out.dtype) + " where `x" + item + "` is " + name(x.dtype));
 }
 
 // Shapes that hold `rows` rows like x's: concatenated along axis 0, or stacked (ranks, ...).
-void require_shape(const Buffer& out, std::span<const int64_t> expected, const Buffer& x, int ranks,
+void require_shape(const Array& out, std::span<const int64_t> expected, const Array& x, int ranks,
                    const char* name) {
   if (std::ranges::equal(out.shape, expected)) return;
   std::vector<int64_t> stacked = {ranks};
@@ -135,7 +135,7 @@ void require_shape(const Buffer& out, std::span<const int64_t> expected, const B
                    shape_text(expected) + " is needed for x of shape " + shape_text(x.shape));
 }
 
-std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
+std::vector<int64_t> with_rows(const Array& x, int64_t rows) {
   std::vector<int64_t> shape(x.shape.begin(), x.shape.end());
   if (shape.empty()) shape = {rows};
   shape[0] = rows;
@@ -145,7 +145,7 @@ std::vector<int64_t> with_rows(const Buffer& x, int64_t rows) {
 // `out` may be exactly `in` (or, where `own` says so, that part of the other buffer); any other overlap is an
 // error.
 void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
-  const Buffer &in = call.in, &out = call.out;
+  const Array &in = call.in, &out = call.out;
   if (!overlap(in, out)) return;
   const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
   if (a == own_in && b == own_out) {
@@ -171,17 +171,17 @@ void take_out(Invocation& call, PyObject* x, const Arguments& args, const std::v
               int ranks) {
   if (args[Arg::out]) {
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
-    call.out = get_buffer(args[Arg::out], "out");
+    call.out = get_array(args[Arg::out], "out");
     require_same_dtype(call.in, call.out);
     require_shape(call.out, shape, call.in, ranks, "out");
     require_writable(call.out, "out");
   } else {
     call.result = new_array(x, call.in, shape);
-    call.out = get_buffer(call.result.ptr(), "out");
+    call.out = get_array(call.result.ptr(), "out");
   }
 }
 
-const char* at(const Buffer& buffer, int64_t element) {
+const char* at(const Array& buffer, int64_t element) {
   return static_cast<const char*>(buffer.data) + element * static_cast<int64_t>(size_of(buffer.dtype));
 }
 
@@ -189,7 +189,7 @@ const char* at(const Buffer& buffer, int64_t element) {
 void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const schedule::World& world = call.request.call.world;
   const bool receives = world.has(world.traits().out, comm->rank());
-  call.in = get_buffer(x, "x");
+  call.in = get_array(x, "x");
   call.request.call.counts.assign(1, call.in.count);
   if (!args[Arg::out]) {
     call.result = call.x;
@@ -200,7 +200,7 @@ void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const
     return;
   }
   call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
-  call.out = get_buffer(args[Arg::out], "out");
+  call.out = get_array(args[Arg::out], "out");
   require_same_dtype(call.in, call.out);
   if (call.out.count != call.in.count) require_shape(call.out, call.in.shape, call.in, 0, "out");
   if (receives) require_writable(call.out, "out");
@@ -211,7 +211,7 @@ void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const
 void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const schedule::World& world = call.request.call.world;
   const bool receives = world.has(world.traits().out, comm->rank());
-  call.in = get_buffer(x, "x");
+  call.in = get_array(x, "x");
   const int n = comm->size(), me = comm->rank();
   std::vector<int64_t> rows(n, call.in.rows());
   if (args[Arg::counts]) {
@@ -244,7 +244,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
           "scatter() needs out= on the ranks that receive: it says what comes (x is the root's alone)");
     }
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
-    call.out = get_buffer(args[Arg::out], "out");
+    call.out = get_array(args[Arg::out], "out");
     require_writable(call.out, "out");
     if (rows.empty()) rows.assign(n, call.out.rows());
     if (rows[me] != call.out.rows()) {
@@ -254,7 +254,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
     call.request.call.counts = scaled(rows, call.out.row_elements());
     return;
   }
-  call.in = get_buffer(x, "x");
+  call.in = get_array(x, "x");
   if (rows.empty()) {
     if (call.in.rows() % n != 0 || call.in.shape.empty()) {
       throw ValueError("`x` has shape " + shape_text(call.in.shape) + ": its first axis does not divide by " +
@@ -268,7 +268,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
   call.request.call.counts = scaled(rows, call.in.row_elements());
   std::vector<int64_t> shape = with_rows(call.in, rows[me]);
   if (args[Arg::out] && rows[me] == 1) {  // a stacked input: (n, ...) -> (...)
-    const Buffer out = get_buffer(args[Arg::out], "out");
+    const Array out = get_array(args[Arg::out], "out");
     const std::vector<int64_t> row(call.in.shape.begin() + 1, call.in.shape.end());
     if (std::ranges::equal(out.shape, row)) shape = row;
   }
@@ -280,7 +280,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
 
 void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const int n = comm->size(), me = comm->rank();
-  call.in = get_buffer(x, "x");
+  call.in = get_array(x, "x");
   auto rows_of = [&](Arg arg, const char* name) {
     if (args[arg]) return counts_argument(comm, args[arg], name);
     if (call.in.shape.empty() || call.in.rows() % n != 0) {
@@ -338,7 +338,7 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
   if (peer == comm->rank() && !side.may_be_self) {
     throw ValueError(std::string("`") + side.peer_name + "` is this rank itself: copy the buffer instead");
   }
-  Buffer buffer = get_buffer(args[side.buffer], side.buffer_name);
+  Array buffer = get_array(args[side.buffer], side.buffer_name);
   if (!side.sends) require_writable(buffer, side.buffer_name);
   call.request.call.counts.assign(1, buffer.count);
   call.request.call.world.root = side.sends ? comm->rank() : peer;
@@ -356,7 +356,7 @@ int root_argument(const PyCommunicator& comm, const Arguments& args) {
   return rank_argument(comm, args[Arg::root], "root");
 }
 
-void require_alike(const Buffer& in, const Buffer& out, const std::string& item) {
+void require_alike(const Array& in, const Array& out, const std::string& item) {
   require_same_dtype(in, out, item);
   if (in.count != out.count) require_shape(out, in.shape, in, 0, ("out" + item).c_str());
 }

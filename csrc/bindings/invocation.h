@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/python.h"
 
 namespace pycomm::bindings {
@@ -34,7 +34,7 @@ struct Invocation {
   bool eager(const PyCommunicator& comm) const;
 
   runtime::Request request;
-  Buffer in, out;                    // as far as this rank has them
+  Array in, out;                     // as far as this rank has them
   pybind11::object x, result;        // kept alive; what the method returns
   std::function<void()> before;      // by whoever runs the call, when those before it are over
   std::function<void()> then;        // after success
@@ -44,7 +44,7 @@ struct Invocation {
 
 // One buffer; no codec. Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
 Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
-bool overlap(const Buffer& in, const Buffer& out);
+bool overlap(const Array& in, const Array& out);
 // send_recv: the send and the receive.
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args);
@@ -54,7 +54,7 @@ Invocation begin_call(const Method& method, const PyCommunicator& comm, const Ar
 void finish_request(Invocation& call);                                 // once `in` and `out` are known
 int root_argument(const PyCommunicator& comm, const Arguments& args);  // 0 where none is given
 // Throws unless `out` takes what `in` holds; `item` is as in "[3]" where they are of lists.
-void require_alike(const Buffer& in, const Buffer& out, const std::string& item);
+void require_alike(const Array& in, const Array& out, const std::string& item);
 
 // Gives the memory of the call's counts to this thread's next call: nearly all calls have one count.
 void recycle(Invocation& call);

@@ -55,7 +55,7 @@ struct Group {
   enum class Kind : uint8_t { packed, alone, coded, exempt };
   Kind kind;
   std::vector<size_t> items;
-  std::vector<Buffer> ins, outs;  // outs: none where nothing comes
+  std::vector<Array> ins, outs;  // outs: none where nothing comes
   bool in_place() const { return outs.empty() || outs[0].data == ins[0].data; }
 };
 
@@ -66,7 +66,7 @@ class List {
 
   bool only_sends() const { return only_sends_; }
   size_t size() const { return ins_.size(); }
-  const Buffer& in(size_t i) const { return ins_[i]; }
+  const Array& in(size_t i) const { return ins_[i]; }
   PyObject* item(size_t i) const { return PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i)); }
   std::string signature() const;
   std::shared_ptr<void> keep(bool async) const;
@@ -84,7 +84,7 @@ class List {
   py::object out_list_;
   std::string out_name_;
   bool only_sends_ = false;
-  std::vector<Buffer> ins_, outs_;
+  std::vector<Array> ins_, outs_;
 };
 
 List::List(const Method& method, const PyCommunicator& comm, const Arguments& args)
@@ -113,8 +113,8 @@ List::List(const Method& method, const PyCommunicator& comm, const Arguments& ar
 }
 
 void List::take(size_t i, const std::string& item) {
-  Buffer in = get_buffer(items_[i].ptr(), ("x" + item).c_str()),
-         out = get_buffer(out_items_[i].ptr(), (out_name_ + item).c_str());
+  Array in = get_array(items_[i].ptr(), ("x" + item).c_str()),
+        out = get_array(out_items_[i].ptr(), (out_name_ + item).c_str());
   if (!only_sends_) require_writable(out, (out_name_ + item).c_str());
   require_alike(in, out, item);
   ins_.push_back(std::move(in));
@@ -138,7 +138,7 @@ void List::require_apart() const {
 
 std::string List::signature() const {
   std::vector<Item> list;
-  for (const Buffer& in : ins_) list.push_back({in.shape, in.dtype});
+  for (const Array& in : ins_) list.push_back({in.shape, in.dtype});
   return signature_of(list);
 }
 
@@ -154,7 +154,7 @@ std::shared_ptr<void> List::keep(bool async) const {
 std::vector<Group> List::group(const std::vector<Group::Kind>& kinds) const {
   std::vector<Group> groups;
   for (size_t i = 0; i < ins_.size(); ++i) {
-    const Buffer& in = ins_[i];
+    const Array& in = ins_[i];
     auto group = std::ranges::find_if(groups, [&](const Group& g) {
       return g.kind == kinds[i] && g.kind != Group::Kind::alone && g.ins[0].dtype == in.dtype;
     });
@@ -169,7 +169,7 @@ std::vector<Group> List::group(const std::vector<Group::Kind>& kinds) const {
 // Whether memory that one group moves is also another's, or in part its own.
 bool any_overlap(const std::vector<Group>& groups) {
   std::vector<std::pair<const char*, const char*>> spans;
-  const auto add = [&](const Buffer& b) {
+  const auto add = [&](const Array& b) {
     const auto* begin = static_cast<const char*>(b.data);
     if (b.bytes() > 0) spans.emplace_back(begin, begin + b.bytes());
   };
@@ -185,7 +185,7 @@ bool any_overlap(const std::vector<Group>& groups) {
 }
 
 // A call on what lies in `data`, in place.
-void take_in_place(Invocation& call, const Buffer& data) {
+void take_in_place(Invocation& call, const Array& data) {
   call.in = call.out = data;
   call.request.call.counts.assign(1, data.count);
   call.request.call.in_place = true;
@@ -303,8 +303,8 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   return calls;
 }
 
-Buffer part_of(const Buffer& whole, const Segment& segment) {
-  Buffer part;
+Array part_of(const Array& whole, const Segment& segment) {
+  Array part;
   part.data = static_cast<char*>(whole.data) + segment.begin * static_cast<int64_t>(size_of(whole.dtype));
   part.dtype = whole.dtype;
   part.count = segment.end - segment.begin;

@@ -39,10 +39,10 @@ bool is_plain(PyObject* object) {
 
 bool Memo::Query::read_buffers() {
   PyObject *in = (*args)[Arg::x], *result = (*args)[Arg::out];
-  return (!in || peek_buffer(in, x)) && (!result || peek_buffer(result, out));
+  return (!in || peek_array(in, x)) && (!result || peek_array(result, out));
 }
 
-void Memo::Place::assign(const Buffer& buffer) {
+void Memo::Place::assign(const Array& buffer) {
   data = buffer.data;
   dtype = buffer.dtype;
   writable = buffer.writable;
@@ -50,7 +50,7 @@ void Memo::Place::assign(const Buffer& buffer) {
   std::ranges::copy(buffer.shape, shape.begin());
 }
 
-bool Memo::Place::is(const Buffer& buffer) const {
+bool Memo::Place::is(const Array& buffer) const {
   if (data != buffer.data || dtype != buffer.dtype || writable != buffer.writable ||
       num_dims != buffer.shape.size()) {
     return false;

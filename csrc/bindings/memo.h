@@ -2,7 +2,7 @@
 // step, and to check and bind a small one takes longer than to run it.
 //
 // A call is known if all that the checks and the bind look at is as it was: the method, the buffers as
-// get_buffer sees them now, and for the other arguments but `step` the very same objects. Two things that a
+// get_array sees them now, and for the other arguments but `step` the very same objects. Two things that a
 // bound call depends on change outside the calls: where symmetric memory lies, and which algorithms there
 // are. Code that changes either must call clear(). run() checks whether the group is usable.
 //
@@ -17,7 +17,7 @@
 #include <optional>
 
 #include "bindings/arguments.h"
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "runtime/communicator.h"
 
 namespace pycomm::bindings {
@@ -32,7 +32,7 @@ class Memo {
   struct Query {
     const Method* method;
     const Arguments* args;
-    Buffer x, out;
+    Array x, out;
 
     Query(const Method& m, const Arguments& a) : method(&m), args(&a) {}
     bool read_buffers();  // false: calls with such buffers are not kept
@@ -78,8 +78,8 @@ class Memo {
     size_t num_dims;
     std::array<int64_t, kMaxDims> shape;
 
-    void assign(const Buffer& buffer);
-    bool is(const Buffer& buffer) const;
+    void assign(const Array& buffer);
+    bool is(const Array& buffer) const;
   };
   struct Entry {
     bool known = false;

@@ -2,7 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arguments.h"
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/codecs.h"
 #include "bindings/coding.h"
 #include "bindings/python.h"
@@ -13,7 +13,7 @@
 #include "kernels/combine.h"
 #include "runtime/bootstrap.h"
 #include "schedule/algorithms.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace py = pybind11;
 

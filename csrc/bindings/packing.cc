@@ -10,11 +10,11 @@
 
 namespace pycomm::bindings {
 
-Packing::Packing(std::vector<Buffer> ins, std::vector<Buffer> outs, int64_t align, std::shared_ptr<void> keep)
+Packing::Packing(std::vector<Array> ins, std::vector<Array> outs, int64_t align, std::shared_ptr<void> keep)
     : ins_(std::move(ins)), outs_(std::move(outs)), keep_(std::move(keep)) {
   constexpr int64_t kLine = 64;
   int64_t total = 0;
-  for (const Buffer& in : ins_) {
+  for (const Array& in : ins_) {
     offsets_.push_back(total);
     total += (in.count + align - 1) / align * align;
   }

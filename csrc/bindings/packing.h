@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 
 namespace pycomm::bindings {
 
@@ -13,9 +13,9 @@ class Packing {
  public:
   // `outs`: where unpack() puts the elements; empty: nowhere. Each buffer begins at a multiple of `align`
   // elements; what lies between is zero. `keep` lives as long as this.
-  Packing(std::vector<Buffer> ins, std::vector<Buffer> outs, int64_t align, std::shared_ptr<void> keep);
+  Packing(std::vector<Array> ins, std::vector<Array> outs, int64_t align, std::shared_ptr<void> keep);
 
-  Buffer buffer() const { return packed_; }
+  Array buffer() const { return packed_; }
   std::span<const int64_t> offsets() const { return offsets_; }  // of each, in elements
   void pack() const;
   void unpack() const;
@@ -25,9 +25,9 @@ class Packing {
  private:
   char* at(size_t i) const;
 
-  std::vector<Buffer> ins_, outs_;
+  std::vector<Array> ins_, outs_;
   std::vector<int64_t> offsets_;
-  Buffer packed_;
+  Array packed_;
   std::shared_ptr<void> storage_, keep_;
 };
 

@@ -2,14 +2,14 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 #include "bindings/python.h"
 #include "common/error.h"
 #include "runtime/select.h"
 #include "schedule/algorithms.h"
-#include "schedule/layout.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/layout.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 namespace py = pybind11;
 

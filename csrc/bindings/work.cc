@@ -92,16 +92,16 @@ struct PersistentOp {
   PyObject_HEAD std::vector<Bound>* bounds;
   std::shared_ptr<Handle>* handle;
   PyObject *x, *result;
-  Buffer *in, *out;   // as they were bound
+  Array *in, *out;    // as they were bound
   Feeding* feeding;   // null: without error feedback
   bool eager, coded;  // coded: a run changes what is bound
   bool under_way;     // a coded one
 };
 
 // Whatever has happened to the objects since, the call must not use memory that they have no more.
-void require_bound(PyObject* object, const Buffer& bound, const char* name) {
-  Buffer now;
-  if (!peek_buffer(object, now)) now = get_buffer(object, name);
+void require_bound(PyObject* object, const Array& bound, const char* name) {
+  Array now;
+  if (!peek_array(object, now)) now = get_array(object, name);
   require_unmoved(bound, now, name);
   if (bound.writable && !now.writable) require_writable(now, name);
 }
@@ -203,8 +203,8 @@ py::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls,
   op->bounds = new std::vector<Bound>(std::move(bounds));
   op->handle = new std::shared_ptr<Handle>(comm.handle);
   op->eager = call.eager(comm);
-  op->in = new Buffer(call.in);
-  op->out = new Buffer(call.out);
+  op->in = new Array(call.in);
+  op->out = new Array(call.out);
   op->x = call.x.release().ptr();
   op->result = call.result.release().ptr();
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(op));

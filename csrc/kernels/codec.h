@@ -27,7 +27,7 @@
 // * Stochastic rounding takes q + 1 with probability x/s - q, resolved to 8 bits (bf16: 16) with the half bit
 //   added, so that it is unbiased and what is representable stays: floor(x/s + (2 r + 1) / 2^9). A float's
 //   magnitude is rounded so, in units of its last place; an integer is, sign and all. The sum is exact. The
-//   bits r come from Philox (arithmetic/philox.h): key = seed, counter = step, stage, rank, element.
+//   bits r come from Philox (arithmetic/philox.h): key = seed, counter = step, turn, rank, element.
 // * Error feedback: v = x + k e is encoded in x's place, and e' = (v - decode(encode(v))) / k kept, for each
 //   element; a block that is not finite keeps e. Between segments e' is 0. k is residual_scale. e and e' may
 //   be one buffer; both are given, or neither.
@@ -52,7 +52,9 @@ struct Segment {
 
 // What an encode depends on besides the values.
 struct Encoding {
-  uint32_t step = 0, stage = 0, rank = 0;
+  uint32_t step = 0;
+  uint32_t turn = 0;  // tells a rank's encodes of one element from each other
+  uint32_t rank = 0;
   int64_t index = 0;                  // of the first element in the data: a multiple of kTile
   std::span<const Segment> segments;  // empty: one tensor, id 0, as long as the data
   const float* residual = nullptr;    // e and e' of the first element; null: no error feedback

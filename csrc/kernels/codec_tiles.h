@@ -84,7 +84,7 @@ class Random {
   Random(const CodecKernels& kernels, uint64_t seed, int bits, const Encoding& encoding)
       : kernels_(kernels),
         seed_(seed),
-        stream_(uint64_t{encoding.step} << 32 | uint64_t{encoding.stage & 0xff} << 24 |
+        stream_(uint64_t{encoding.step} << 32 | uint64_t{encoding.turn & 0xff} << 24 |
                 (encoding.rank & 0xffffff)),
         bits_(bits) {}
 

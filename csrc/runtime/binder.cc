@@ -8,7 +8,7 @@
 #include "common/hash.h"
 #include "runtime/coding.h"
 #include "runtime/select.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace pycomm::runtime {
 

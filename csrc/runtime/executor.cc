@@ -144,7 +144,7 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
   const double divisor = how.divides ? plan.divisor : 1.0;
   const int64_t shift = trip * how.stride;
   kernels::Encoding encoding{.step = coding_->step,
-                             .stage = how.stage,
+                             .turn = how.turn,
                              .rank = static_cast<uint32_t>(domain_->rank()),
                              .index = how.index + shift,
                              .segments = coding_->segments};

@@ -8,8 +8,8 @@
 #include "common/hash.h"
 #include "common/log.h"
 #include "runtime/select.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 namespace pycomm::runtime {
 
@@ -57,8 +57,8 @@ PlanCache::Write PlanCache::user_algorithm(Collective collective, const std::str
   return nullptr;
 }
 
-schedule::Plan PlanCache::make_plan(const schedule::Call& call, const std::string& algorithm,
-                                    int rank) const {
+schedule::Plan PlanCache::lower_and_prove(const schedule::Call& call, const std::string& algorithm,
+                                          int rank) const {
   const Geometry geometry = host_geometry(size_, fabric_.profile);
   const auto write = user_algorithm(call.world.collective, algorithm);
   if (call.deterministic && (write || !schedule::find_algorithm(call.world.collective, algorithm).balanced)) {
@@ -116,7 +116,7 @@ std::shared_ptr<const Prepared> PlanCache::prepare(const schedule::Call& call, c
   // call.
   const std::string chosen =
       algorithm.empty() ? select(call, fabric_.profile, fabric_.policy.yield).algorithm : algorithm;
-  auto prepared = std::make_shared<const Prepared>(make_plan(call, chosen, rank), rank);
+  auto prepared = std::make_shared<const Prepared>(lower_and_prove(call, chosen, rank), rank);
   log(LogLevel::trace, "new plan: ", describe(prepared->record));
   const std::lock_guard lock(mutex_);
   if (generation != generation_) return prepared;  // an algorithm of this name may be another by now

@@ -42,7 +42,7 @@ class PlanCache {
     Write write;
   };
   Write user_algorithm(schedule::Collective collective, const std::string& name) const;
-  schedule::Plan make_plan(const schedule::Call& call, const std::string& algorithm, int rank) const;
+  schedule::Plan lower_and_prove(const schedule::Call& call, const std::string& algorithm, int rank) const;
 
   const Fabric& fabric_;
   const int size_;

@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "common/error.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace pycomm::runtime {
 

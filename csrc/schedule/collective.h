@@ -1,6 +1,6 @@
 // The collectives, and what there is to know of each besides its algorithms: one row of a table.
 //
-// What the results must be is not derived from it: verify_required.cc says that in its own words.
+// What the results must be is not derived from it: verify/required.cc says that in its own words.
 #pragma once
 
 #include <array>

@@ -102,7 +102,7 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
       if (encodes(program, step)) {
         text += ", encoded from element " + std::to_string(transcode.index);
         if (transcode.stride != 0) text += " + " + std::to_string(transcode.stride) + "w";
-        text += " in stage " + std::to_string(transcode.stage);
+        text += " in turn " + std::to_string(transcode.turn);
       }
     }
     return text;

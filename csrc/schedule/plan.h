@@ -93,8 +93,8 @@ struct Step {
 // What a combine with wire operands needs besides: kernels::transcode() in place of combine().
 struct Transcode {
   bool divides = false;  // by Plan::divisor: what was partial before is finished after
-  // Of an encode. All encodes that a rank makes of one element differ in `stage`.
-  uint8_t stage = 0;
+  // Of an encode. All encodes that a rank makes of one element differ in `turn`.
+  uint8_t turn = 0;
   int64_t index = 0;    // kernels::Encoding::index at trip 0: see data_index() in layout.h
   int64_t element = 0;  // at trip 0, of the rank's `in`: where its residual is
   int64_t stride = 0;   // of both, from one trip to the next

@@ -144,7 +144,7 @@ std::shared_ptr<Node> Node::join(const Options& options) {
     meeting = meet(options, std::move(memory));
   } else {
     meeting.memory = std::move(memory);
-    meeting.members.push_back({getpid(), Fd()});
+    meeting.seats.push_back({getpid(), Fd()});
   }
   if (failed) std::rethrow_exception(failed);
   std::shared_ptr<Node> node(new Node);
@@ -152,9 +152,9 @@ std::shared_ptr<Node> Node::join(const Options& options) {
   node->size_ = options.size;
   node->shared_ = std::make_shared<Shared>(std::move(meeting.memory), options.size, false);
   for (int rank = 0; rank < options.size; ++rank) {
-    Member& member = meeting.members[rank];
-    node->pids_.push_back(member.pid);
-    node->pidfds_.push_back(rank == options.rank ? -1 : member.pidfd.release());
+    Seat& seat = meeting.seats[rank];
+    node->pids_.push_back(seat.pid);
+    node->pidfds_.push_back(rank == options.rank ? -1 : seat.pidfd.release());
   }
   log(LogLevel::trace, "joined the node at '", options.address, "'");
   return node;

@@ -30,19 +30,19 @@ constexpr milliseconds kTick{50};     // between two calls of on_wait
 constexpr milliseconds kGrace{2000};  // rank 0 knows more about a timeout: the others let it speak first
 constexpr int kBatch = 128;           // pidfds a message; the kernel takes 253
 
-// ---- messages: one hello up; members, in batches, or an error down ----
+// ---- messages: one hello up; seats, in batches, or an error down ----
 
-enum class Kind : int32_t { hello, members, value_error, comm_error, peer_lost, timeout };
+enum class Kind : int32_t { hello, seats, value_error, comm_error, peer_lost, timeout };
 
 struct Message {
   uint32_t magic = 0x6d6f6370, version = 1;  // these two stay where they are
   Kind kind = Kind::hello;
   int32_t rank = 0, size = 0;
-  int32_t first = 0, count = 0;  // members: which
+  int32_t first = 0, count = 0;  // seats: which
   int32_t remaining_ms = 0;      // hello: until the sender's deadline
   union {
     char text[kBatch * sizeof(int64_t)] = {};  // errors
-    int64_t pids[kBatch];                      // members
+    int64_t pids[kBatch];                      // seats
   };
 };
 
@@ -68,7 +68,7 @@ Message error_message(const std::exception& error) {
     case Kind::comm_error:
       throw CommError(text);
     case Kind::hello:
-    case Kind::members:
+    case Kind::seats:
       break;
   }
   throw CommError(
@@ -250,7 +250,7 @@ Meeting Join::attend(const Fd& host) {
   hello.size = options_.size;
   hello.remaining_ms = remaining_ms();
   Meeting meeting;
-  meeting.members.resize(options_.size);
+  meeting.seats.resize(options_.size);
   bool said_hello = false;
   for (int known = 0; known < options_.size;) {
     Message message;
@@ -276,13 +276,13 @@ Meeting Join::attend(const Fd& host) {
       continue;
     }
     const size_t with_memory = known == 0;
-    if (message.kind != Kind::members || message.first != known || message.count < 1 ||
+    if (message.kind != Kind::seats || message.first != known || message.count < 1 ||
         message.count > kBatch || message.count > options_.size - known ||
         fds.size() != message.count + with_memory)
       throw_error(message);
     if (with_memory) meeting.memory = std::move(fds[0]);
     for (int i = 0; i < message.count; ++i)
-      meeting.members[known + i] = {message.pids[i], std::move(fds[i + with_memory])};
+      meeting.seats[known + i] = {message.pids[i], std::move(fds[i + with_memory])};
     known += message.count;
   }
   return meeting;
@@ -319,12 +319,12 @@ void Join::admit(Fd& guest, const Message& hello, std::vector<Fd>& fds) {
                      to_string(options_.size) + ": start all ranks with one size");
   if (hello.kind != Kind::hello || hello.rank < 0 || hello.rank >= hello.size || fds.size() != 1)
     throw CommError(who + " sent a hello that makes no sense; do all ranks run the same version of pycomm?");
-  Member& member = meeting_.members[hello.rank];
-  if (member.pidfd)
+  Seat& seat = meeting_.seats[hello.rank];
+  if (seat.pidfd)
     throw ValueError("two processes say that they are rank " + to_string(hello.rank) + ": pid " +
-                     to_string(member.pid) + " and pid " + to_string(pid) +
+                     to_string(seat.pid) + " and pid " + to_string(pid) +
                      ". Give every process its own rank, and every job its own address");
-  member = {pid, std::move(fds[0])};
+  seat = {pid, std::move(fds[0])};
   connections_[hello.rank] = std::move(guest);
   deadline_ = std::min(deadline_, Clock::now() + milliseconds(hello.remaining_ms));
   --missing_;
@@ -336,7 +336,7 @@ void Join::watch() {
   for (int rank = 0; rank < options_.size;
        ++rank) {  // poll skips the descriptor -1 of those that have not come
     entries.push_back({connections_[rank].get(), POLLIN, 0});
-    entries.push_back({rank == 0 ? -1 : meeting_.members[rank].pidfd.get(), POLLIN, 0});
+    entries.push_back({rank == 0 ? -1 : meeting_.seats[rank].pidfd.get(), POLLIN, 0});
   }
   entries.push_back({listener_.get(), POLLIN, 0});
   for (const Fd& guest : guests_) entries.push_back({guest.get(), POLLIN, 0});
@@ -347,7 +347,7 @@ void Join::watch() {
     // Nothing is sent after the hello: it hung up. A process that ends closes its sockets a moment before it
     // is gone.
     poll(&ended, 1, 20);
-    throw PeerLostError("rank " + to_string(rank) + " (pid " + to_string(meeting_.members[rank].pid) + ") " +
+    throw PeerLostError("rank " + to_string(rank) + " (pid " + to_string(meeting_.seats[rank].pid) + ") " +
                         (ended.revents ? "ended" : "gave up") +
                         " while the ranks were joining; see what it said");
   }
@@ -358,7 +358,7 @@ std::string Join::missing_ranks() const {
   std::string ranks;
   int listed = 0;
   for (int rank = 0; rank < options_.size; ++rank) {
-    if (meeting_.members[rank].pidfd || ++listed > kListed) continue;
+    if (meeting_.seats[rank].pidfd || ++listed > kListed) continue;
     ranks += (ranks.empty() ? "" : ", ") + to_string(rank);
   }
   return (missing_ == 1 ? "rank " : "ranks ") + ranks + (listed > kListed ? ", ..." : "");
@@ -367,14 +367,14 @@ std::string Join::missing_ranks() const {
 void Join::send_members(int rank) {
   for (int first = 0; first < options_.size; first += kBatch) {
     Message message;
-    message.kind = Kind::members;
+    message.kind = Kind::seats;
     message.first = first;
     message.count = std::min(kBatch, options_.size - first);
     std::vector<int> fds;
     if (first == 0) fds.push_back(meeting_.memory.get());
     for (int i = 0; i < message.count; ++i) {
-      message.pids[i] = meeting_.members[first + i].pid;
-      fds.push_back(meeting_.members[first + i].pidfd.get());
+      message.pids[i] = meeting_.seats[first + i].pid;
+      fds.push_back(meeting_.seats[first + i].pidfd.get());
     }
     Io io;
     while ((io = send(connections_[rank], message, fds)) == Io::again) {
@@ -383,7 +383,7 @@ void Join::send_members(int rank) {
       pause(milliseconds(1));
     }
     if (io == Io::gone)
-      throw PeerLostError("rank " + to_string(rank) + " (pid " + to_string(meeting_.members[rank].pid) +
+      throw PeerLostError("rank " + to_string(rank) + " (pid " + to_string(meeting_.seats[rank].pid) +
                           ") left while the ranks were joining; see what it said");
   }
 }
@@ -408,8 +408,8 @@ Meeting Join::host(Fd listener, Fd memory) {
   listener_ = std::move(listener);
   connections_.resize(options_.size);
   meeting_.memory = std::move(memory);
-  meeting_.members.resize(options_.size);
-  meeting_.members[0] = {getpid(), std::move(pidfd_)};
+  meeting_.seats.resize(options_.size);
+  meeting_.seats[0] = {getpid(), std::move(pidfd_)};
   missing_ = options_.size - 1;
   try {
     while (missing_ > 0) {

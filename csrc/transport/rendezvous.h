@@ -10,14 +10,14 @@
 
 namespace pycomm::transport {
 
-struct Member {
+struct Seat {
   int64_t pid = 0;
   Fd pidfd;
 };
 
 struct Meeting {
   Fd memory;
-  std::vector<Member> members;  // by rank
+  std::vector<Seat> seats;  // by rank
 };
 
 // `memory` is what rank 0 brings; the others get it. Throws as Node::join says.

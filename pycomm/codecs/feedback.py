@@ -56,13 +56,13 @@ class ErrorFeedback:
             raise TypeError(f"`exempt` is {exempt!r}: pass a function of a name and a shape")
         self.exempt = exempt
         self._scale = 1.0
-        self._layouts: dict[Places, Layout] = {}
-        self._where: dict[str, Layout] = {}
+        self._calls: dict[Places, CallResiduals] = {}
+        self._where: dict[str, CallResiduals] = {}
         self._loaded: dict[str, Residual] = {}
         self._to_watch = 0  # steps before what is left of these is thought to be misnamed
         self._of_torch = False
         self._round: set[str] = set()  # parameters that this step has had a call for
-        self._of_round: list[Layout] = []
+        self._of_round: list[CallResiduals] = []
         self._comm: weakref.ref[_native.Communicator] | None = None
 
     @property
@@ -82,9 +82,9 @@ class ErrorFeedback:
 
         A step is a round of calls in which no name comes twice. Called a second time it does nothing.
         """
-        for layout in self._of_round:
-            layout.settle()
-            layout.take_back()
+        for of_call in self._of_round:
+            of_call.settle()
+            of_call.take_back()
         self._of_round.clear()
         self._round.clear()
 
@@ -94,10 +94,10 @@ class ErrorFeedback:
         They are arrays, or torch's tensors if a call was about tensors: numpy.savez and pickle take both, and
         torch.load reads, by default, tensors alone.
         """
-        for layout in self._layouts.values():
-            layout.settle()
+        for of_call in self._calls.values():
+            of_call.settle()
         found = {name: residual.copy() for name, residual in self._loaded.items()}
-        found |= {name: layout.part(name).copy() for name, layout in self._where.items()}
+        found |= {name: of_call.part(name).copy() for name, of_call in self._where.items()}
         if not self._of_torch:
             return dict(found)
         import torch
@@ -138,9 +138,9 @@ class ErrorFeedback:
         extra = set().union(*states) - set(residuals)
         if extra:
             raise ValueError(f"`state`: only some of the old ranks have a residual of {min(extra)!r}")
-        for layout in self._layouts.values():
-            layout.settle()
-        self._layouts.clear()
+        for of_call in self._calls.values():
+            of_call.settle()
+        self._calls.clear()
         self._where.clear()
         self._of_round.clear()
         self._round.clear()
@@ -157,7 +157,9 @@ class ErrorFeedback:
         """Which of these tensors are reduced as they are."""
         return [i for i, each in enumerate(zip(names, shapes, strict=True)) if self.exempt(*each)]
 
-    def layout(self, comm: _native.Communicator, places: Places, count: int, of_torch: bool) -> Layout:
+    def residuals(
+        self, comm: _native.Communicator, places: Places, count: int, of_torch: bool
+    ) -> CallResiduals:
         """The residuals for a call on `count` elements, of a tensor or array, with parameters at `places`.
 
         Nothing has changed until the call is known to have begun.
@@ -168,40 +170,40 @@ class ErrorFeedback:
                 "this ErrorFeedback holds the residuals of another communicator: make one for each, on each"
                 " rank; state_dict() and load_state_dict() take residuals along"
             )
-        layout = self._layouts.get(places)
-        if layout is None:
-            layout = Layout(places, count, of_torch)
+        of_call = self._calls.get(places)
+        if of_call is None:
+            of_call = CallResiduals(places, count, of_torch)
         self._watch_for_strangers(name for name, _, _ in places)
-        moving = [name for name, _, _ in places if self._where.get(name) is not layout]
-        parts = {name: self._find(name, layout) for name in moving}  # may raise
+        moving = [name for name, _, _ in places if self._where.get(name) is not of_call]
+        parts = {name: self._find(name, of_call) for name in moving}  # may raise
         if moving:
-            layout.settle()
+            of_call.settle()
         for name, part in parts.items():
-            layout.part(name)[:] = 0 if part is None else part
-        return layout
+            of_call.part(name)[:] = 0 if part is None else part
+        return of_call
 
-    def begun(self, comm: _native.Communicator, layout: Layout) -> None:
+    def begun(self, comm: _native.Communicator, of_call: CallResiduals) -> None:
         """A call begins with these residuals: it is what skip() may take back from now on."""
         self._comm = weakref.ref(comm)
-        self._of_torch |= layout.of_torch
-        self._layouts[layout.places] = layout
-        names = [name for name, _, _ in layout.places]
+        self._of_torch |= of_call.of_torch
+        self._calls[of_call.places] = of_call
+        names = [name for name, _, _ in of_call.places]
         for name in names:
             source = self._where.get(name)
-            if source is layout:
+            if source is of_call:
                 continue
             self._loaded.pop(name, None)
-            self._where[name] = layout
-            layout.holds += 1
+            self._where[name] = of_call
+            of_call.holds += 1
             if source is not None:
                 source.holds -= 1
                 if source.holds == 0:
-                    del self._layouts[source.places]
+                    del self._calls[source.places]
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
         self._round.update(names)
-        self._of_round.append(layout)
+        self._of_round.append(of_call)
 
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
         """Counts steps; after some of them, residuals that were loaded and not used may be misnamed.
@@ -240,12 +242,12 @@ class ErrorFeedback:
                 " thing"
             )
 
-    def _find(self, name: str, layout: Layout) -> Residual | None:
+    def _find(self, name: str, of_call: CallResiduals) -> Residual | None:
         source = self._where.get(name)
         if source is not None:
             source.settle()
         found = self._loaded.get(name) if source is None else source.part(name)
-        wanted = layout.part(name).size
+        wanted = of_call.part(name).size
         if found is not None and found.size != wanted:
             raise ValueError(
                 f"{name!r} has {wanted} elements here, and its residual {found.size}: one name cannot stand"
@@ -276,14 +278,14 @@ def _checked(name: str, residual: Any) -> Residual:
     return found
 
 
-class Layout:
+class CallResiduals:
     """The residuals of one call, in the call's element order."""
 
     def __init__(self, places: Places, count: int, of_torch: bool) -> None:
         self.residuals = _native.Residuals(count)
         self.places = places
         self.of_torch = of_torch
-        self.holds = 0  # parameters whose residuals are here and in no later layout
+        self.holds = 0  # parameters whose residuals are here, and in no later object
         self._slices = {name: slice(begin, end) for name, begin, end in places}
         self._work: _native.Work | None = None
 

@@ -44,7 +44,7 @@ def transcode(
     prescale: float = 1.0,
     divisor: float = 1.0,
     step: int = 0,
-    stage: int = 0,
+    turn: int = 0,
     rank: int = 0,
     index: int = 0,
     segments: Sequence[tuple[int, int, int]] | None = None,
@@ -86,7 +86,7 @@ def transcode(
     require(len(given) <= 1, f"floats are {', '.join(sorted(given))}: pass arrays of one type")
     encoding = call.module.Encoding(
         step,
-        stage,
+        turn,
         rank,
         index,
         _segments(segments),

@@ -91,7 +91,7 @@ inline uint32_t random_bits(uint64_t seed, const Encoding& e, int64_t position, 
   const uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   const Counter drawn =
       philox(key, {{static_cast<uint32_t>(index / per), static_cast<uint32_t>(index / per >> 32),
-                    (e.stage & 0xff) << 24 | (e.rank & 0xffffff), e.step}});
+                    (e.turn & 0xff) << 24 | (e.rank & 0xffffff), e.step}});
   const uint64_t bit = index % per * static_cast<uint64_t>(bits);
   return drawn.word[bit / 32] >> bit % 32 & ((1u << bits) - 1);
 }

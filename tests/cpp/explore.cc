@@ -33,7 +33,7 @@ class Search : Programs {
  private:
   struct Encoded {
     int64_t begin, end;  // elements of the rank's input
-    int stage, symbol;
+    int turn, symbol;
   };
   void start() {
     memory_.assign(top_, 0);
@@ -377,9 +377,9 @@ class Search : Programs {
           if (k + 1 == part.size()) sane = sane && (k + 1 == kTile || last);
         }
       }
-      tiles.push_back(symbols_.encode(part, rank, how.stage, sane, tile(plan)));
+      tiles.push_back(symbols_.encode(part, rank, how.turn, sane, tile(plan)));
       note_encode(rank, move.call,
-                  {how.element + shift, how.element + shift + end - begin, how.stage, tiles.back()});
+                  {how.element + shift, how.element + shift + end - begin, how.turn, tiles.back()});
     }
     return tiles;
   }
@@ -401,7 +401,7 @@ class Search : Programs {
     for (const Encoded& other : encoded_[call][rank]) {
       if (other.begin >= made.end || made.begin >= other.end) continue;
       if (calls_[call]->encodes_once) fail("an element encoded twice");
-      if (other.stage == made.stage && other.symbol != made.symbol) fail("random bits used twice");
+      if (other.turn == made.turn && other.symbol != made.symbol) fail("random bits used twice");
     }
     encoded_[call][rank].push_back(made);
   }

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "rank_threads.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace float_calls {
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "rank_threads.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace group_calls {
 

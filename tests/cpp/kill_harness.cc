@@ -35,7 +35,7 @@
 #include "common/error.h"
 #include "runtime/heap.h"
 #include "runtime/sequence.h"
-#include "schedule/lower.h"
+#include "schedule/lower/lower.h"
 
 using namespace pycomm;
 using namespace pycomm::runtime;

@@ -1,5 +1,7 @@
 // Every algorithm, twice: its schedule run by a small interpreter that knows message passing alone, and the
 // plans that it is lowered to, proved by the verifier.
+//
+// Tests: schedule/schedule.cc.
 #include <algorithm>
 #include <array>
 #include <deque>
@@ -11,8 +13,8 @@
 #include "check.h"
 #include "common/error.h"
 #include "schedule/algorithms.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 using namespace pycomm;
 using namespace pycomm::schedule;

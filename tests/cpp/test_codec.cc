@@ -1,5 +1,7 @@
 // transcode() and the functions of shared_int against codec_reference.h, and against themselves cut up
 // otherwise.
+//
+// Tests: kernels/shared_int.cc.
 #include <array>
 #include <random>
 #include <string>
@@ -227,7 +229,7 @@ TEST(names_and_sizes) {
 TEST(magnitudes) {
   for (const Codec& codec : codecs()) {
     for (const double magnitude : kMagnitudes) {
-      against_reference(codec, values(3000, magnitude, false, 1), {.step = 7, .stage = 260, .rank = 5});
+      against_reference(codec, values(3000, magnitude, false, 1), {.step = 7, .turn = 260, .rank = 5});
     }
   }
 }
@@ -237,7 +239,7 @@ TEST(special_values) {
     for (uint32_t seed = 0; seed < 4; ++seed) {
       for (const double magnitude : {1.0, 1e-35, 3e37}) {
         against_reference(codec, values(5000, magnitude, true, seed),
-                          {.step = 0xffffffff, .stage = 255, .rank = 0xffffff});
+                          {.step = 0xffffffff, .turn = 255, .rank = 0xffffff});
       }
     }
   }
@@ -349,7 +351,7 @@ TEST(sums_of_any_formats) {
       for (float& value : mean) value = reference::quiet(reference::narrow(value / divisor));
 
       const bool copies = k == 1 && sources[0].format == Format::wire;
-      const Encoding encoding{.step = 9, .stage = 1, .rank = 2, .index = 4096};
+      const Encoding encoding{.step = 9, .turn = 1, .rank = 2, .index = 4096};
       for (const Isa* isa : isas()) {
         std::vector<Guarded> partial(1 + trial % 2, Guarded(count * 4)),
             final(1 + trial % 3, Guarded(count * size_of(dtype)));

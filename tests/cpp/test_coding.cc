@@ -73,8 +73,8 @@ TEST(ranks_end_with_the_same_bits) {
   }
 }
 
-// two_shot of two ranks written out: each encodes the other's half in stage 0; the owner adds what comes to
-// its own, and encodes the average in stage 1. Every argument of the encodes counts.
+// two_shot of two ranks written out: each encodes the other's half in turn 0; the owner adds what comes to
+// its own, and encodes the average in turn 1. Every argument of the encodes counts.
 TEST(two_shot_is_what_its_encodes_say) {
   const int64_t count = 2148;  // two tiles and a tail: rank 0 owns the first tile
   const Codec codec{.kind = CodecKind::int8, .rounding = Rounding::stochastic, .seed = 77};
@@ -101,7 +101,7 @@ TEST(two_shot_is_what_its_encodes_say) {
   for (int owner = 0; owner < 2; ++owner) {
     const int64_t begin = begins[owner], size = begins[owner + 1] - begin;
     std::vector<char> shown(wire_bytes(codec.kind, size)), result(shown.size());
-    const auto transcode = [&](int rank, uint32_t stage, std::vector<const void*> srcs,
+    const auto transcode = [&](int rank, uint32_t turn, std::vector<const void*> srcs,
                                std::vector<Format> formats, void* dst, Format format, double divisor) {
       kernels::transcode({.codec = &codec,
                           .dtype = DType::float32,
@@ -114,7 +114,7 @@ TEST(two_shot_is_what_its_encodes_say) {
                           .count = static_cast<size_t>(size),
                           .divisor = divisor,
                           .encoding = {.step = 11,
-                                       .stage = stage,
+                                       .turn = turn,
                                        .rank = static_cast<uint32_t>(rank),
                                        .index = begin,
                                        .segments = segments,

@@ -1,4 +1,6 @@
 // Groups that come from groups: split, shrink; and memory that all ranks allocate.
+//
+// Tests: runtime/bootstrap.cc.
 #include <cmath>
 #include <latch>
 #include <memory>

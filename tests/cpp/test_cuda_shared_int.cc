@@ -53,7 +53,7 @@ void check_case(DType dtype, int64_t count, int width, int world, size_t misplac
   const void* x = memory.data() + misplaced;
   std::vector<float> errors(n), next_got(n), next_want(n);
   for (float& error : errors) error = static_cast<float>(random_bits() % 100) * 1e-4f;
-  Encoding encoding{.step = 3, .stage = 1, .rank = 2, .index = 1024, .segments = segments};
+  Encoding encoding{.step = 3, .turn = 1, .rank = 2, .index = 1024, .segments = segments};
   if (residual) encoding.residual = errors.data();
   if (residual) encoding.residual_scale = 0.5f;
   const int64_t limit = shared_limit(width, world);

@@ -148,19 +148,18 @@ int check_call(const Call& c) {
   if (c.residual) fill(DType::float32, e_got.data(), c.count, 0);
   Memory e_want = e_got, next_got = e_got, next_want = e_got;
   void* dsts[2] = {want.data(), want.data()};
-  TranscodeArgs args{
-      .codec = &c.codec,
-      .dtype = c.dtype,
-      .dsts = dsts,
-      .srcs = srcs.data(),
-      .src_formats = c.srcs.data(),
-      .num_dsts = 1,
-      .num_srcs = static_cast<int>(srcs.size()),
-      .dst_format = c.dst,
-      .count = static_cast<size_t>(c.count),
-      .prescale = c.prescale,
-      .divisor = c.divisor,
-      .encoding = {.step = 7, .stage = 3, .rank = 5, .index = c.index, .segments = c.segments}};
+  TranscodeArgs args{.codec = &c.codec,
+                     .dtype = c.dtype,
+                     .dsts = dsts,
+                     .srcs = srcs.data(),
+                     .src_formats = c.srcs.data(),
+                     .num_dsts = 1,
+                     .num_srcs = static_cast<int>(srcs.size()),
+                     .dst_format = c.dst,
+                     .count = static_cast<size_t>(c.count),
+                     .prescale = c.prescale,
+                     .divisor = c.divisor,
+                     .encoding = {.step = 7, .turn = 3, .rank = 5, .index = c.index, .segments = c.segments}};
   const auto residuals = [&](Memory& from, Memory& to) {
     if (!c.residual) return;
     args.encoding.residual = from.floats();

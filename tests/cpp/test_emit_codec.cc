@@ -6,9 +6,9 @@
 #include "check.h"
 #include "common/error.h"
 #include "schedule/algorithms.h"
-#include "schedule/layout.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/layout.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 using namespace pycomm;
 using namespace pycomm::schedule;
@@ -221,7 +221,7 @@ TEST(wire_bytes_cross) {
   }
 }
 
-// Of two_shot's encodes: those of shown chunks in stage 0, the owner's in stage 1; each counts from where its
+// Of two_shot's encodes: those of shown chunks in turn 0, the owner's in turn 1; each counts from where its
 // chunk is.
 TEST(encodes_know_where_they_are) {
   const Call call =
@@ -229,16 +229,16 @@ TEST(encodes_know_where_they_are) {
   const Plan plan = make_plan("two_shot", call, trips_of(call, 4));
   for (int rank = 0; rank < 2; ++rank) {
     const Program& program = plan.programs[rank];
-    std::set<std::vector<int64_t>> found;  // stage, trip, index
+    std::set<std::vector<int64_t>> found;  // turn, trip, index
     for (const Loop& loop : program.loops) {
       for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
         const Step& step = program.steps[s];
         if (step.kind != Step::Kind::combine || !encodes(program, step)) continue;
         const Transcode& how = program.transcodes[step.transcode];
-        CHECK_EQ(how.divides, how.stage == 1);
+        CHECK_EQ(how.divides, how.turn == 1);
         CHECK_EQ(how.index, how.element);
         for (int64_t trip = loop.first; trip < loop.first + loop.trips; ++trip)
-          found.insert({how.stage, trip, how.index + trip * how.stride});
+          found.insert({how.turn, trip, how.index + trip * how.stride});
       }
     }
     // Trips of four tiles and three; rank 0 owns the first two and the first one.
@@ -269,5 +269,5 @@ TEST(codec_steps_are_told_in_words) {
   CHECK_EQ(
       words(0),
       "rank 0 step 0: combine window[2080:4160] wire <- in[8192:16384] + 16384w, encoded from element 2048 + "
-      "4096w in stage 0");
+      "4096w in turn 0");
 }

@@ -20,8 +20,8 @@
 #include "common/error.h"
 #include "runtime/heap.h"
 #include "runtime/sequence.h"
-#include "schedule/layout.h"
-#include "schedule/lower.h"
+#include "schedule/lower/layout.h"
+#include "schedule/lower/lower.h"
 
 using namespace pycomm;
 using namespace pycomm::runtime;

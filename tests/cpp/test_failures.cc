@@ -1,5 +1,7 @@
 // Never a hang, never a wrong answer: what goes wrong between ranks ends in the right error, on every rank,
 // in time.
+//
+// Tests: runtime/domain.cc, runtime/waiter.cc.
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>

@@ -8,8 +8,8 @@
 #include "check.h"
 #include "common/error.h"
 #include "explore.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 namespace {
 
@@ -182,8 +182,8 @@ class Mutator {
     }
     if (!encodes(program, step)) return;
     constexpr int64_t tile = kTile;
-    set<uint8_t>(who + "encode's stage", here(&Transcode::stage),
-                 {static_cast<uint8_t>(how.stage + 1), static_cast<uint8_t>(how.stage - 1)});
+    set<uint8_t>(who + "encode's turn", here(&Transcode::turn),
+                 {static_cast<uint8_t>(how.turn + 1), static_cast<uint8_t>(how.turn - 1)});
     set<int64_t>(who + "index", here(&Transcode::index),
                  {how.index + tile, how.index - tile, how.index + 1, 0});
     set<int64_t>(who + "element", here(&Transcode::element), {how.element + tile, how.element + 1, 0});
@@ -192,7 +192,7 @@ class Mutator {
       duplicate_step(plan.programs[rank_], i);
       Program& changed = plan.programs[rank_];
       changed.transcodes.push_back(how);
-      ++changed.transcodes.back().stage;
+      ++changed.transcodes.back().turn;
       changed.steps[i + 1].transcode = static_cast<int32_t>(changed.transcodes.size()) - 1;
     });
   }

@@ -1,4 +1,6 @@
 // Real processes join, share memory, die. Each rank is a forked child unless a test says otherwise.
+//
+// Tests: transport/memory.cc, transport/rendezvous.cc.
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>

@@ -1,3 +1,6 @@
+// Calls: how many elements each rank's buffers have, what ranks agree on, how calls are told apart.
+//
+// Tests: schedule/collective.cc.
 #include <functional>
 #include <vector>
 

@@ -1,4 +1,6 @@
 // What is chosen when callers name nothing: by the built-in profile, and by one that is made here.
+//
+// Tests: runtime/profile.cc.
 #include <string>
 #include <vector>
 
@@ -6,7 +8,7 @@
 #include "common/error.h"
 #include "runtime/select.h"
 #include "schedule/algorithms.h"
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 using namespace pycomm;
 using namespace pycomm::runtime;

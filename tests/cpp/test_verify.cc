@@ -1,11 +1,15 @@
+// The verifier, on plans that are right and on plans that are broken by hand; and that every plan that
+// lower() makes is proved.
+//
+// Tests: schedule/lower/lower.cc, schedule/lower/lowering.cc, schedule/lower/emit.cc, schedule/lower/layout.cc.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
 
 #include "check.h"
 #include "common/error.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 namespace {
 

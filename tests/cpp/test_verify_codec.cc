@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "schedule/lower.h"
-#include "schedule/verify.h"
+#include "schedule/lower/lower.h"
+#include "schedule/verify/verify.h"
 
 using namespace pycomm;
 using namespace pycomm::schedule;
@@ -82,7 +82,7 @@ TEST(ranks_must_decode_the_same) {
   Operand& own = operand_of(plan, 0, 1, 1);
   CHECK(own.format == Format::wire);
   own = {.space = Space::in, .format = Format::raw, .rank = 0};
-  expect(plan, Kind::data, {"holds round(", "stage 0 of rank 0", "but rank 0's holds"});
+  expect(plan, Kind::data, {"holds round(", "turn 0 of rank 0", "but rank 0's holds"});
 }
 
 TEST(a_result_is_divided_once) {
@@ -124,9 +124,9 @@ TEST(claims_of_encodes_are_checked) {
   expect(plan, Kind::malformed, {"encoded twice", "claims"});
   plan.encodes_once = false;
   for (Program& program : plan.programs) {
-    for (Transcode& transcode : program.transcodes) transcode.stage = 0;
+    for (Transcode& transcode : program.transcodes) transcode.turn = 0;
   }
-  expect(plan, Kind::malformed, {"encoded twice in stage 0"});
+  expect(plan, Kind::malformed, {"encoded twice in turn 0"});
 }
 
 TEST(codecs_are_of_float_sums) {
@@ -162,7 +162,7 @@ TEST(left_out_trips_of_codecs_hide_nothing) {
       for (size_t t = 0; t < plan.programs[0].transcodes.size(); ++t) {
         for (const auto& change : std::vector<std::function<void(Transcode&)>>{
                  [](Transcode& how) { how.stride += kTile; }, [](Transcode& how) { how.index += kTile; },
-                 [](Transcode& how) { how.divides = !how.divides; }, [](Transcode& how) { ++how.stage; }}) {
+                 [](Transcode& how) { how.divides = !how.divides; }, [](Transcode& how) { ++how.turn; }}) {
           Plan changed = plan;
           change(changed.programs[0].transcodes[t]);
           compare(changed);

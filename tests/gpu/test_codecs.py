@@ -53,8 +53,8 @@ def test_encode_and_decode(codec: Any, dtype: str) -> None:
         for misplaced in (0, 1):
             x = gradients(dtype, count, count + 1)
             on_gpu = to_gpu(x, misplaced * x.itemsize)
-            want = _native.encode(codec, x, step=9, stage=2, rank=1)
-            wire = pycomm.cuda.encode(codec, on_gpu, step=9, stage=2, rank=1)
+            want = _native.encode(codec, x, step=9, turn=2, rank=1)
+            wire = pycomm.cuda.encode(codec, on_gpu, step=9, turn=2, rank=1)
             assert same(wire, want), (count, misplaced)
             out, back = np.empty_like(x), to_gpu(np.zeros_like(x), misplaced * x.itemsize)
             _native.decode(codec, want, out)
@@ -96,10 +96,8 @@ def test_decode_add_and_the_fused_hop(codec: Any) -> None:
     on_gpu = to_gpu(y)
     pycomm.cuda.decode(codec, to_gpu(wire), on_gpu, add=True)
     assert same(on_gpu, total)
-    hop = pycomm.cuda.transcode(
-        codec, [to_gpu(y), to_gpu(wire)], to_gpu(np.zeros_like(wire)), step=4, stage=3
-    )
-    assert same(hop, _native.encode(codec, total, step=4, stage=3))
+    hop = pycomm.cuda.transcode(codec, [to_gpu(y), to_gpu(wire)], to_gpu(np.zeros_like(wire)), step=4, turn=3)
+    assert same(hop, _native.encode(codec, total, step=4, turn=3))
 
 
 def test_a_graph_replays() -> None:

@@ -83,10 +83,10 @@ def _philox_again(key: int, packed_low: bytes, high: int) -> Array:
 
 def random_bits(bits: int, seed: int, stream: tuple[int, int, int], places: Array) -> Array:
     """`bits` (8 or 16) for each element, whose `places` are tensor << 40 | offset."""
-    step, stage, rank = stream
+    step, turn, rank = stream
     per_counter = 128 // bits
     groups, where = np.unique(places // np.uint64(per_counter), return_inverse=True)
-    words = _philox_again(seed, groups.tobytes(), step << 32 | (stage & 0xFF) << 24 | rank & 0xFFFFFF)
+    words = _philox_again(seed, groups.tobytes(), step << 32 | (turn & 0xFF) << 24 | rank & 0xFFFFFF)
     drawn = words.view(np.uint8 if bits == 8 else "<u2")
     return drawn[where.ravel(), (places % np.uint64(per_counter)).astype(np.int64)].astype(np.int64)
 
@@ -163,7 +163,7 @@ def encode(
     x: Array,
     *,
     step: int = 0,
-    stage: int = 0,
+    turn: int = 0,
     rank: int = 0,
     index: int = 0,
     segments: Segments | None = None,
@@ -189,7 +189,7 @@ def encode(
         tensor[inside], begin[inside] = name, first
     v[tensor < 0] = 0
     places = np.where(tensor < 0, 0, tensor << 40 | (position - begin)).astype(np.uint64)
-    scales, words, decoded = _encode_all(codec, v, tensor >= 0, places, (step, stage, rank))
+    scales, words, decoded = _encode_all(codec, v, tensor >= 0, places, (step, turn, rank))
     good = np.repeat(np.isfinite(v.reshape(-1, block)).all(axis=1), block)
     with np.errstate(all="ignore"):
         kept = np.where(good, (v - decoded) / k, e).astype(F32)
@@ -444,7 +444,7 @@ def two_shot(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[A
             codec,
             total / F32(n),
             step=step,
-            stage=1,
+            turn=1,
             rank=owner,
             index=chunk.start,
             residual=e,
@@ -471,7 +471,7 @@ def ring(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array
                 codec,
                 total / F32(n) if last else total,
                 step=step,
-                stage=1 if hop else 0,
+                turn=1 if hop else 0,
                 rank=rank,
                 index=chunk.start,
                 residual=e,

@@ -138,7 +138,7 @@ LENGTHS = [*range(140), *range(250, 262), *range(1010, 1040), 2047, 2048, 2049, 
 @every_codec
 def test_every_length(codec: Any) -> None:
     for count in LENGTHS:
-        check(codec, gradient(count), isa=ISAS[count % len(ISAS)], step=count, stage=1, rank=2)
+        check(codec, gradient(count), isa=ISAS[count % len(ISAS)], step=count, turn=1, rank=2)
 
 
 @every_codec
@@ -152,7 +152,7 @@ def test_every_length_to_4099(codec: Any) -> None:
 def test_large_and_unaligned_on_every_instruction_set(codec: Any, isa: str) -> None:
     x = gradient(200_003)
     for start in range(1, 9):
-        check(codec, x[start : 150_000 + start], isa=isa, step=2**32 - 1, rank=2**24 - 1, stage=255)
+        check(codec, x[start : 150_000 + start], isa=isa, step=2**32 - 1, rank=2**24 - 1, turn=255)
 
 
 @every_codec
@@ -177,12 +177,12 @@ def test_any_values(codec: Any, data: st.DataObject) -> None:
     floats = st.floats(width=32, allow_nan=True, allow_infinity=True) | st.sampled_from(SPECIAL.tolist())
     x = data.draw(hnp.arrays(F32, count, elements=floats, fill=st.just(0.0)))
     x[x == 0] = 0  # the rotation's zeros may differ in sign
-    step, stage, rank = data.draw(
+    step, turn, rank = data.draw(
         st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 255), st.integers(0, 2**24 - 1))
     )
     if codec.hadamard or codec.kind == "sign":
         x = np.clip(x, -1e37, 1e37)
-    check(codec, x, isa=data.draw(st.sampled_from(ISAS)), step=step, stage=stage, rank=rank)
+    check(codec, x, isa=data.draw(st.sampled_from(ISAS)), step=step, turn=turn, rank=rank)
 
 
 @every_codec
@@ -279,7 +279,7 @@ def test_random_bits_tell_steps_stages_ranks_and_seeds_apart(codec: Any) -> None
     if codec.rounding == "nearest":
         pytest.skip("nothing random")
     x = gradient(2048)
-    base = {"step": 1, "stage": 1, "rank": 1}
+    base = {"step": 1, "turn": 1, "rank": 1}
     wires = [_native.encode(codec, x, **base).tobytes()]
     wires += [_native.encode(codec, x, **{**base, key: 2}).tobytes() for key in base]
     wires.append(_native.encode(codec, x, segments=[(0, len(x), 1)], **base).tobytes())

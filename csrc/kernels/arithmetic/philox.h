@@ -33,8 +33,8 @@ PYCOMM_INLINE Philox philox(uint64_t key, uint64_t counter_low, uint64_t counter
 }
 
 // What tells one encode of a step from another: the high half of the counter.
-PYCOMM_INLINE uint64_t philox_stream(uint32_t step, uint32_t stage, uint32_t rank) {
-  return uint64_t{step} << 32 | uint64_t{stage & 0xff} << 24 | (rank & 0xffffff);
+PYCOMM_INLINE uint64_t philox_stream(uint32_t step, uint32_t turn, uint32_t rank) {
+  return uint64_t{step} << 32 | uint64_t{turn & 0xff} << 24 | (rank & 0xffffff);
 }
 
 // An element's 64 bits of the counter: the tensor it belongs to and its offset there. Bits are drawn for a

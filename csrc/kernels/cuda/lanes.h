@@ -118,7 +118,7 @@ struct Draw {
 };
 
 inline Draw make_draw(bool stochastic, uint64_t seed, const Encoding& encoding) {
-  return {stochastic, seed, philox_stream(encoding.step, encoding.stage, encoding.rank)};
+  return {stochastic, seed, philox_stream(encoding.step, encoding.turn, encoding.rank)};
 }
 
 // kBits for each of a lane's elements.

@@ -1,4 +1,4 @@
-#include "schedule/verify_required.h"
+#include "schedule/verify/required.h"
 
 #include <algorithm>
 #include <numeric>
@@ -14,9 +14,9 @@ int64_t displacement(const Call& call, int block) {
 
 }  // namespace
 
-Buffers buffers_of(const Call& call, int rank) {
+CallerMemory buffers_of(const Call& call, int rank) {
   const auto item = static_cast<int64_t>(size_of(call.dtype));
-  Buffers buffers;
+  CallerMemory buffers;
   buffers.in_bytes = in_elements(call, rank) * item;
   buffers.out_bytes = out_elements(call, rank) * item;
   if (!call.in_place) {

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "schedule/lowering.h"
+#include "schedule/lower/lowering.h"
 
 namespace pycomm::schedule {
 
@@ -64,7 +64,7 @@ class Emitter {
   std::optional<Ref> shown_form(const Ref& ref, int step) const;
   void emit_coded(const std::vector<Operand>& dsts, const std::vector<Operand>& srcs, int64_t count,
                   int stage, Transcode transcode, bool stream = false);
-  Transcode encode_of(const Chunk& chunk, uint8_t stage) const;
+  Transcode encode_of(const Chunk& chunk, uint8_t turn) const;
   void encode_offer(const Offer& offer, int stage);
   void combine_coded(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy);
 

@@ -1,4 +1,4 @@
-#include "schedule/lowering.h"
+#include "schedule/lower/lowering.h"
 
 #include <algorithm>
 #include <numeric>
@@ -234,7 +234,7 @@ void Lowering::find_copies() {
   }
 }
 
-// Which combines encode, in which stage, and whether an element is ever encoded twice. A bare encode of
+// Which combines encode, in which turn, and whether an element is ever encoded twice. A bare encode of
 // `in` has stage 0, as an offer's has: those of one element give the same bits.
 void Lowering::find_encodes() {
   if (!call_.coded()) return;
@@ -253,7 +253,7 @@ void Lowering::find_encodes() {
     const auto in_buffers = [&](const Ref& ref) {
       return ref.rank == rank && (ref.buffer == Buffer::in || ref.buffer == Buffer::out);
     };
-    int stage = 0;
+    int turn = 0;
     const auto& program = schedule_.ranks[rank];
     for (int i = 0; i < static_cast<int>(program.size()); ++i) {
       const ScheduleStep& step = program[i];
@@ -263,7 +263,7 @@ void Lowering::find_encodes() {
       const bool to_wire = copied || !std::ranges::all_of(step.dsts, in_buffers);
       const bool bare = step.srcs.size() == 1;
       if (!to_wire || (bare && !in_buffers(step.srcs[0]))) continue;
-      encode_stages_[rank][i] = bare ? 0 : static_cast<uint8_t>(++stage);
+      encode_turns_[rank][i] = bare ? 0 : static_cast<uint8_t>(++turn);
       note(step.dsts[0]);
     }
   }

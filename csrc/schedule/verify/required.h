@@ -10,11 +10,11 @@
 namespace pycomm::schedule {
 
 // A rank's `in` and `out` in one range of addresses, where they overlap if the call is in place.
-struct Buffers {
+struct CallerMemory {
   int64_t in_begin = 0, in_bytes = 0;
   int64_t out_begin = 0, out_bytes = 0;
 };
-Buffers buffers_of(const Call& call, int rank);
+CallerMemory buffers_of(const Call& call, int rank);
 
 // Elements [begin, end) of `out`: for each i, element i + shift of every rank's input reduced, or of
 // `source`'s copied.

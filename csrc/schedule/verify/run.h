@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "schedule/verify.h"
-#include "schedule/verify_memory.h"
-#include "schedule/verify_trips.h"
+#include "schedule/verify/memory.h"
+#include "schedule/verify/trips.h"
+#include "schedule/verify/verify.h"
 
 namespace pycomm::schedule {
 
@@ -29,14 +29,14 @@ class SymbolicRun {
   };
   struct Encoded {
     int64_t begin, end;  // elements of the rank's `in`
-    int stage;
+    int turn;
     ExprId expr;
     int step;
   };
   struct CallState {
     const Plan* plan;
     TripSelection trips;
-    std::vector<Buffers> buffers;
+    std::vector<CallerMemory> buffers;
     std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
     std::vector<int32_t> entry_epoch;             // -1: not entered
     std::vector<Clock> entry_clock;
@@ -51,7 +51,7 @@ class SymbolicRun {
   };
   // What a rank has sent: the bytes that its operand held, and what it knew. They stay in its memory until
   // they are received: a read by a reader of their own, which the channel is, that ends with their receipt
-  // (verify_messages.cc).
+  // (verify/messages.cc).
   struct Sent {
     int32_t call;
     int64_t bytes;
@@ -108,7 +108,7 @@ class SymbolicRun {
                                 const std::vector<std::vector<Elements>>& sources);
   std::vector<Elements> combined(const Step& step, const Operand* operands,
                                  const std::vector<std::vector<Elements>>& sources);
-  // With a codec (verify_codec.cc).
+  // With a codec (verify/codec.cc).
   std::vector<Elements> compute_coded(int rank, const Step& step, int64_t trip,
                                       std::vector<std::vector<Elements>> sources);
   std::vector<Elements> copied_tiles(const Call& call, const std::vector<Elements>& tiles, int64_t count);

@@ -1,11 +1,11 @@
-#include "schedule/lower.h"
+#include "schedule/lower/lower.h"
 
 #include <algorithm>
 #include <optional>
 
 #include "common/error.h"
 #include "common/hash.h"
-#include "schedule/lowering.h"
+#include "schedule/lower/lowering.h"
 
 namespace pycomm::schedule {
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "schedule/plan.h"
-#include "schedule/verify_required.h"
+#include "schedule/verify/required.h"
 
 namespace pycomm::schedule {
 
@@ -36,6 +36,6 @@ struct TripSelection {
   std::vector<std::vector<ByteRange>> left_out;  // by rank: what trips left out write in its buffers, sorted
 };
 
-TripSelection select_trips(const Plan& plan, const std::vector<Buffers>& buffers, bool all_trips);
+TripSelection select_trips(const Plan& plan, const std::vector<CallerMemory>& buffers, bool all_trips);
 
 }  // namespace pycomm::schedule

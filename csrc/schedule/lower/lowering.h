@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 namespace pycomm::schedule {
 
@@ -65,7 +65,7 @@ class Lowering {
         waits_at_top_(n_),
         window_copies_(n_),
         idle_(n_),
-        encode_stages_(n_),
+        encode_turns_(n_),
         blocks_read_(n_),
         num_events_(static_cast<size_t>(n_) * n_),
         messages_(static_cast<size_t>(n_) * n_),
@@ -136,7 +136,7 @@ class Lowering {
   std::vector<std::set<std::pair<int, int>>>
       window_copies_;                // rank -> (combine step, dst) also written to the window
   std::vector<std::set<int>> idle_;  // rank -> steps that need not be done
-  std::vector<std::map<int, uint8_t>> encode_stages_;  // rank -> combines that encode, and their stages
+  std::vector<std::map<int, uint8_t>> encode_turns_;  // rank -> combines that encode, and their turns
   bool encodes_once_ = true;
   std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
   std::vector<std::vector<int>> num_events_;                   // from * ranks + to -> cell -> signals

@@ -1,4 +1,4 @@
-#include "schedule/layout.h"
+#include "schedule/lower/layout.h"
 
 #include <algorithm>
 #include <cmath>

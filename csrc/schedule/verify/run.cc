@@ -1,4 +1,4 @@
-#include "schedule/verify_run.h"
+#include "schedule/verify/run.h"
 
 #include <algorithm>
 
@@ -68,7 +68,7 @@ bool SymbolicRun::advance(int rank) {
 void SymbolicRun::enter(int rank) {
   RankState& state = ranks_[rank];
   CallState& call = call_of(rank);
-  const Buffers& buffers = call.buffers[rank];
+  const CallerMemory& buffers = call.buffers[rank];
   const auto item = static_cast<int32_t>(size_of(call.plan->call.dtype));
   const Term before =
       expressions_.garbage("what rank " + std::to_string(rank) + "'s caller had left in `out`");
@@ -302,7 +302,7 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
                                         " is only reachable: other ranks may copy it to their own `out`, bit "
                                         "for bit, and do nothing else with it");
       }
-      const Buffers& buffers = call.buffers[operand.rank];
+      const CallerMemory& buffers = call.buffers[operand.rank];
       begin += trip * operand.stride;
       room = is_in ? buffers.in_bytes : buffers.out_bytes;
       base = is_in ? buffers.in_begin : buffers.out_begin;

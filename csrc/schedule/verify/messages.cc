@@ -2,7 +2,7 @@
 // receiver, each of which takes its messages in order.
 #include <algorithm>
 
-#include "schedule/verify_run.h"
+#include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
 

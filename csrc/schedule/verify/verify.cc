@@ -1,7 +1,7 @@
-#include "schedule/verify.h"
+#include "schedule/verify/verify.h"
 
 #include "common/error.h"
-#include "schedule/verify_run.h"
+#include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
 

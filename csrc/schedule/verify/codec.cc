@@ -5,8 +5,8 @@
 // data's end.
 #include <algorithm>
 
-#include "schedule/layout.h"
-#include "schedule/verify_run.h"
+#include "schedule/lower/layout.h"
+#include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
 
@@ -86,7 +86,7 @@ std::vector<SymbolicRun::Elements> SymbolicRun::encoded(int rank, const Step& st
     while (elements[last].end < end && elements[last + 1].term == elements[part].term) ++last;
     const Term term = elements[part].term;
     Term tiles = expressions_.garbage("an encode of several things in one tile");
-    if (elements[last].end >= end) tiles = expressions_.encode(term, rank, how.stage);
+    if (elements[last].end >= end) tiles = expressions_.encode(term, rank, how.turn);
     const int64_t shift = trip * how.stride + begin;
     if (!expressions_.is_garbage(tiles.expr)) {
       const int64_t first = term.delta + begin;
@@ -100,7 +100,7 @@ std::vector<SymbolicRun::Elements> SymbolicRun::encoded(int rank, const Step& st
       }
     }
     const int64_t at = how.element + shift;  // a residual is used there, right or wrong
-    call.encoded[rank].push_back({at, at + end - begin, how.stage, tiles.expr, step_index});
+    call.encoded[rank].push_back({at, at + end - begin, how.turn, tiles.expr, step_index});
     result.push_back({t, t + 1, tiles});
   }
   return result;
@@ -133,12 +133,12 @@ void SymbolicRun::check_encodes(int rank) {
   std::ranges::sort(encoded, {}, &Encoded::begin);
   for (size_t a = 0; a < encoded.size(); ++a) {
     for (size_t b = a + 1; b < encoded.size() && encoded[b].begin < encoded[a].end; ++b) {
-      const bool clash = encoded[a].stage == encoded[b].stage && encoded[a].expr != encoded[b].expr;
+      const bool clash = encoded[a].turn == encoded[b].turn && encoded[a].expr != encoded[b].expr;
       if (!call.plan->encodes_once && !clash) continue;
       return fail(Kind::malformed, rank, encoded[b].step,
                   at_end(rank, ranks_[rank].call) + "element " + std::to_string(encoded[b].begin) +
                       " was encoded twice" +
-                      (clash ? " in stage " + std::to_string(encoded[a].stage)
+                      (clash ? " in turn " + std::to_string(encoded[a].turn)
                              : ", but the plan claims that each is encoded once"));
     }
   }

@@ -1,4 +1,4 @@
-#include "schedule/verify_trips.h"
+#include "schedule/verify/trips.h"
 
 #include <algorithm>
 #include <map>
@@ -120,7 +120,7 @@ struct Span {
   int64_t end() const { return begin + (first_trip + (stride < 0 ? 0 : trips - 1)) * stride + bytes; }
 };
 
-std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vector<Buffers>& buffers) {
+std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vector<CallerMemory>& buffers) {
   const auto item = static_cast<int64_t>(size_of(plan.call.dtype));
   const auto partial = static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
   std::vector<std::vector<Span>> spans(plan.programs.size());
@@ -133,7 +133,7 @@ std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vecto
         for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
           const Operand& operand = program.operands[step.operand + i];
           if (operand.space != Space::in && operand.space != Space::out) continue;
-          const Buffers& owner = buffers[operand.rank];
+          const CallerMemory& owner = buffers[operand.rank];
           const int64_t base = operand.space == Space::in ? owner.in_begin : owner.out_begin;
           spans[operand.rank].push_back({l.first, l.trips, base + operand.offset,
                                          step.count * (operand.format == Format::partial ? partial : item),
@@ -178,7 +178,7 @@ bool trips_are_disjoint(const std::vector<Span>& spans, size_t loop, int64_t fro
 
 }  // namespace
 
-TripSelection select_trips(const Plan& plan, const std::vector<Buffers>& buffers, bool all_trips) {
+TripSelection select_trips(const Plan& plan, const std::vector<CallerMemory>& buffers, bool all_trips) {
   const size_t n = plan.programs.size();
   TripSelection selection;
   selection.left_out.resize(n);

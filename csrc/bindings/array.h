@@ -15,7 +15,7 @@
 
 namespace pycomm::bindings {
 
-struct Buffer {
+struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
   int64_t count = 0;               // elements
@@ -38,22 +38,22 @@ struct Buffer {
 
 // `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or
 // ValueError (strided, byte-swapped) that says what to do.
-Buffer get_buffer(PyObject* object, const char* name);
+Array get_array(PyObject* object, const char* name);
 // The same for arrays and tensors, which hand out nothing that must be kept; nothing for other objects, and
-// where get_buffer would throw.
-bool peek_buffer(PyObject* object, Buffer& buffer);
-void require_writable(const Buffer& buffer, const char* name);
+// where get_array would throw.
+bool peek_array(PyObject* object, Array& buffer);
+void require_writable(const Array& buffer, const char* name);
 
-// What keeps an object's memory in its place while a call is under way, besides the object and Buffer's
+// What keeps an object's memory in its place while a call is under way, besides the object and Array's
 // `exported`: torch's storage, which x.data = y and x.set_() drop, and of a NumPy array a weak reference,
 // with which NumPy refuses to resize it. Null where there is nothing to hold. Nothing holds off torch's
 // resize_.
 std::shared_ptr<void> hold_memory(PyObject* object);
 // Throws ValueError if the object of a bound call has other memory than it `was` bound to.
-void require_unmoved(const Buffer& was, const Buffer& now, const char* name);
+void require_unmoved(const Array& was, const Array& now, const char* name);
 
 // An array like `like` (a NumPy array, or a tensor where `like` is one) of this shape, not initialised.
-pybind11::object new_array(PyObject* like, const Buffer& buffer, const std::vector<int64_t>& shape);
+pybind11::object new_array(PyObject* like, const Array& buffer, const std::vector<int64_t>& shape);
 // NumPy's dtype of this name, ml_dtypes' included. Throws TypeError if ml_dtypes is needed and missing.
 pybind11::object numpy_dtype(DType dtype);
 DType dtype_from_python(PyObject* object);  // a name, a NumPy dtype or a scalar type

@@ -1,5 +1,5 @@
 // Writes a rank's program from what Lowering knows.
-#include "schedule/emit.h"
+#include "schedule/lower/emit.h"
 
 #include <algorithm>
 #include <iterator>

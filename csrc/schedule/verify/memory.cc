@@ -1,4 +1,4 @@
-#include "schedule/verify_memory.h"
+#include "schedule/verify/memory.h"
 
 #include <algorithm>
 
@@ -17,7 +17,7 @@ void append(std::vector<Memory::Piece>& pieces, const Memory::Piece& piece) {
 Memory::Map::iterator Memory::split(int64_t at) {
   auto found = std::prev(segments_.upper_bound(at));
   if (found->first == at) return found;
-  Segment rest = found->second;
+  Interval rest = found->second;
   found->second.end = at;
   return segments_.emplace_hint(std::next(found), at, std::move(rest));
 }
@@ -27,17 +27,17 @@ std::optional<Conflict> Memory::read(int64_t begin, int64_t end, const Access& a
   pieces.clear();
   split(end);
   for (auto at = split(begin); at->first < end; ++at) {
-    Segment& segment = at->second;
-    if (!segment.write.before(clock, access.rank))
-      return Conflict{at->first, segment.end, segment.write, true};
-    auto known = std::find_if(segment.reads.begin(), segment.reads.end(),
+    Interval& interval = at->second;
+    if (!interval.write.before(clock, access.rank))
+      return Conflict{at->first, interval.end, interval.write, true};
+    auto known = std::find_if(interval.reads.begin(), interval.reads.end(),
                               [&](const Access& read) { return read.rank == access.rank; });
-    if (known == segment.reads.end()) {
-      segment.reads.push_back(access);
+    if (known == interval.reads.end()) {
+      interval.reads.push_back(access);
     } else {
       *known = access;
     }
-    append(pieces, {at->first, segment.end, segment.value, segment.write.call});
+    append(pieces, {at->first, interval.end, interval.value, interval.write.call});
   }
   return std::nullopt;
 }
@@ -45,10 +45,10 @@ std::optional<Conflict> Memory::read(int64_t begin, int64_t end, const Access& a
 std::optional<Conflict> Memory::check_write(int64_t begin, int64_t end, const Access& access,
                                             const Clock& clock) {
   for (auto at = std::prev(segments_.upper_bound(begin)); at != segments_.end() && at->first < end; ++at) {
-    const Segment& segment = at->second;
-    const int64_t from = std::max(at->first, begin), to = std::min(segment.end, end);
-    if (!segment.write.before(clock, access.rank)) return Conflict{from, to, segment.write, true};
-    for (const Access& read : segment.reads) {
+    const Interval& interval = at->second;
+    const int64_t from = std::max(at->first, begin), to = std::min(interval.end, end);
+    if (!interval.write.before(clock, access.rank)) return Conflict{from, to, interval.write, true};
+    for (const Access& read : interval.reads) {
       if (!read.before(clock, access.rank)) return Conflict{from, to, read, false};
     }
   }
@@ -65,9 +65,9 @@ void Memory::put(int64_t begin, int64_t end, const Value& value, const Access& a
 std::vector<Memory::Piece> Memory::look(int64_t begin, int64_t end) const {
   std::vector<Piece> pieces;
   for (auto at = std::prev(segments_.upper_bound(begin)); at != segments_.end() && at->first < end; ++at) {
-    const Segment& segment = at->second;
+    const Interval& interval = at->second;
     append(pieces,
-           {std::max(at->first, begin), std::min(segment.end, end), segment.value, segment.write.call});
+           {std::max(at->first, begin), std::min(interval.end, end), interval.value, interval.write.call});
   }
   return pieces;
 }

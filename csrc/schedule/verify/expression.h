@@ -34,7 +34,7 @@ class Expressions {
     combine,  // first op second, in the accumulator's type
     finish,   // accumulator -> final: divided, rounded
     divide,   // accumulator -> accumulator: divided
-    encode,   // accumulator -> tiles, by rank `second.expr` in stage `second.delta`; phase `first.delta`
+    encode,   // accumulator -> tiles, by rank `second.expr` in turn `second.delta`; phase `first.delta`
     decode,   // tiles -> accumulator
     round,    // accumulator -> final: rounded
     garbage,  // nothing that a result may depend on: reasons()[first.expr] says what
@@ -46,7 +46,7 @@ class Expressions {
   Term divide(Term term) { return wrap(Kind::divide, term); }
   Term round(Term term) { return wrap(Kind::round, term); }
   // Of elements from `term` at index 0 on: the tiles from index 0 on.
-  Term encode(Term term, int rank, int stage);
+  Term encode(Term term, int rank, int turn);
   // Of tiles from `term` at index 0 on: the elements from index 0 on.
   Term decode(Term term);
   Term combine(Term a, Term b);

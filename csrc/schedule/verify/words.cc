@@ -1,7 +1,7 @@
 // Counterexamples in words.
 #include <algorithm>
 
-#include "schedule/verify_run.h"
+#include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
 

@@ -1,4 +1,4 @@
-#include "bindings/buffer.h"
+#include "bindings/array.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
 #include <numpy/arrayobject.h>
@@ -97,7 +97,7 @@ bool has_mask(PyArrayObject* array) {
 }
 
 // False if the array cannot be communicated.
-bool read_array(PyArrayObject* array, Buffer& buffer) {
+bool read_array(PyArrayObject* array, Array& buffer) {
   if (has_mask(array)) return false;
   const auto dtype = from_numpy(PyArray_DESCR(array));
   const int flags = PyArray_FLAGS(array);
@@ -110,8 +110,8 @@ bool read_array(PyArrayObject* array, Buffer& buffer) {
   return true;
 }
 
-Buffer from_array(PyArrayObject* array, const char* name) {
-  if (Buffer buffer; read_array(array, buffer)) return buffer;
+Array from_array(PyArrayObject* array, const char* name) {
+  if (Array buffer; read_array(array, buffer)) return buffer;
   if (has_mask(array)) {
     throw ValueError(std::string("`") + name +
                      "` has a mask, which would be ignored: pass x.filled(0), or x.data for all elements");
@@ -138,11 +138,11 @@ dlpack::Elements read_on_host(const dlpack::Tensor& tensor, const char* name) {
   return dlpack::read(tensor, name);
 }
 
-Buffer from_elements(const dlpack::Elements& elements, const char* name) {
+Array from_elements(const dlpack::Elements& elements, const char* name) {
   if (!elements.contiguous) {
     strided(name, "x.contiguous()", dense_view(elements.shape, elements.strides, "permute"));
   }
-  Buffer buffer;
+  Array buffer;
   buffer.data = elements.data;
   buffer.dtype = elements.dtype;
   buffer.count = elements.count;
@@ -150,7 +150,7 @@ Buffer from_elements(const dlpack::Elements& elements, const char* name) {
   return buffer;
 }
 
-Buffer from_exchange(const Kind& kind, PyObject* object, const char* name) {
+Array from_exchange(const Kind& kind, PyObject* object, const char* name) {
   if (kind.unmade) {
     throw ValueError(std::string("`") + name +
                      "` has no elements yet, as a parameter of a lazy module: run the module once before");
@@ -162,17 +162,17 @@ Buffer from_exchange(const Kind& kind, PyObject* object, const char* name) {
                     "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
   }
   const dlpack::Elements elements = read_on_host(tensor, name);
-  Buffer buffer = from_elements(elements, name);
+  Array buffer = from_elements(elements, name);
   buffer.in_graph = is_in_graph(kind, object);
   buffer.writable = !kind.immutable && !buffer.in_graph;
   require_computed(kind, object, elements, name);
   return buffer;
 }
 
-Buffer from_dlpack_method(const Kind& kind, PyObject* object, const char* name) {
+Array from_dlpack_method(const Kind& kind, PyObject* object, const char* name) {
   dlpack::Export given = dlpack::export_of(object, false, name);
   const dlpack::Elements elements = read_on_host(*given.tensor, name);
-  Buffer buffer = from_elements(elements, name);
+  Array buffer = from_elements(elements, name);
   buffer.writable = !given.read_only && !given.copied && !kind.immutable;
   buffer.copied = given.copied;
   buffer.exported = keep_alive(std::move(given.capsule));
@@ -180,13 +180,13 @@ Buffer from_dlpack_method(const Kind& kind, PyObject* object, const char* name) 
 }
 
 // An object that has its elements in another one: pycomm.Bucket.
-Buffer from_attribute(PyObject* object, const char* name) {
+Array from_attribute(PyObject* object, const char* name) {
   py::object inner = py::handle(object).attr("__pycomm_buffer__");
   if (PyObject_HasAttrString(inner.ptr(), "__pycomm_buffer__")) {
     throw TypeError(std::string("`") + name +
                     "`: its __pycomm_buffer__ has its elements in another one again");
   }
-  Buffer buffer = get_buffer(inner.ptr(), name);
+  Array buffer = get_array(inner.ptr(), name);
   buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
   if (!buffer.exported) buffer.exported = keep_alive(std::move(inner));
   return buffer;
@@ -245,7 +245,7 @@ DType from_format(const char* given, Py_ssize_t item, const char* name) {
   throw TypeError(what() + ", which cannot be communicated: pass a NumPy array of what the bytes mean");
 }
 
-Buffer from_protocol(PyObject* object, const char* name) {
+Array from_protocol(PyObject* object, const char* name) {
   std::shared_ptr<Py_buffer> view(new Py_buffer{}, [](Py_buffer* b) {
     drop_locked(
         [](void* held) {
@@ -262,7 +262,7 @@ Buffer from_protocol(PyObject* object, const char* name) {
       throw py::error_already_set();
   }
   if (!PyBuffer_IsContiguous(view.get(), 'C')) strided(name, "bytearray(x)");
-  Buffer buffer;
+  Array buffer;
   buffer.data = view->buf;
   buffer.dtype = from_format(view->format, view->itemsize, name);
   buffer.count = view->len / view->itemsize;
@@ -283,7 +283,7 @@ void import_numpy() {
   if (import_numpy_or_null() != 0) throw py::error_already_set();
 }
 
-Buffer get_buffer(PyObject* object, const char* name) {
+Array get_array(PyObject* object, const char* name) {
   if (PyArray_Check(object)) return from_array(reinterpret_cast<PyArrayObject*>(object), name);
   const Kind& kind = kind_of(Py_TYPE(object));
   if (kind.exchange) return from_exchange(kind, object, name);
@@ -293,7 +293,7 @@ Buffer get_buffer(PyObject* object, const char* name) {
   refuse(object, name);
 }
 
-bool peek_buffer(PyObject* object, Buffer& buffer) {
+bool peek_array(PyObject* object, Array& buffer) {
   if (PyArray_Check(object)) return read_array(reinterpret_cast<PyArrayObject*>(object), buffer);
   const Kind& kind = kind_of(Py_TYPE(object));
   if (!kind.exchange) return false;
@@ -324,9 +324,9 @@ std::shared_ptr<void> hold_memory(PyObject* object) {
   return nullptr;
 }
 
-void require_unmoved(const Buffer& was, const Buffer& now, const char* name) {
+void require_unmoved(const Array& was, const Array& now, const char* name) {
   if (was.data == now.data && was.dtype == now.dtype && was.count == now.count) return;
-  const auto text = [](const Buffer& b) {
+  const auto text = [](const Array& b) {
     return std::to_string(b.count) + " elements of " + pycomm::name(b.dtype);
   };
   throw ValueError(std::string("`") + name + "` had " + text(was) + " when the call was bound, and has " +
@@ -334,7 +334,7 @@ void require_unmoved(const Buffer& was, const Buffer& now, const char* name) {
                    " now: bind the call again after resize, set_ or x.data = y");
 }
 
-void require_writable(const Buffer& buffer, const char* name) {
+void require_writable(const Array& buffer, const char* name) {
   if (buffer.writable) return;
   if (buffer.copied) {
     throw ValueError(std::string("`") + name +
@@ -386,7 +386,7 @@ DType dtype_from_python(PyObject* object) {
   return *dtype;
 }
 
-py::object new_array(PyObject* like, const Buffer& buffer, const std::vector<int64_t>& shape) {
+py::object new_array(PyObject* like, const Array& buffer, const std::vector<int64_t>& shape) {
   py::tuple dims(shape.size());
   for (size_t d = 0; d < shape.size(); ++d) dims[d] = shape[d];
   if (!PyArray_Check(like) && PyObject_HasAttrString(like, "new_empty")) {

@@ -1,7 +1,7 @@
 // The end of a rank's call in a symbolic run: what it must have heard, and what its buffers must hold.
 #include <algorithm>
 
-#include "schedule/verify_run.h"
+#include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
 
@@ -9,7 +9,7 @@ namespace pycomm::schedule {
 void SymbolicRun::leave(int rank) {
   RankState& state = ranks_[rank];
   CallState& call = call_of(rank);
-  const Buffers& buffers = call.buffers[rank];
+  const CallerMemory& buffers = call.buffers[rank];
   const Access access{rank, state.clock[rank], state.call, Access::kEnd, 0};
   auto take_back = [&](const char* buffer, int64_t begin, int64_t bytes) {
     if (bytes == 0 || fault_) return;
@@ -56,7 +56,7 @@ void SymbolicRun::check_exchange(int rank) {
 
 void SymbolicRun::check_input(int rank) {
   const CallState& call = call_of(rank);
-  const Buffers& buffers = call.buffers[rank];
+  const CallerMemory& buffers = call.buffers[rank];
   const auto item = static_cast<int64_t>(size_of(call.plan->call.dtype));
   const int64_t in_end = buffers.in_begin + buffers.in_bytes, out_end = buffers.out_begin + buffers.out_bytes;
   const Term input = expressions_.leaf(rank);
@@ -76,7 +76,7 @@ void SymbolicRun::check_input(int rank) {
 
 void SymbolicRun::check_output(int rank) {
   CallState& call = call_of(rank);
-  const Buffers& buffers = call.buffers[rank];
+  const CallerMemory& buffers = call.buffers[rank];
   const auto item = static_cast<int64_t>(size_of(call.plan->call.dtype));
   if (buffers.out_bytes == 0) return;
   const int64_t out = buffers.out_begin;

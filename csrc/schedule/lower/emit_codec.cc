@@ -8,7 +8,7 @@
 //   same values. A chunk that only its own rank reads enters exactly.
 #include <algorithm>
 
-#include "schedule/emit.h"
+#include "schedule/lower/emit.h"
 
 namespace pycomm::schedule {
 
@@ -23,14 +23,14 @@ void Emitter::emit_coded(const std::vector<Operand>& dsts, const std::vector<Ope
 }
 
 // Where an encode of this chunk counts from.
-Transcode Emitter::encode_of(const Chunk& chunk, uint8_t stage) const {
+Transcode Emitter::encode_of(const Chunk& chunk, uint8_t turn) const {
   const Layout& layout = l_.layout_;
   const bool further = chunk.block >= num_blocks(l_.call_.world);  // scratch images
   const int block = further ? 0 : chunk.block;
   const int64_t length = block_length(l_.call_, rank_, Buffer::scratch, block);
   const int64_t begin = layout.chunk_range(chunk, layout.trip_length(length, trip_)).begin;
   const bool one_block_in = l_.call_.world.traits().in.holds == Content::Holds::own;
-  return {.stage = stage,
+  return {.turn = turn,
           .index = data_index(l_.call_, block, begin),
           .element = (one_block_in ? 0 : block_offset(l_.call_, rank_, Buffer::in, block)) + begin,
           .stride = layout.trips > 1 ? layout.width : 0};
@@ -91,9 +91,9 @@ void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t 
     const auto same = [&](const Operand& dst) { return dst.rank == own.rank && dst.offset == own.offset; };
     if (std::ranges::none_of(wires, same)) wires.insert(wires.begin(), own);
   }
-  const auto stage = l_.encode_stages_[rank_].find(item.step);
+  const auto turn = l_.encode_turns_[rank_].find(item.step);
   Transcode transcode;
-  if (stage != l_.encode_stages_[rank_].end()) transcode = encode_of(step.dsts[0].chunk, stage->second);
+  if (turn != l_.encode_turns_[rank_].end()) transcode = encode_of(step.dsts[0].chunk, turn->second);
   transcode.divides = step.final;
   emit_coded(wires, srcs, count, step.stage, transcode);
   if (out)

@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "schedule/verify_expression.h"
+#include "schedule/verify/expression.h"
 
 namespace pycomm::schedule {
 
@@ -58,14 +58,14 @@ class Memory {
   std::vector<Piece> look(int64_t begin, int64_t end) const;
 
  private:
-  struct Segment {
+  struct Interval {
     int64_t end;
     Value value;
     Access write;
     std::vector<Access> reads;  // since the write; the latest of each rank
   };
-  using Map = std::map<int64_t, Segment>;
-  Map::iterator split(int64_t at);  // the segment that now starts here
+  using Map = std::map<int64_t, Interval>;
+  Map::iterator split(int64_t at);  // the interval that now starts here
 
   Map segments_;
 };

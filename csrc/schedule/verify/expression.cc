@@ -1,4 +1,4 @@
-#include "schedule/verify_expression.h"
+#include "schedule/verify/expression.h"
 
 #include <bit>
 
@@ -28,10 +28,10 @@ Term Expressions::wrap(Kind kind, Term term) {
 }
 
 // Where tiles begin among the leaves' elements is a part of what an encode is.
-Term Expressions::encode(Term term, int rank, int stage) {
+Term Expressions::encode(Term term, int rank, int turn) {
   if (is_garbage(term.expr)) return term;
   const int64_t phase = (term.delta % kTile + kTile) % kTile;
-  return {intern({Kind::encode, {term.expr, phase}, {rank, stage}}), (term.delta - phase) / kTile};
+  return {intern({Kind::encode, {term.expr, phase}, {rank, turn}}), (term.delta - phase) / kTile};
 }
 
 Term Expressions::decode(Term term) {
@@ -135,9 +135,9 @@ std::string Expressions::words(Term term, int64_t index) const {
   return text;
 }
 
-// An element in an encode: "stage 1 of rank 0(in@0[7])".
+// An element in an encode: "turn 1 of rank 0(in@0[7])".
 void Expressions::write_code(std::string& text, const Node& node, int64_t element, int budget) const {
-  text += "stage " + std::to_string(node.second.delta) + " of rank " + std::to_string(node.second.expr) + "(";
+  text += "turn " + std::to_string(node.second.delta) + " of rank " + std::to_string(node.second.expr) + "(";
   write(text, {node.first.expr, 0}, element, budget);
   text += ")";
 }
