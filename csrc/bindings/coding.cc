@@ -46,6 +46,10 @@ void Feeding::renew(Coding& coding) {
                      " when this call was bound, and is " + std::to_string(scale) + ": bind it anew");
   }
   coding.residuals = residuals_.attr("residuals").cast<std::shared_ptr<Residuals>>();
+  if (coding.residuals->count() != count_) {  // the loops would go past their end
+    throw ValueError("the error feedback has residuals of " + std::to_string(coding.residuals->count()) +
+                     " elements for a call on " + std::to_string(count_));
+  }
   coding.residual_scale = scale;
 }
 
@@ -132,7 +136,12 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
     request.composite = runtime::SharedInt{codec_.attr("width").cast<int>()};
     coding->codec.seed = codec_.attr("seed").cast<uint64_t>();
   } else {
-    coding->codec = codec_.attr("native")().cast<Codec>();
+    const py::object native = codec_.attr("native")();
+    if (!py::isinstance<Codec>(native)) {
+      throw TypeError("native() of codec " + kind + " returned a " + Py_TYPE(native.ptr())->tp_name +
+                      ": return a pycomm._native.Codec");
+    }
+    coding->codec = native.cast<Codec>();
   }
   coding->counted = !args_[Arg::step];
   if (!coding->counted) coding->step = step_argument(args_[Arg::step]);

@@ -149,8 +149,10 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
   if (can_be_kept) {
     const Memo::Use send = comm.handle->memo.find(sent), receive = comm.handle->memo.find(received);
     if (send && receive && !overlap(sent.x, received.x)) {
-      GilPatience patience(send->eager || receive->eager);
-      comm->run_both(send->bound, receive->bound, patience);
+      {
+        GilPatience patience(send->eager || receive->eager);
+        comm->run_both(send->bound, receive->bound, patience);
+      }
       return py::reinterpret_borrow<py::object>(args[Arg::out]);
     }
   }
@@ -181,8 +183,10 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
 
 py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& args) {
   if (args[Arg::step]) call.bound.set_step(step_argument(args[Arg::step]));
-  GilPatience patience(call.eager);
-  comm->run(call.bound, patience);
+  {
+    GilPatience patience(call.eager);
+    comm->run(call.bound, patience);
+  }  // has the interpreter's lock again
   return py::reinterpret_borrow<py::object>(call.result ? args[*call.result] : Py_None);
 }
 

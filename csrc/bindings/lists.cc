@@ -220,6 +220,16 @@ std::shared_ptr<Packing> take_together(Invocation& call, Group group, bool at_on
 
 using Codings = std::vector<std::shared_ptr<runtime::Coding>>;
 
+// Of calls that are parts of one: what one of them has found not to be finite counts for all.
+void join_verdicts(Invocation& last, const Codings& codings) {
+  if (codings.size() < 2) return;
+  last.then = [codings, then = std::move(last.then)] {
+    then();
+    if (std::ranges::all_of(codings, [](const auto& coding) { return coding->finite; })) return;
+    for (const auto& coding : codings) coding->residuals->take_back();
+  };
+}
+
 // What was exempt counts for whether a call's result is finite.
 void unpack_exempt(Invocation& call, std::shared_ptr<Packing> packing, Codings codings) {
   call.then = [packing = std::move(packing), codings = std::move(codings)] {
@@ -274,7 +284,9 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   // What one call writes another may read: then all are read before the first.
   const bool apart = (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
   std::vector<Invocation> calls;
+  calls.reserve(groups.size());
   Codings codings;
+  Invocation* last_coded = nullptr;
   for (const Group& group : groups) {
     Invocation& call = calls.emplace_back(begin_call(method, comm, args));
     std::shared_ptr<Packing> packing;
@@ -290,7 +302,8 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
       Parts parts{.names = coder->names(group.items), .segments = {}, .shapes = {}};
       parts.segments = segments_of(parts.names, *packing, group);
       call.feeding = coder->code(call.request, parts, {}, list.item(group.items[0]), call.in.count);
-      codings.push_back(call.request.coding);
+      if (call.feeding) codings.push_back(call.request.coding);
+      last_coded = &call;
     } else if (group.kind == Group::Kind::exempt) {
       unpack_exempt(call, packing, codings);
     }
@@ -300,6 +313,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
     call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
     call.result = list.result();
   }
+  if (last_coded) join_verdicts(*last_coded, codings);
   return calls;
 }
 
@@ -327,6 +341,10 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
     call.feeding = coder.code(call.request, parts, exempt, args[Arg::x], call.in.count);
   }
   if (exempt.empty()) return calls;
+  const std::string signature = Coder::signature(parts, exempt);
+  // Ranks that exempt other tensors must not get past the first call. Its tag has little room.
+  std::string& tag = calls[0].request.tag;
+  tag = signature.substr(0, signature.find(':')) + (tag.empty() ? "" : ", ") + tag;
   Group group{Group::Kind::exempt, exempt, {}, {}};
   for (const size_t i : exempt) {
     group.ins.push_back(part_of(calls[0].in, parts.segments[i]));
@@ -337,7 +355,7 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
   // The coded call overwrites their places: they are read before it, and written after it.
   calls[0].before = std::exchange(apart.before, nullptr);
   unpack_exempt(apart, packing, {calls[0].request.coding});
-  apart.in.signature = Coder::signature(parts, exempt);
+  apart.in.signature = signature;
   finish_request(apart);
   apart.x = calls[0].x;
   apart.result = calls[0].result;

@@ -111,12 +111,12 @@ void require_bound(PyObject* object, const Array& bound, const char* name) {
     throw CommError(
         "this call is under way on another thread: with a codec, one thread at a time may make it");
   }
-  if (op.feeding) op.feeding->renew(*op.bounds->front().coding);
   op.under_way = true;
   struct Reset {
     bool& flag;
     ~Reset() { flag = false; }
   } reset{op.under_way};
+  if (op.feeding) op.feeding->renew(*op.bounds->front().coding);
   if (op.feeding) op.feeding->begun();
   for (Bound& bound : *op.bounds) {
     GilPatience patience(op.eager);

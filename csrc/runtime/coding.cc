@@ -108,9 +108,33 @@ void finish_coding(const Request& request, int rank, Bound& bound) {
         schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
   }
   tell(bound.record, words(coding.codec) + feedback_words(coding), true);
+  keep_gaps(request, bound);
   if (!coding.residuals) return;
   deliver_exact_share(request, rank, bound);
   keep_residuals(bound);
+}
+
+void clear_gaps(DType dtype, void* x, int64_t count, std::span<const kernels::Segment> segments) {
+  const auto size = static_cast<int64_t>(size_of(dtype));
+  int64_t end = 0;
+  const auto clear_to = [&](int64_t begin) {
+    std::memset(static_cast<char*>(x) + end * size, 0, static_cast<size_t>((begin - end) * size));
+  };
+  for (const kernels::Segment& segment : segments) {
+    clear_to(segment.begin);
+    end = segment.end;
+  }
+  clear_to(count);
+}
+
+void keep_gaps(const Request& request, Bound& bound) {
+  const schedule::Call& call = request.call;
+  if (request.coding->segments.empty() || !call.world.traits().one_block()) return;
+  bound.then = [coding = request.coding, dtype = call.dtype, count = call.counts[0], out = request.out,
+                then = std::move(bound.then)] {
+    if (then) then();
+    clear_gaps(dtype, out, count, coding->segments);
+  };
 }
 
 void keep_residuals(Bound& bound) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -76,6 +77,11 @@ void check_coding(const Request& request);
 // Tells the record how the call encodes, and adds what no plan does; the rest of `bound` is there. Throws
 // ValueError.
 void finish_coding(const Request& request, int rank, Bound& bound);
+
+// Zeros what lies between the segments, and after the last one.
+void clear_gaps(DType dtype, void* x, int64_t count, std::span<const kernels::Segment> segments);
+// Makes each run of a call on one block leave zeros there, where decodes may have left anything.
+void keep_gaps(const Request& request, Bound& bound);
 
 // Makes each run of a call with residuals begin and end them.
 void keep_residuals(Bound& bound);

@@ -34,24 +34,6 @@ CallRecord record_of_whole(const Request& request, const std::string& codec, boo
   return record;
 }
 
-// A copy of x with zeros outside of the segments.
-void copy_segments(char* to, const void* x, int64_t count, DType dtype,
-                   const std::vector<kernels::Segment>& segments) {
-  const auto size = static_cast<int64_t>(size_of(dtype));
-  const auto* from = static_cast<const char*>(x);
-  int64_t end = 0;
-  const auto clear_to = [&](int64_t begin) {
-    std::memset(to + end * size, 0, static_cast<size_t>((begin - end) * size));
-  };
-  for (const kernels::Segment& segment : segments) {
-    clear_to(segment.begin);
-    end = segment.end;
-    kernels::copy_bytes(to + segment.begin * size, from + segment.begin * size,
-                        static_cast<size_t>((end - segment.begin) * size));
-  }
-  clear_to(count);
-}
-
 // ---- topk ----
 
 Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
@@ -99,7 +81,10 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
   bound.before = [=, dtype = call.dtype, prescale = static_cast<float>(call.prescale), x = request.in,
                   mine = static_cast<char*>(const_cast<void*>(gather.in))] {
     Residuals* const residuals = coding->residuals.get();
-    if (cut) copy_segments(state->segments.get(), x, count, dtype, coding->segments);
+    if (cut) {
+      kernels::copy_bytes(state->segments.get(), x, static_cast<size_t>(count) * size_of(dtype));
+      clear_gaps(dtype, state->segments.get(), count, coding->segments);
+    }
     kernels::topk_encode({.dtype = dtype,
                           .x = cut ? state->segments.get() : x,
                           .count = static_cast<size_t>(count),
@@ -205,6 +190,7 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
                            divisor, dtype, out);
   };
   bound.coding = request.coding;
+  keep_gaps(request, bound);
   bound.set_step(coding.step);
   return bound;
 }

@@ -56,7 +56,7 @@ class ErrorFeedback:
             raise TypeError(f"`exempt` is {exempt!r}: pass a function of a name and a shape")
         self.exempt = exempt
         self._scale = 1.0
-        self._calls: dict[Places, CallResiduals] = {}
+        self._calls: dict[tuple[Places, int], CallResiduals] = {}
         self._where: dict[str, CallResiduals] = {}
         self._loaded: dict[str, Residual] = {}
         self._to_watch = 0  # steps before what is left of these is thought to be misnamed
@@ -170,7 +170,7 @@ class ErrorFeedback:
                 "this ErrorFeedback holds the residuals of another communicator: make one for each, on each"
                 " rank; state_dict() and load_state_dict() take residuals along"
             )
-        of_call = self._calls.get(places)
+        of_call = self._calls.get((places, count))
         if of_call is None:
             of_call = CallResiduals(places, count, of_torch)
         self._watch_for_strangers(name for name, _, _ in places)
@@ -186,7 +186,7 @@ class ErrorFeedback:
         """A call begins with these residuals: it is what skip() may take back from now on."""
         self._comm = weakref.ref(comm)
         self._of_torch |= of_call.of_torch
-        self._calls[of_call.places] = of_call
+        self._calls[of_call.key] = of_call
         names = [name for name, _, _ in of_call.places]
         for name in names:
             source = self._where.get(name)
@@ -198,7 +198,7 @@ class ErrorFeedback:
             if source is not None:
                 source.holds -= 1
                 if source.holds == 0:
-                    del self._calls[source.places]
+                    del self._calls[source.key]
         if not self._round.isdisjoint(names):
             self._round.clear()
             self._of_round.clear()
@@ -283,6 +283,7 @@ class CallResiduals:
 
     def __init__(self, places: Places, count: int, of_torch: bool) -> None:
         self.residuals = _native.Residuals(count)
+        self.key = places, count
         self.places = places
         self.of_torch = of_torch
         self.holds = 0  # parameters whose residuals are here, and in no later object

@@ -565,3 +565,75 @@ def test_states_survive_savez_and_pickle(tmp_path: Path) -> None:
             again = codecs.ErrorFeedback()
             again.load_state_dict(found)
             assert all((again.state_dict()[name] == state[name]).all() for name in state)
+
+
+def test_the_same_parameters_in_buckets_of_other_lengths(ranks: Ranks) -> None:
+    """What is exempt has no residual, but its place in the bucket."""
+
+    def fn(comm: Communicator) -> None:
+        codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
+        w = gaussian(comm.rank, 256).reshape(16, 16)
+        for others in (0, 300, 100_000, 0):
+            tensors, names = [w], ["w"]
+            if others:
+                tensors, names = [w, np.ones(others, F32)], ["w", "b"]
+            bucket = Bucket(tensors, names=names)
+            bucket.pack()
+            comm.all_reduce(bucket, codec=codec)
+            assert sorted(codec.error_feedback.state_dict()) == ["w"]
+            assert not others or (bucket.views[1] == comm.size).all()
+
+    ranks(fn, 2)
+
+
+@pytest.mark.parametrize("name", sorted(codecs.kinds.DEFAULTS))
+def test_what_lies_between_tensors_stays_zero(ranks: Ranks, name: str) -> None:
+    """Whatever a codec makes of a block that has an end of a tensor in it, NaN included."""
+
+    def fn(comm: Communicator) -> None:
+        for wrong in (1.0, np.nan):
+            x = [gaussian(comm.rank, 63).reshape(7, 9), gaussian(comm.rank, 2000).reshape(20, 100)]
+            x[0][0, 0] = x[1][-1, -1] = wrong if comm.rank == 0 else 2
+            bucket, out = Bucket(x, names=["a", "b"]), Bucket(x, names=["a", "b"])
+            bucket.pack()
+            for to in (out, None):
+                comm.all_reduce(bucket, out=to, codec=without_feedback(name))
+                data = (bucket if to is None else to).data.copy()
+                for segment in bucket.segments:
+                    data[segment.begin : segment.end] = 0
+                assert (data == 0).all()
+
+    ranks(fn, 2)
+
+
+def test_ranks_that_exempt_another_number_of_tensors(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback(lambda name, shape: name == "b" and comm.rank == 0)
+        bucket = Bucket([np.ones((3, 100), F32), np.ones((2, 100), F32)], names=["a", "b"])
+        bucket.pack()
+        with pytest.raises(pycomm.MismatchError, match="exempt of 1"):
+            comm.all_reduce(bucket, codec=codecs.Int8(error_feedback=feedback))
+
+    ranks(fn, 2)
+
+
+def test_a_list_whose_result_is_finite_in_part(ranks: Ranks) -> None:
+    """Its calls, one for each type, are one call: all residuals stay, or none."""
+
+    def fn(comm: Communicator) -> None:
+        feedback = codecs.ErrorFeedback()
+        codec = codecs.Int4(error_feedback=feedback)
+        for wrong in (0, 1, 2, None):
+            x = [gaussian(comm.rank, 300).reshape(3, 100) for _ in range(2)] + [gaussian(comm.rank, 5)]
+            x[1] = x[1].astype(np.float16)
+            if wrong is not None:
+                x[wrong].flat[-1] = np.inf
+            for async_op in (False, True):
+                work = comm.all_reduce(x, codec=codec, tag="t", async_op=async_op)
+                if async_op:
+                    work.wait()
+                state = feedback.state_dict()
+                assert sorted(state) == ["t[0]", "t[1]"]
+                assert all(residual.any() == (wrong is None) for residual in state.values())
+
+    ranks(fn, 2)

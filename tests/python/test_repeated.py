@@ -436,3 +436,32 @@ def test_keywords_are_let_go_with_the_group() -> None:
     del comm
     gc.collect()
     assert sys.getrefcount(tag) == before
+
+
+def test_threads_of_a_rank_lose_no_references() -> None:
+    """What a known call returns is counted under the interpreter's lock, which others have meanwhile."""
+
+    def fn(comm: Communicator) -> None:
+        # Long enough to give the lock up, short enough for many.
+        x, y = np.ones(1 << 14, np.float32), np.empty(1 << 14, np.float32)
+        into = np.empty_like(x)
+
+        def call() -> None:
+            for _ in range(3000):
+                comm.all_reduce(x, out=y)
+                comm.send_recv(x, 0, into, 0)
+
+        before = sys.getrefcount(y), sys.getrefcount(into)
+        threads = [threading.Thread(target=call) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (sys.getrefcount(y), sys.getrefcount(into)) == before
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        pycomm.run_local(fn, 1)
+    finally:
+        sys.setswitchinterval(interval)
