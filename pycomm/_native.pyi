@@ -23,6 +23,7 @@ __all__: list[str] = [
     "Communicator",
     "MismatchError",
     "OPS",
+    "Packing",
     "PeerLostError",
     "PersistentOp",
     "Ref",
@@ -33,7 +34,6 @@ __all__: list[str] = [
     "add_algorithm",
     "algorithms",
     "available_isas",
-    "check_unpack",
     "copy_bytes",
     "decode",
     "describe_buffer",
@@ -43,11 +43,9 @@ __all__: list[str] = [
     "join",
     "join_threads",
     "numpy_dtype",
-    "pack",
     "packable_dtype",
     "topk_decode_add",
     "topk_encode",
-    "unpack",
     "verify",
     "version",
 ]
@@ -990,6 +988,46 @@ class Builder:
     @property
     def rank(self) -> int: ...
 
+class Packing:
+    """
+    Tensors' places in a bucket; offsets and counts in its elements.
+    """
+
+    def __init__(
+        self,
+        bucket: typing.Any,
+        offsets: collections.abc.Sequence[int],
+        counts: collections.abc.Sequence[int],
+    ) -> None: ...
+    def check_unpack(self, tensors: collections.abc.Sequence[typing.Any]) -> None:
+        """
+        Raises what unpack would.
+        """
+
+    def pack(
+        self,
+        tensors: collections.abc.Sequence[typing.Any],
+        scale: float = 1.0,
+        *,
+        stats: bool = True,
+        isa: str | None = None,
+    ) -> typing.Any:
+        """
+        Copies tensors to their places, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None.
+        """
+
+    def unpack(
+        self,
+        tensors: collections.abc.Sequence[typing.Any],
+        scale: float = 1.0,
+        *,
+        stats: bool = True,
+        isa: str | None = None,
+    ) -> typing.Any:
+        """
+        The way back: see pack.
+        """
+
 class Codec:
     """
     What turns gradients into wire bytes and back, see pycomm.codecs.
@@ -1050,16 +1088,6 @@ def algorithms(collective: str) -> list[str]:
     """
 
 def available_isas() -> list[str]: ...
-def check_unpack(
-    bucket: typing.Any,
-    tensors: collections.abc.Sequence[typing.Any],
-    offsets: collections.abc.Sequence[int],
-    counts: collections.abc.Sequence[int],
-) -> None:
-    """
-    Raises what unpack would.
-    """
-
 def copy_bytes(out: typing.Any, x: typing.Any, stream: bool = False) -> None:
     """
     A plain copy between buffers that do not overlap: what the kernels are measured against.
@@ -1125,20 +1153,6 @@ def numpy_dtype(name: str) -> typing.Any:
     NumPy's or ml_dtypes' dtype of this name.
     """
 
-def pack(
-    bucket: typing.Any,
-    tensors: collections.abc.Sequence[typing.Any],
-    offsets: collections.abc.Sequence[int],
-    counts: collections.abc.Sequence[int],
-    scale: float = 1.0,
-    *,
-    stats: bool = True,
-    isa: str | None = None,
-) -> typing.Any:
-    """
-    Copies tensors to their offsets in a bucket, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None.
-    """
-
 def packable_dtype(dtype: typing.Any, what: str = "dtype") -> tuple[str, int]:
     """
     The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
@@ -1161,20 +1175,6 @@ def topk_encode(
 ) -> typing.Any:
     """
     The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the others.
-    """
-
-def unpack(
-    bucket: typing.Any,
-    tensors: collections.abc.Sequence[typing.Any],
-    offsets: collections.abc.Sequence[int],
-    counts: collections.abc.Sequence[int],
-    scale: float = 1.0,
-    *,
-    stats: bool = True,
-    isa: str | None = None,
-) -> typing.Any:
-    """
-    The way back: see pack.
     """
 
 def verify(

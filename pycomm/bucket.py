@@ -83,6 +83,7 @@ class Bucket:
         self._storage = self._memory.allocate(total * self._itemsize, comm)
         of_torch = [is_tensor(x) for x in found]
         self._data = self._part(0, total, bool(of_torch) and all(of_torch))
+        self._packing = self._memory.packing(self._data, self._offsets, self._counts)
         self._views = [
             self._part(segment.begin, segment.end, tensor).reshape(shape)
             for segment, tensor, shape in zip(self._segments, of_torch, self._shapes, strict=True)
@@ -157,7 +158,7 @@ class Bucket:
         for a parameter without a gradient, and for tensors that its parameter has dropped.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.pack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
+        return self._packing.pack(self._gradients.now(), factor)
 
     def unpack(self, scale: float = 1.0) -> Stats:
         """Copies the buffer to the tensors, each value times `scale`, cast to theirs.
@@ -165,11 +166,11 @@ class Bucket:
         Returns Stats of what was written: after an all_reduce the same on all ranks.
         """
         factor = checks.number(scale, "scale")
-        return self._memory.unpack(self._data, self._gradients.now(), self._offsets, self._counts, factor)
+        return self._packing.unpack(self._gradients.now(), factor)
 
     def check_unpack(self) -> None:
         """Raises what unpack() would: for a tensor that is read-only, say, or overlaps another one."""
-        self._memory.check_unpack(self._data, self._gradients.now(), self._offsets, self._counts)
+        self._packing.check_unpack(self._gradients.now())
 
     def __reduce__(self) -> Any:
         raise TypeError("a Bucket is memory with its tensors' places in it: make another one, do not copy it")
@@ -200,15 +201,18 @@ class Memory(Protocol):
     def typed(self, raw: Any, dtype: str, as_tensor: bool) -> Any:
         """The bytes `raw` as elements."""
 
-    def pack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats: ...
+    def packing(self, data: Any, offsets: list[int], counts: list[int]) -> Packing:
+        """The tensors' places in `data`, whichever tensors they are."""
 
-    def unpack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats: ...
 
-    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None: ...
+class Packing(Protocol):
+    """What copies tensors to their places and back; tensors come with each call."""
+
+    def pack(self, tensors: list[Any], scale: float) -> Stats: ...
+
+    def unpack(self, tensors: list[Any], scale: float) -> Stats: ...
+
+    def check_unpack(self, tensors: list[Any]) -> None: ...
 
 
 class _Host:
@@ -232,18 +236,22 @@ class _Host:
 
         return torch.from_numpy(raw).view(getattr(torch, dtype))
 
-    def pack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats:
-        return Stats(*_native.pack(data, tensors, offsets, counts, scale))
+    def packing(self, data: Any, offsets: list[int], counts: list[int]) -> Packing:
+        return _HostPacking(_native.Packing(data, offsets, counts))
 
-    def unpack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats:
-        return Stats(*_native.unpack(data, tensors, offsets, counts, scale))
 
-    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None:
-        _native.check_unpack(data, tensors, offsets, counts)
+class _HostPacking:
+    def __init__(self, native: _native.Packing) -> None:
+        self._native = native
+
+    def pack(self, tensors: list[Any], scale: float) -> Stats:
+        return Stats(*self._native.pack(tensors, scale))
+
+    def unpack(self, tensors: list[Any], scale: float) -> Stats:
+        return Stats(*self._native.unpack(tensors, scale))
+
+    def check_unpack(self, tensors: list[Any]) -> None:
+        self._native.check_unpack(tensors)
 
 
 def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:

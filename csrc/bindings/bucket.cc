@@ -6,6 +6,7 @@
 
 #include "bindings/array.h"
 #include "bindings/codecs.h"
+#include "bindings/packing.h"
 #include "bindings/python.h"
 #include "common/error.h"
 #include "kernels/codec.h"
@@ -62,69 +63,70 @@ void require_apart(std::vector<Extent> extents) {
   }
 }
 
+// A tensor lies apart from the bucket or is its own part of it.
+void require_place(const Array& tensor, const Array& bucket, int64_t offset, const std::string& name) {
+  const auto* begin = static_cast<const char*>(tensor.data);
+  const auto* storage = static_cast<const char*>(bucket.data);
+  if (tensor.bytes() == 0 || begin >= storage + bucket.bytes() || storage >= begin + tensor.bytes()) return;
+  const auto size = static_cast<int64_t>(size_of(bucket.dtype));
+  if (begin == storage + offset * size && size_of(tensor.dtype) == size_of(bucket.dtype)) return;
+  throw ValueError("`" + name +
+                   "` lies in the bucket, but not where its view is: pass the view, or other memory");
+}
+
 // The tensors as they lie now: a tensor may have got other memory since the last call.
-struct List {
-  std::vector<Array> buffers;
-  std::vector<kernels::PackItem> items;
-
-  List(const std::vector<py::object>& tensors, const std::vector<int64_t>& offsets,
-       const std::vector<int64_t>& counts, const Array& bucket, bool packs) {
-    const size_t n = tensors.size();
-    if (offsets.size() != n || counts.size() != n) {
-      throw ValueError("there are " + std::to_string(n) + " tensors, " + std::to_string(offsets.size()) +
-                       " offsets and " + std::to_string(counts.size()) + " counts");
-    }
-    std::vector<Extent> extents;
-    for (size_t i = 0; i < n; ++i) {
-      const std::string name = ordinal(i);
-      const Array& tensor = buffers.emplace_back(get_array(tensors[i].ptr(), name.c_str()));
-      require_packable(tensor.dtype, "`" + name + "`");
-      if (!packs) require_writable(tensor, name.c_str());
-      if (tensor.count != counts[i]) {
-        throw ValueError("`" + name + "` has " + std::to_string(tensor.count) +
-                         " elements where the bucket has " + std::to_string(counts[i]));
-      }
-      if (offsets[i] < 0 || counts[i] > bucket.count - offsets[i]) {
-        throw ValueError("`" + name + "` does not fit a bucket of " + std::to_string(bucket.count) +
-                         " elements at " + std::to_string(offsets[i]));
-      }
-      items.push_back({tensor.data, tensor.dtype, tensor.count, offsets[i]});
-      require_place(items.back(), tensor, bucket, name);
-      if (!packs && tensor.count > 0) {
-        const auto* begin = static_cast<const char*>(tensor.data);
-        extents.push_back({begin, begin + tensor.bytes(), i});
-      }
-    }
-    require_apart(std::move(extents));
+std::vector<Array> read_tensors(const Packing& packing, const std::vector<py::object>& tensors, bool packs) {
+  const auto places = packing.places();
+  if (tensors.size() != places.size()) {
+    throw ValueError("there are " + std::to_string(tensors.size()) + " tensors for " +
+                     std::to_string(places.size()) + " places");
   }
-
- private:
-  // A tensor lies apart from the bucket or is its own part of it.
-  static void require_place(const kernels::PackItem& item, const Array& tensor, const Array& bucket,
-                            const std::string& name) {
-    const auto* begin = static_cast<const char*>(tensor.data);
-    const auto* storage = static_cast<const char*>(bucket.data);
-    if (tensor.bytes() == 0 || begin >= storage + bucket.bytes() || storage >= begin + tensor.bytes()) return;
-    const auto size = static_cast<int64_t>(size_of(bucket.dtype));
-    if (begin == storage + item.offset * size && size_of(tensor.dtype) == size_of(bucket.dtype)) return;
-    throw ValueError("`" + name +
-                     "` lies in the bucket, but not where its view is: pass the view, or other memory");
+  std::vector<Array> arrays;
+  arrays.reserve(places.size());
+  std::vector<Extent> extents;
+  for (size_t i = 0; i < places.size(); ++i) {
+    const std::string name = ordinal(i);
+    const Array& tensor = arrays.emplace_back(get_array(tensors[i].ptr(), name.c_str()));
+    require_packable(tensor.dtype, "`" + name + "`");
+    if (!packs) require_writable(tensor, name.c_str());
+    if (tensor.count != places[i].count) {
+      throw ValueError("`" + name + "` has " + std::to_string(tensor.count) +
+                       " elements where the bucket has " + std::to_string(places[i].count));
+    }
+    require_place(tensor, packing.whole(), places[i].offset, name);
+    if (!packs && tensor.count > 0) {
+      const auto* begin = static_cast<const char*>(tensor.data);
+      extents.push_back({begin, begin + tensor.bytes(), i});
+    }
   }
-};
+  require_apart(std::move(extents));
+  return arrays;
+}
 
-py::object run(bool packs, const py::object& bucket, const std::vector<py::object>& tensors,
-               const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, double scale,
+Packing make_packing(const py::object& bucket, const std::vector<int64_t>& offsets,
+                     const std::vector<int64_t>& counts) {
+  if (offsets.size() != counts.size()) {
+    throw ValueError("there are " + std::to_string(offsets.size()) + " offsets and " +
+                     std::to_string(counts.size()) + " counts");
+  }
+  Array whole = get_array(bucket.ptr(), "bucket");
+  require_packable(whole.dtype, "`bucket`");
+  require_writable(whole, "bucket");
+  std::vector<Packing::Place> places;
+  for (size_t i = 0; i < offsets.size(); ++i) places.push_back({offsets[i], counts[i]});
+  return {std::move(whole), std::move(places), keep_alive(bucket)};
+}
+
+py::object run(const Packing& packing, bool packs, const std::vector<py::object>& tensors, double scale,
                bool stats, const std::optional<std::string>& isa) {
-  const Array storage = get_array(bucket.ptr(), "bucket");
-  require_packable(storage.dtype, "`bucket`");
-  if (packs) require_writable(storage, "bucket");
-  const List list(tensors, offsets, counts, storage, packs);
-  const kernels::PackArgs args{list.items, storage.data, storage.dtype, scale_argument(scale)};
-  const kernels::Isa& kernels_of = isa_argument(isa);
+  const std::vector<Array> arrays = read_tensors(packing, tensors, packs);
+  const double factor = scale_argument(scale);
+  const kernels::Isa& chosen = isa_argument(isa);
   kernels::Stats found;
+  kernels::Stats* const wanted = stats ? &found : nullptr;
   {
     const Unlocked unlocked;
-    (packs ? kernels::pack : kernels::unpack)(args, stats ? &found : nullptr, kernels_of);
+    packs ? packing.pack(arrays, factor, wanted, chosen) : packing.unpack(arrays, factor, wanted, chosen);
   }
   if (!stats) return py::none();
   return py::make_tuple(found.sum_squares, found.max_abs, found.nans, found.infs);
@@ -174,30 +176,27 @@ void add_bucket(py::module_& module) {
       py::arg("dtype"), "What the library calls an element type, which may be given as people type it.");
   module.def("copy_bytes", &copy, py::arg("out"), py::arg("x"), py::arg("stream") = false,
              "A plain copy between buffers that do not overlap: what the kernels are measured against.");
-  const auto define = [&](const char* name, bool packs, const char* doc) {
-    module.def(
-        name,
-        [packs](const py::object& bucket, const std::vector<py::object>& tensors,
-                const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts, double scale,
-                bool stats, const std::optional<std::string>& isa) {
-          return run(packs, bucket, tensors, offsets, counts, scale, stats, isa);
-        },
-        py::arg("bucket"), py::arg("tensors"), py::arg("offsets"), py::arg("counts"), py::arg("scale") = 1.0,
-        py::kw_only(), py::arg("stats") = true, py::arg("isa") = py::none(), doc);
+  const auto method = [](bool packs) {
+    return [packs](const Packing& self, const std::vector<py::object>& tensors, double scale, bool stats,
+                   const std::optional<std::string>& isa) {
+      return run(self, packs, tensors, scale, stats, isa);
+    };
   };
-  define("pack", true,
-         "Copies tensors to their offsets in a bucket, cast and scaled. Returns (sum of squares, largest "
-         "magnitude, "
-         "NaNs, infinities) of what was written, or None.");
-  define("unpack", false, "The way back: see pack.");
-  module.def(
-      "check_unpack",
-      [](const py::object& bucket, const std::vector<py::object>& tensors,
-         const std::vector<int64_t>& offsets, const std::vector<int64_t>& counts) {
-        const List list(tensors, offsets, counts, get_array(bucket.ptr(), "bucket"), false);
-      },
-      py::arg("bucket"), py::arg("tensors"), py::arg("offsets"), py::arg("counts"),
-      "Raises what unpack would.");
+  py::class_<Packing>(module, "Packing", "Tensors' places in a bucket; offsets and counts in its elements.")
+      .def(py::init(&make_packing), py::arg("bucket"), py::arg("offsets"), py::arg("counts"))
+      .def("pack", method(true), py::arg("tensors"), py::arg("scale") = 1.0, py::kw_only(),
+           py::arg("stats") = true, py::arg("isa") = py::none(),
+           "Copies tensors to their places, cast and scaled. Returns (sum of squares, largest magnitude, "
+           "NaNs, "
+           "infinities) of what was written, or None.")
+      .def("unpack", method(false), py::arg("tensors"), py::arg("scale") = 1.0, py::kw_only(),
+           py::arg("stats") = true, py::arg("isa") = py::none(), "The way back: see pack.")
+      .def(
+          "check_unpack",
+          [](const Packing& self, const std::vector<py::object>& tensors) {
+            read_tensors(self, tensors, false);
+          },
+          py::arg("tensors"), "Raises what unpack would.");
 }
 
 }  // namespace pycomm::bindings

@@ -190,8 +190,8 @@ void topk_decode_add(const py::object& record, int64_t k, const py::object& sum)
   require_writable(to, "sum");
   require_topk(k, to.count);
   if (from.bytes() != kernels::topk_record_bytes(k)) {
-    throw ValueError("`record` has " + std::to_string(from.bytes()) + " bytes: one of k = " +
-                     std::to_string(k) + " has " + std::to_string(kernels::topk_record_bytes(k)));
+    throw ValueError("`record` has " + std::to_string(from.bytes()) + " bytes; k=" + std::to_string(k) +
+                     " needs " + std::to_string(kernels::topk_record_bytes(k)));
   }
   const Unlocked unlocked;
   kernels::topk_decode_add(from.data, static_cast<size_t>(k), static_cast<float*>(to.data),

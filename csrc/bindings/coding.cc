@@ -76,7 +76,7 @@ std::vector<std::string> Coder::names(const std::vector<size_t>& items) const {
 Parts Coder::parts_of(PyObject* x) const {
   const py::object segments = py::getattr(x, "segments", py::none());
   if (segments.is_none()) return {};
-  Parts parts{.names = {}, .segments = parse_segments(segments), .shapes = {}};
+  Parts parts{.whole = false, .names = {}, .segments = parse_segments(segments), .shapes = {}};
   for (const py::handle view : py::getattr(x, "views")) parts.shapes.push_back(shape_of(view));
   if (py::getattr(x, "named").cast<bool>()) {
     parts.names = py::getattr(x, "names").cast<std::vector<std::string>>();
@@ -89,7 +89,7 @@ Parts Coder::parts_of(PyObject* x) const {
 }
 
 std::vector<size_t> Coder::exempt(const Parts& parts) const {
-  if (!feeds() || parts.names.empty()) return {};
+  if (!feeds() || parts.whole) return {};
   return feedback_.attr("exempted")(parts.names, parts.shapes).cast<std::vector<size_t>>();
 }
 
@@ -110,7 +110,7 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
   auto coding = std::make_shared<Coding>();
   int64_t carried = count;
   py::list places;
-  if (parts.names.empty()) {
+  if (parts.whole) {
     if (feeds()) {
       if (!args_[Arg::tag]) kinds().attr("require_names")(codec_);
       places.append(py::make_tuple(text(args_[Arg::tag], "tag"), 0, count));

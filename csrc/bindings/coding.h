@@ -35,8 +35,9 @@ class Feeding {
   bool of_torch_;
 };
 
-// What a codec has to know of the tensors in a buffer. No names: the buffer is one tensor.
+// What a codec has to know of the tensors in a buffer.
 struct Parts {
+  bool whole = true;  // the buffer is one tensor; else these are all in it
   std::vector<std::string> names;
   std::vector<kernels::Segment> segments;
   std::vector<pybind11::object> shapes;

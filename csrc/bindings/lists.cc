@@ -200,22 +200,33 @@ void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
   call.then = [keep = std::move(keep)] {};
 }
 
+// A group's buffers, packed.
+struct Packed {
+  Group group;
+  Packing packing;
+  std::shared_ptr<void> keep;
+
+  Packed(Group g, std::shared_ptr<void> k)
+      : group(std::move(g)),
+        packing(group.ins[0].dtype, group.ins, group.kind == Group::Kind::coded ? kSegmentAlign : 1),
+        keep(std::move(k)) {}
+};
+
 // Several buffers of one type in one call: packed, communicated, unpacked. `at_once`: they are packed now,
 // not when the call runs.
-std::shared_ptr<Packing> take_together(Invocation& call, Group group, bool at_once,
-                                       std::shared_ptr<void> keep) {
-  const int64_t align = group.kind == Group::Kind::coded ? kSegmentAlign : 1;
-  auto packing =
-      std::make_shared<Packing>(std::move(group.ins), std::move(group.outs), align, std::move(keep));
-  take_in_place(call, packing->buffer());
-  call.storage = packing;
+std::shared_ptr<Packed> take_together(Invocation& call, Group group, bool at_once,
+                                      std::shared_ptr<void> keep) {
+  auto packed = std::make_shared<Packed>(std::move(group), std::move(keep));
+  take_in_place(call, packed->packing.whole());
+  call.storage = packed;
+  auto pack = [packed] { packed->packing.copy_in(packed->group.ins); };
   if (at_once) {
-    packing->pack();
+    pack();
   } else {
-    call.before = [packing] { packing->pack(); };
+    call.before = std::move(pack);
   }
-  call.then = [packing] { packing->unpack(); };
-  return packing;
+  call.then = [packed] { packed->packing.copy_out(packed->group.outs); };
+  return packed;
 }
 
 using Codings = std::vector<std::shared_ptr<runtime::Coding>>;
@@ -231,21 +242,22 @@ void join_verdicts(Invocation& last, const Codings& codings) {
 }
 
 // What was exempt counts for whether a call's result is finite.
-void unpack_exempt(Invocation& call, std::shared_ptr<Packing> packing, Codings codings) {
-  call.then = [packing = std::move(packing), codings = std::move(codings)] {
-    if (packing->unpack_finite()) return;
+void unpack_exempt(Invocation& call, std::shared_ptr<Packed> packed, Codings codings) {
+  call.then = [packed = std::move(packed), codings = std::move(codings)] {
+    kernels::Stats stats;
+    packed->packing.unpack(packed->group.outs, 1, &stats, kernels::chosen_isa());
+    if (stats.nans == 0 && stats.infs == 0) return;
     for (const auto& coding : codings) coding->residuals->take_back();
   };
 }
 
-std::vector<Segment> segments_of(const std::vector<std::string>& names, const Packing& packing,
-                                 const Group& group) {
+std::vector<Segment> segments_of(const std::vector<std::string>& names, const Packing& packing) {
   const auto ids =
       py::module_::import("pycomm.bucket").attr("segment_ids")(names).cast<std::vector<uint64_t>>();
   std::vector<Segment> segments;
   for (size_t i = 0; i < ids.size(); ++i) {
-    const int64_t begin = packing.offsets()[i];
-    segments.push_back({begin, begin + group.ins[i].count, ids[i]});
+    const auto [begin, count] = packing.places()[i];
+    segments.push_back({begin, begin + count, ids[i]});
   }
   return segments;
 }
@@ -258,7 +270,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   if (args.given & kCodecArguments) {
     list.require_apart();
     coder.emplace(method.name, args);
-    Parts parts;
+    Parts parts{.whole = false, .names = {}, .segments = {}, .shapes = {}};
     std::vector<size_t> all(list.size());
     for (size_t i = 0; i < list.size(); ++i) {
       all[i] = i;
@@ -289,23 +301,23 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   Invocation* last_coded = nullptr;
   for (const Group& group : groups) {
     Invocation& call = calls.emplace_back(begin_call(method, comm, args));
-    std::shared_ptr<Packing> packing;
+    std::shared_ptr<Packed> packed;
     if (group.kind == Group::Kind::alone && apart) {
       take_alone(call, group, keep);
     } else {
-      packing = take_together(call, group, !apart, keep);
+      packed = take_together(call, group, !apart, keep);
     }
     call.in.signature = signature;
     finish_request(call);
     if (coder) coder->check(call.request);
     if (group.kind == Group::Kind::coded) {
-      Parts parts{.names = coder->names(group.items), .segments = {}, .shapes = {}};
-      parts.segments = segments_of(parts.names, *packing, group);
+      Parts parts{.whole = false, .names = coder->names(group.items), .segments = {}, .shapes = {}};
+      parts.segments = segments_of(parts.names, packed->packing);
       call.feeding = coder->code(call.request, parts, {}, list.item(group.items[0]), call.in.count);
       if (call.feeding) codings.push_back(call.request.coding);
       last_coded = &call;
     } else if (group.kind == Group::Kind::exempt) {
-      unpack_exempt(call, packing, codings);
+      unpack_exempt(call, packed, codings);
     }
     if (schedule::traits(method.collective).reduces) {
       require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
@@ -351,10 +363,10 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
     group.outs.push_back(part_of(calls[0].out, parts.segments[i]));
   }
   Invocation& apart = calls.emplace_back(begin_call(method, comm, args));
-  const auto packing = take_together(apart, std::move(group), false, nullptr);
+  const auto packed = take_together(apart, std::move(group), false, nullptr);
   // The coded call overwrites their places: they are read before it, and written after it.
   calls[0].before = std::exchange(apart.before, nullptr);
-  unpack_exempt(apart, packing, {calls[0].request.coding});
+  unpack_exempt(apart, packed, {calls[0].request.coding});
   apart.in.signature = signature;
   finish_request(apart);
   apart.x = calls[0].x;

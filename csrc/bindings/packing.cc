@@ -3,54 +3,73 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 #include <utility>
 
+#include "common/error.h"
 #include "kernels/copy.h"
-#include "kernels/pack.h"
 
 namespace pycomm::bindings {
 
-Packing::Packing(std::vector<Array> ins, std::vector<Array> outs, int64_t align, std::shared_ptr<void> keep)
-    : ins_(std::move(ins)), outs_(std::move(outs)), keep_(std::move(keep)) {
+Packing::Packing(DType dtype, std::span<const Array> arrays, int64_t align) {
   constexpr int64_t kLine = 64;
-  int64_t total = 0;
-  for (const Array& in : ins_) {
-    offsets_.push_back(total);
-    total += (in.count + align - 1) / align * align;
+  whole_.dtype = dtype;
+  for (const Array& array : arrays) {
+    places_.push_back({whole_.count, array.count});
+    whole_.count += (array.count + align - 1) / align * align;
   }
-  packed_.dtype = ins_[0].dtype;
-  packed_.count = total;
-  const auto bytes = static_cast<size_t>((packed_.bytes() + kLine) / kLine * kLine);
-  storage_ = std::shared_ptr<void>(std::aligned_alloc(kLine, bytes), std::free);
-  if (!storage_) throw std::bad_alloc();
-  packed_.data = storage_.get();
-  if (align > 1) std::memset(storage_.get(), 0, bytes);
+  const auto bytes = static_cast<size_t>((whole_.bytes() + kLine) / kLine * kLine);
+  keep_ = std::shared_ptr<void>(std::aligned_alloc(kLine, bytes), std::free);
+  if (!keep_) throw std::bad_alloc();
+  whole_.data = keep_.get();
+  if (align > 1) std::memset(whole_.data, 0, bytes);
+}
+
+Packing::Packing(Array whole, std::vector<Place> places, std::shared_ptr<void> keep)
+    : whole_(std::move(whole)), places_(std::move(places)), keep_(std::move(keep)) {
+  whole_.shape = {};  // the object's own
+  for (size_t i = 0; i < places_.size(); ++i) {
+    const auto [offset, count] = places_[i];
+    if (offset < 0 || count < 0 || count > whole_.count - offset) {
+      throw ValueError("`tensors[" + std::to_string(i) + "]` does not fit a bucket of " +
+                       std::to_string(whole_.count) + " elements at " + std::to_string(offset));
+    }
+  }
 }
 
 char* Packing::at(size_t i) const {
-  return static_cast<char*>(storage_.get()) + offsets_[i] * static_cast<int64_t>(size_of(packed_.dtype));
+  return static_cast<char*>(whole_.data) + places_[i].offset * static_cast<int64_t>(size_of(whole_.dtype));
 }
 
-void Packing::pack() const {
-  for (size_t i = 0; i < ins_.size(); ++i) {
-    kernels::copy_bytes(at(i), ins_[i].data, static_cast<size_t>(ins_[i].bytes()));
+void Packing::copy_in(std::span<const Array> from) const {
+  for (size_t i = 0; i < from.size(); ++i) {
+    kernels::copy_bytes(at(i), from[i].data, static_cast<size_t>(from[i].bytes()));
   }
 }
 
-void Packing::unpack() const {
-  for (size_t i = 0; i < outs_.size(); ++i) {
-    kernels::copy_bytes(outs_[i].data, at(i), static_cast<size_t>(outs_[i].bytes()));
+void Packing::copy_out(std::span<const Array> to) const {
+  for (size_t i = 0; i < to.size(); ++i) {
+    kernels::copy_bytes(to[i].data, at(i), static_cast<size_t>(to[i].bytes()));
   }
 }
 
-bool Packing::unpack_finite() const {
+std::vector<kernels::PackItem> Packing::items(std::span<const Array> arrays) const {
   std::vector<kernels::PackItem> items;
-  for (size_t i = 0; i < outs_.size(); ++i) {
-    items.push_back({outs_[i].data, outs_[i].dtype, outs_[i].count, offsets_[i]});
+  items.reserve(arrays.size());
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    items.push_back({arrays[i].data, arrays[i].dtype, arrays[i].count, places_[i].offset});
   }
-  kernels::Stats stats;
-  kernels::unpack({items, storage_.get(), packed_.dtype}, &stats);
-  return stats.nans == 0 && stats.infs == 0;
+  return items;
+}
+
+void Packing::pack(std::span<const Array> from, double scale, kernels::Stats* stats,
+                   const kernels::Isa& isa) const {
+  kernels::pack({items(from), whole_.data, whole_.dtype, scale}, stats, isa);
+}
+
+void Packing::unpack(std::span<const Array> to, double scale, kernels::Stats* stats,
+                     const kernels::Isa& isa) const {
+  kernels::unpack({items(to), whole_.data, whole_.dtype, scale}, stats, isa);
 }
 
 }  // namespace pycomm::bindings

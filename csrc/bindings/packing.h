@@ -1,4 +1,5 @@
-// Buffers of one element type, copied side by side into memory of their own and back.
+// Places for arrays side by side in one piece of memory, bound once; which arrays they are comes with each
+// call. A bucket has one over its buffer, a list of buffers one over memory of its own.
 #pragma once
 
 #include <memory>
@@ -6,29 +7,37 @@
 #include <vector>
 
 #include "bindings/array.h"
+#include "kernels/pack.h"
 
 namespace pycomm::bindings {
 
 class Packing {
  public:
-  // `outs`: where unpack() puts the elements; empty: nowhere. Each buffer begins at a multiple of `align`
-  // elements; what lies between is zero. `keep` lives as long as this.
-  Packing(std::vector<Array> ins, std::vector<Array> outs, int64_t align, std::shared_ptr<void> keep);
+  struct Place {  // in elements
+    int64_t offset, count;
+  };
+  // In memory of its own, each place at a multiple of `align` elements; what lies between is zero.
+  Packing(DType dtype, std::span<const Array> arrays, int64_t align);
+  // In the memory of `whole`, which `keep` keeps. Throws ValueError for a place beyond its end.
+  Packing(Array whole, std::vector<Place> places, std::shared_ptr<void> keep);
 
-  Array buffer() const { return packed_; }
-  std::span<const int64_t> offsets() const { return offsets_; }  // of each, in elements
-  void pack() const;
-  void unpack() const;
-  // The same, of what codecs carry; false if there is a NaN or an Inf.
-  bool unpack_finite() const;
+  const Array& whole() const { return whole_; }
+  std::span<const Place> places() const { return places_; }
+
+  // Bit for bit, for arrays of the same type. No arrays: nothing is copied.
+  void copy_in(std::span<const Array> from) const;
+  void copy_out(std::span<const Array> to) const;
+  // As kernels/pack.h says, for float types.
+  void pack(std::span<const Array> from, double scale, kernels::Stats* stats, const kernels::Isa& isa) const;
+  void unpack(std::span<const Array> to, double scale, kernels::Stats* stats, const kernels::Isa& isa) const;
 
  private:
   char* at(size_t i) const;
+  std::vector<kernels::PackItem> items(std::span<const Array> arrays) const;
 
-  std::vector<Array> ins_, outs_;
-  std::vector<int64_t> offsets_;
-  Array packed_;
-  std::shared_ptr<void> storage_, keep_;
+  Array whole_;
+  std::vector<Place> places_;
+  std::shared_ptr<void> keep_;
 };
 
 }  // namespace pycomm::bindings

@@ -68,8 +68,8 @@ struct Encoding {
 // neither.
 //
 // Raw and final operands are float32, float16 or bfloat16; partial ones float32. One wire source and wire
-// destinations is a copy of wire_bytes(count). Every operand starts at a tile's begin. Destinations do not
-// overlap sources, but for final ones that are the very raw source and wire ones that are a very wire source.
+// destinations is a copy of wire_bytes(count). Every operand starts at a tile's begin. A destination may
+// alias a source only at the same address: final with raw, wire with wire.
 struct TranscodeArgs {
   const Codec* codec;
   DType dtype;

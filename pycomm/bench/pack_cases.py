@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -39,8 +38,10 @@ def _cases_of(model: str) -> Iterator[Case]:
         def case(kernel: str, run: Call, rivals: dict[str, Call], moved: int = moved) -> Case:
             return Case("pack", kernel, model, moved, run, rivals)
 
-        pack = _without_statistics(_native.pack, bucket, tensors)
-        unpack = _without_statistics(_native.unpack, bucket, outs)
+        places = [segment.begin for segment in bucket.segments]
+        packing = _native.Packing(bucket.data, places, [x.size for x in tensors])
+        pack = partial(packing.pack, tensors, stats=False)
+        unpack = partial(packing.unpack, outs, stats=False)
         to, back = f"float32 to {dtype}", f"{dtype} to float32"
         yield case(f"pack {to}", pack, torch.pack() if torch else {})
         yield case(f"pack {to}, scale", partial(pack, scale=SCALE), {})
@@ -56,12 +57,6 @@ def numbers(count: int, seed: int) -> Array:
     x = plain(count, np.dtype(np.float32), huge=True)
     x[:] = np.random.default_rng(seed).standard_normal(count, np.float32)
     return x
-
-
-def _without_statistics(native: Callable[..., Any], bucket: Bucket, tensors: list[Array]) -> partial[object]:
-    places = [segment.begin for segment in bucket.segments]
-    counts = [segment.end - segment.begin for segment in bucket.segments]
-    return partial(native, bucket.data, tensors, places, counts, stats=False)
 
 
 class TorchWays:

@@ -173,6 +173,7 @@ class ErrorFeedback:
         of_call = self._calls.get((places, count))
         if of_call is None:
             of_call = CallResiduals(places, count, of_torch)
+        of_call.let_go()
         self._watch_for_strangers(name for name, _, _ in places)
         moving = [name for name, _, _ in places if self._where.get(name) is not of_call]
         parts = {name: self._find(name, of_call) for name in moving}  # may raise
@@ -238,8 +239,8 @@ class ErrorFeedback:
         known = self._loaded[name] if source is None else source.part(name)
         if known.size != size:
             raise ValueError(
-                f"`state`: {name!r} has {known.size} elements here, and its residual {size}: a name is of one"
-                " thing"
+                f"`state`: {name!r} has {known.size} elements here, and its residual {size}: the name is used"
+                " twice"
             )
 
     def _find(self, name: str, of_call: CallResiduals) -> Residual | None:
@@ -297,6 +298,11 @@ class CallResiduals:
     def start(self, work: _native.Work) -> None:
         """`work` is the last asynchronous call with these residuals; calls run in order."""
         self._work = work
+
+    def let_go(self) -> None:
+        """Of the work and its result, if it has ended."""
+        if self._work is not None and self._work.is_completed():
+            self._work = None
 
     def settle(self) -> None:
         """Waits until no call is under way. An error is left to whoever asks for the result."""

@@ -20,8 +20,6 @@ class Gpu:
 
     def __init__(self, like: Any) -> None:
         self._like = like
-        self._key: Any = None
-        self._packing: Packing | None = None
 
     def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
         dtype = arrays.describe(x, name).dtype
@@ -41,29 +39,37 @@ class Gpu:
             return raw.view(getattr(torch, dtype))
         return raw.view(_native.numpy_dtype(dtype))
 
-    def pack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats:
-        stats = self._list(data, tensors, offsets, counts).pack(scale, stats=True)
+    def packing(self, data: Any, offsets: list[int], counts: list[int]) -> GpuPacking:
+        return GpuPacking(data, offsets, counts)
+
+
+class GpuPacking:
+    """Tensors' places in a bucket on a GPU. A list of them is made for tensors as long as they stay."""
+
+    def __init__(self, data: Any, offsets: list[int], counts: list[int]) -> None:
+        self._data, self._offsets, self._counts = data, offsets, counts
+        self._key: Any = None
+        self._list: Packing | None = None
+
+    def pack(self, tensors: list[Any], scale: float) -> Stats:
+        stats = self._list_of(tensors).pack(scale, stats=True)
         return cast(Stats, stats)  # it has all that those have
 
-    def unpack(
-        self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int], scale: float
-    ) -> Stats:
-        stats = self._list(data, tensors, offsets, counts).unpack(scale, stats=True)
+    def unpack(self, tensors: list[Any], scale: float) -> Stats:
+        stats = self._list_of(tensors).unpack(scale, stats=True)
         return cast(Stats, stats)
 
-    def check_unpack(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> None:
-        self._list(data, tensors, offsets, counts).call.writes("tensors")
+    def check_unpack(self, tensors: list[Any]) -> None:
+        self._list_of(tensors).call.writes("tensors")
 
-    def _list(self, data: Any, tensors: list[Any], offsets: list[int], counts: list[int]) -> Packing:
+    def _list_of(self, tensors: list[Any]) -> Packing:
         """The tensors as they are now: made anew when one of them has moved."""
         found = [arrays.describe(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
-        if self._packing is not None and found == self._key:
-            return self._packing
-        whole = arrays.describe(data)
+        if self._list is not None and found == self._key:
+            return self._list
+        whole = arrays.describe(self._data)
         item = _native.packable_dtype(whole.dtype)[1]
-        for i, (x, offset, count) in enumerate(zip(found, offsets, counts, strict=True)):
+        for i, (x, offset, count) in enumerate(zip(found, self._offsets, self._counts, strict=True)):
             if x.count != count:
                 raise ValueError(f"`tensors[{i}]` has {x.count} elements where the bucket has {count}")
             size = x.count * _native.packable_dtype(x.dtype)[1]
@@ -72,5 +78,5 @@ class Gpu:
                 raise ValueError(
                     f"`tensors[{i}]` lies in the bucket's memory, but not in its place: pass views[{i}]"
                 )
-        self._packing, self._key = Packing(tensors, offsets, data), found
-        return self._packing
+        self._list, self._key = Packing(tensors, self._offsets, self._data), found
+        return self._list

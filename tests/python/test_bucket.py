@@ -128,12 +128,12 @@ def test_any_list_of_tensors(data: st.DataObject) -> None:
         tensors.append(tensor)
         inputs.append(tensor.copy())
     bucket = Bucket(tensors, target)
-    offsets = [segment.begin for segment in bucket.segments]
+    packing = _native.Packing(bucket.data, [segment.begin for segment in bucket.segments], lengths)
     want = [cast(x, target, scale) for x in inputs]
     found = set()
     for isa in ISAS:
         codes(bucket.data)[:] = 0
-        found.add(_native.pack(bucket.data, tensors, offsets, lengths, scale, isa=isa))
+        found.add(packing.pack(tensors, scale, isa=isa))
         for view, expected in zip(bucket.views, want, strict=True):
             same_bits(view, expected)
         rest = codes(bucket.data).copy()
@@ -145,7 +145,7 @@ def test_any_list_of_tensors(data: st.DataObject) -> None:
     returned = [cast(y, x.dtype, scale) for x, y in zip(inputs, want, strict=True)]
     found = set()
     for isa in ISAS:
-        found.add(repr(_native.unpack(bucket.data, tensors, offsets, lengths, scale, isa=isa)))
+        found.add(repr(packing.unpack(tensors, scale, isa=isa)))
         for x, expected in zip(tensors, returned, strict=True):
             same_bits(x, expected)
     assert len(found) == 1
@@ -278,7 +278,7 @@ def test_tensors_that_are_their_views() -> None:
     for x, view in zip(inputs, bucket.views, strict=True):
         same_bits(view, 2 * x)
     with pytest.raises(ValueError, match=r"tensors\[1\].*not where its view is"):
-        _native.pack(bucket.data, [inputs[0], bucket.data[:3]], [0, 768], [700, 3])
+        _native.Packing(bucket.data, [0, 768], [700, 3]).pack([inputs[0], bucket.data[:3]])
     with pytest.raises(ValueError, match=r"tensors\[0\].*shape \(3,\)"):
         bucket.tensors = bucket.views[::-1]
     with pytest.raises(ValueError, match="1 tensors where the bucket has 2"):
@@ -330,7 +330,11 @@ def test_what_is_refused() -> None:
         bucket.pack()
     assert Bucket([], "float16").pack() == (0, 0, 0, 0)
     with pytest.raises(ValueError, match="avx3"):
-        _native.pack(bucket.data, [], [], [], isa="avx3")
+        _native.Packing(bucket.data, [], []).pack([], isa="avx3")
+    with pytest.raises(ValueError, match=r"tensors\[1\]` does not fit a bucket of 256 elements at 255"):
+        _native.Packing(bucket.data, [0, 255], [2, 2])
+    with pytest.raises(ValueError, match="1 tensors for 0 places"):
+        _native.Packing(bucket.data, [], []).pack([f])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
