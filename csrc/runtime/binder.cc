@@ -8,6 +8,7 @@
 #include "common/hash.h"
 #include "runtime/coding.h"
 #include "runtime/select.h"
+#include "schedule/cursor.h"
 #include "schedule/lower/layout.h"
 
 namespace pycomm::runtime {
@@ -233,17 +234,13 @@ std::string Binder::explain(const Request& request) {
   const auto prepared = plans_.prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
-  int64_t waits = 0, moved = 0, trips = 0;
-  for (const schedule::Loop& loop : program.loops) {
-    trips += loop.trips;
-    for (int s = loop.step; s < loop.step + loop.num_steps; ++s) {
-      const schedule::Step& step = program.steps[s];
-      if (step.kind == schedule::Step::Kind::wait) waits += loop.trips;
-      if (step.kind == schedule::Step::Kind::combine) {
-        moved += loop.trips * step.count * (step.num_dsts + step.num_srcs) *
-                 static_cast<int64_t>(size_of(call.dtype));
-      }
-    }
+  int64_t waits = 0, moved = 0, trips = 0, trip = 0;
+  for (const schedule::Loop& loop : program.loops) trips += loop.trips;
+  schedule::Cursor cursor;
+  for (; const schedule::Step* step = cursor.at(program, trip); cursor.next()) {
+    if (step->kind == schedule::Step::Kind::wait) ++waits;
+    if (step->kind != schedule::Step::Kind::combine) continue;
+    moved += step->count * (step->num_dsts + step->num_srcs) * static_cast<int64_t>(size_of(call.dtype));
   }
   std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
   text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";

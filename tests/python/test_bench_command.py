@@ -72,7 +72,7 @@ def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp
     assert out.endswith("\n0 wrong: OK\n")
     rows = json.loads(files[0].read_text())["rows"]
     fastest = [form for row in rows if not row["persistent"] for form in row["fastest"]]
-    assert sorted(fastest) == ["in_place", "out_of_place"]
+    assert set(fastest) == {"in_place", "out_of_place"}  # of one row each, unless two are as fast
     ways = [(row["algorithm"], row["persistent"]) for row in rows]
     assert sorted(ways) == [("ring", False), ("ring", True), ("two_shot", False), ("two_shot", True)]
     with files[1].open() as file:

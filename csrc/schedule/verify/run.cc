@@ -39,11 +39,9 @@ std::optional<Counterexample> SymbolicRun::run() {
   }
   for (int rank = 0; rank < n_ && !fault_; ++rank) {
     if (ranks_[rank].phase == Phase::done) continue;
-    const Step* step = nullptr;
-    int64_t trip = 0;
-    const bool inside = ranks_[rank].phase == Phase::inside && current(rank, step, trip);
+    const Step* step = ranks_[rank].phase == Phase::inside ? current(rank).step : nullptr;
     const auto* steps = call_of(rank).plan->programs[rank].steps.data();
-    fail(Kind::deadlock, rank, inside ? static_cast<int>(step - steps) : -1, deadlock_words(rank));
+    fail(Kind::deadlock, rank, step ? static_cast<int>(step - steps) : -1, deadlock_words(rank));
   }
   if (!fault_) check_all_received();
   return fault_ ? fault_ : data_fault_;
@@ -82,9 +80,7 @@ void SymbolicRun::enter(int rank) {
   call.entry_epoch[rank] = state.clock[rank]++;
   call.entry_clock[rank] = state.clock;
   state.phase = Phase::gate;
-  state.loop = 0;
-  state.iteration = 0;
-  state.step = 0;
+  state.cursor = {};
 }
 
 // All have entered the call before; after a full exchange that is known without asking.
@@ -109,62 +105,44 @@ void SymbolicRun::hear(int rank, const Clock& clock) {
   for (size_t i = 0; i < mine.size(); ++i) mine[i] = std::max(mine[i], clock[i]);
 }
 
-bool SymbolicRun::current(int rank, const Step*& step, int64_t& trip) const {
-  const RankState& state = ranks_[rank];
-  const CallState& call = calls_[state.call];
-  const Program& program = call.plan->programs[rank];
-  if (state.loop == program.loops.size()) return false;
-  const Loop& loop = program.loops[state.loop];
-  const LoopTrips& trips = call.trips.loops[rank][state.loop];
-  if (state.step == loop.num_steps) return false;
-  step = &program.steps[loop.step + state.step];
-  trip = trips.first + state.iteration - step->stage;
-  return true;
+SymbolicRun::Current SymbolicRun::current(int rank, Cursor& cursor) const {
+  const CallState& call = calls_[ranks_[rank].call];
+  const std::vector<LoopTrips>& loops = call.trips.loops[rank];
+  Current now{};
+  now.step = cursor.at(call.plan->programs[rank], now.trip,
+                       [&](size_t i) { return Trips{loops[i].first, loops[i].count}; });
+  if (now.step) now.plan_trip = loops[cursor.loop].plan_trip(now.trip);
+  return now;
 }
 
 bool SymbolicRun::execute(int rank) {
   RankState& state = ranks_[rank];
-  const CallState& call = call_of(rank);
-  const Program& program = call.plan->programs[rank];
-  if (state.loop == program.loops.size()) {
+  const auto [step, trip, plan_trip] = current(rank, state.cursor);
+  if (!step) {
     leave(rank);
     return true;
   }
-  const Loop& loop = program.loops[state.loop];
-  const LoopTrips& trips = call.trips.loops[rank][state.loop];
-  const Step* step = nullptr;
-  int64_t trip = 0;
-  if (current(rank, step, trip)) {
-    if (trip >= trips.first && trip < trips.first + trips.count) {
-      switch (step->kind) {
-        case Step::Kind::wait:
-          if (!wait(rank, *step, trip)) return false;
-          break;
-        case Step::Kind::signal:
-          signal(rank, *step, trip);
-          break;
-        case Step::Kind::combine:
-          combine(rank, *step, trips.plan_trip(trip));
-          break;
-        case Step::Kind::send:
-          send(rank, *step, trips.plan_trip(trip));
-          break;
-        case Step::Kind::recv:
-          if (!receive(rank, *step, trips.plan_trip(trip))) return false;
-          break;
-        case Step::Kind::complete:
-          if (!complete(rank, *step, trip)) return false;
-          break;
-      }
-    }
-    ++state.step;
-    return true;
+  switch (step->kind) {
+    case Step::Kind::wait:
+      if (!wait(rank, *step, trip)) return false;
+      break;
+    case Step::Kind::signal:
+      signal(rank, *step, trip);
+      break;
+    case Step::Kind::combine:
+      combine(rank, *step, plan_trip);
+      break;
+    case Step::Kind::send:
+      send(rank, *step, plan_trip);
+      break;
+    case Step::Kind::recv:
+      if (!receive(rank, *step, plan_trip)) return false;
+      break;
+    case Step::Kind::complete:
+      if (!complete(rank, *step, trip)) return false;
+      break;
   }
-  state.step = 0;
-  if (++state.iteration >= trips.count + loop.stages - 1 || loop.num_steps == 0) {
-    state.iteration = 0;
-    ++state.loop;
-  }
+  state.cursor.next();
   return true;
 }
 

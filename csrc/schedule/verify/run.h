@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "schedule/cursor.h"
 #include "schedule/verify/memory.h"
 #include "schedule/verify/trips.h"
 #include "schedule/verify/verify.h"
@@ -67,9 +68,7 @@ class SymbolicRun {
   struct RankState {
     Phase phase = Phase::outside;
     int32_t call = 0;
-    size_t loop = 0;
-    int64_t iteration = 0;  // from the loop's first
-    int32_t step = 0;       // in the loop
+    Cursor cursor;
     Clock clock;
   };
   // A resolved operand of the combine at hand.
@@ -134,7 +133,17 @@ class SymbolicRun {
   int reader(size_t channel) const { return n_ + static_cast<int>(channel); }
   int sender_of(int reader) const { return (reader - n_) / num_channels_ / n_; }
   // The step that a rank is at, and its trip; false between loops' ends.
-  bool current(int rank, const Step*& step, int64_t& trip) const;
+  // What the rank runs next in its call, and the trip as the proof counts and as the plan does; no step: its
+  // program has ended.
+  struct Current {
+    const Step* step;
+    int64_t trip, plan_trip;
+  };
+  Current current(int rank, Cursor& cursor) const;
+  Current current(int rank) const {
+    Cursor cursor = ranks_[rank].cursor;
+    return current(rank, cursor);
+  }
 
   // Words.
   void fail(Kind kind, int rank, int step, const std::string& what);

@@ -28,12 +28,8 @@ std::string SymbolicRun::at(int rank, const Step* step) const {
   const RankState& state = ranks_[rank];
   const Plan& plan = *calls_[state.call].plan;
   std::string text = call_words(state.call) + describe(plan, rank, *step);
-  const Step* now = nullptr;
-  int64_t trip = 0;
-  if (current(rank, now, trip)) {
-    const int64_t real = calls_[state.call].trips.loops[rank][state.loop].plan_trip(trip);
-    if (real != 0) text += ", trip " + std::to_string(real);
-  }
+  const Current now = current(rank);
+  if (now.step && now.plan_trip != 0) text += ", trip " + std::to_string(now.plan_trip);
   return text;
 }
 
@@ -107,9 +103,9 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
     return "rank " + std::to_string(rank) + " waits to enter call " + std::to_string(state.call) +
            " until rank " + std::to_string(on) + " has entered the one before";
   }
-  const Step* step = nullptr;
-  int64_t trip = 0;
-  current(rank, step, trip);
+  const Current now = current(rank);
+  const Step* const step = now.step;
+  const int64_t trip = now.trip;
   on = step->peer;
   if (step->kind == Step::Kind::recv) return at(rank, step) + ": waits for ever, since nothing is sent";
   if (step->kind == Step::Kind::complete) {
