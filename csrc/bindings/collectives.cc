@@ -181,8 +181,12 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
   return std::move(calls[1].result);
 }
 
+// As run_anew(), no part of invoke().
+[[gnu::noinline]] void set_step(Bound& bound, PyObject* step) { bound.set_step(step_argument(step)); }
+
 py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& args) {
-  if (args[Arg::step]) call.bound.set_step(step_argument(args[Arg::step]));
+  if (args[Arg::step]) [[unlikely]]
+    set_step(call.bound, args[Arg::step]);
   {
     GilPatience patience(call.eager);
     comm->run(call.bound, patience);
