@@ -210,7 +210,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     ("`write` is 3: pass a function", lambda comm: _native.add_algorithm(comm, "barrier", "a", 3)),
     ("`codec` is 'int8': pass a Codec", lambda comm: _native.encode("int8", np.ones(2, "f"))),
     ("`seed` is -1: at least 0", lambda comm: _native.Codec("int8", seed=-1)),
-    ("`offsets` is 3: pass a list of integers", lambda comm: _native.pack(np.ones(2, "f"), [], 3, [])),
+    ("`offsets` is 3: pass a list of integers", lambda comm: _native.Packing(np.ones(2, "f"), 3, [])),
     ("Work objects come from pycomm's calls", lambda comm: _native.Work()),
     ("World objects come from pycomm's calls", lambda comm: _native.World(2)),
     ("`other` is 3: pass a Communicator", lambda comm: _native.Communicator(3)),
