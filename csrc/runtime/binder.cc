@@ -234,14 +234,15 @@ std::string Binder::explain(const Request& request) {
   const auto prepared = plans_.prepare(call, request.algorithm, rank());
   const schedule::Plan& plan = prepared->plan;
   const schedule::Program& program = prepared->program(rank());
-  int64_t waits = 0, moved = 0, trips = 0, trip = 0;
+  int64_t waits = 0, moved = 0, trips = 0;
   for (const schedule::Loop& loop : program.loops) trips += loop.trips;
-  schedule::Cursor cursor;
-  for (; const schedule::Step* step = cursor.at(program, trip); cursor.next()) {
-    if (step->kind == schedule::Step::Kind::wait) ++waits;
-    if (step->kind != schedule::Step::Kind::combine) continue;
-    moved += step->count * (step->num_dsts + step->num_srcs) * static_cast<int64_t>(size_of(call.dtype));
-  }
+  schedule::Cursor().walk(program, [&](const schedule::Step& step, int64_t) {
+    if (step.kind == schedule::Step::Kind::wait) ++waits;
+    if (step.kind == schedule::Step::Kind::combine) {
+      moved += step.count * (step.num_dsts + step.num_srcs) * static_cast<int64_t>(size_of(call.dtype));
+    }
+    return true;
+  });
   std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
   text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
   text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +

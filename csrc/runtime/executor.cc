@@ -47,7 +47,9 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   distances_ = {buffers.in_distance, buffers.out_distance, domain.bank(1, call) - domain.bank(0, call),
                 next_outgoing_ * cell, next_incoming_ * cell};
   next_entry_ = wait_for_entries ? 0 : domain.size();
-  cursor_ = {};
+  loop_ = 0;
+  iteration_ = -1;
+  step_ = 0;
   mismatched_ = -1;
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;

@@ -17,7 +17,6 @@
 #include "kernels/combine.h"
 #include "runtime/coding.h"
 #include "runtime/domain.h"
-#include "schedule/cursor.h"
 #include "schedule/plan.h"
 
 namespace pycomm::runtime {
@@ -127,7 +126,9 @@ class Run {
   const CallRecord* record_ = nullptr;
   Coding* coding_ = nullptr;
   int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
-  schedule::Cursor cursor_;
+  size_t loop_ = 0;
+  int64_t iteration_ = 0;
+  int32_t step_ = 0;
   Blocked blocked_;
   int mismatched_ = -1;
   std::vector<void*> pointers_;
@@ -166,54 +167,62 @@ bool Run::advance(int polls, const Observer& observer) {
   if (!entered()) return false;
   const Domain& domain = *domain_;
   const schedule::Program& program = *program_;
-  int64_t trip = 0;
-  for (; const schedule::Step* at = cursor_.at(program, trip); cursor_.next()) {
-    const schedule::Step& step = *at;
-    const auto index = static_cast<int>(at - program.steps.data());
-    switch (step.kind) {
-      case Kind::combine:
-        observer(index);
-        if (prepared_->reachable && reads_peer(step)) [[unlikely]] {
-          if (!read(step, trip)) return false;
-          break;
+  for (; loop_ < program.loops.size(); ++loop_, iteration_ = -1, step_ = 0) {
+    const schedule::Loop& loop = program.loops[loop_];
+    if (iteration_ < 0) iteration_ = loop.first;
+    const int64_t last_trip = loop.first + loop.trips, end = last_trip + loop.stages - 1;
+    for (; iteration_ < end; ++iteration_, step_ = 0) {
+      for (; step_ < loop.num_steps; ++step_) {
+        const schedule::Step& step = program.steps[loop.step + step_];
+        const int64_t trip = iteration_ - step.stage;
+        if (trip < loop.first || trip >= last_trip) continue;
+        switch (step.kind) {
+          case Kind::combine:
+            observer(loop.step + step_);
+            if (prepared_->reachable && reads_peer(step)) [[unlikely]] {
+              if (!read(step, trip)) return false;
+              break;
+            }
+            combine(step, trip);
+            break;
+          case Kind::send:
+            observer(loop.step + step_);
+            send(step, trip);
+            break;
+          case Kind::recv:
+            observer(loop.step + step_);
+            if (!receive(step, trip, polls)) return false;
+            break;
+          case Kind::complete:
+            if (!sent_are_received(step.peer, step.cell, step.value + trip * step.per_trip, polls))
+              return false;
+            break;
+          case Kind::signal: {
+            observer(loop.step + step_);
+            Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];
+            cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
+            cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
+            domain.ring(step.peer);
+            break;
+          }
+          case Kind::wait: {
+            const int64_t value = step.value + trip * step.per_trip;
+            if (value <= 0) break;
+            observer(loop.step + step_);
+            const Cell& cell = incoming_[step.peer * next_incoming_ + step.cell];
+            const uint64_t target = cell_word(call_, value);
+            if (!reaches(cell.word, target, polls)) {
+              blocked_ = {&cell.word, target, step.peer};
+              return false;
+            }
+            if (cell.fingerprint.load(std::memory_order_relaxed) != fingerprint_ && !agrees(step.peer))
+                [[unlikely]] {
+              mismatched_ = step.peer;
+              return false;
+            }
+            break;
+          }
         }
-        combine(step, trip);
-        break;
-      case Kind::send:
-        observer(index);
-        send(step, trip);
-        break;
-      case Kind::recv:
-        observer(index);
-        if (!receive(step, trip, polls)) return false;
-        break;
-      case Kind::complete:
-        if (!sent_are_received(step.peer, step.cell, step.value + trip * step.per_trip, polls)) return false;
-        break;
-      case Kind::signal: {
-        observer(index);
-        Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];
-        cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
-        cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
-        domain.ring(step.peer);
-        break;
-      }
-      case Kind::wait: {
-        const int64_t value = step.value + trip * step.per_trip;
-        if (value <= 0) break;
-        observer(index);
-        const Cell& cell = incoming_[step.peer * next_incoming_ + step.cell];
-        const uint64_t target = cell_word(call_, value);
-        if (!reaches(cell.word, target, polls)) {
-          blocked_ = {&cell.word, target, step.peer};
-          return false;
-        }
-        if (cell.fingerprint.load(std::memory_order_relaxed) != fingerprint_ && !agrees(step.peer))
-            [[unlikely]] {
-          mismatched_ = step.peer;
-          return false;
-        }
-        break;
       }
     }
   }

@@ -1,5 +1,5 @@
-// The order in which a rank's program runs, for everybody who walks through one: the executor, the verifier,
-// explain().
+// The order in which a rank's program runs, for whoever walks through one: the verifier, explain(). The
+// executor's loop is its own, in the same order: this one costs it some 8 ns of a call of 115.
 #pragma once
 
 #include <cstddef>
@@ -19,10 +19,11 @@ struct Cursor {
   int64_t iteration = 0;  // from the loop's first
   int32_t step = 0;       // in the loop
 
-  // The step to run, and its trip; null: the program has ended. Steps whose trips are none of the loop's are
-  // passed over. `trips_of(loop)` says which trips of that loop run.
-  template <class TripsOf>
-  const Step* at(const Program& program, int64_t& trip, const TripsOf& trips_of) {
+  // Runs visit(step, trip) for each step from here on, until it returns false: then the cursor stays there.
+  // Steps whose trips are none of the loop's are passed over. `trips_of(loop)` says which trips of that loop
+  // run. True: the program has ended.
+  template <class TripsOf, class Visit>
+  bool walk(const Program& program, const TripsOf& trips_of, const Visit& visit) {
     for (; loop < program.loops.size(); ++loop, iteration = 0) {
       const Loop& here = program.loops[loop];
       const Trips trips = trips_of(loop);
@@ -32,15 +33,28 @@ struct Cursor {
           const Step& found = program.steps[here.step + step];
           const int64_t index = iteration - found.stage;
           if (index < 0 || index >= trips.count) continue;
-          trip = trips.first + index;
-          return &found;
+          if (!visit(found, trips.first + index)) return false;
         }
       }
     }
-    return nullptr;
+    return true;
   }
-  const Step* at(const Program& program, int64_t& trip) {
-    return at(program, trip, [&](size_t i) { return Trips{program.loops[i].first, program.loops[i].trips}; });
+  template <class Visit>
+  bool walk(const Program& program, const Visit& visit) {
+    const auto all = [&](size_t i) { return Trips{program.loops[i].first, program.loops[i].trips}; };
+    return walk(program, all, visit);
+  }
+
+  // The step to run, and its trip; null: the program has ended.
+  template <class TripsOf>
+  const Step* at(const Program& program, int64_t& trip, const TripsOf& trips_of) {
+    const Step* found = nullptr;
+    walk(program, trips_of, [&](const Step& here, int64_t its_trip) {
+      found = &here;
+      trip = its_trip;
+      return false;
+    });
+    return found;
   }
   void next() { ++step; }
 };
