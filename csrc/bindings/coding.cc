@@ -54,7 +54,7 @@ void Feeding::renew(Coding& coding) {
 }
 
 Coder::Coder(const char* collective, const Arguments& args) : args_(args) {
-  if (!args[Arg::codec]) throw TypeError("`step` is of calls with a codec: pass codec= as well");
+  if (!args[Arg::codec]) throw TypeError("`step` numbers calls with a codec: pass codec= as well");
   if (args[Arg::step]) step_argument(args[Arg::step]);
   codec_ = kinds().attr("resolve")(py::handle(args[Arg::codec]), collective);
   feedback_ = kinds().attr("feedback_of")(codec_, py::handle(args.self));

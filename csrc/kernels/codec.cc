@@ -151,7 +151,7 @@ class Transcoder {
     for (int d = 0; d < args_.num_dsts; ++d) {
       void* dst = here(args_.dsts[d], args_.dst_format);
       const void* from = v;
-      if (dst == v) {
+      if (dst == v) {  // the last sum was written there
       } else if (args_.stream) {
         if (dtype != DType::float32 || v != buffers_[0].x) {  // a sum of float32 is as it has to be
           kernels_.store(wire_.bytes, dtype, v, elements());
