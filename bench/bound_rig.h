@@ -151,7 +151,7 @@ class Rig {
     transport::let_siblings_read(true);
     int64_t offsets[2];
     if (rank == 0) {
-      offsets[0] = node_->reserve(runtime::Domain::bytes(N));
+      offsets[0] = node_->reserve(runtime::Domain::bytes(N, N));
       offsets[1] = node_->reserve(N * slice);
       for (int r = 1; r < N; ++r) {
         if (::write(pipe_fds[1], offsets, sizeof offsets) != sizeof offsets) std::abort();

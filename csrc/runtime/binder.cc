@@ -28,10 +28,10 @@ void Binder::find_symmetric(const Request& request, Heap::Place& in, Heap::Place
   const bool own_block_in = traits.in.holds == Content::Holds::own,
              own_block_out = traits.out.holds == Content::Holds::own;
   if (!(own_block_in ? call.in_place || empty_blocks : all_empty)) {
-    in = heap_.find(request.in, schedule::in_elements(call, rank()) * item, size());
+    in = heap_.find(request.in, schedule::in_elements(call, rank()) * item);
   }
   if (!(own_block_out ? call.in_place || empty_blocks : all_empty || traits.out.on == Content::On::root)) {
-    out = heap_.find(request.out, schedule::out_elements(call, rank()) * item, size());
+    out = heap_.find(request.out, schedule::out_elements(call, rank()) * item);
   }
 }
 

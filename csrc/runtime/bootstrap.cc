@@ -7,6 +7,8 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <map>
+#include <numeric>
 #include <thread>
 
 #include "common/env.h"
@@ -77,8 +79,7 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
     int64_t error = 0;
     for (int r = 0; r < comm.size() && error == 0; ++r) {
       int64_t there = 0;
-      error = comm.domain().node().read(comm.domain().node_ranks()[r], &there,
-                                        static_cast<uint64_t>(words[2 * r]), sizeof there);
+      error = comm.domain().read(r, &there, static_cast<uint64_t>(words[2 * r]), sizeof there);
       if (error == 0 && there != words[2 * r + 1]) error = ESRCH;  // another namespace's pid
     }
     return comm.exchange({error}, patience);
@@ -103,10 +104,10 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
 std::shared_ptr<Communicator> join(const transport::Node::Options& options) {
   warn_of_misspelt_variables();
   transport::Node::Options with_root = options;
-  with_root.root_bytes = Domain::bytes(options.size);
+  with_root.root_bytes = Domain::bytes(options.size, options.size);
   auto node = transport::Node::join(with_root);
   std::vector<int> ranks(options.size);
-  for (int r = 0; r < options.size; ++r) ranks[r] = r;
+  std::iota(ranks.begin(), ranks.end(), 0);
   auto domain = std::make_unique<Domain>(node, ranks, options.rank, node->root_extent());
   auto comm = std::make_shared<Communicator>(std::move(domain), Fabric{}, options.timeout_s);
   learn_cores(*comm, comm->fabric_);
@@ -119,16 +120,23 @@ std::vector<std::shared_ptr<Communicator>> join_threads(int size, double timeout
                                                         const transport::Node::MadeUp& made_up) {
   warn_of_misspelt_variables();
   auto nodes = transport::Node::local(size, made_up);
-  const int64_t offset = nodes[0]->reserve(Domain::bytes(size));
   std::vector<int> ranks(size);
-  for (int r = 0; r < size; ++r) ranks[r] = r;
+  std::iota(ranks.begin(), ranks.end(), 0);
+  std::vector<int> node_of = nodes[0]->nodes_of(ranks);
+  if (node_of.empty()) node_of.assign(size, 0);
+  std::map<int, int64_t> offsets;  // by node
+  for (int r = 0; r < size; ++r) {
+    if (offsets.contains(node_of[r])) continue;
+    const auto local = static_cast<int>(std::count(node_of.begin(), node_of.end(), node_of[r]));
+    offsets[node_of[r]] = nodes[r]->reserve(Domain::bytes(local, size));
+  }
   Fabric fabric;
   fabric.policy = wait_policy(size, static_cast<int>(std::thread::hardware_concurrency()));
   fabric.profile = built_in_profile(caches());
   fabric.single_copy = env().single_copy && reads_itself(*nodes[0]);
   std::vector<std::shared_ptr<Communicator>> comms;
   for (int r = 0; r < size; ++r) {
-    auto domain = std::make_unique<Domain>(nodes[r], ranks, r, offset);
+    auto domain = std::make_unique<Domain>(nodes[r], ranks, r, offsets[node_of[r]]);
     comms.push_back(std::make_shared<Communicator>(std::move(domain), fabric, timeout_s));
   }
   return comms;

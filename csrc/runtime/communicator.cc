@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <ctime>
+#include <iterator>
 #include <utility>
 
 #include "common/error.h"
+#include "common/hash.h"
 #include "common/log.h"
 
 namespace pycomm::runtime {
@@ -15,6 +17,21 @@ void rest(Patience& patience) {
   const timespec nap{0, 500000};
   nanosleep(&nap, nullptr);
   patience.on_tick();
+}
+
+// A rank's part in sharing memory: the first rank of each node reserves it, and tells the others the offset.
+struct Reserved {
+  int64_t offset = 0;  // -1: there was no space; of other ranks 0
+  std::exception_ptr failed = nullptr;
+};
+
+Reserved reserve(transport::Node& node, bool first, int64_t bytes) {
+  if (!first) return {};
+  try {
+    return {node.reserve(bytes)};
+  } catch (const OutOfMemoryError&) {
+    return {-1, std::current_exception()};
+  }
 }
 
 }  // namespace
@@ -65,6 +82,8 @@ void Communicator::close(Patience& patience) {
   if (!queue_.stop(patience, interrupted)) return;
   domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
+  domain_->publish();
+  if (!interrupted) await_receipts(patience);
   std::optional<std::string> mismatch;
   if (!interrupted && !domain_->failed()) mismatch = find_last_mismatch();
   if (mismatch) domain_->fail(FailureKind::mismatch, *mismatch);
@@ -79,15 +98,24 @@ void Communicator::leave(const std::string& error, Patience& patience) {
     domain_->fail(FailureKind::peer_lost,
                   "rank " + std::to_string(rank()) +
                       " left the group with calls under way, because of an error: " + error);
-    domain_->ring(rank());
+    Domain::ring(domain_->waker(rank()));
   }
-  if (!closed()) {
-    auto& words = domain_->self().last_words;
-    for (size_t i = 0; i < std::min(error.size(), std::size(words) - 1); ++i) {
-      words[i].store(error[i], std::memory_order_relaxed);
-    }
-  }
+  if (!closed()) domain_->leave_words(error);
   close(patience);
+}
+
+// What was sent to other nodes lies here until it has been received.
+void Communicator::await_receipts(Patience& patience) {
+  const Queue::Holding token(queue_, Queue::Holding::wait);
+  const double started = now_s();
+  while (!domain_->failed() && !sequences_.all_received()) {
+    if (now_s() - started > timeout_s_) {
+      return domain_->fail(FailureKind::timeout,
+                           "rank " + std::to_string(rank()) + " waited " + std::to_string(timeout_s_) +
+                               " s in close() for ranks on other nodes to receive what it has sent");
+    }
+    rest(patience);
+  }
 }
 
 // The last call may not have synchronised its ranks; the rank that closes last detects the mismatch.
@@ -115,11 +143,6 @@ void Communicator::abandon() {
   domain_->ring_all();
 }
 
-// Whether the rank's process has ended, or has closed its communicator.
-bool Communicator::gone(int rank) const {
-  return domain_->closed(rank) || domain_->node().dead(domain_->node_ranks()[rank]);
-}
-
 // ---- collective services ----
 
 std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Patience& patience) {
@@ -137,31 +160,29 @@ std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Pa
 std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& patience) {
   queue_.check_usable();
   transport::Node& node = domain_->node();
-  const int64_t extent = Heap::extent_bytes(bytes, size());
-  int64_t offset = 0;
-  std::exception_ptr failed;
-  if (rank() == 0) {
-    try {
-      offset = node.reserve(extent);
-    } catch (const OutOfMemoryError&) {
-      failed = std::current_exception();
-      offset = -1;
-    }
-  }
+  const std::vector<int>& here = domain_->local_ranks();
+  const int64_t extent = Heap::extent_bytes(bytes, static_cast<int>(here.size()));
+  const auto [offset, failed] = reserve(node, here[0] == rank(), extent);
   const auto all = exchange_extent({bytes, offset}, offset, extent, patience);
+  const auto refuse = [&](const auto& error) {
+    if (offset > 0) node.release(offset, extent);
+    throw error;
+  };
   for (int r = 0; r < size(); ++r) {
     if (all[2 * r] == bytes) continue;
-    if (rank() == 0 && offset > 0) node.release(offset, extent);
-    throw ValueError("symmetric memory has one size on all ranks: rank " + std::to_string(rank()) +
-                     " asked for " + std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
-                     std::to_string(all[2 * r]));
+    refuse(ValueError("symmetric memory has one size on all ranks: rank " + std::to_string(rank()) +
+                      " asked for " + std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
+                      std::to_string(all[2 * r])));
   }
   if (failed) std::rethrow_exception(failed);
-  if (all[1] < 0) {
-    throw OutOfMemoryError("rank 0 could not reserve " + std::to_string(extent) +
-                           " bytes of shared memory for all ranks; its error says what there is");
+  for (int r = 0; r < size(); ++r) {
+    if (all[2 * r + 1] >= 0) continue;
+    refuse(OutOfMemoryError("rank " + std::to_string(r) + " could not reserve " + std::to_string(extent) +
+                            " bytes of shared memory for the ranks of its node; its error says what there is"));
   }
-  return heap_->open(all[1], bytes, domain_->node_ranks(), rank());
+  std::vector<int> node_ranks;
+  for (const int r : here) node_ranks.push_back(domain_->node_ranks()[r]);
+  return heap_->open(all[2 * here[0] + 1], bytes, std::move(node_ranks), domain_->place_of(rank()));
 }
 
 // What it has reserved, if offset > 0, is nobody's where that fails.
@@ -183,32 +204,34 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   }
   std::stable_sort(members.begin(), members.end(),
                    [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
-  const int64_t extent = Domain::bytes(static_cast<int>(members.size()));
-  int64_t offset = 0;
-  std::exception_ptr failed;
-  if (!members.empty() && members[0] == rank()) {
-    try {
-      offset = domain_->node().reserve(extent);
-    } catch (const OutOfMemoryError&) {
-      failed = std::current_exception();
-      offset = -1;
-    }
-  }
+  const std::vector<int> here = on_this_node(members);
+  const int64_t extent = Domain::bytes(static_cast<int>(here.size()), static_cast<int>(members.size()));
+  const auto [offset, failed] = reserve(domain_->node(), !here.empty() && here[0] == rank(), extent);
   const auto offsets = exchange_extent({offset}, offset, extent, patience);
+  const GroupKey split = Hasher(domain_->key()).add("split").add(++splits_).digest();
   if (failed) std::rethrow_exception(failed);
   if (members.empty()) return nullptr;
-  const int leader = members[0];
-  if (offsets[leader] < 0) {
-    throw OutOfMemoryError("rank " + std::to_string(leader) +
-                           " could not reserve the new group's shared memory");
+  for (const int member : members) {
+    if (offsets[member] >= 0) continue;
+    if (offset > 0) domain_->node().release(offset, extent);
+    throw OutOfMemoryError("rank " + std::to_string(member) +
+                           " could not reserve the new group's shared memory; its error says what there is");
   }
+  return group_of(members, offsets[here[0]], Hasher(split).add(members[0]).digest());
+}
+
+std::vector<int> Communicator::on_this_node(const std::vector<int>& ranks) const {
+  std::vector<int> here;
+  std::ranges::copy_if(ranks, std::back_inserter(here), [&](int r) { return domain_->place_of(r) >= 0; });
+  return here;
+}
+
+std::shared_ptr<Communicator> Communicator::group_of(const std::vector<int>& members, int64_t offset,
+                                                     GroupKey key) const {
   std::vector<int> node_ranks;
-  int mine = 0;
-  for (size_t i = 0; i < members.size(); ++i) {
-    if (members[i] == rank()) mine = static_cast<int>(i);
-    node_ranks.push_back(domain_->node_ranks()[members[i]]);
-  }
-  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offsets[leader]);
+  for (const int member : members) node_ranks.push_back(domain_->node_ranks()[member]);
+  const auto mine = static_cast<int>(std::ranges::find(members, rank()) - members.begin());
+  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset, kBankBytes, key);
   return std::make_shared<Communicator>(std::move(domain), fabric_, timeout_s_);
 }
 
@@ -223,23 +246,24 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
                              std::to_string(timeout_s_) + " s in shrink() for rank " + std::to_string(rank));
     }
     rest(patience);
+    domain_->hear();
   };
   domain_->self().shrinking.store(1, std::memory_order_release);
   domain_->fail(FailureKind::aborted,
                 "rank " + std::to_string(rank()) + " has called shrink() on this group");
-  std::vector<int> node_ranks;
-  int leader = -1, mine = -1;
+  domain_->publish();
+  std::vector<int> members;
   for (int r = 0; r < size(); ++r) {
     const std::atomic<uint32_t>& here = domain_->member(r).shrinking;
     while (here.load(std::memory_order_acquire) == 0 && !gone(r)) in_time(r);
-    if (here.load(std::memory_order_acquire) == 0) continue;
-    if (leader < 0) leader = r;
-    if (r == rank()) mine = static_cast<int>(node_ranks.size());
-    node_ranks.push_back(domain_->node_ranks()[r]);
+    if (here.load(std::memory_order_acquire) != 0) members.push_back(r);
   }
+  const std::vector<int> here = on_this_node(members);
+  const int leader = here[0];
   std::atomic<int64_t>& offset = domain_->channel_offset(leader, leader);
   if (leader == rank()) {
-    offset.store(domain_->node().reserve(Domain::bytes(static_cast<int>(node_ranks.size()))),
+    offset.store(domain_->node().reserve(
+                     Domain::bytes(static_cast<int>(here.size()), static_cast<int>(members.size()))),
                  std::memory_order_release);
   }
   while (offset.load(std::memory_order_acquire) == 0) {
@@ -248,8 +272,7 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
     }
     in_time(leader);
   }
-  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset.load());
-  return std::make_shared<Communicator>(std::move(domain), fabric_, timeout_s_);
+  return group_of(members, offset.load(), Hasher(domain_->key()).add("shrink").digest());
 }
 
 }  // namespace pycomm::runtime

@@ -106,16 +106,21 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     if (bound.coding->counted) bound.set_step(codec_step_.fetch_add(1, std::memory_order_relaxed));
   }
   void let_go();
+  void await_receipts(Patience& patience);
   std::optional<std::string> find_last_mismatch() const;
   std::vector<int64_t> exchange_extent(const std::vector<int64_t>& mine, int64_t offset, int64_t bytes,
                                        Patience& patience);
-  bool gone(int rank) const;
+  std::vector<int> on_this_node(const std::vector<int>& ranks) const;
+  // This rank's communicator of a new group, whose memory lies at `offset` of its node.
+  std::shared_ptr<Communicator> group_of(const std::vector<int>& members, int64_t offset, GroupKey key) const;
+  bool gone(int rank) const { return domain_->closed(rank) || domain_->dead(rank); }
 
   std::unique_ptr<Domain> domain_;
   const double timeout_s_;
   Fabric fabric_;
   std::shared_ptr<Heap> heap_;
   std::atomic<uint32_t> codec_step_{0};
+  std::atomic<uint64_t> splits_{0};
   Sequences sequences_;  // under the queue's token, and so is let_go_
   bool let_go_ = false;
   PlanCache plans_;

@@ -1,17 +1,23 @@
-// A domain: the shared memory of one group (or of one pair for send and recv), and the protocol words in it.
+// A domain: what one group (or one pair for send and recv) shares on one node, and the protocol words in it.
 //
-//   Failure     one per group: the first error, which every rank then raises
+//   Failure     one: the first error, which every rank then raises
 //   Member      one per rank: what it calls (a two-deep record), how far it is, whether it sleeps
 //   Cell        one per (reader, writer, bank, index): the signals of a plan
 //   windows     two banks per rank
 //
-// Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all have
-// entered c - 1, so a record of call c - 1 and one of call c are all that anybody can ask for.
+// Ranks of the group on other nodes have a domain of their own there, which this rank maps nothing of.
+// Messages join them, and what the ranks publish beside these: a copy of their Member, and the group's
+// failure. So each rank has a Member for each other one, its own or the last copy.
+//
+// Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all of its
+// node have entered c - 1, so a record of call c - 1 and one of call c are all that anybody can ask for.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -95,41 +101,59 @@ struct Failure {
   std::atomic<char> text[1000];
 };
 
-// Everything a group keeps in shared memory, in this order: Failure, Members, Cells, channel offsets, who has
-// let go, windows.
+// How a rank reaches one of its node, itself included, in the calls of a bank: a cache line.
+struct alignas(64) Link {
+  std::array<char*, 5> bases{};  // that rank's memory, by schedule::Space; the caller's is for a run to fill in
+  Cell *outgoing = nullptr, *incoming = nullptr;
+  Member* waker = nullptr;  // Domain::waker's
+};
+
+// Which group: the same for all of its ranks, and unlike all others of the world.
+using GroupKey = uint64_t;
+
+// Where a rank keeps a group's shared memory: on each node one of its ranks reserves it (Domain::bytes).
+// In this order: Failure, Members, Cells, channel offsets, who has let go, windows.
 class Domain {
  public:
-  static int64_t bytes(int size, int64_t bank_bytes = kBankBytes);
+  // Of `local` ranks of a group of `size`.
+  static int64_t bytes(int local, int size, int64_t bank_bytes = kBankBytes);
 
   // `node_ranks[i]` is the node's rank of group rank i. The extent at `offset` is zeroed or holds the domain
   // already. A domain that `parent` is given for shares its Failure (send and recv between a pair of a
-  // group's ranks).
+  // group's ranks), and must not outlive it.
   Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_ranks, int rank, int64_t offset,
-         int64_t bank_bytes = kBankBytes, Domain* parent = nullptr);
+         int64_t bank_bytes = kBankBytes, GroupKey key = 0, Domain* parent = nullptr);
+
+  ~Domain();
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
 
   int rank() const { return rank_; }
   int size() const { return static_cast<int>(node_ranks_.size()); }
+  GroupKey key() const { return key_; }
   transport::Node& node() const { return *node_; }
   const std::shared_ptr<transport::Node>& shared_node() const { return node_; }
   const std::vector<int>& node_ranks() const { return node_ranks_; }
   int64_t bank_bytes() const { return bank_bytes_; }
   // By rank of the group; empty: all map each other's memory, and there are no messages.
   const std::vector<int>& nodes() const { return nodes_; }
-  transport::Messages& messages() const { return *messages_; }
+  // With those on other nodes; null if there are none.
+  transport::Messages* messages() const { return messages_.get(); }
+  // The group's ranks on this node, ascending, and which of these a rank is.
+  const std::vector<int>& local_ranks() const { return local_ranks_; }
+  int place_of(int rank) const { return places_[rank]; }
 
-  Member& member(int rank) const { return members_[rank]; }
-  Member& self() const { return members_[rank_]; }
-  // The cells of a pair for a call.
-  Cell* cells(int reader, int writer, uint64_t call) const {
-    return cells_ + ((reader * size() + writer) * 2 + (call & 1)) * kCellsPerPair;
-  }
-  // From a pair's cells to those of the next writer, and of the next reader.
-  int64_t next_writer() const { return 2 * kCellsPerPair; }
-  int64_t next_reader() const { return size() * next_writer(); }
-  // Where the pair's domain for send and recv lies; 0: not yet made, by whoever of the two comes first.
-  // (rank, rank): the domain that rank made in shrink.
+  Member& member(int rank) const { return *members_[rank]; }
+  Member& self() const { return *members_[rank_]; }
+  // By rank, for the calls of a bank; nothing for those on other nodes.
+  std::vector<Link> links(uint64_t call) const;
+  // Where on this node the domain for send and recv from one rank to another lies; 0: not yet made, by
+  // whoever of the two comes first. At least one of them is on it. (rank, rank): the domain that rank made
+  // in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
-  char* bank(int rank, uint64_t call) const { return windows_ + (2 * rank + (call & 1)) * bank_bytes_; }
+  char* bank(int rank, uint64_t call) const {
+    return windows_ + (2 * places_[rank] + (call & 1)) * bank_bytes_;
+  }
 
   // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
   void enter(uint64_t call, const CallRecord& record);
@@ -139,23 +163,31 @@ class Domain {
     self().entries[call & 1].in.store(address, std::memory_order_relaxed);
   }
   uint64_t input_of(int rank, uint64_t call) const {
-    return members_[rank].entries[call & 1].in.load(std::memory_order_relaxed);
+    return member(rank).entries[call & 1].in.load(std::memory_order_relaxed);
   }
   // The same record's fingerprint alone, for a call that the rank has entered and cannot have left by two.
   uint64_t fingerprint_of(int rank, uint64_t call) const {
-    return members_[rank].entries[call & 1].words[0].load(std::memory_order_acquire);
+    return member(rank).entries[call & 1].words[0].load(std::memory_order_acquire);
   }
 
   // The words by which a rank is woken: those of its group, since it sleeps for all its calls at once.
-  Member& waker(int rank) const { return group_[display_ranks_[rank]]; }
-  // Wakes the rank if it sleeps.
-  void ring(int rank) const {
-    if (waker(rank).sleeping.load(std::memory_order_relaxed) != 0) wake(rank);
+  Member& waker(int rank) const { return *wakers_[rank]; }
+  // Wakes the rank of this node if it sleeps.
+  static void ring(Member& waker) {
+    if (waker.sleeping.load(std::memory_order_relaxed) != 0) wake(waker);
   }
   void ring_all() const;
 
+  // For ranks on other nodes: tells them what this one's Member and Failure hold, of the group and all of its
+  // pairs; hears what they have told. Any thread may call.
+  void publish();
+  void hear();
+  // Whether all that this rank has sent to others on other nodes has been received there, by those that are
+  // there still.
+  bool all_received();
+
   bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
-  // Makes this the group's error unless there is one already, and wakes all.
+  // Makes this the group's error unless there is one already, and tells all.
   void fail(FailureKind kind, const std::string& text);
   // Throws the group's error: as it is to a call that was under way and to the first call that finds it, to
   // later ones as AbortedError.
@@ -163,32 +195,52 @@ class Domain {
   [[noreturn]] void raise_failure(Caller caller);
 
   bool closed(int rank) const {  // a pair's ranks close with their group
-    return group_[display_ranks_[rank]].closed.load(std::memory_order_acquire) != 0;
+    return waker(rank).closed.load(std::memory_order_acquire) != 0;
   }
+  // Whether the rank's process has ended.
+  bool dead(int rank) const { return node_->dead(node_ranks_[rank]); }
+  // Node::read of a rank of this node.
+  int read(int rank, void* to, uint64_t from, int64_t bytes) const {
+    return node_->read(node_ranks_[rank], to, from, bytes);
+  }
+  int64_t pid_of(int rank) const { return node_->pid_of(node_ranks_[rank]); }
+  // Of a rank that left because of an error, before it closes; else empty.
+  void leave_words(const std::string& error);
+  std::string last_words_of(int rank) const;
   // This rank needs the memory no more, nor that of its pairs. Nothing in it may be used after that.
   void let_go();
   // The rank's name in messages: a pair's domain counts as its group does.
   int display_rank(int rank) const { return display_ranks_[rank]; }
 
  private:
-  void wake(int rank) const;
+  struct Status;
+  void publish_own();
+  void end_messages();
+  static void wake(Member& waker);
+  Cell* cells(int reader, int writer, uint64_t call) const;
 
   std::shared_ptr<transport::Node> node_;
   std::vector<int> node_ranks_, display_ranks_;
-  std::vector<int> nodes_;
+  std::vector<int> nodes_, local_ranks_, places_;
   int rank_;
+  GroupKey key_;
   int64_t bank_bytes_;
   int64_t offset_;
+  Domain* parent_;
+  uint64_t fork_generation_ = transport::fork_generation();
   std::shared_ptr<transport::Mapping> mapping_;
   Failure* failure_;
-  Member *members_, *group_;
+  std::unique_ptr<Member[]> copies_;  // of those of ranks on other nodes
+  std::vector<Member*> members_, wakers_;
   Cell* cells_;
   std::atomic<int64_t>* channels_;
   std::atomic<uint64_t>* let_go_;
   char* windows_;
-  std::unique_ptr<transport::Messages> messages_;
   std::shared_ptr<std::atomic<bool>> raised_;
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
+  std::mutex pairs_mutex_, status_mutex_;
+  std::vector<Domain*> pairs_;  // of which this is the parent
+  std::unique_ptr<transport::Messages> messages_;
 };
 
 }  // namespace pycomm::runtime

@@ -31,22 +31,16 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
 
 void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
                 const CallRecord& record, bool wait_for_entries) {
+  if (domain_ != &domain) links_of_bank_ = {domain.links(0), domain.links(1)};
   domain_ = &domain;
   prepared_ = &prepared;
   program_ = &prepared.program(domain.rank());
   call_ = call;
   fingerprint_ = record.fingerprint;
-  const int me = domain.rank();
-  outgoing_ = domain.cells(0, me, call);
-  incoming_ = domain.cells(me, 0, call);
-  next_outgoing_ = domain.next_reader();
-  next_incoming_ = domain.next_writer();
-  constexpr int64_t cell = schedule::kCellBytes;
-  bases_ = {const_cast<char*>(buffers.in) - me * buffers.in_distance, buffers.out - me * buffers.out_distance,
-            domain.bank(0, call), outgoing_->payload, incoming_->payload};
-  distances_ = {buffers.in_distance, buffers.out_distance, domain.bank(1, call) - domain.bank(0, call),
-                next_outgoing_ * cell, next_incoming_ * cell};
-  next_entry_ = wait_for_entries ? 0 : domain.size();
+  links_ = links_of_bank_[call & 1].data();
+  find_buffers(schedule::Space::in, const_cast<char*>(buffers.in), buffers.in_distance);
+  find_buffers(schedule::Space::out, buffers.out, buffers.out_distance);
+  next_entry_ = wait_for_entries ? 0 : domain.local_ranks().size();
   loop_ = 0;
   iteration_ = -1;
   step_ = 0;
@@ -54,13 +48,23 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;
   coding_ = buffers.coding;
-  if (domain.nodes().empty()) return;
+  if (!domain.messages()) return;
   sent_earlier_ = std::move(sent_before_);
   sent_before_.resize(static_cast<size_t>(domain.size()) * kChannels);
   for (int to = 0; to < domain.size(); ++to) {
     for (int channel = 0; channel < kChannels; ++channel) {
-      sent_before_[to * kChannels + channel] = domain.messages().sent(to, channel);
+      sent_before_[to * kChannels + channel] = domain.messages()->sent(to, channel);
     }
+  }
+}
+
+void Run::find_buffers(schedule::Space space, char* own, int64_t distance) {
+  const auto at = static_cast<size_t>(space);
+  links_[domain_->rank()].bases[at] = own;
+  if (distance == 0) return;
+  const int me = domain_->place_of(domain_->rank());
+  for (const int rank : domain_->local_ranks()) {
+    links_[rank].bases[at] = own + (domain_->place_of(rank) - me) * distance;
   }
 }
 
@@ -69,33 +73,34 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
 void Run::send(const schedule::Step& step, int64_t trip) {
   const schedule::Operand& from = program_->operands[step.operand];
   const int64_t bytes = schedule::operand_bytes(prepared_->plan.call, from.format, step.count);
-  domain_->messages().send(step.peer, step.cell, {call_, fingerprint_}, address(from, trip), bytes);
-  domain_->ring(step.peer);
+  domain_->messages()->send(step.peer, step.cell, {call_, fingerprint_}, address(from, trip, slot(trip)),
+                            bytes);
 }
 
 bool Run::receive(const schedule::Step& step, int64_t trip, int polls) {
-  transport::Messages& messages = domain_->messages();
+  transport::Messages& messages = *domain_->messages();
   const std::atomic<uint64_t>& arrived = messages.arrived(step.peer, step.cell);
   const uint64_t target = messages.taken(step.peer, step.cell) + 1;
   if (!reaches(arrived, target, polls)) {
     blocked_ = {&arrived, target, step.peer};
     return false;
   }
-  if (messages.header(step.peer, step.cell) != transport::Header{call_, fingerprint_}) {
+  const auto header = messages.header(step.peer, step.cell);
+  if (header && *header != transport::Header{call_, fingerprint_}) {
     blocked_ = {&arrived, target, step.peer};
     mismatched_ = step.peer;
     return false;
   }
   const schedule::Operand& to = program_->operands[step.operand];
   const int64_t bytes = schedule::operand_bytes(prepared_->plan.call, to.format, step.count);
-  messages.receive(step.peer, step.cell, address(to, trip), bytes);
-  domain_->ring(step.peer);  // it may wait for its memory
-  return true;
+  if (header && messages.receive(step.peer, step.cell, address(to, trip, slot(trip)), bytes)) return true;
+  blocked_ = {&kNever, 1, step.peer};
+  return false;
 }
 
 bool Run::sent_are_received(int to, int channel, int64_t value, int polls) {
   if (value <= 0) return true;
-  const std::atomic<uint64_t>& received = domain_->messages().received(to, channel);
+  const std::atomic<uint64_t>& received = domain_->messages()->received(to, channel);
   const uint64_t target = sent_before_[to * kChannels + channel] + static_cast<uint64_t>(value);
   if (reaches(received, target, polls)) return true;
   blocked_ = {&received, target, to};
@@ -104,7 +109,7 @@ bool Run::sent_are_received(int to, int channel, int64_t value, int polls) {
 
 // The call writes the bank that the call before the last one sent from.
 bool Run::earlier_received() {
-  const transport::Messages& messages = domain_->messages();
+  const transport::Messages& messages = *domain_->messages();
   for (size_t at = 0; at < sent_earlier_.size(); ++at) {
     const int to = static_cast<int>(at) / kChannels;
     const std::atomic<uint64_t>& received = messages.received(to, static_cast<int>(at) % kChannels);
@@ -116,22 +121,26 @@ bool Run::earlier_received() {
 }
 
 bool Run::entered() {
-  if (next_entry_ > domain_->size()) return true;
-  for (; next_entry_ < domain_->size(); ++next_entry_) {
-    const std::atomic<uint64_t>& entered = domain_->member(next_entry_).entered;
+  const std::vector<int>& ranks = domain_->local_ranks();
+  if (next_entry_ > ranks.size()) return true;
+  for (; next_entry_ < ranks.size(); ++next_entry_) {
+    const int rank = ranks[next_entry_];
+    const std::atomic<uint64_t>& entered = domain_->member(rank).entered;
     if (entered.load(std::memory_order_acquire) + 1 < call_) {
-      blocked_ = {&entered, call_ - 1, next_entry_};
+      blocked_ = {&entered, call_ - 1, rank};
       return false;
     }
-    if (domain_->fingerprint_of(next_entry_, call_ - 1) !=
-        domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
-      blocked_ = {&entered, call_ - 1, next_entry_};
-      mismatched_ = next_entry_;
+    if (domain_->fingerprint_of(rank, call_ - 1) != domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
+      blocked_ = {&entered, call_ - 1, rank};
+      mismatched_ = rank;
       return false;
     }
   }
   if (!sent_earlier_.empty() && !earlier_received()) return false;
-  if (prepared_->reachable) domain_->show_input(call_, reinterpret_cast<uint64_t>(input()));
+  if (prepared_->reachable) {
+    const char* input = links_[domain_->rank()].bases[static_cast<size_t>(schedule::Space::in)];
+    domain_->show_input(call_, reinterpret_cast<uint64_t>(input));
+  }
   domain_->enter(call_, *record_);
   ++next_entry_;
   return true;
@@ -173,10 +182,9 @@ void Run::transcode(const schedule::Step& step, int64_t trip) {
 bool Run::read(const schedule::Step& step, int64_t trip) {
   const schedule::Operand& to = program_->operands[step.operand];
   const schedule::Operand& from = program_->operands[step.operand + 1];
-  char* base = bases_[static_cast<size_t>(to.space)] + to.rank * distances_[static_cast<size_t>(to.space)];
   const int64_t bytes = step.count * static_cast<int64_t>(size_of(prepared_->plan.call.dtype));
-  const int error = domain_->node().read(
-      domain_->node_ranks()[from.rank], base + to.offset + trip * to.stride,
+  const int error = domain_->read(
+      from.rank, address(to, trip, slot(trip)),
       domain_->input_of(from.rank, call_) + static_cast<uint64_t>(from.offset + trip * from.stride), bytes);
   if (error == 0 && !domain_->failed()) return true;
   if (error != 0 && error != ESRCH) {

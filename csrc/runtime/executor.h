@@ -33,12 +33,11 @@ struct Prepared {
   const schedule::Program& program(int rank) const { return plan.programs[rank]; }
 };
 
-// The caller's buffers: its own, and where they are symmetric everybody's. One base per rank; only named ones
-// are used.
+// The caller's buffers: its own, and where they are symmetric those of all ranks of its node.
 struct Buffers {
   const char* in = nullptr;
   char* out = nullptr;
-  // Symmetric: rank r's buffer is at own + (r - rank) * distance. 0: plain.
+  // Symmetric: from the buffer of one of the node's ranks to that of the next one. 0: plain.
   int64_t in_distance = 0, out_distance = 0;
   Coding* coding = nullptr;  // of a call with a codec
 };
@@ -90,6 +89,7 @@ class Run {
   const CallRecord& record() const { return *record_; }
 
  private:
+  void find_buffers(schedule::Space space, char* own, int64_t distance);
   bool entered();
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
@@ -105,27 +105,24 @@ class Run {
   bool receive(const schedule::Step& step, int64_t trip, int polls);
   bool sent_are_received(int to, int channel, int64_t value, int polls);
   bool earlier_received();
-  char* address(const schedule::Operand& operand, int64_t trip) const {
-    const auto space = static_cast<size_t>(operand.space);
+  int64_t slot(int64_t trip) const {
     const schedule::Plan& plan = prepared_->plan;
-    const int64_t slot = plan.slots == 1 ? 0 : trip % plan.slots * plan.slot_bytes;
-    return bases_[space] + operand.rank * distances_[space] + operand.offset +
+    return plan.slots == 1 ? 0 : trip % plan.slots * plan.slot_bytes;
+  }
+  char* address(const schedule::Operand& operand, int64_t trip, int64_t slot) const {
+    return links_[operand.rank].bases[static_cast<size_t>(operand.space)] + operand.offset +
            (operand.space == schedule::Space::window ? slot : trip * operand.stride);
   }
-  const char* input() const { return bases_[static_cast<size_t>(schedule::Space::in)]; }
 
   Domain* domain_ = nullptr;
   const Prepared* prepared_ = nullptr;
   const schedule::Program* program_ = nullptr;
   uint64_t call_ = 0, fingerprint_ = 0;
-  // By Space: rank 0's memory, and how far it is to the next rank's.
-  std::array<char*, 5> bases_;
-  std::array<int64_t, 5> distances_;
-  Cell *outgoing_ = nullptr, *incoming_ = nullptr;  // of rank 0
-  int64_t next_outgoing_ = 0, next_incoming_ = 0;
+  std::array<std::vector<Link>, 2> links_of_bank_;  // in domain_
+  Link* links_ = nullptr;                           // of this call's bank, by rank
   const CallRecord* record_ = nullptr;
   Coding* coding_ = nullptr;
-  int next_entry_ = 0;  // ranks before it have entered the call before; past the last: published
+  size_t next_entry_ = 0;  // local ranks before it have entered the call before; past the last: published
   size_t loop_ = 0;
   int64_t iteration_ = 0;
   int32_t step_ = 0;
@@ -139,14 +136,9 @@ class Run {
 inline void Run::combine(const schedule::Step& step, int64_t trip) {
   const schedule::Plan& plan = prepared_->plan;
   const schedule::Operand* operands = &program_->operands[step.operand];
-  const int64_t slot = plan.slots == 1 ? 0 : trip % plan.slots * plan.slot_bytes;
+  const int64_t slot_now = slot(trip);
   void** pointers = pointers_.data();
-  for (int i = 0; i < step.num_dsts + step.num_srcs; ++i) {
-    const schedule::Operand& operand = operands[i];
-    const auto space = static_cast<size_t>(operand.space);
-    pointers[i] = bases_[space] + operand.rank * distances_[space] + operand.offset +
-                  (operand.space == schedule::Space::window ? slot : trip * operand.stride);
-  }
+  for (int i = 0; i < step.num_dsts + step.num_srcs; ++i) pointers[i] = address(operands[i], trip, slot_now);
   if (step.transcode >= 0) [[unlikely]]
     return transcode(step, trip);
   prepared_->combine({.dsts = pointers,
@@ -165,7 +157,6 @@ template <class Observer>
 bool Run::advance(int polls, const Observer& observer) {
   using Kind = schedule::Step::Kind;
   if (!entered()) return false;
-  const Domain& domain = *domain_;
   const schedule::Program& program = *program_;
   for (; loop_ < program.loops.size(); ++loop_, iteration_ = -1, step_ = 0) {
     const schedule::Loop& loop = program.loops[loop_];
@@ -199,17 +190,18 @@ bool Run::advance(int polls, const Observer& observer) {
             break;
           case Kind::signal: {
             observer(loop.step + step_);
-            Cell& cell = outgoing_[step.peer * next_outgoing_ + step.cell];
+            const Link& link = links_[step.peer];
+            Cell& cell = link.outgoing[step.cell];
             cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
             cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
-            domain.ring(step.peer);
+            Domain::ring(*link.waker);
             break;
           }
           case Kind::wait: {
             const int64_t value = step.value + trip * step.per_trip;
             if (value <= 0) break;
             observer(loop.step + step_);
-            const Cell& cell = incoming_[step.peer * next_incoming_ + step.cell];
+            const Cell& cell = links_[step.peer].incoming[step.cell];
             const uint64_t target = cell_word(call_, value);
             if (!reaches(cell.word, target, polls)) {
               blocked_ = {&cell.word, target, step.peer};

@@ -1,6 +1,7 @@
 #include "runtime/heap.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "transport/memory.h"
 
@@ -36,6 +37,7 @@ std::shared_ptr<Allocation> Heap::open(int64_t offset, int64_t bytes, std::vecto
                          .me = me};
   allocation->heap_ = shared_from_this();
   const std::lock_guard lock(mutex_);
+  allocation->begin_ = std::exchange(allocated_, allocated_ + allocation->slice_);
   allocations_[allocation->own_] = allocation.get();
   count_.store(allocations_.size(), std::memory_order_release);
   return allocation;
@@ -51,17 +53,15 @@ Allocation::~Allocation() {
   heap_->node_->let_go(std::move(extent_));
 }
 
-Heap::Place Heap::find(const void* data, int64_t bytes, int ranks) const {
+Heap::Place Heap::find(const void* data, int64_t bytes) const {
   if (empty()) return {};
   const char* at = static_cast<const char*>(data);
   const std::lock_guard lock(mutex_);
   auto next = allocations_.upper_bound(at);
   if (next == allocations_.begin()) return {};
   const Allocation& allocation = *std::prev(next)->second;
-  if (static_cast<int>(allocation.extent_.ranks.size()) != ranks ||
-      at + bytes > allocation.own_ + allocation.bytes_)
-    return {};
-  return {allocation.slice_, allocation.extent_.offset + (at - allocation.own_)};
+  if (at + bytes > allocation.own_ + allocation.bytes_) return {};
+  return {allocation.slice_, allocation.begin_ + (at - allocation.own_)};
 }
 
 }  // namespace pycomm::runtime

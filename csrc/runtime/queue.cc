@@ -208,7 +208,7 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
     const Holding token(*this);
     if (token) advance_all(1);
   }
-  domain_.ring(domain_.rank());  // whoever drives may sleep
+  Domain::ring(domain_.waker(domain_.rank()));  // whoever drives may sleep
   if (!work->is_completed()) wake_progress();
   return work;
 }
@@ -356,7 +356,7 @@ void Queue::deliver() {
 void Queue::drive(const Work& work, Patience& patience) {
   const Driving here(*this);
   attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
-  domain_.ring(domain_.rank());
+  Domain::ring(domain_.waker(domain_.rank()));
   while (!work.is_completed()) {
     if (const Holding token(*this); token) {
       complete_some(patience, fabric_.policy);

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "common/hash.h"
+
 namespace pycomm::runtime {
 
 Sequence& Sequences::messages(std::pair<int, int> pair) {
@@ -12,7 +14,8 @@ Sequence& Sequences::messages(std::pair<int, int> pair) {
   std::atomic<int64_t>& offset = group_.channel_offset(src, dst);
   int64_t there = offset.load(std::memory_order_acquire);
   if (there == 0) {
-    const int64_t bytes = Domain::bytes(2), made = node.reserve(bytes);
+    const int here = (group_.place_of(src) >= 0) + (group_.place_of(dst) >= 0);
+    const int64_t bytes = Domain::bytes(here, 2), made = node.reserve(bytes);
     if (offset.compare_exchange_strong(there, made, std::memory_order_acq_rel)) {
       there = made;
     } else {
@@ -20,9 +23,16 @@ Sequence& Sequences::messages(std::pair<int, int> pair) {
     }
   }
   const std::vector<int> ranks = {group_.node_ranks()[src], group_.node_ranks()[dst]};
+  const GroupKey key = Hasher(group_.key()).add("pair").add(src).add(dst).digest();
   auto domain = std::make_unique<Domain>(group_.shared_node(), ranks, group_.rank() == src ? 0 : 1, there,
-                                         kBankBytes, &group_);
+                                         kBankBytes, key, &group_);
   return channels_.try_emplace(pair, std::move(domain)).first->second.messages;
+}
+
+bool Sequences::all_received() {
+  bool all = group_.all_received();
+  for (auto& [pair, channel] : channels_) all = channel.domain->all_received() && all;
+  return all;
 }
 
 }  // namespace pycomm::runtime

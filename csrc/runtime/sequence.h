@@ -58,6 +58,8 @@ class Sequences {
   // Of the messages from one rank of the group to another; {-1, -1}: of the collectives. The first use of a
   // pair makes its domain, or opens the one that the other rank has made; throws OutOfMemoryError.
   Sequence& of(std::pair<int, int> pair) { return pair.first < 0 ? collectives_ : messages(pair); }
+  // Domain::all_received of all.
+  bool all_received();
 
  private:
   Sequence& messages(std::pair<int, int> pair);

@@ -20,6 +20,7 @@ namespace pycomm::runtime {
 namespace {
 
 constexpr double kTick = 0.02;
+constexpr double kRecordLate = 2;     // of a rank on another node, which may not wait for anything now
 constexpr double kLongestTurn = 1;    // of wait()'s loop without its ticks: that takes milliseconds
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
@@ -79,16 +80,6 @@ std::string rank_name(const Domain& domain, int rank) {
   return "rank " + std::to_string(domain.display_rank(rank));
 }
 
-std::string last_words_of(const Member& member) {
-  std::string text;
-  for (const std::atomic<char>& letter : member.last_words) {
-    const char found = letter.load(std::memory_order_relaxed);
-    if (!found) break;
-    text += found;
-  }
-  return text;
-}
-
 // A peer that ended before it finished this call is lost, unless what is waited for came before its end.
 void look_for_losses(Domain& domain, const Run& run) {
   const bool deaths = domain.node().any_dead().has_value();
@@ -96,17 +87,16 @@ void look_for_losses(Domain& domain, const Run& run) {
     if (rank == domain.rank()) continue;
     Member& peer = domain.member(rank);
     const bool closed = domain.closed(rank);
-    const int node_rank = domain.node_ranks()[rank];
-    if (!closed && !(deaths && domain.node().dead(node_rank))) continue;
+    if (!closed && !(deaths && domain.dead(rank))) continue;
     if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
-    const std::string error = last_words_of(domain.waker(rank));  // of the group, if this is a pair
+    const std::string error = domain.last_words_of(rank);  // of the group, if this is a pair
     domain.fail(
         FailureKind::peer_lost,
         closed ? rank_name(domain, rank) +
                      (error.empty() ? " closed its communicator" : " left the group because of an error") +
                      " before " + describe(run.record()) + ", which " + rank_name(domain, domain.rank()) +
                      " had called" + (error.empty() ? "." : ": " + error)
-               : rank_name(domain, rank) + " (pid " + std::to_string(domain.node().pid_of(node_rank)) +
+               : rank_name(domain, rank) + " (pid " + std::to_string(domain.pid_of(rank)) +
                      ") has ended in or before " + describe(run.record()) + ", call " +
                      std::to_string(run.call()) +
                      " of the group. Look at that rank's own output for the cause; this group cannot go on.");
@@ -119,13 +109,16 @@ struct Late {
 };
 
 // The rank that the others wait for in the end: of those that do not move, the one furthest behind.
-Late find_late(const Domain& domain, const Run& run) {
+Late find_late(Domain& domain, const Run& run) {
+  domain.hear();
   std::vector<uint64_t> beats;
   for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.waker(rank).heartbeat.load());
   for (int i = 0; i < 12; ++i) {  // others that are late at the same moment must see this rank wait
     domain.waker(domain.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
+    domain.publish();
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
+  domain.hear();
   int late = run.blocked_on().peer;
   uint64_t least = UINT64_MAX;
   for (int rank = 0; rank < domain.size(); ++rank) {
@@ -148,6 +141,13 @@ void look_for_trouble(const Pending& call) {
   if (!mismatch) mismatch = find_mismatch(domain, run.call(), run.record());
   if (mismatch) domain.fail(FailureKind::mismatch, *mismatch);
   if (!domain.failed()) look_for_losses(domain, run);
+  if (!domain.failed() && run.mismatched() >= 0 && now_s() - call.started > kRecordLate) {
+    domain.fail(FailureKind::mismatch,
+                rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
+                    rank_name(domain, run.mismatched()) +
+                    " called something else, and has not said yet what. All ranks must make the same calls in "
+                    "the same order with the same arguments.");
+  }
   if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
   const auto [late, waits] = find_late(domain, run);
   if (run.blocked_on().met()) return;
@@ -159,7 +159,7 @@ void look_for_trouble(const Pending& call) {
                   (waits                                             ? "waits for others itself"
                    : domain.member(late).entered.load() < run.call() ? "has not called it"
                                                                      : "has called it but does not move") +
-                  " (pid " + std::to_string(domain.node().pid_of(domain.node_ranks()[late])) +
+                  " (pid " + std::to_string(domain.pid_of(late)) +
                   "). Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
 }
 
@@ -214,6 +214,7 @@ void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& p
     turned = now;
     group.waker(group.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
     for (const Pending* call : calls) {
+      call->domain->hear();
       look_for_trouble(*call);
       if (!group.failed()) continue;
       if (hopes.met()) return;  // in time: others may have failed in a later call
@@ -221,6 +222,7 @@ void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& p
     }
     if (now - ticked > kTick) {
       ticked = now;
+      for (const Pending* call : calls) call->domain->publish();
       try {
         patience.on_tick();
         turned = now_s();  // it may wait for the interpreter's lock, and that time counts

@@ -13,12 +13,12 @@
 
 namespace pycomm::transport {
 
-// All channels of a group. With a seed a thread of its own is the wire: it delivers one message after
+// All channels of a group, and what its ranks tell. With a seed a thread of its own is the wire: it delivers one message after
 // another, after a pause, of whichever channel it draws.
 class Loopback::Exchange {
  public:
   Exchange(int ranks, std::optional<uint64_t> seed)
-      : ranks_(ranks), channels_(static_cast<size_t>(ranks) * ranks * Messages::kChannels) {
+      : ranks_(ranks), channels_(static_cast<size_t>(ranks) * ranks * Messages::kChannels), states_(ranks) {
     if (seed) wire_ = std::thread([this, s = *seed] { deliver_slowly(s); });
   }
   ~Exchange() {
@@ -49,47 +49,93 @@ class Loopback::Exchange {
     return channels_[(static_cast<size_t>(from) * ranks_ + to) * Messages::kChannels + index];
   }
 
-  void post(Channel& channel, const Message& message) {
+  void open(int me, std::function<void()> on_news) {
     const std::lock_guard lock(mutex_);
-    channel.posted.push_back(message);
+    states_[me].on_news = std::move(on_news);
+    states_[me].seen.resize(ranks_);
+  }
+  // What it has sent, and nobody has taken, is gone. True: it was the last.
+  bool close(int me) {
+    const std::lock_guard lock(mutex_);
+    states_[me].on_news = {};
+    for (int to = 0; to < ranks_; ++to) {
+      for (int index = 0; index < Messages::kChannels; ++index) {
+        channel(me, to, index).posted.clear();
+        channel(me, to, index).slot.reset();
+      }
+    }
+    return ++closed_ == ranks_;
+  }
+
+  void publish(int me, std::string_view status) {
+    const std::lock_guard lock(mutex_);
+    states_[me].status = status;
+    ++states_[me].published;
+  }
+  std::string status(int me, int from) {
+    const std::lock_guard lock(mutex_);
+    const bool news = std::exchange(states_[me].seen[from], states_[from].published) != states_[from].published;
+    return news ? states_[from].status : std::string();
+  }
+
+  void post(int from, int to, int index, const Message& message) {
+    const std::lock_guard lock(mutex_);
+    channel(from, to, index).posted.push_back(message);
     if (wire_.joinable()) {
       posted_.notify_all();
     } else {
-      deliver(channel);
+      deliver(to, channel(from, to, index));
     }
   }
-  Header header(Channel& channel) {
+  std::optional<Header> header(int from, int to, int index) {
     const std::lock_guard lock(mutex_);
-    return channel.slot->header;
+    const std::optional<Message>& slot = channel(from, to, index).slot;
+    return slot ? std::optional(slot->header) : std::nullopt;
   }
-  void take(Channel& channel, void* data, int64_t bytes) {
+  bool take(int from, int to, int index, void* data, int64_t bytes) {
     const std::lock_guard lock(mutex_);
-    if (bytes > 0) std::memcpy(data, channel.slot->data, static_cast<size_t>(bytes));
-    channel.slot.reset();
-    channel.received.fetch_add(1, std::memory_order_release);
+    Channel& taken = channel(from, to, index);
+    if (!taken.slot) return false;
+    if (bytes > 0) std::memcpy(data, taken.slot->data, static_cast<size_t>(bytes));
+    taken.slot.reset();
+    taken.received.fetch_add(1, std::memory_order_release);
+    tell(from);
     if (wire_.joinable()) {
       posted_.notify_all();
     } else {
-      deliver(channel);
+      deliver(to, taken);
     }
+    return true;
   }
 
  private:
+  // One rank's.
+  struct State {
+    std::function<void()> on_news;
+    std::string status;
+    uint64_t published = 0;      // how many of these
+    std::vector<uint64_t> seen;  // of the other ranks' published
+  };
+
   static bool deliverable(const Channel& channel) { return !channel.slot && !channel.posted.empty(); }
-  static void deliver(Channel& channel) {
+  void tell(int rank) {
+    if (states_[rank].on_news) states_[rank].on_news();
+  }
+  void deliver(int to, Channel& channel) {
     if (!deliverable(channel)) return;
     channel.slot = channel.posted.front();
     channel.posted.pop_front();
     channel.arrived.fetch_add(1, std::memory_order_release);
+    tell(to);
   }
 
   void deliver_slowly(uint64_t seed) {
     std::mt19937_64 random(seed);
     std::unique_lock lock(mutex_);
     for (;;) {
-      std::vector<Channel*> ready;
-      for (Channel& channel : channels_) {
-        if (deliverable(channel)) ready.push_back(&channel);
+      std::vector<size_t> ready;
+      for (size_t i = 0; i < channels_.size(); ++i) {
+        if (deliverable(channels_[i])) ready.push_back(i);
       }
       if (ending_) return;
       if (ready.empty()) {
@@ -97,19 +143,21 @@ class Loopback::Exchange {
         continue;
       }
       // Most go at once; some are late enough for others to come, and for ranks to fall asleep.
-      Channel* const chosen = ready[random() % ready.size()];
+      const size_t chosen = ready[random() % ready.size()];
       if (const uint64_t drawn = random() % 64; drawn < 4) {
         lock.unlock();
         std::this_thread::sleep_for(std::chrono::microseconds(drawn == 0 ? 1000 : 50));
         lock.lock();
       }
-      deliver(*chosen);
+      deliver(static_cast<int>(chosen / Messages::kChannels) % ranks_, channels_[chosen]);
     }
   }
 
   const uint64_t generation_ = fork_generation();
   const int ranks_;
   std::vector<Channel> channels_;
+  std::vector<State> states_;
+  int closed_ = 0;
   std::mutex mutex_;
   std::condition_variable posted_;  // or taken, or ending
   bool ending_ = false;
@@ -118,19 +166,30 @@ class Loopback::Exchange {
 
 class Loopback::End : public Messages {
  public:
-  End(std::shared_ptr<Exchange> exchange, int ranks, int me)
-      : exchange_(std::move(exchange)), me_(me), sent_(ranks * kChannels), taken_(ranks * kChannels) {}
+  End(Loopback& loopback, uint64_t key, std::shared_ptr<Exchange> exchange, int ranks, int me)
+      : loopback_(loopback),
+        key_(key),
+        exchange_(std::move(exchange)),
+        me_(me),
+        sent_(ranks * kChannels),
+        taken_(ranks * kChannels) {}
+  ~End() override {
+    if (forked_since(generation_) || !exchange_->close(me_)) return;
+    const std::lock_guard lock(loopback_.mutex_);
+    loopback_.exchanges_.erase(key_);
+  }
 
   void send(int to, int channel, const Header& header, const void* data, int64_t bytes) override {
     ++sent_[to * kChannels + channel];
-    exchange_->post(exchange_->channel(me_, to, channel), {header, data, bytes});
+    exchange_->post(me_, to, channel, {header, data, bytes});
   }
-  Header header(int from, int channel) override {
-    return exchange_->header(exchange_->channel(from, me_, channel));
+  std::optional<Header> header(int from, int channel) override {
+    return exchange_->header(from, me_, channel);
   }
-  void receive(int from, int channel, void* data, int64_t bytes) override {
+  bool receive(int from, int channel, void* data, int64_t bytes) override {
+    if (!exchange_->take(from, me_, channel, data, bytes)) return false;
     ++taken_[from * kChannels + channel];
-    exchange_->take(exchange_->channel(from, me_, channel), data, bytes);
+    return true;
   }
   const std::atomic<uint64_t>& arrived(int from, int channel) const override {
     return exchange_->channel(from, me_, channel).arrived;
@@ -141,19 +200,24 @@ class Loopback::End : public Messages {
   uint64_t taken(int from, int channel) const override { return taken_[from * kChannels + channel]; }
   uint64_t sent(int to, int channel) const override { return sent_[to * kChannels + channel]; }
 
+  void publish(std::string_view status) override { exchange_->publish(me_, status); }
+  std::string status(int from) override { return exchange_->status(me_, from); }
+
  private:
+  Loopback& loopback_;  // which outlives it: the node's network
+  const uint64_t key_;
   std::shared_ptr<Exchange> exchange_;
   const int me_;
+  const uint64_t generation_ = fork_generation();
   std::vector<uint64_t> sent_, taken_;
 };
 
-std::unique_ptr<Messages> Loopback::open(int64_t key, int ranks, int me) {
+std::unique_ptr<Messages> Loopback::open(uint64_t key, int ranks, int me, std::function<void()> on_news) {
   const std::lock_guard lock(mutex_);
-  std::erase_if(exchanges_, [](const auto& entry) { return entry.second.expired(); });
-  std::weak_ptr<Exchange>& known = exchanges_[key];
-  std::shared_ptr<Exchange> exchange = known.lock();
-  if (!exchange) known = exchange = std::make_shared<Exchange>(ranks, seed_);
-  return std::make_unique<End>(std::move(exchange), ranks, me);
+  std::shared_ptr<Exchange>& exchange = exchanges_[key];
+  if (!exchange) exchange = std::make_shared<Exchange>(ranks, seed_);
+  exchange->open(me, std::move(on_news));
+  return std::make_unique<End>(*this, key, exchange, ranks, me);
 }
 
 }  // namespace pycomm::transport

@@ -79,23 +79,25 @@ Mapping::~Mapping() {
 }
 
 struct Node::Shared {
-  Shared(Fd file, int size, bool threads)
-      : memory(std::move(file)),
-        root(map_extent(memory.get(), 0, page_size(), true), page_size()),
-        threads(threads),
-        dead(size) {}
+  explicit Shared(Fd file)
+      : memory(std::move(file)), root(map_extent(memory.get(), 0, page_size(), true), page_size()) {}
   Head& head() { return *reinterpret_cast<Head*>(root.data()); }
 
   Fd memory;
   Mapping root;
   Fd pagemap = open_pagemap();
-  bool threads;
-  std::vector<std::atomic<bool>> dead;  // by mark_dead
-  std::vector<int> nodes;               // made up
-  std::optional<Loopback> loopback;     // between these
   std::mutex mutex;
   std::map<std::pair<int64_t, int64_t>, std::weak_ptr<Mapping>>
       mappings;  // rank threads: by offset and bytes
+};
+
+struct Node::Network {
+  Network(int size, bool threads, const MadeUp& made_up)
+      : threads(threads), dead(size), nodes(made_up.nodes), loopback(made_up.delays) {}
+  bool threads;
+  std::vector<std::atomic<bool>> dead;  // by mark_dead
+  std::vector<int> nodes;               // made up
+  Loopback loopback;                    // between these
 };
 
 namespace {
@@ -150,7 +152,8 @@ std::shared_ptr<Node> Node::join(const Options& options) {
   std::shared_ptr<Node> node(new Node);
   node->rank_ = options.rank;
   node->size_ = options.size;
-  node->shared_ = std::make_shared<Shared>(std::move(meeting.memory), options.size, false);
+  node->shared_ = std::make_shared<Shared>(std::move(meeting.memory));
+  node->network_ = std::make_shared<Network>(options.size, false, MadeUp{});
   for (int rank = 0; rank < options.size; ++rank) {
     Seat& seat = meeting.seats[rank];
     node->pids_.push_back(seat.pid);
@@ -166,16 +169,18 @@ std::vector<std::shared_ptr<Node>> Node::local(int size, const MadeUp& made_up) 
     throw ValueError(std::to_string(made_up.nodes.size()) + " nodes are named for " + std::to_string(size) +
                      " ranks: name one for each rank");
   }
-  std::exception_ptr none;
-  const auto shared = std::make_shared<Shared>(make_memory(0, none), size, true);
-  shared->nodes = made_up.nodes;
-  shared->loopback.emplace(made_up.delays);
+  const auto network = std::make_shared<Network>(size, true, made_up);
+  std::map<int, std::shared_ptr<Shared>> memories;
   std::vector<std::shared_ptr<Node>> nodes;
   for (int rank = 0; rank < size; ++rank) {
+    std::shared_ptr<Shared>& memory = memories[made_up.nodes.empty() ? 0 : made_up.nodes[rank]];
+    std::exception_ptr none;
+    if (!memory) memory = std::make_shared<Shared>(make_memory(0, none));
     std::shared_ptr<Node> node(new Node);
     node->rank_ = rank;
     node->size_ = size;
-    node->shared_ = shared;
+    node->shared_ = memory;
+    node->network_ = network;
     node->pidfds_.assign(size, -1);
     node->pids_.assign(size, getpid());
     nodes.push_back(std::move(node));
@@ -189,22 +194,23 @@ Node::~Node() {
 }
 
 std::vector<int> Node::nodes_of(const std::vector<int>& ranks) const {
-  if (shared_->nodes.empty()) return {};
+  if (network_->nodes.empty()) return {};
   std::vector<int> seen, nodes;
   for (const int rank : ranks) {
-    const auto at = std::ranges::find(seen, shared_->nodes.at(rank));
+    const auto at = std::ranges::find(seen, network_->nodes.at(rank));
     nodes.push_back(static_cast<int>(at - seen.begin()));
-    if (at == seen.end()) seen.push_back(shared_->nodes[rank]);
+    if (at == seen.end()) seen.push_back(network_->nodes[rank]);
   }
   return seen.size() > 1 ? nodes : std::vector<int>();
 }
 
-std::unique_ptr<Messages> Node::open_messages(int64_t key, const std::vector<int>& ranks, int me) {
+std::unique_ptr<Messages> Node::open_messages(uint64_t key, const std::vector<int>& ranks, int me,
+                                              std::function<void()> on_news) {
   if (nodes_of(ranks).empty()) return nullptr;
-  return shared_->loopback->open(key, static_cast<int>(ranks.size()), me);
+  return network_->loopback.open(key, static_cast<int>(ranks.size()), me, std::move(on_news));
 }
 
-bool Node::threads() const { return shared_->threads; }
+bool Node::threads() const { return network_->threads; }
 int64_t Node::pid_of(int rank) const { return pids_.at(rank); }
 int64_t Node::root_extent() const {
   const int64_t offset = shared_->head().root;
@@ -291,7 +297,7 @@ bool Node::fit_to_read(const void* data, int64_t bytes) const {
 }
 
 bool Node::dead(int rank) {
-  if (shared_->dead.at(rank).load(std::memory_order_acquire)) return true;
+  if (network_->dead.at(rank).load(std::memory_order_acquire)) return true;
   pollfd entry{pidfds_[rank], POLLIN, 0};
   return entry.fd >= 0 && poll(&entry, 1, 0) > 0;
 }
@@ -299,12 +305,12 @@ bool Node::dead(int rank) {
 std::optional<int> Node::any_dead() {
   std::vector<pollfd> entries;
   for (const int fd : pidfds_) entries.push_back({fd, POLLIN, 0});  // poll skips -1
-  if (!shared_->threads) poll(entries.data(), entries.size(), 0);
+  if (!threads()) poll(entries.data(), entries.size(), 0);
   for (int rank = 0; rank < size_; ++rank)
-    if (entries[rank].revents || shared_->dead[rank].load(std::memory_order_acquire)) return rank;
+    if (entries[rank].revents || network_->dead[rank].load(std::memory_order_acquire)) return rank;
   return std::nullopt;
 }
 
-void Node::mark_dead(int rank) { shared_->dead.at(rank).store(true, std::memory_order_release); }
+void Node::mark_dead(int rank) { network_->dead.at(rank).store(true, std::memory_order_release); }
 
 }  // namespace pycomm::transport

@@ -8,8 +8,8 @@
 // Mappings are MADV_DONTFORK; those that users see are mapped again, privately, in a child of fork().
 // Descriptors are close-on-exec.
 //
-// A node may also be made of rank threads of one process (local): same memory, no sockets, deaths marked by
-// hand.
+// Rank threads of one process may also be ranks of a node, or of several made-up ones (local): no sockets,
+// deaths marked by hand; each made-up node has memory of its own.
 #pragma once
 
 #include <atomic>
@@ -67,13 +67,13 @@ class Node {
   // different sizes), CommError for a stranger's uid, PeerLostError for a rank that ends meanwhile,
   // OutOfMemoryError on rank 0 where there is no space for root_bytes.
   static std::shared_ptr<Node> join(const Options& options);
-  // Of rank threads: which node each is said to be on, as if they mapped nothing of other nodes' (empty:
-  // one node); and what decides how messages between these are delayed (nothing: they are not).
+  // Of rank threads: which node each is said to be on (empty: one node), and what decides how messages
+  // between nodes are delayed (nothing: they are not).
   struct MadeUp {
     std::vector<int> nodes;
     std::optional<uint64_t> delays;
   };
-  // `size` nodes for the rank threads of this process. Throws ValueError.
+  // One for each of `size` rank threads of this process. Throws ValueError.
   static std::vector<std::shared_ptr<Node>> local(int size, const MadeUp& made_up = {});
   ~Node();
   Node(const Node&) = delete;
@@ -85,9 +85,10 @@ class Node {
   // For each of these ranks the node that it is on, by the least number that tells them apart; empty if it
   // is one.
   std::vector<int> nodes_of(const std::vector<int>& ranks) const;
-  // The end of `me` of these ranks' messages: `key` names their group among all that are open. Null if all
-  // of them are on one node.
-  std::unique_ptr<Messages> open_messages(int64_t key, const std::vector<int>& ranks, int me);
+  // The end of `me` of what joins these ranks across nodes. `key` names their group among all that ever
+  // were. Null if all of them are on one node. For `on_news` see Messages.
+  std::unique_ptr<Messages> open_messages(uint64_t key, const std::vector<int>& ranks, int me,
+                                          std::function<void()> on_news = {});
   int64_t pid_of(int rank) const;
 
   // Copies from a rank's own memory, at that address there, through the kernel. Returns 0 or an errno of
@@ -127,7 +128,7 @@ class Node {
   char* root_page() const;
 
   // Whether a rank's process has ended, by its pidfd (no system call more than one poll; never blocks).
-  // Threads: mark_dead.
+  // Threads: mark_dead, also of ranks on other nodes.
   bool dead(int rank);
   // Any rank that has ended, the lowest one; one poll for all.
   std::optional<int> any_dead();
@@ -137,8 +138,10 @@ class Node {
  private:
   Node() = default;
   struct Shared;
+  struct Network;
   int rank_ = 0, size_ = 1;
-  std::shared_ptr<Shared> shared_;
+  std::shared_ptr<Shared> shared_;    // of the ranks on this node
+  std::shared_ptr<Network> network_;  // of all ranks
   std::vector<int> pidfds_;
   std::vector<int64_t> pids_;
   void give_back();

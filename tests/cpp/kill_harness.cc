@@ -130,7 +130,7 @@ class Rank {
     const int64_t bytes = c.count * static_cast<int64_t>(sizeof(float));
     if (rank == 0) {
       board.symmetric.store(node_->reserve(Heap::extent_bytes(bytes, c.size)));
-      board.domain.store(node_->reserve(Domain::bytes(c.size, kBank)));
+      board.domain.store(node_->reserve(Domain::bytes(c.size, c.size, kBank)));
     }
     while (board.domain.load() == 0) usleep(100);
     std::vector<int> ranks(c.size);

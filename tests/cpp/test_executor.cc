@@ -263,7 +263,7 @@ class Rank {
         std::iota(all.begin(), all.end(), 0);
         allocation = rank.heap_->open(extent, most, all, rank.rank_);
         data = allocation->data();
-        distance = rank.heap_->find(data, bytes, ranks).distance;
+        distance = rank.heap_->find(data, bytes).distance;
         return;
       }
       plain.assign(static_cast<size_t>(bytes + 2 * kGuard), kUntouched);
@@ -303,7 +303,7 @@ void play(Rank& rank, const std::vector<Scenario>& scenarios) {
 
 void run_threads(int n, std::vector<Scenario>& scenarios) {
   const auto nodes = transport::Node::local(n);
-  const int64_t offset = nodes[0]->reserve(Domain::bytes(n, kGeometry.bank_bytes));
+  const int64_t offset = nodes[0]->reserve(Domain::bytes(n, n, kGeometry.bank_bytes));
   for (Scenario& s : scenarios) reserve(*nodes[0], s);
   std::vector<std::thread> threads;
   for (int r = 0; r < n; ++r) {
@@ -341,7 +341,7 @@ void run_processes(int n, std::vector<Scenario>& scenarios) {
           extents[next++] = s.in_extent;
           extents[next++] = s.out_extent;
         }
-        extents[0] = node->reserve(Domain::bytes(n, kGeometry.bank_bytes));
+        extents[0] = node->reserve(Domain::bytes(n, n, kGeometry.bank_bytes));
       }
       while (extents[0] == 0) usleep(100);
       for (size_t i = 0; i < scenarios.size(); ++i) {
@@ -512,7 +512,7 @@ TEST(sequences_by_processes) {
 // advance() never blocks: alone, a rank comes back at its first wait and says what for.
 TEST(advance_does_not_block) {
   const auto nodes = transport::Node::local(2);
-  const int64_t offset = nodes[0]->reserve(Domain::bytes(2, kGeometry.bank_bytes));
+  const int64_t offset = nodes[0]->reserve(Domain::bytes(2, 2, kGeometry.bank_bytes));
   Domain first(nodes[0], {0, 1}, 0, offset, kGeometry.bank_bytes),
       second(nodes[1], {0, 1}, 1, offset, kGeometry.bank_bytes);
   const Call call{.world = {.size = 2}, .dtype = DType::float32, .counts = {5}, .in_place = true};
@@ -544,7 +544,7 @@ TEST(advance_does_not_block) {
 // A peer that calls something else stops the run at its first signal.
 TEST(another_fingerprint_stops_the_run) {
   const auto nodes = transport::Node::local(2);
-  const int64_t offset = nodes[0]->reserve(Domain::bytes(2, kGeometry.bank_bytes));
+  const int64_t offset = nodes[0]->reserve(Domain::bytes(2, 2, kGeometry.bank_bytes));
   Domain first(nodes[0], {0, 1}, 0, offset, kGeometry.bank_bytes),
       second(nodes[1], {0, 1}, 1, offset, kGeometry.bank_bytes);
   const Call call{.world = {.size = 2}, .counts = {5}, .in_place = true};
@@ -569,7 +569,7 @@ namespace {
 // all_gather between two domains of this process, each with its own end of a plan that reads `in`.
 struct Reading {
   std::vector<std::shared_ptr<transport::Node>> nodes = transport::Node::local(2);
-  int64_t offset = nodes[0]->reserve(Domain::bytes(2, kGeometry.bank_bytes));
+  int64_t offset = nodes[0]->reserve(Domain::bytes(2, 2, kGeometry.bank_bytes));
   Domain a{nodes[0], {0, 1}, 0, offset, kGeometry.bank_bytes};
   Domain b{nodes[1], {0, 1}, 1, offset, kGeometry.bank_bytes};
   Call call{.world = {.collective = Collective::all_gather, .size = 2},

@@ -658,4 +658,14 @@ TEST(rank_threads_may_be_on_made_up_nodes) {
   CHECK(nodes[1]->open_messages(1, {1, 2}, 0) != nullptr);
   CHECK(Node::local(2)[0]->nodes_of({0, 1}).empty());
   CHECK_THROWS(ValueError, Node::local(3, {.nodes = {0, 1}, .delays = std::nullopt}));
+  // Each node has memory of its own; deaths are told everywhere.
+  const int64_t offset = nodes[0]->reserve(kMiB);
+  CHECK_EQ(nodes[1]->reserve(kMiB), offset);
+  const auto here = nodes[0]->map(offset, kMiB), near = nodes[2]->map(offset, kMiB),
+             far = nodes[1]->map(offset, kMiB);
+  here->data()[5] = 7;
+  CHECK_EQ(near->data()[5], 7);
+  CHECK_EQ(far->data()[5], 0);
+  nodes[0]->mark_dead(0);
+  CHECK(nodes[1]->dead(0) && nodes[2]->dead(0));
 }
