@@ -9,8 +9,8 @@
 #include "runtime/bootstrap.h"
 
 inline void run_threads(int size, const std::function<void(pycomm::runtime::Communicator&)>& body,
-                        double timeout_s = 20) {
-  auto comms = pycomm::runtime::join_threads(size, timeout_s);
+                        double timeout_s = 20, const pycomm::transport::Node::MadeUp& made_up = {}) {
+  auto comms = pycomm::runtime::join_threads(size, timeout_s, made_up);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
