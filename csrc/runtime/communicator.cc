@@ -177,8 +177,9 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
   if (failed) std::rethrow_exception(failed);
   for (int r = 0; r < size(); ++r) {
     if (all[2 * r + 1] >= 0) continue;
-    refuse(OutOfMemoryError("rank " + std::to_string(r) + " could not reserve " + std::to_string(extent) +
-                            " bytes of shared memory for the ranks of its node; its error says what there is"));
+    refuse(
+        OutOfMemoryError("rank " + std::to_string(r) + " could not reserve " + std::to_string(extent) +
+                         " bytes of shared memory for the ranks of its node; its error says what there is"));
   }
   std::vector<int> node_ranks;
   for (const int r : here) node_ranks.push_back(domain_->node_ranks()[r]);

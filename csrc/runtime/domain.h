@@ -103,7 +103,8 @@ struct Failure {
 
 // How a rank reaches one of its node, itself included, in the calls of a bank: a cache line.
 struct alignas(64) Link {
-  std::array<char*, 5> bases{};  // that rank's memory, by schedule::Space; the caller's is for a run to fill in
+  std::array<char*, 5>
+      bases{};  // that rank's memory, by schedule::Space; the caller's is for a run to fill in
   Cell *outgoing = nullptr, *incoming = nullptr;
   Member* waker = nullptr;  // Domain::waker's
 };

@@ -142,11 +142,12 @@ void look_for_trouble(const Pending& call) {
   if (mismatch) domain.fail(FailureKind::mismatch, *mismatch);
   if (!domain.failed()) look_for_losses(domain, run);
   if (!domain.failed() && run.mismatched() >= 0 && now_s() - call.started > kRecordLate) {
-    domain.fail(FailureKind::mismatch,
-                rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
-                    rank_name(domain, run.mismatched()) +
-                    " called something else, and has not said yet what. All ranks must make the same calls in "
-                    "the same order with the same arguments.");
+    domain.fail(
+        FailureKind::mismatch,
+        rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
+            rank_name(domain, run.mismatched()) +
+            " called something else, and has not said yet what. All ranks must make the same calls in "
+            "the same order with the same arguments.");
   }
   if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
   const auto [late, waits] = find_late(domain, run);

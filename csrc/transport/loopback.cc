@@ -74,7 +74,8 @@ class Loopback::Exchange {
   }
   std::string status(int me, int from) {
     const std::lock_guard lock(mutex_);
-    const bool news = std::exchange(states_[me].seen[from], states_[from].published) != states_[from].published;
+    const bool news =
+        std::exchange(states_[me].seen[from], states_[from].published) != states_[from].published;
     return news ? states_[from].status : std::string();
   }
 

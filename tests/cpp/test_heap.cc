@@ -104,8 +104,7 @@ TEST(pages_go_back_without_the_dead) {
     Heaps heaps;
     constexpr int64_t kBytes = 8 << 20;
     auto all = heaps.allocate(kBytes);
-    const auto pages =
-        heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes).offset, kBytes);
+    const auto pages = heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes).offset, kBytes);
     std::memset(all[0]->data(), 7, kBytes);
     if (early) heaps.nodes[1]->mark_dead(1);
     all[0].reset();
