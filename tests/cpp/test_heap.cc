@@ -44,7 +44,7 @@ TEST(a_rank_reaches_the_others_slices) {
       std::memset(all[rank]->data(), 'a' + rank, static_cast<size_t>(bytes));
     }
     for (int rank = 0; rank < kRanks; ++rank) {
-      const Heap::Place place = heaps.heaps[rank]->find(all[rank]->data(), bytes, kRanks);
+      const Heap::Place place = heaps.heaps[rank]->find(all[rank]->data(), bytes);
       CHECK(place.distance >= bytes);
       for (int peer = 0; peer < kRanks; ++peer) {
         const char* slice = all[rank]->data() + (peer - rank) * place.distance;
@@ -58,19 +58,19 @@ TEST(a_rank_reaches_the_others_slices) {
 TEST(places_are_the_same_on_every_rank) {
   Heaps heaps;
   const auto first = heaps.allocate(1000), second = heaps.allocate(1000);
-  const Heap::Place place = heaps.heaps[0]->find(second[0]->data() + 64, 100, kRanks);
+  const Heap::Place place = heaps.heaps[0]->find(second[0]->data() + 64, 100);
   for (int rank = 1; rank < kRanks; ++rank) {
-    const Heap::Place other = heaps.heaps[rank]->find(second[rank]->data() + 64, 100, kRanks);
+    const Heap::Place other = heaps.heaps[rank]->find(second[rank]->data() + 64, 100);
     CHECK_EQ(other.offset, place.offset);
     CHECK_EQ(other.distance, place.distance);
-    CHECK(heaps.heaps[rank]->find(first[rank]->data() + 64, 100, kRanks).offset != place.offset);
+    CHECK(heaps.heaps[rank]->find(first[rank]->data() + 64, 100).offset != place.offset);
   }
 }
 
 TEST(only_what_lies_wholly_inside_is_symmetric) {
   Heaps heaps;
   std::vector<char> plain(1000);
-  CHECK_EQ(heaps.heaps[0]->find(plain.data(), 10, kRanks).distance, 0);  // nothing is allocated yet
+  CHECK_EQ(heaps.heaps[0]->find(plain.data(), 10).distance, 0);  // nothing is allocated yet
   const auto all = heaps.allocate(1000);
   const Heap& heap = *heaps.heaps[1];
   const char* data = all[1]->data();
@@ -86,14 +86,14 @@ TEST(pages_go_back_with_the_last_owner) {
   Heaps heaps;
   constexpr int64_t kBytes = 8 << 20;
   auto all = heaps.allocate(kBytes);
-  const auto pages = heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes, kRanks).offset,
+  const auto pages = heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes).offset,
                                          kBytes);  // rank 0's slice, seen from outside
   std::memset(all[0]->data(), 7, kBytes);
   const char* mine = all[1]->data();
   all[0].reset();
   all[1].reset();
   CHECK_EQ(pages->data()[kBytes / 2], 7);  // rank 2 still has it
-  CHECK_EQ(heaps.heaps[1]->find(mine, 10, kRanks).distance, 0);
+  CHECK_EQ(heaps.heaps[1]->find(mine, 10).distance, 0);
   all[2].reset();
   CHECK_EQ(pages->data()[kBytes / 2], 0);  // given back: reads as zeros
 }
@@ -104,8 +104,7 @@ TEST(pages_go_back_without_the_dead) {
     Heaps heaps;
     constexpr int64_t kBytes = 8 << 20;
     auto all = heaps.allocate(kBytes);
-    const auto pages =
-        heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes, kRanks).offset, kBytes);
+    const auto pages = heaps.nodes[0]->map(heaps.heaps[0]->find(all[0]->data(), kBytes).offset, kBytes);
     std::memset(all[0]->data(), 7, kBytes);
     if (early) heaps.nodes[1]->mark_dead(1);
     all[0].reset();
