@@ -105,7 +105,9 @@ void finish_coding(const Request& request, int rank, Bound& bound) {
     throw ValueError(
         "algorithm \"" + plan.algorithm +
         "\" encodes elements more than once, and error feedback keeps one residual for each: use " +
-        schedule::codec_algorithms(kind, schedule::Algorithm::Codecs::any_once));
+        schedule::algorithms_that(kind, [](const schedule::Algorithm& other) {
+          return other.codecs == schedule::Algorithm::Codecs::any_once;
+        }));
   }
   tell(bound.record, words(coding.codec) + feedback_words(coding), true);
   keep_gaps(request, bound);

@@ -26,8 +26,9 @@ uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int r
 
 // Throws ValueError that says which algorithms can.
 void require_codecs(Collective collective, const std::string& algorithm) {
-  if (schedule::find_algorithm(collective, algorithm).codecs != schedule::Algorithm::Codecs::none) return;
-  const std::string others = schedule::codec_algorithms(collective, schedule::Algorithm::Codecs::any);
+  const auto can = [](const schedule::Algorithm& a) { return a.codecs != schedule::Algorithm::Codecs::none; };
+  if (can(schedule::find_algorithm(collective, algorithm))) return;
+  const std::string others = schedule::algorithms_that(collective, can);
   throw ValueError(std::string(schedule::name(collective)) + " algorithm \"" + algorithm +
                    "\" carries no codec; " +
                    (others.empty() ? schedule::codec_collectives() + " have algorithms that do"

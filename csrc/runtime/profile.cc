@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "runtime/domain.h"
+#include "schedule/lower/layout.h"
 
 namespace pycomm::runtime {
 
@@ -18,10 +19,12 @@ constexpr int64_t kFewSyncs = 2 << 10, kFewSyncsSymmetric = 512, kFewSyncsCrowde
 
 std::vector<Rule> built_in_rules() {
   std::vector<Rule> rules;
-  for (const Collective collective : {Collective::all_reduce, Collective::reduce_scatter,
-                                      Collective::all_gather, Collective::broadcast, Collective::reduce}) {
+  for (const Collective collective :
+       {Collective::all_reduce, Collective::reduce_scatter, Collective::all_gather, Collective::broadcast,
+        Collective::reduce, Collective::all_to_all}) {
     rules.push_back({.collective = collective,
                      .nodes = true,
+                     .ragged = false,
                      .coded = false,
                      .deterministic = false,
                      .algorithm = "hierarchical",
@@ -69,8 +72,8 @@ bool Rule::fits(const schedule::Call& call, bool is_crowded) const {
                         static_cast<int64_t>(size_of(call.dtype));
   const bool both = call.in == Placement::symmetric && call.out == Placement::symmetric;
   return is(collective, call.world.collective) && is(nodes, !call.world.nodes.empty()) &&
-         is(coded, call.coded()) && is(crowded, is_crowded) && is(symmetric, both) &&
-         call.world.size >= min_ranks && bytes * (call.world.size - 1) <= max_bytes &&
+         is(ragged, is_ragged(call)) && is(coded, call.coded()) && is(crowded, is_crowded) &&
+         is(symmetric, both) && call.world.size >= min_ranks && bytes * (call.world.size - 1) <= max_bytes &&
          (deterministic || !call.deterministic);
 }
 

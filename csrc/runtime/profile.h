@@ -17,7 +17,8 @@ using schedule::Geometry;
 // What a call must be for its algorithm; what is left empty is any.
 struct Rule {
   std::optional<schedule::Collective> collective = std::nullopt;
-  std::optional<bool> nodes = std::nullopt;  // several of them
+  std::optional<bool> nodes = std::nullopt;   // several of them
+  std::optional<bool> ragged = std::nullopt;  // an all_to_all with a count for each pair
   std::optional<bool> coded = std::nullopt;
   std::optional<bool> crowded = std::nullopt;    // the ranks have fewer cores than they are
   std::optional<bool> symmetric = std::nullopt;  // both buffers

@@ -14,7 +14,7 @@ using enum Collective;
 using enum Algorithm::Codecs;
 // Where nothing is summed, nothing is out of balance.
 constexpr Algorithm kAlgorithms[] = {
-    // name, collective, function, balanced, codecs
+    // name, collective, function, balanced, codecs, ragged
     {"one_shot", all_reduce, one_shot, true, any_once},
     {"two_shot", all_reduce, two_shot, true, any_once},
     {"ring", all_reduce, ring, false, any_once},
@@ -43,6 +43,8 @@ constexpr Algorithm kAlgorithms[] = {
     {"direct", scatter, direct, true, none},
     {"direct", all_to_all, direct, true, none},
     {"pairwise", all_to_all, pairwise, true, none},
+    // A rank does not know how long the blocks are that others send to others.
+    {"hierarchical", all_to_all, hierarchical, true, none, /*ragged=*/false},
     {"dissemination", barrier, dissemination, true, none},
     {"direct", send_recv, direct, true, none},
 };
@@ -57,10 +59,10 @@ std::vector<std::string> algorithm_names(Collective collective) {
   return names;
 }
 
-std::string codec_algorithms(Collective collective, Algorithm::Codecs at_least) {
+std::string algorithms_that(Collective collective, bool (*can)(const Algorithm&)) {
   std::string names;
   for (const Algorithm& algorithm : kAlgorithms) {
-    if (algorithm.collective != collective || algorithm.codecs < at_least) continue;
+    if (algorithm.collective != collective || !can(algorithm)) continue;
     names += std::string(names.empty() ? "" : ", ") + algorithm.name;
   }
   return names;

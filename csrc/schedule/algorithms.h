@@ -24,12 +24,13 @@ struct Algorithm {
   // error feedback needs.
   enum class Codecs : uint8_t { none, any, any_once };
   Codecs codecs;
+  bool ragged = true;  // takes an all_to_all with a count for each pair, as far as it takes all_to_alls
 };
 
 std::span<const Algorithm> algorithms();
 std::vector<std::string> algorithm_names(Collective collective);
-// Of those that carry codecs: "two_shot, ring".
-std::string codec_algorithms(Collective collective, Algorithm::Codecs at_least);
+// Those of this collective that can: "two_shot, ring".
+std::string algorithms_that(Collective collective, bool (*can)(const Algorithm&));
 // Throws ValueError that lists what this collective has.
 const Algorithm& find_algorithm(Collective collective, const std::string& name);
 

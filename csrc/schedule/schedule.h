@@ -11,7 +11,8 @@
 //            place, `out` may be `in` itself: never write an `out` chunk while its `in` chunk is still
 //            needed.
 //   image    the library's own memory in the caller's dtype, as large as the whole data and readable by
-//            peers: copies of `in`, or finished results.
+//            peers: copies of `in`, or finished results. It may have further blocks, where all blocks are
+//            equally long.
 //   scratch  the same in the accumulator's type: partial results.
 //
 // Steps, in each rank's program order:

@@ -503,7 +503,7 @@ void prove_all(const Algorithm& algorithm, const World& world) {
     // More than there are slots, so that each is used again, wherever there is something to show.
     const bool local = n == 1 || (world.collective == Collective::send_recv && world.root == world.peer);
     if (!local && buffers.in == Placement::plain && world.collective != Collective::barrier) CHECK(trips > 6);
-    if (blocks_of(world) > 1 && world.collective != Collective::barrier) {
+    if (blocks_of(world) > 1 && world.collective != Collective::barrier && algorithm.ragged) {
       call.counts = counts_of(world, 3 * width + 5, true, call.in_place);
       prove(algorithm, call, trips_of(world, 64 * width));
       if (n <= 17) prove(algorithm, call, trips_of(world, 32));

@@ -389,7 +389,7 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
         if (placement == Placement::reachable && std::string(algorithm.name) != "direct") continue;
         for (const bool in_place : {false, true}) {
           for (const bool uneven : {false, true}) {
-            if (uneven && schedule::num_blocks(world) == 1) continue;
+            if (uneven && (schedule::num_blocks(world) == 1 || !algorithm.ragged)) continue;
             if (uneven && in_place && kind == Collective::all_to_all) continue;
             const int salt = static_cast<int>(all.size() % 13);
             const DType dtypes[] = {DType::float32, DType::uint8, DType::int64, DType::float64};
@@ -458,7 +458,8 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
     const Placement placements[] = {Placement::plain,
                                     symmetric && draw(4) == 0 ? Placement::symmetric : Placement::plain};
     const bool in_place = draw(2) == 0;
-    const bool uneven = draw(2) == 0 && !(in_place && world.collective == Collective::all_to_all);
+    const bool uneven =
+        draw(2) == 0 && algorithm.ragged && !(in_place && world.collective == Collective::all_to_all);
     Call call{.world = world,
               .dtype = dtypes[draw(4)],
               .counts = counts_of(world, count, uneven),

@@ -74,7 +74,12 @@ TEST(every_call_gets_an_algorithm_that_can) {
             CHECK_EQ(std::string(chosen().name) == "hierarchical",
                      !call.world.nodes.empty() && call.world.traits().out.on != schedule::Content::On::peer &&
                          (call.world.traits().one_block() || !call.world.traits().rooted) &&
-                         call.world.traits().moves() && !call.world.traits().pairwise);
+                         call.world.traits().moves());
+            if (call.world.traits().pairwise) {
+              call.ragged = true;
+              CHECK(chosen().ragged);
+              call.ragged = false;
+            }
             if (call.world.traits().reduces) {
               call.deterministic = true;
               CHECK(chosen().balanced);

@@ -517,6 +517,9 @@ TEST(nonsense_is_malformed) {
 
 // ---- What it proves ----
 
+// Whether the next plan's counts are even.
+bool even(const Algorithm& algorithm, long plans) { return plans % 2 == 0 || !algorithm.ragged; }
+
 TEST(every_algorithm_is_proved) {
   long plans = 0;
   for (const Algorithm& algorithm : algorithms()) {
@@ -526,8 +529,8 @@ TEST(every_algorithm_is_proved) {
       for (int64_t total :
            {int64_t{0}, int64_t{1}, int64_t{n - 1}, int64_t{1009}, int64_t{4001} * (n > 17 ? 8 : n)}) {
         for (const Buffering& buffering : kBufferings) {
-          Call call =
-              make_call({algorithm.collective, n, (n - 1) / 2, n - 1}, total, plans % 2 == 0, buffering);
+          Call call = make_call({algorithm.collective, n, (n - 1) / 2, n - 1}, total, even(algorithm, plans),
+                                buffering);
           call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
           call.op = plans % 5 == 0 ? Op::avg : Op::sum;
           const Plan plan = make_plan(algorithm.name, call, geometry);
@@ -561,8 +564,8 @@ TEST(every_algorithm_is_proved_between_nodes) {
       for (const std::vector<int>& nodes : node_maps(n)) {
         for (int64_t total : {int64_t{0}, int64_t{1}, int64_t{1009}, int64_t{4001} * n}) {
           for (const bool in_place : {false, true}) {
-            Call call = make_call({algorithm.collective, n, (n - 1) / 2, n - 1, nodes}, total, plans % 2 == 0,
-                                  {Placement::plain, Placement::plain, in_place});
+            Call call = make_call({algorithm.collective, n, (n - 1) / 2, n - 1, nodes}, total,
+                                  even(algorithm, plans), {Placement::plain, Placement::plain, in_place});
             call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
             call.op = plans % 5 == 0 ? Op::avg : Op::sum;
             const Plan plan = make_plan(algorithm.name, call, small_windows(n));
@@ -584,7 +587,7 @@ TEST(every_root_is_proved) {
   for (const Algorithm& algorithm : algorithms()) {
     for (int n : {2, 3, 5, 8}) {
       for (int root = 0; root < n; ++root) {
-        const Call call = make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, false,
+        const Call call = make_call({algorithm.collective, n, root, (root + 1) % n}, 1009, !algorithm.ragged,
                                     kBufferings[root % std::size(kBufferings)]);
         const Plan plan = make_plan(algorithm.name, call, small_windows(n));
         const auto found = verify(plan, {.balanced = algorithm.balanced});
@@ -605,7 +608,7 @@ TEST(sequences_of_calls_are_proved) {
     for (const Algorithm& algorithm : algorithms()) {
       for (const Buffering& buffering : {kBufferings[0], kBufferings[3], kBufferings[7]}) {
         const Call call =
-            make_call({algorithm.collective, n, 0, n - 1, worlds[w]}, 600 * n, false, buffering);
+            make_call({algorithm.collective, n, 0, n - 1, worlds[w]}, 600 * n, !algorithm.ragged, buffering);
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 1 << 10;
         Plan plan = make_plan(algorithm.name, call, geometry);
@@ -637,7 +640,7 @@ TEST(left_out_trips_hide_nothing) {
       for (const Buffering& buffering : {kBufferings[0], kBufferings[2], kBufferings[3]}) {
         if (!nodes.empty() && buffering.in == Placement::symmetric) continue;  // lowered as plain
         const Call call =
-            make_call({algorithm.collective, n, 0, n - 1, nodes}, 300 * n * n, false, buffering);
+            make_call({algorithm.collective, n, 0, n - 1, nodes}, 300 * n * n, !algorithm.ragged, buffering);
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 256;
         const Plan plan = make_plan(algorithm.name, call, geometry);

@@ -95,6 +95,9 @@ def test_every_algorithm(nodes: list[int]) -> None:
             for name in algorithms("all_to_all"):
                 found = comm.all_to_all(blocks, algorithm=name).reshape(n, -1)
                 assert all(np.array_equal(found[r], np.arange(count) + r + 10 * me) for r in range(n)), name
+                in_place = blocks.copy()
+                comm.all_to_all(in_place, out=in_place, algorithm=name)
+                assert np.array_equal(in_place, found.ravel()), (name, count)
             gathered = comm.gather(x, root=0)
             assert me != 0 or np.array_equal(gathered.reshape(n, -1)[n - 1], np.arange(count) + n - 1)
             part = comm.scatter(blocks if me == 0 else None, root=0, out=np.empty_like(x))

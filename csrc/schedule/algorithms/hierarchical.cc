@@ -6,19 +6,24 @@
 //   reduce_scatter  every node sums each block in one of its ranks, which shows it to the block's owner.
 //   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the
 //                   rest.
+//   all_to_all      the ranks of a node write what goes to one rank of another into one of their own, which
+//                   sends it there in one message; what stays inside they write into each other's memory.
+//                   Three stages.
 //   broadcast       along a binomial tree of nodes: their first ranks have all other ranks of their node as
 //                   children.
 //   reduce          the same tree the other way.
 //
 // Cost for N nodes of L ranks each: a rank moves 2 S (N-1)/(N L) between nodes in an all_reduce and half of
-// it in a reduce_scatter or all_gather, the least possible. The choice where memory inside a node is much
-// faster than the links between. Nodes may have different numbers of ranks: a share then belongs to one
-// rank of each.
+// it in a reduce_scatter or all_gather, the least possible. In an all_to_all it moves the same S (N-1)/N as it
+// would by itself, but in N-1 messages of L blocks, and not in L (N-1) of one: where all nodes are alike, local
+// rank l of a node speaks to local rank l of the others. The choice where memory inside a node is much faster
+// than the links between. Nodes may have different numbers of ranks: a share then belongs to one rank of each.
 //
 // Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning on heterogeneous
 // network hierarchy, SysML 2019; broadcast and reduce: Karonis, de Supinski, Foster, Gropp, Lusk and
 // Bresnahan, Exploiting hierarchy in parallel computer networks to optimize collective operation
-// performance, IPDPS 2000.
+// performance, IPDPS 2000; all_to_all: Träff and Rougier, MPI collectives and datatypes for hierarchical
+// all-to-all communication, EuroMPI/ASIA 2014.
 #include <algorithm>
 
 #include "schedule/algorithms/all.h"
@@ -171,6 +176,81 @@ Schedule all_gather(const World& world, const Nodes& nodes) {
   return schedule;
 }
 
+// Where the blocks lie that a rank collects. Each destination of a node's blocks has a *collector* in that node:
+// inside, it is the destination itself; the ranks outside are dealt to the node's ranks in turn. A collector
+// has a row of image blocks for each of its destinations, with a block for each rank of its node.
+class Collectors {
+ public:
+  explicit Collectors(const Nodes& nodes) : nodes_(nodes), order_(nodes.in_order()) {}
+
+  // The destinations of a rank: itself, then ranks outside.
+  std::vector<int> destinations(int rank) const {
+    std::vector<int> found = {rank};
+    const int size = static_cast<int>(members(rank).size());
+    int place = 0;
+    for (const int other : order_) {
+      if (nodes_.node[other] == nodes_.node[rank]) continue;
+      if (place++ % size == nodes_.local[rank]) found.push_back(other);
+    }
+    return found;
+  }
+  const std::vector<int>& members(int rank) const { return nodes_.members[nodes_.node[rank]]; }
+  // The image block of a collector for what `source` sends to its destination of this number.
+  Chunk block(int source, int destination) const {
+    const int size = static_cast<int>(members(source).size());
+    return {destination * size + nodes_.local[source]};
+  }
+
+ private:
+  const Nodes& nodes_;
+  const std::vector<int> order_;
+};
+
+Schedule all_to_all(const World& world, const Nodes& nodes) {
+  Schedule schedule;
+  schedule.stages = 3;
+  const Collectors collectors(nodes);
+  std::vector<std::vector<int>> destinations;
+  for (int rank = 0; rank < world.size; ++rank) destinations.push_back(collectors.destinations(rank));
+  const auto num_destinations = [&](int rank) { return static_cast<int>(destinations[rank].size()); };
+  for (int rank = 0; rank < world.size; ++rank) {
+    Builder b(schedule, rank);
+    const std::vector<int>& mates = collectors.members(rank);
+    const auto for_each_block_of_mates = [&](auto&& visit) {
+      for (const int mate : mates) {
+        if (mate == rank) continue;
+        for (int d = 0; d < num_destinations(rank); ++d) visit(mate, b.image(collectors.block(mate, d)));
+      }
+    };
+    for_each_block_of_mates([&](int mate, const Ref& block) { b.offer(mate, block); });
+    for (const int collector : mates) {
+      for (int d = collector == rank ? 1 : 0; d < num_destinations(collector); ++d) {
+        b.copy(Builder::image_of(collector, collectors.block(rank, d)), b.in({destinations[collector][d]}));
+      }
+    }
+    b.stage(1);
+    for_each_block_of_mates([&](int mate, const Ref& block) { b.accept(mate, block); });
+    for (int d = 1; d < num_destinations(rank); ++d) {
+      for (const int mate : mates) b.offer(destinations[rank][d], b.image(collectors.block(mate, d)));
+    }
+    b.stage(2);
+    b.copy(b.out({rank}), b.in({rank}));
+    for (const int mate : mates) {
+      if (mate != rank) b.copy(b.out({mate}), b.image(collectors.block(mate, 0)));
+    }
+    for (int collector = 0; collector < world.size; ++collector) {
+      for (int d = 1; d < num_destinations(collector); ++d) {
+        if (destinations[collector][d] != rank) continue;
+        for (const int source : collectors.members(collector)) {
+          b.copy(b.out({source}), Builder::image_of(collector, collectors.block(source, d)));
+        }
+      }
+    }
+  }
+  accept_all(schedule);
+  return schedule;
+}
+
 // The root's node comes first, with the root as its head.
 Tree binomial_of_nodes(const World& world, const Nodes& nodes) {
   const int num_nodes = nodes.count(), first = nodes.node[world.root];
@@ -196,6 +276,8 @@ Schedule hierarchical(const World& world) {
       return reduce_scatter(world, nodes);
     case Collective::all_gather:
       return all_gather(world, nodes);
+    case Collective::all_to_all:
+      return all_to_all(world, nodes);
     default:
       return along_tree(world, binomial_of_nodes(world, nodes), /*trip_bytes=*/256 << 10);
   }

@@ -63,14 +63,22 @@ Format Emitter::crossing_format(const Ref& ref) const {
   return l_.call_.coded() ? Format::wire : format_of(ref);
 }
 
-void Emitter::send(int to, int channel, const Operand& from, const Offer& offer) {
+// Blocks side by side, from the first one's begin to the last one's end.
+int64_t Emitter::length_of(const Message& message) const {
+  const int64_t length = l_.length_of(l_.offers_[message.offers[0]].ref, trip_);
+  const auto before = static_cast<int64_t>(message.offers.size()) - 1;
+  return length == 0 ? 0 : before * l_.layout_.width + length;
+}
+
+// The index-th message of a channel.
+void Emitter::send(int to, int channel, int index, const Operand& from) {
   push({.kind = Step::Kind::send,
         .stage = static_cast<uint8_t>(channel / l_.schedule_.stages),
         .cell = static_cast<uint8_t>(channel),
         .num_srcs = 1,
         .operand = static_cast<int32_t>(program_.operands.size()),
         .peer = to,
-        .count = l_.length_of(offer.ref, trip_)});
+        .count = length_of(l_.messages_[rank_ * l_.n_ + to].at(channel)[index - 1])});
   program_.operands.push_back(from);
 }
 
@@ -81,7 +89,7 @@ void Emitter::receive(const Message& message, int from, int channel, const Opera
         .num_dsts = 1,
         .operand = static_cast<int32_t>(program_.operands.size()),
         .peer = from,
-        .count = l_.length_of(l_.offers_[message.offer].ref, trip_)});
+        .count = length_of(message)});
   program_.operands.push_back(to);
 }
 
@@ -89,7 +97,7 @@ void Emitter::receive_until(int from, int channel, int index) {
   const std::vector<Message>& messages = l_.messages_[from * l_.n_ + rank_].at(channel);
   for (int& received = received_[{from, channel}]; received < index; ++received) {
     const Message& message = messages[received];
-    const Offer& offer = l_.offers_[message.offer];
+    const Offer& offer = l_.offers_[message.offers[0]];
     if (alive(offer)) receive(message, from, channel, mail(message.mail, crossing_format(offer.ref)));
   }
 }
@@ -99,7 +107,7 @@ void Emitter::complete_earlier() {
   if (!l_.reuses_slots()) return;
   for (int to = 0; to < l_.n_; ++to) {
     for (const auto& [channel, messages] : l_.messages_[rank_ * l_.n_ + to]) {
-      if (std::ranges::none_of(messages, [&](const Message& m) { return alive(l_.offers_[m.offer]); }))
+      if (std::ranges::none_of(messages, [&](const Message& m) { return alive(l_.offers_[m.offers[0]]); }))
         continue;
       const auto per_trip = static_cast<int64_t>(messages.size());
       push({.kind = Step::Kind::complete,
@@ -135,7 +143,9 @@ Operand Emitter::source(const Item& item, const Ref& ref) const {
   }
   const auto id = std::ranges::find_if(item.offers, [&](int id) { return l_.offers_[id].ref == ref; });
   const Event& shown = l_.offers_[*id].shown;
-  return mail(l_.messages_[ref.rank * l_.n_ + rank_].at(shown.cell)[shown.index - 1].mail, format);
+  const Message& message = l_.messages_[ref.rank * l_.n_ + rank_].at(shown.cell)[shown.index - 1];
+  const int blocks_before = ref.chunk.block - l_.offers_[message.offers[0]].ref.chunk.block;
+  return mail(message.mail + l_.layout_.image_bytes(blocks_before, 0), format);
 }
 
 void Emitter::add_destination(std::vector<Operand>& dsts, const Item& item, const Ref& ref,
@@ -208,10 +218,13 @@ void Emitter::show(const Item& item, int stage) {
   }
   const Offer& first = l_.offers_[item.offers[0]];
   if (any && !l_.crosses(first)) return signal(first.peer, first.shown, stage);
+  Event last;
   for (int id : item.offers) {
     const Offer& offer = l_.offers_[id];
-    if (!offer.read || !alive(offer)) continue;
-    send(offer.peer, offer.shown.cell, operand(offer.ref, true, crossing_format(offer.ref)), offer);
+    const auto [channel, index] = offer.shown;
+    if (!offer.read || !alive(offer) || (channel == last.cell && index == last.index)) continue;
+    last = offer.shown;
+    send(offer.peer, channel, index, operand(offer.ref, true, crossing_format(offer.ref)));
   }
 }
 
@@ -266,8 +279,8 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   for (int id : item.offers) {
     const Offer& offer = l_.offers_[id];
     if (!l_.crosses(offer) || !offer.written || !alive(offer)) continue;
-    send(offer.owner, offer.done.cell, mail(l_.outboxes_[rank_].at(item.step), crossing_format(offer.ref)),
-         offer);
+    send(offer.owner, offer.done.cell, offer.done.index,
+         mail(l_.outboxes_[rank_].at(item.step), crossing_format(offer.ref)));
   }
 }
 

@@ -27,7 +27,8 @@ class Emitter {
   void wait(int peer, Event event, int stage, int64_t shift = 0);
 
   // Across message links.
-  void send(int to, int channel, const Operand& from, const Offer& offer);
+  void send(int to, int channel, int index, const Operand& from);
+  int64_t length_of(const Message& message) const;
   void receive(const Message& message, int from, int channel, const Operand& to);
   // All messages of a channel up to the index-th; each into its place in the mail.
   void receive_until(int from, int channel, int index);

@@ -27,7 +27,7 @@ bool is_ragged(const Call& call) {
 
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {
   const int blocks = num_blocks(call.world);
-  if (block >= blocks) block = 0;  // further scratch images
+  if (block >= blocks) block = 0;  // further ones, of the image or of scratch
   if (!call.world.traits().pairwise) return call.counts[block];
   return buffer == Buffer::out ? call.counts[block * blocks + rank] : call.counts[rank * blocks + block];
 }
@@ -56,7 +56,7 @@ int64_t data_index(const Call& call, int block, int64_t element) {
   return element;
 }
 
-Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
+Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, int image_blocks,
                int scratch_blocks, const Mail& mail) {
   item = static_cast<int64_t>(size_of(call.dtype));
   if (call.coded()) {
@@ -70,12 +70,12 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   ragged = is_ragged(call);
   const int blocks = num_blocks(call.world);
   const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
-  const bool uses_window = uses_image || scratch_blocks > 0 || mail.chunks > 0;
+  const bool uses_window = image_blocks > 0 || scratch_blocks > 0 || mail.chunks > 0;
 
   // A trip's data: what the cache holds, less where the algorithm pipelines, and what the bank holds.
   int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
-  const int64_t unit_bytes = (uses_image ? blocks * image_unit : 0) + scratch_blocks * scratch_unit +
+  const int64_t unit_bytes = image_blocks * image_unit + scratch_blocks * scratch_unit +
                              static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(scratch_unit)));
   // What rounding adds to the fractions, and the line that the mail starts on.
   const int64_t mail_rest =
@@ -101,7 +101,7 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
     slots = many_slots;
   }
   if (!uses_window) slots = 1;
-  scratch_offset = uses_image ? round_up(image_bytes(blocks, 0), 64) : 0;
+  scratch_offset = round_up(image_bytes(image_blocks, 0), 64);
   mail_offset = round_up(scratch_bytes(scratch_blocks, 0), 64);
   const auto mail_width = static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(width / unit)));
   slot_bytes = uses_window ? round_up(mail_offset + mail_width * scratch_unit + mail_rest, 64) : 0;

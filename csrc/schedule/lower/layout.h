@@ -48,7 +48,7 @@ struct Layout {
     double blocks = 0;
   };
 
-  Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, bool uses_image,
+  Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, int image_blocks,
          int scratch_blocks, const Mail& mail);
   // Elements of this trip's part of a block that is `length` long.
   int64_t trip_length(int64_t length, int64_t trip) const;

@@ -146,6 +146,12 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
 
 Plan make_plan(const std::string& algorithm, const Call& call, const Geometry& geometry, int only_rank) {
   const Algorithm& chosen = find_algorithm(call.world.collective, algorithm);
+  if (!chosen.ragged && is_ragged(call)) {
+    throw ValueError(
+        std::string(call.world.traits().name) + " algorithm \"" + algorithm +
+        "\" takes blocks of one length: for a count for each pair leave algorithm out, or name " +
+        algorithms_that(call.world.collective, [](const Algorithm& other) { return other.ragged; }));
+  }
   return lower(chosen.write(call.world), algorithm, call, geometry, only_rank);
 }
 

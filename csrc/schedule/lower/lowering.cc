@@ -70,8 +70,12 @@ Layout Lowering::match(const Geometry& geometry) {
     throw ValueError("the schedule has " + std::to_string(schedule_.ranks.size()) + " programs for " +
                      std::to_string(n_) + " ranks");
   }
+  // The image holds the whole data, and further blocks where there are any.
+  auto need_image = [&](int blocks) {
+    image_blocks_ = std::max({image_blocks_, num_blocks(call_.world), blocks});
+  };
   auto note = [&](const Ref& ref) {
-    if (ref.buffer == Buffer::image) uses_image_ = true;
+    if (ref.buffer == Buffer::image) need_image(ref.chunk.block + 1);
     if (ref.buffer == Buffer::scratch) scratch_blocks_ = std::max(scratch_blocks_, ref.chunk.block + 1);
   };
   auto check = [&](int rank, int step, const Ref& ref) {
@@ -86,7 +90,7 @@ Layout Lowering::match(const Geometry& geometry) {
       } catch (const ValueError& error) {
         malformed(rank, step, error.what());
       }
-    } else if (c.block >= (ref.buffer == Buffer::image ? num_blocks(call_.world) : 64)) {
+    } else if (c.block >= 2 * num_blocks(call_.world) + 64) {
       malformed(rank, step, "no such block: " + words(ref));
     }
   };
@@ -107,7 +111,7 @@ Layout Lowering::match(const Geometry& geometry) {
       if (step.peer < 0 || step.peer >= n_ || step.peer == rank) {
         malformed(rank, i, "offers to rank " + std::to_string(step.peer));
       }
-      if (staged(ref)) uses_image_ = true;
+      if (staged(ref)) need_image(0);
       const int id = static_cast<int>(offers_.size());
       offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .from = ref, .step = i});
       offers_of_[rank][i].push_back(id);
@@ -157,7 +161,7 @@ Layout Lowering::match(const Geometry& geometry) {
     if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
   }
   has_messages_ = std::ranges::any_of(offers_, [&](const Offer& offer) { return crosses(offer); });
-  return Layout(call_, schedule_, geometry, uses_image_, scratch_blocks_, mail());
+  return Layout(call_, schedule_, geometry, image_blocks_, scratch_blocks_, mail());
 }
 
 // A receiver keeps each message until the step that needs it; a sender keeps a result for others that it
@@ -192,8 +196,9 @@ void Lowering::place_mail() {
     for (int to = 0; to < n_; ++to) {
       for (auto& [channel, messages] : messages_[from * n_ + to]) {
         for (Message& message : messages) {
-          const Offer& offer = offers_[message.offer];
-          message.mail = place(to, offer.ref.chunk);
+          message.mail = used[to];
+          for (const int id : message.offers) place(to, offers_[id].ref.chunk);
+          const Offer& offer = offers_[message.offers[0]];
           if (message.written && !outboxes_[from].contains(offer.use)) {
             outboxes_[from][offer.use] = place(from, offer.ref.chunk);
           }
@@ -338,9 +343,17 @@ void Lowering::number_events() {
           const Event shown = next(peer, step.stage);
           for (int id : group.offers) offers_[id].shown = shown;
         } else {
-          for (int id : group.offers) {
+          for (size_t at = 0; at < group.offers.size(); ++at) {
+            const int id = group.offers[at];
             Offer& offer = offers_[id];
-            if (offer.read) offer.shown = number_message(rank, peer, id, false, stage_of(peer, offer.use));
+            if (!offer.read) continue;
+            const Offer* before = at > 0 ? &offers_[group.offers[at - 1]] : nullptr;
+            if (before && adjoins(*before, offer)) {
+              offer.shown = before->shown;
+              messages_[rank * n_ + peer][offer.shown.cell].back().offers.push_back(id);
+            } else {
+              offer.shown = number_message(rank, peer, id, false, stage_of(peer, offer.use));
+            }
           }
         }
         items_[rank].push_back(std::move(group));
@@ -365,11 +378,26 @@ void Lowering::number_events() {
   }
 }
 
+// Whether two chunks that are offered in a row, across a message link, lie side by side in every trip: whole
+// blocks of the image, equally long.
+bool Lowering::adjoins(const Offer& offer, const Offer& next) const {
+  const auto whole = [&](const Offer& o) {
+    return o.read && !o.written && o.ref.buffer == Buffer::image && o.ref.chunk.first == 0 &&
+           o.ref.chunk.last == o.ref.chunk.of;
+  };
+  const auto length = [&](const Offer& o) {
+    return block_length(call_, o.owner, Buffer::image, o.ref.chunk.block);
+  };
+  return whole(offer) && whole(next) && next.ref.chunk.block == offer.ref.chunk.block + 1 &&
+         stage_of(offer.peer, offer.use) == stage_of(next.peer, next.use) && length(offer) == length(next) &&
+         !layout_.ragged && !call_.coded();
+}
+
 Event Lowering::number_message(int from, int to, int offer, bool written, int receiver_stage) {
   const int sender_stage = written ? stage_of(from, offers_[offer].use) : stage_of(from, offers_[offer].step);
   const int channel = sender_stage * schedule_.stages + receiver_stage;
   std::vector<Message>& messages = messages_[from * n_ + to][channel];
-  messages.push_back({offer, written, 0});
+  messages.push_back({{offer}, written, 0});
   return {channel, static_cast<int>(messages.size())};
 }
 

@@ -38,10 +38,10 @@ struct Offer {
   Event shown{}, done{};  // owner -> peer; peer -> owner
 };
 
-// A chunk that crosses a message link: what an offer shows, to the peer that reads it, or what that peer has
-// written, to the owner.
+// What crosses a message link: what an offer shows, to the peer that reads it, or what that peer has written,
+// to the owner. Blocks that lie side by side in the window and are shown in a row are one message.
 struct Message {
-  int offer;
+  std::vector<int> offers;
   bool written;
   int64_t mail;  // where its receiver keeps it, in the mail of a slot
 };
@@ -91,6 +91,7 @@ class Lowering {
   Layout match(const Geometry& geometry);
   Layout::Mail mail() const;
   void number_events();
+  bool adjoins(const Offer& offer, const Offer& next) const;
   Event number_message(int from, int to, int offer, bool written, int receiver_stage);
   void place_mail();
   void find_riders(int64_t room);
@@ -127,7 +128,7 @@ class Lowering {
   const Call& call_;
   const int64_t stream_bytes_;
   const int n_;
-  bool uses_image_ = false;
+  int image_blocks_ = 0;
   int scratch_blocks_ = 0;
   std::vector<Offer> offers_;
   std::vector<std::vector<std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
