@@ -440,6 +440,7 @@ class Communicator:
         algorithm: str | None = None,
         root: int = 0,
         deterministic: bool = False,
+        codec: typing.Any = None,
     ) -> str:
         """
         Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).
@@ -1041,6 +1042,7 @@ class Codec:
         seed: int = 0,
         ceil_scale: bool = False,
         hadamard: bool = False,
+        links: str = "all",
     ) -> None: ...
     def wire_bytes(self, count: int) -> int:
         """
@@ -1053,6 +1055,8 @@ class Codec:
     def hadamard(self) -> bool: ...
     @property
     def kind(self) -> str: ...
+    @property
+    def links(self) -> str: ...
     @property
     def rounding(self) -> str: ...
     @property

@@ -24,7 +24,7 @@ using kernels::Segment;
 namespace {
 
 Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t seed, bool ceil_scale,
-                 bool hadamard) {
+                 bool hadamard, const std::string& links) {
   Codec codec;
   codec.kind = parse_codec(kind);
   if (rounding != "nearest" && rounding != "stochastic") {
@@ -34,6 +34,8 @@ Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t 
   codec.seed = seed;
   codec.ceil_scale = ceil_scale;
   codec.hadamard = hadamard;
+  if (links != "all" && links != "wire") throw ValueError("`links` is \"" + links + "\": all or wire");
+  codec.links = links == "all" ? Links::all : Links::wire;
   if (codec.kind == CodecKind::sign && codec.rounding == Rounding::stochastic) {
     throw ValueError("sign has nothing to round: leave `rounding` at nearest");
   }
@@ -242,7 +244,8 @@ void require_codec_dtype(DType dtype, const char* name) {
 void add_codecs(py::module_& module) {
   py::class_<Codec>(module, "Codec", "What turns gradients into wire bytes and back, see pycomm.codecs.")
       .def(py::init(&make_codec), py::arg("kind"), py::kw_only(), py::arg("rounding") = "nearest",
-           py::arg("seed") = 0, py::arg("ceil_scale") = false, py::arg("hadamard") = false)
+           py::arg("seed") = 0, py::arg("ceil_scale") = false, py::arg("hadamard") = false,
+           py::arg("links") = "all")
       .def_property_readonly("kind", [](const Codec& self) { return pycomm::name(self.kind); })
       .def_property_readonly(
           "rounding",
@@ -250,6 +253,8 @@ void add_codecs(py::module_& module) {
       .def_readonly("seed", &Codec::seed)
       .def_readonly("ceil_scale", &Codec::ceil_scale)
       .def_readonly("hadamard", &Codec::hadamard)
+      .def_property_readonly("links",
+                             [](const Codec& self) { return self.links == Links::all ? "all" : "wire"; })
       .def(
           "wire_bytes",
           [](const Codec& self, int64_t count) {

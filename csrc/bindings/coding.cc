@@ -22,6 +22,13 @@ py::module_ kinds() { return py::module_::import("pycomm.codecs.kinds"); }
 
 py::tuple shape_of(const py::handle& x) { return py::tuple(x.attr("shape")); }
 
+Codec native_of(const py::object& codec) {
+  const py::object native = codec.attr("native")();
+  if (py::isinstance<Codec>(native)) return native.cast<Codec>();
+  throw TypeError("native() of codec " + codec.attr("name").cast<std::string>() + " returned a " +
+                  Py_TYPE(native.ptr())->tp_name + ": return a pycomm._native.Codec");
+}
+
 // A view of memory that the residuals own.
 py::array_t<float> view_of(const std::shared_ptr<Residuals>& residuals, float* data) {
   const py::capsule owner(new std::shared_ptr<Residuals>(residuals),
@@ -136,12 +143,7 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
     request.composite = runtime::SharedInt{codec_.attr("width").cast<int>()};
     coding->codec.seed = codec_.attr("seed").cast<uint64_t>();
   } else {
-    const py::object native = codec_.attr("native")();
-    if (!py::isinstance<Codec>(native)) {
-      throw TypeError("native() of codec " + kind + " returned a " + Py_TYPE(native.ptr())->tp_name +
-                      ": return a pycomm._native.Codec");
-    }
-    coding->codec = native.cast<Codec>();
+    coding->codec = native_of(codec_);
   }
   coding->counted = !args_[Arg::step];
   if (!coding->counted) coding->step = step_argument(args_[Arg::step]);
@@ -158,6 +160,17 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
                                            py::tuple(places), count, of_torch);
   feeding->renew(*coding);
   return feeding;
+}
+
+Codec native_codec(const py::object& codec, const char* collective) {
+  const py::object found = kinds().attr("resolve")(codec, collective);
+  if (!py::hasattr(found, "native")) {
+    throw ValueError("`codec` is " + found.attr("name").cast<std::string>() +
+                     ", whose calls are made of several plans: explain them without it");
+  }
+  Codec native = native_of(found);
+  native.seed = 0;
+  return native;
 }
 
 uint32_t step_argument(PyObject* step) {

@@ -70,6 +70,9 @@ class Coder {
   pybind11::object codec_, feedback_;
 };
 
+// The codec that plans carry, of what `codec=` names. Throws ValueError for one that no plan carries.
+Codec native_codec(const pybind11::object& codec, const char* collective);
+
 uint32_t step_argument(PyObject* step);  // 32 bits; throws TypeError, ValueError
 
 void add_coding(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);

@@ -119,7 +119,7 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
 
 std::string explain(PyCommunicator& self, const std::string& collective, int64_t count,
                     const py::object& dtype, const std::string& op, std::optional<std::string> algorithm,
-                    int root, bool deterministic) {
+                    int root, bool deterministic, const py::object& codec) {
   runtime::Request request;
   request.call.world.collective = schedule::parse_collective(collective);
   if (request.call.world.traits().between_two()) {
@@ -129,6 +129,7 @@ std::string explain(PyCommunicator& self, const std::string& collective, int64_t
   request.call.dtype = dtype_from_python(dtype.ptr());
   request.call.op = parse_op(op);
   request.call.deterministic = deterministic;
+  if (!codec.is_none()) request.call.codec = native_codec(codec, collective.c_str());
   if (count < 0) throw ValueError("`count` is " + std::to_string(count));
   if (algorithm) request.algorithm = *algorithm;
   request.call.world.size = self->size();
@@ -219,7 +220,7 @@ PYBIND11_MODULE(_native, module) {
           "For rank threads: this rank has failed and will make no more calls.")
       .def("explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32",
            py::kw_only(), py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0,
-           py::arg("deterministic") = false,
+           py::arg("deterministic") = false, py::arg("codec") = py::none(),
            "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
   add_collectives(module, communicator);
   add_schedules(module);

@@ -15,6 +15,9 @@ namespace pycomm {
 enum class CodecKind : uint8_t { none, fp16, bf16, fp8_e4m3, fp8_e5m2, mxfp8, int8, int4, sign };
 inline constexpr int kNumCodecs = 9;
 enum class Rounding : uint8_t { nearest, stochastic };
+// Where a call encodes: on all links, or on message links alone, so that ranks of one node exchange exact
+// values.
+enum class Links : uint8_t { all, wire };
 
 struct Codec {
   CodecKind kind = CodecKind::none;
@@ -22,6 +25,7 @@ struct Codec {
   bool ceil_scale = false;                // mxfp8
   bool hadamard = false;                  // int4: blocks are rotated before and after
   uint64_t seed = 0;
+  Links links = Links::all;  // of no meaning to the kernels
   bool operator==(const Codec&) const = default;
 };
 

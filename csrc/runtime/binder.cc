@@ -229,6 +229,11 @@ std::string Binder::explain(const Request& request) {
   } else {
     call.op = any_op(call.dtype);
   }
+  if (call.codec.kind != CodecKind::none && !call.world.traits().takes_codec) {
+    throw ValueError(std::string(call.world.traits().name) +
+                     " takes no codec: " + schedule::codec_collectives() + " do");
+  }
+  if (call.codec.kind != CodecKind::none) check_floats(call, pycomm::name(call.codec.kind));
   const Choice choice = request.algorithm.empty() ? select(call, fabric_.profile, fabric_.policy.yield)
                                                   : Choice{request.algorithm, "named by the caller"};
   const auto prepared = plans_.prepare(call, request.algorithm, rank());
@@ -239,11 +244,15 @@ std::string Binder::explain(const Request& request) {
   schedule::Cursor().walk(program, [&](const schedule::Step& step, int64_t) {
     if (step.kind == schedule::Step::Kind::wait) ++waits;
     if (step.kind == schedule::Step::Kind::combine) {
-      moved += step.count * (step.num_dsts + step.num_srcs) * static_cast<int64_t>(size_of(call.dtype));
+      for (int32_t i = step.operand; i < step.operand + step.num_dsts + step.num_srcs; ++i) {
+        moved += schedule::operand_bytes(plan.call, program.operands[i].format, step.count);
+      }
     }
     return true;
   });
-  std::string text = describe(prepared->record) + " on " + std::to_string(size()) + " ranks\n";
+  CallRecord record = prepared->record;
+  if (call.codec.kind != CodecKind::none) tell(record, codec_words(call.codec), false);
+  std::string text = describe(record) + " on " + std::to_string(size()) + " ranks\n";
   text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
   text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
           " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +

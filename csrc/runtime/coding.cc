@@ -14,16 +14,6 @@ namespace pycomm::runtime {
 
 namespace {
 
-std::string words(const Codec& codec) {
-  std::string options;
-  const auto add = [&](const std::string& option) { options += (options.empty() ? "" : ", ") + option; };
-  if (codec.ceil_scale) add("ceil_scale");
-  if (codec.hadamard) add("hadamard");
-  if (codec.rounding == Rounding::stochastic) add("stochastic");
-  if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
-  return pycomm::name(codec.kind) + (options.empty() ? "" : "(" + options + ")");
-}
-
 // A plan never encodes a rank's own share, so the share's residual is added to the result afterwards.
 void deliver_exact_share(const Request& request, int rank, Bound& bound) {
   const schedule::Call& call = request.call;
@@ -53,6 +43,17 @@ void set_step_of(CallRecord& record, uint32_t step) {
 }
 
 }  // namespace
+
+std::string codec_words(const Codec& codec) {
+  std::string options;
+  const auto add = [&](const std::string& option) { options += (options.empty() ? "" : ", ") + option; };
+  if (codec.ceil_scale) add("ceil_scale");
+  if (codec.hadamard) add("hadamard");
+  if (codec.rounding == Rounding::stochastic) add("stochastic");
+  if (codec.seed != 0) add("seed=" + std::to_string(codec.seed));
+  return std::string(pycomm::name(codec.kind)) + (codec.links == Links::wire ? "@wire" : "") +
+         (options.empty() ? "" : "(" + options + ")");
+}
 
 void tell(CallRecord& record, const std::string& codec, bool steps) {
   record.steps = steps ? 1 : 0;
@@ -84,6 +85,13 @@ void check_coding(const Request& request) {
   const schedule::Call& call = request.call;
   const Coding& coding = *request.coding;
   check_floats(call, pycomm::name(coding.codec.kind));
+  if (coding.residuals && coding.codec.links == Links::wire) {
+    throw ValueError(
+        std::string("codec ") + pycomm::name(coding.codec.kind) +
+        "@wire and error feedback: between nodes a rank encodes sums of its node, and only a part of "
+        "them, so that its residuals would not all be paid; pass error_feedback=False, or a codec "
+        "with links=\"all\"");
+  }
   const bool scatters = call.world.traits().out.holds == schedule::Content::Holds::own;
   if (!scatters || coding.segments.empty()) return;
   int64_t begin = 0;
@@ -109,7 +117,7 @@ void finish_coding(const Request& request, int rank, Bound& bound) {
           return other.codecs == schedule::Algorithm::Codecs::any_once;
         }));
   }
-  tell(bound.record, words(coding.codec) + feedback_words(coding), true);
+  tell(bound.record, codec_words(coding.codec) + feedback_words(coding), true);
   keep_gaps(request, bound);
   if (!coding.residuals) return;
   deliver_exact_share(request, rank, bound);

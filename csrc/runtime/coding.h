@@ -89,6 +89,7 @@ void keep_residuals(Bound& bound);
 // Ranks that encode in other ways do not make the same call: `codec` is told and compared. `steps`: so is
 // the step, see Bound::set_step.
 void tell(CallRecord& record, const std::string& codec, bool steps);
+std::string codec_words(const Codec& codec);
 // ", error feedback", with its scale; empty without.
 std::string feedback_words(const Coding& coding);
 

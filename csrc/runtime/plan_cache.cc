@@ -25,12 +25,16 @@ uint64_t hash_of(const schedule::Call& call, const std::string& algorithm, int r
 }
 
 // Throws ValueError that says which algorithms can.
-void require_codecs(Collective collective, const std::string& algorithm) {
-  const auto can = [](const schedule::Algorithm& a) { return a.codecs != schedule::Algorithm::Codecs::none; };
+void require_codecs(const schedule::Call& call, const std::string& algorithm) {
+  const Collective collective = call.world.collective;
+  using schedule::Algorithm;
+  const bool wire = call.codec.links == Links::wire;
+  const auto can = wire ? +[](const Algorithm& a) { return a.wire; }
+                        : +[](const Algorithm& a) { return a.codecs != Algorithm::Codecs::none; };
   if (can(schedule::find_algorithm(collective, algorithm))) return;
   const std::string others = schedule::algorithms_that(collective, can);
   throw ValueError(std::string(schedule::name(collective)) + " algorithm \"" + algorithm +
-                   "\" carries no codec; " +
+                   (wire ? "\" carries no codec on message links alone; " : "\" carries no codec; ") +
                    (others.empty() ? schedule::codec_collectives() + " have algorithms that do"
                                    : "those that do are " + others));
 }
@@ -67,7 +71,7 @@ schedule::Plan PlanCache::lower_and_prove(const schedule::Call& call, const std:
                      "\" does not sum in the balanced order that deterministic=True "
                      "asks for; leave algorithm out, or name one that does (docs/algorithms.md)");
   }
-  if (call.coded() && !write) require_codecs(call.world.collective, algorithm);
+  if (call.coded() && !write) require_codecs(call, algorithm);
   const bool prove = write || env().verify;
   const auto wrong = [&](const std::string& what) {
     return ValueError("algorithm \"" + algorithm + "\" is wrong: " + describe(call) + ": " + what);

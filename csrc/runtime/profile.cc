@@ -30,6 +30,15 @@ std::vector<Rule> built_in_rules() {
                      .algorithm = "hierarchical",
                      .reason = "on several nodes, what crosses between them crosses once"});
   }
+  for (const Collective collective :
+       {Collective::all_reduce, Collective::reduce_scatter, Collective::all_gather}) {
+    rules.push_back(
+        {.collective = collective,
+         .links = Links::wire,
+         .deterministic = false,
+         .algorithm = "hierarchical",
+         .reason = "what crosses between nodes is encoded, crosses once, and is summed exactly before"});
+  }
   const auto all_reduce = [&](Rule rule) {
     rule.collective = Collective::all_reduce;
     rules.push_back(std::move(rule));
@@ -72,9 +81,9 @@ bool Rule::fits(const schedule::Call& call, bool is_crowded) const {
                         static_cast<int64_t>(size_of(call.dtype));
   const bool both = call.in == Placement::symmetric && call.out == Placement::symmetric;
   return is(collective, call.world.collective) && is(nodes, !call.world.nodes.empty()) &&
-         is(ragged, is_ragged(call)) && is(coded, call.coded()) && is(crowded, is_crowded) &&
-         is(symmetric, both) && call.world.size >= min_ranks && bytes * (call.world.size - 1) <= max_bytes &&
-         (deterministic || !call.deterministic);
+         is(ragged, is_ragged(call)) && is(coded, call.coded()) && (!links || call.coded_on(*links)) &&
+         is(crowded, is_crowded) && is(symmetric, both) && call.world.size >= min_ranks &&
+         bytes * (call.world.size - 1) <= max_bytes && (deterministic || !call.deterministic);
 }
 
 // What follows was measured on cores that share a last level of 32 MiB, with an L2 of 1 MiB (Zen 5) and of

@@ -20,6 +20,7 @@ struct Rule {
   std::optional<bool> nodes = std::nullopt;   // several of them
   std::optional<bool> ragged = std::nullopt;  // an all_to_all with a count for each pair
   std::optional<bool> coded = std::nullopt;
+  std::optional<Links> links = std::nullopt;     // where a codec encodes
   std::optional<bool> crowded = std::nullopt;    // the ranks have fewer cores than they are
   std::optional<bool> symmetric = std::nullopt;  // both buffers
   int min_ranks = 1;

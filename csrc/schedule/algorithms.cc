@@ -14,22 +14,22 @@ using enum Collective;
 using enum Algorithm::Codecs;
 // Where nothing is summed, nothing is out of balance.
 constexpr Algorithm kAlgorithms[] = {
-    // name, collective, function, balanced, codecs, ragged
+    // name, collective, function, balanced, codecs, wire, ragged
     {"one_shot", all_reduce, one_shot, true, any_once},
-    {"two_shot", all_reduce, two_shot, true, any_once},
+    {"two_shot", all_reduce, two_shot, true, any_once, /*wire=*/true},
     {"ring", all_reduce, ring, false, any_once},
     {"tree", all_reduce, tree, false, any_once},
     {"recursive_doubling", all_reduce, recursive_doubling, true, none},
     {"halving_doubling", all_reduce, halving_doubling, true, any},
-    {"hierarchical", all_reduce, hierarchical, false, none},
-    {"direct", reduce_scatter, direct, true, any_once},
-    {"ring", reduce_scatter, ring, false, any_once},
-    {"recursive_halving", reduce_scatter, recursive_halving, false, any},
-    {"hierarchical", reduce_scatter, hierarchical, false, any_once},
-    {"direct", all_gather, direct, true, any_once},
+    {"hierarchical", all_reduce, hierarchical, false, any_once, /*wire=*/true},
+    {"direct", reduce_scatter, direct, true, any_once, /*wire=*/true},
+    {"ring", reduce_scatter, ring, false, any_once, /*wire=*/true},
+    {"recursive_halving", reduce_scatter, recursive_halving, false, any, /*wire=*/true},
+    {"hierarchical", reduce_scatter, hierarchical, false, any_once, /*wire=*/true},
+    {"direct", all_gather, direct, true, any_once, /*wire=*/true},
     {"ring", all_gather, ring, true, any_once},
     {"recursive_doubling", all_gather, recursive_doubling, true, any_once},
-    {"hierarchical", all_gather, hierarchical, true, any_once},
+    {"hierarchical", all_gather, hierarchical, true, any_once, /*wire=*/true},
     {"direct", broadcast, direct, true, none},
     {"binomial", broadcast, binomial, true, none},
     {"pipelined_tree", broadcast, pipelined_tree, true, none},
@@ -44,7 +44,7 @@ constexpr Algorithm kAlgorithms[] = {
     {"direct", all_to_all, direct, true, none},
     {"pairwise", all_to_all, pairwise, true, none},
     // A rank does not know how long the blocks are that others send to others.
-    {"hierarchical", all_to_all, hierarchical, true, none, /*ragged=*/false},
+    {"hierarchical", all_to_all, hierarchical, true, none, /*wire=*/false, /*ragged=*/false},
     {"dissemination", barrier, dissemination, true, none},
     {"direct", send_recv, direct, true, none},
 };

@@ -24,6 +24,7 @@ struct Algorithm {
   // error feedback needs.
   enum class Codecs : uint8_t { none, any, any_once };
   Codecs codecs;
+  bool wire = false;   // whether they are proved with codecs on message links alone
   bool ragged = true;  // takes an all_to_all with a count for each pair, as far as it takes all_to_alls
 };
 

@@ -49,13 +49,13 @@ void add(Hasher& hasher, const Call& call) {
   // compile.
   const auto& [world, dtype, op, counts, in, out, in_place, prescale, deterministic, ragged, codec] = call;
   const auto& [collective, size, root, peer, nodes] = world;
-  const auto& [kind, rounding, ceil_scale, hadamard, seed] = codec;
+  const auto& [kind, rounding, ceil_scale, hadamard, seed, links] = codec;
   hasher.add(collective).add(size).add(root).add(peer).add(dtype).add(op).add(counts.size());
   for (int64_t count : counts) hasher.add(count);
   hasher.add(nodes.size());
   for (int node : nodes) hasher.add(node);
   hasher.add(in).add(out).add(in_place).add(prescale).add(deterministic).add(ragged);
-  hasher.add(kind).add(rounding).add(ceil_scale).add(hadamard).add(seed);
+  hasher.add(kind).add(rounding).add(ceil_scale).add(hadamard).add(seed).add(links);
 }
 
 bool encodes(const Program& program, const Step& step) {

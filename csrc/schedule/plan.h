@@ -40,7 +40,9 @@
 // A call with a codec (kernels/codec.h). What lies in windows is in wire form, what lies in the caller's
 // buffers is not: combines between the two encode and decode. Windows hold whole tiles; every operand
 // starts at a tile's begin, and a wire operand of `count` elements has the bytes of as many tiles as hold
-// them, of which a last, short one is not used in full. All buffers are plain.
+// them, of which a last, short one is not used in full. All buffers are plain. With a codec on message links
+// alone, wire form is what a rank sends and receives, in memory that no other rank touches; all else is as
+// without a codec.
 //
 // Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c -
 // 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
@@ -133,7 +135,11 @@ struct Call {
   bool ragged = false;
   // Of all_reduce, reduce_scatter and all_gather of floats. A plan does not depend on its seed.
   Codec codec;
-  bool coded() const { return codec.kind != CodecKind::none; }
+  // Whether anything is encoded. On one node there is nothing to encode on message links alone.
+  bool coded() const {
+    return codec.kind != CodecKind::none && (codec.links == Links::all || !world.nodes.empty());
+  }
+  bool coded_on(Links links) const { return coded() && codec.links == links; }
   bool operator==(const Call&) const = default;
 };
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NoReturn
 
 from pycomm import _native, checks
 from pycomm.codecs.feedback import ErrorFeedback, kept
 
 Rounding = Literal["nearest", "stochastic"]
+Links = Literal["all", "wire"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,18 @@ class Codec:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCodec(Codec):
-    """A codec that makes blocks of elements into bytes, each by itself, so that plans can carry it."""
+    """A codec that makes blocks of elements into bytes, each by itself, so that plans can carry it.
+
+    `links` says where it does: on "all" links between ranks, or on the "wire" alone, between nodes: ranks of
+    one node then exchange exact values. The name with "@wire" stands for that: codec="int8@wire". Error
+    feedback takes "all".
+    """
+
+    links: Links = "all"
+
+    def __post_init__(self) -> None:
+        if self.links not in ("all", "wire"):
+            raise ValueError(f"links={self.links!r}: 'all', or 'wire' for what crosses between nodes")
 
     def native(self) -> _native.Codec:
         """What the kernels know of it."""
@@ -46,6 +58,7 @@ class _Rounded(BlockCodec):
     error_feedback: ErrorFeedback | bool | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rounding not in (None, "nearest", "stochastic"):
             raise ValueError(
                 f"rounding={self.rounding!r}: 'nearest', 'stochastic', or None to go by error_feedback"
@@ -56,7 +69,9 @@ class _Rounded(BlockCodec):
     def native(self) -> _native.Codec:
         # With feedback what rounding loses is not lost; without, only random rounding has no bias.
         rounding = self.rounding or ("nearest" if self.error_feedback else "stochastic")
-        return _native.Codec(self.name, rounding=rounding, seed=self.seed, **self._details())
+        return _native.Codec(
+            self.name, rounding=rounding, seed=self.seed, links=self.links, **self._details()
+        )
 
     def _details(self) -> dict[str, bool]:
         return {}
@@ -183,10 +198,11 @@ class Sign(BlockCodec):
     feedback_by_default = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_feedback(self.error_feedback)
 
     def native(self) -> _native.Codec:
-        return _native.Codec(self.name)
+        return _native.Codec(self.name, links=self.links)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +269,20 @@ def _named(codec: Any) -> Codec:
         raise TypeError(
             f"`codec` is {codec!r}: pass a name ({', '.join(DEFAULTS)}) or an object of pycomm.codecs"
         )
-    if codec not in DEFAULTS:
-        near = difflib.get_close_matches(codec.lower(), DEFAULTS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+    name, at, links = codec.partition("@")
+    if name not in DEFAULTS:
+        near = difflib.get_close_matches(name.lower(), DEFAULTS, 1)
+        hint = f" (did you mean {near[0] + at + links!r}?)" if near else ""
         raise ValueError(f"`codec` is {codec!r}{hint}: there are {', '.join(DEFAULTS)}")
-    return DEFAULTS[codec]
+    found = DEFAULTS[name]
+    if not at:
+        return found
+    if links != "wire":
+        raise ValueError(f"`codec` is {codec!r}: {name}@wire encodes what crosses between nodes, {name} all")
+    if not isinstance(found, BlockCodec):
+        blocks = [each for each, kind in DEFAULTS.items() if isinstance(kind, BlockCodec)]
+        raise ValueError(f"`codec` is {codec!r}: {name} has no links of its own; {', '.join(blocks)} have")
+    return replace(found, links="wire")
 
 
 def feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | None:

@@ -115,7 +115,8 @@ Move Programs::write_out(int rank, int c, const Step& step, int64_t trip) {
     wire = wire || move.operands[i].format == Format::wire;
     partials = partials || move.operands[i].format == Format::partial;
   }
-  if (wire != (move.transcode != nullptr) || (wire && (partials || tile(plan) == 0))) {
+  const bool exact_windows = plan.call.codec.links == Links::wire;
+  if (wire != (move.transcode != nullptr) || (wire && ((partials && !exact_windows) || tile(plan) == 0))) {
     throw Impossible{"wire form where none can be"};
   }
   const bool copy = step.num_srcs == 1 && move.operands[step.num_dsts].format == step.dst_format;
@@ -151,6 +152,9 @@ void Programs::write_out_operands(int rank, const Step& step, int64_t trip, Move
     const int64_t bytes = bytes_of(plan, operand.format, step.count);
     int64_t base = 0, offset = operand.offset, room = 0;
     if (operand.format == Format::wire && operand.space != Space::window) throw Impossible{"wire form"};
+    if (operand.format == Format::wire && operand.rank != rank && plan.call.codec.links == Links::wire) {
+      throw Impossible{"wire form inside a node"};
+    }
     switch (operand.space) {
       case Space::in:
         base = place.in, room = place.in_bytes, offset += trip * operand.stride;
@@ -222,6 +226,8 @@ Move Programs::write_out_message(int rank, int c, const Step& step, int64_t trip
   }
   move.operands = &program.operands[step.operand];
   if (move.operands->rank != rank) throw Impossible{"a message in another rank's memory"};
+  if (tile(plan) > 0 && move.operands->format != Format::wire)
+    throw Impossible{"a message that is not encoded"};
   write_out_operands(rank, step, trip, move);
   return move;
 }

@@ -76,6 +76,36 @@ TEST(blocks_of_an_all_to_all_cross_together) {
   }
 }
 
+// A rank sends as many elements as the file says, and with a codec on message links their wire form.
+TEST(the_least_crosses) {
+  constexpr int64_t kShare = 8 * kTile;
+  const struct {
+    Collective collective;
+    int64_t count;                                           // of a block
+    int64_t shares;                                          // of kShare, that a rank sends
+  } cases[] = {{Collective::all_reduce, 6 * kShare, 2 * 2},  // S = 6 shares on N = 3 nodes of L = 2 ranks
+               {Collective::reduce_scatter, kShare, 2},      // half of it
+               {Collective::all_gather, kShare, 2}};
+  for (const auto& c : cases) {
+    for (const bool coded : {false, true}) {
+      Call call{.world = {.collective = c.collective, .size = 6, .nodes = {0, 1, 2, 0, 1, 2}}};
+      call.counts = uniform_counts(call.world, c.count);
+      if (coded) call.codec = {.kind = CodecKind::int8, .links = Links::wire};
+      const Plan plan = make_plan("hierarchical", call, {.bank_bytes = 8 << 20});
+      for (const Program& program : plan.programs) {
+        int64_t bytes = 0;
+        Cursor().walk(program, [&](const Step& step, int64_t) {
+          if (step.kind == Step::Kind::send) {
+            bytes += operand_bytes(call, program.operands[step.operand].format, step.count);
+          }
+          return true;
+        });
+        CHECK_EQ(bytes, c.shares * (coded ? wire_bytes(CodecKind::int8, kShare) : kShare * 4));
+      }
+    }
+  }
+}
+
 // Where nodes are alike, local rank l speaks to local rank l.
 TEST(ranks_of_like_nodes_speak_to_their_like) {
   const Plan plan = all_to_all({0, 1, 0, 1, 0, 1}, 100, {.bank_bytes = 1 << 20});

@@ -492,6 +492,7 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
     int64_t trip_tiles;
     int every;
     std::vector<int> nodes = {};
+    Links links = Links::all;
   } trials[] = {
       {Collective::all_reduce, "two_shot", 2, {2051}, 8, 1},
       {Collective::all_reduce, "two_shot", 2, {4 * 2048 + 5}, 2, 9},
@@ -514,6 +515,15 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
       {Collective::all_reduce, "one_shot", 2, {1030}, 1, 3, {0, 1}},
       {Collective::reduce_scatter, "ring", 3, {3, 5, 4}, 8, 3, {0, 0, 1}},
       {Collective::all_gather, "direct", 2, {1030, 5}, 1, 3, {0, 1}},
+      {Collective::all_reduce, "hierarchical", 3, {3077}, 8, 9, {0, 0, 1}},
+      {Collective::all_reduce, "hierarchical", 2, {2051}, 8, 2, {0, 1}, Links::wire},
+      {Collective::all_reduce, "hierarchical", 3, {4 * 1024 + 5}, 8, 9, {0, 0, 1}, Links::wire},
+      {Collective::all_reduce, "two_shot", 3, {3077}, 8, 9, {0, 1, 0}, Links::wire},
+      {Collective::reduce_scatter, "hierarchical", 3, {3, 5, 4}, 8, 3, {0, 0, 1}, Links::wire},
+      {Collective::reduce_scatter, "direct", 2, {1030, 5}, 1, 3, {0, 1}, Links::wire},
+      {Collective::reduce_scatter, "ring", 3, {3, 5, 4}, 8, 3, {0, 0, 1}, Links::wire},
+      {Collective::all_gather, "hierarchical", 3, {3, 5, 4}, 8, 3, {0, 0, 1}, Links::wire},
+      {Collective::all_gather, "direct", 3, {3, 1030, 4}, 8, 3, {0, 1, 0}, Links::wire},
   };
   for (const auto& trial : trials) {
     Call call{.world = {.collective = trial.collective, .size = trial.n, .nodes = trial.nodes},
@@ -521,6 +531,7 @@ TEST(every_wrong_mutant_with_a_codec_is_rejected) {
     call.op = trial.collective == Collective::all_gather ? Op::sum : Op::avg;
     call.counts = trial.counts;
     call.codec.kind = CodecKind::sign;
+    call.codec.links = trial.links;
     Geometry geometry;
     geometry.bank_bytes = 64 << 10;
     const int64_t blocks = static_cast<int64_t>(trial.counts.size());

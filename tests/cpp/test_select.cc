@@ -87,6 +87,8 @@ TEST(every_call_gets_an_algorithm_that_can) {
             if (!call.world.traits().takes_codec) continue;
             call.codec.kind = CodecKind::int8;
             CHECK(chosen().codecs != schedule::Algorithm::Codecs::none);
+            call.codec.links = Links::wire;
+            CHECK(chosen().wire || !call.coded());
           }
         }
       }
@@ -123,6 +125,17 @@ TEST(a_profile_is_data) {
   otherwise([](Call& call) { call.counts = {101}; });
   otherwise([](Call& call) { call.deterministic = true; });
   CHECK_THROWS(ValueError, select(call_of(Collective::barrier, 3, 0), mine, false));
+
+  Call wire = fits;
+  wire.codec = {.kind = CodecKind::int8, .links = Links::wire};
+  CHECK(!Rule{.links = Links::wire}.fits(wire, false));  // nothing crosses
+  wire.world.nodes = {0, 0, 1};
+  CHECK(Rule{.links = Links::wire}.fits(wire, false));
+  CHECK(!Rule{.links = Links::all}.fits(wire, false));
+  Call pairs = call_of(Collective::all_to_all, 3, 100);
+  CHECK(Rule{.ragged = false}.fits(pairs, false));
+  pairs.ragged = true;
+  CHECK(!Rule{.ragged = false}.fits(pairs, false));
 }
 
 TEST(single_copy_and_geometry_are_the_profiles) {

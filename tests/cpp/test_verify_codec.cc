@@ -1,4 +1,5 @@
 // What the verifier finds in plans with codecs, and how it says so. (test_mutation has every small change.)
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -140,6 +141,105 @@ TEST(codecs_are_of_float_sums) {
   plan = two_shot();
   plan.call.in = Placement::symmetric;
   expect(plan, Kind::malformed, {"not plain"});
+}
+
+// ---- on message links alone ----
+
+namespace {
+
+// reduce_scatter of 3 ranks, a tile each, of which two share a node: inside it they exchange exact values.
+Plan on_the_wire() {
+  Call call{.world = {.collective = Collective::reduce_scatter, .size = 3, .nodes = {0, 0, 1}},
+            .counts = {kTile, kTile, kTile}};
+  call.codec = {.kind = CodecKind::int8, .links = Links::wire};
+  return make_plan("direct", call, {.bank_bytes = 1 << 20});
+}
+
+// The rank's first combine that writes its own window from `in`, and does not encode.
+Step& exact_copy_of(Plan& plan, int rank) {
+  Program& program = plan.programs[rank];
+  const auto exact = std::ranges::find_if(program.steps, [&](const Step& step) {
+    return step.kind == Step::Kind::combine && step.transcode < 0 &&
+           program.operands[step.operand].space == Space::window;
+  });
+  CHECK(exact != program.steps.end());
+  return *exact;
+}
+
+}  // namespace
+
+TEST(what_crosses_between_nodes_is_encoded) {
+  Plan plan = on_the_wire();
+  CHECK(!verify(plan));
+  for (Program& program : plan.programs) {
+    for (const Step& step : program.steps) {
+      if (step.kind != Step::Kind::send) continue;
+      Plan raw = plan;
+      const auto rank = &program - plan.programs.data();
+      raw.programs[rank].operands[step.operand].format = Format::raw;
+      expect(raw, Kind::malformed, {"step ", "what crosses between nodes is not encoded"});
+    }
+  }
+  // A whole plan that is right but for that it encodes nothing.
+  Call call = plan.call;
+  call.codec = {};
+  Plan exact = make_plan("direct", call, {.bank_bytes = 1 << 20});
+  CHECK(!verify(exact));
+  exact.call.codec = plan.call.codec;
+  expect(exact, Kind::malformed, {"what crosses between nodes is not encoded"});
+}
+
+TEST(what_stays_in_a_node_is_not_encoded) {
+  // A peer reads wire form from the window.
+  Plan plan = on_the_wire();
+  Step& step = exact_copy_of(plan, 0);
+  Program& program = plan.programs[0];
+  const Operand window = program.operands[step.operand], in = program.operands[step.operand + 1];
+  program.operands[step.operand].format = step.dst_format = Format::wire;
+  step.transcode = static_cast<int32_t>(program.transcodes.size());
+  program.transcodes.push_back({.index = kTile, .element = kTile});
+  for (Operand& operand : plan.programs[1].operands) {
+    if (operand.rank == 0 && operand.space == Space::window) operand.format = Format::wire;
+  }
+  for (Step& other : plan.programs[1].steps) {
+    if (other.kind == Step::Kind::combine && other.num_srcs > 1) other.transcode = 0;
+  }
+  expect(plan, Kind::malformed, {"what ranks of one node exchange is encoded"});
+
+  // Or it gets exact bytes, of what was encoded and decoded for nothing.
+  plan = on_the_wire();
+  const int64_t spare = plan.slot_bytes;
+  plan.slot_bytes += 2 * kTile;
+  plan.bank_bytes += 2 * kTile;
+  Program& lossy = plan.programs[0];
+  Step& copy = exact_copy_of(plan, 0);
+  const auto at = &copy - lossy.steps.data();
+  const Operand tile{.space = Space::window, .format = Format::wire, .rank = 0, .offset = spare};
+  Step decode = copy;
+  decode.dst_format = Format::final;
+  decode.operand = static_cast<int32_t>(lossy.operands.size());
+  decode.transcode = static_cast<int32_t>(lossy.transcodes.size());
+  lossy.operands.insert(lossy.operands.end(), {window, tile, tile, in});
+  lossy.operands[decode.operand].format = Format::final;
+  lossy.transcodes.insert(lossy.transcodes.end(), {{}, {.index = kTile, .element = kTile}});
+  Step encode = decode;
+  encode.dst_format = Format::wire;
+  encode.operand += 2;
+  ++encode.transcode;
+  lossy.steps[at] = encode;
+  lossy.steps.insert(lossy.steps.begin() + at + 1, decode);
+  ++lossy.loops[0].num_steps;
+  expect(plan, Kind::data, {"rank 1", "turn 0 of rank 0", "what never crossed between nodes"});
+}
+
+// On one node nothing crosses: the plan is that without a codec.
+TEST(on_one_node_there_is_nothing_to_encode) {
+  Call call = on_the_wire().call;
+  call.world.nodes = {};
+  const Plan plan = make_plan("direct", call, {.bank_bytes = 1 << 20});
+  CHECK(!plan.call.coded());
+  CHECK(!verify(plan));
+  for (const Program& program : plan.programs) CHECK(program.transcodes.empty());
 }
 
 // Trips that the proof leaves out say nothing else than all of them do.

@@ -2,8 +2,9 @@
 //
 //   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different
 //                   nodes with the same share finish it, each a piece, and show it in their nodes. Three
-//                   stages, which work on three trips at once.
-//   reduce_scatter  every node sums each block in one of its ranks, which shows it to the block's owner.
+//                   stages, which work on three trips at once. A sum that stays in its node is not made first.
+//   reduce_scatter  every node sums each block of the others in one of its ranks, which shows it to the block's
+//                   owner.
 //   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the
 //                   rest.
 //   all_to_all      the ranks of a node write what goes to one rank of another into one of their own, which
@@ -49,18 +50,25 @@ struct Share {
   Chunk chunk;
 };
 
-// The ranks of a node show each share to its driver there, which sums it.
+// The ranks of a node show each share to its driver there.
+void show_to_drivers(Builder& b, const std::vector<Share>& shares) {
+  for (const Share& share : shares) {
+    if (share.driver != b.rank()) b.offer(share.driver, b.in(share.chunk));
+  }
+}
+
+std::vector<Ref> inputs_of(const std::vector<int>& members, Chunk chunk) {
+  std::vector<Ref> inputs;
+  for (const int member : members) inputs.push_back(Builder::in_of(member, chunk));
+  return inputs;
+}
+
+// Then the driver sums what other nodes need.
 void sum_in_node(Builder& b, const Nodes& nodes, const std::vector<Share>& shares) {
   const std::vector<int>& members = nodes.members[nodes.node[b.rank()]];
   if (members.size() == 1) return;
   for (const Share& share : shares) {
-    if (share.driver != b.rank()) b.offer(share.driver, b.in(share.chunk));
-  }
-  for (const Share& share : shares) {
-    if (share.driver != b.rank()) continue;
-    std::vector<Ref> srcs;
-    for (const int member : members) srcs.push_back(Builder::in_of(member, share.chunk));
-    b.combine({b.scratch(share.chunk)}, srcs);
+    if (share.driver == b.rank()) b.combine({b.scratch(share.chunk)}, inputs_of(members, share.chunk));
   }
 }
 
@@ -73,26 +81,34 @@ Schedule all_reduce(const World& world, const Nodes& nodes) {
   for (const auto& members : nodes.members)
     num_shares = std::max(num_shares, static_cast<int>(members.size()));
   const int pieces = num_shares * num_nodes;
-  const auto whole = [&](int share) { return Chunk{0, share * num_nodes, (share + 1) * num_nodes, pieces}; };
-  const auto piece = [&](int share, int node) {
-    return Chunk{0, share * num_nodes + node, share * num_nodes + node + 1, pieces};
+  // A share has a piece for each node: these of them.
+  const auto run = [&](int share, int first, int last) {
+    return Chunk{0, share * num_nodes + first, share * num_nodes + last, pieces};
   };
+  const auto whole = [&](int share) { return run(share, 0, num_nodes); };
+  const auto piece = [&](int share, int node) { return run(share, node, node + 1); };
   for (int rank = 0; rank < world.size; ++rank) {
     Builder b(schedule, rank);
     const int node = nodes.node[rank];
-    std::vector<Share> shares;
+    std::vector<Share> own, others;
     for (int share = 0; share < num_shares; ++share) {
-      shares.push_back({driver_of(nodes, node, share), whole(share)});
+      const int driver = driver_of(nodes, node, share);
+      own.push_back({driver, piece(share, node)});
+      if (node > 0) others.push_back({driver, run(share, 0, node)});
+      if (node + 1 < num_nodes) others.push_back({driver, run(share, node + 1, num_nodes)});
     }
-    sum_in_node(b, nodes, shares);
+    show_to_drivers(b, others);
+    show_to_drivers(b, own);
+    sum_in_node(b, nodes, others);
     b.stage(1);
     for (int share = 0; share < num_shares; ++share) {
       if (driver_of(nodes, node, share) != rank) continue;
-      std::vector<Ref> dsts = {b.out(piece(share, node))}, srcs;
+      std::vector<Ref> dsts = {b.out(piece(share, node))};
+      std::vector<Ref> srcs = inputs_of(nodes.members[node], piece(share, node));
       for (int other = 0; other < num_nodes; ++other) {
+        if (other == node) continue;
         const int peer = driver_of(nodes, other, share);
         srcs.push_back(node_sum(nodes, peer, piece(share, node)));
-        if (other == node) continue;
         dsts.push_back(Builder::out_of(peer, piece(share, node)));
         b.offer(peer, node_sum(nodes, rank, piece(share, other)));
         b.offer(peer, b.out(piece(share, other)));
@@ -100,10 +116,14 @@ Schedule all_reduce(const World& world, const Nodes& nodes) {
       b.combine(dsts, srcs, /*final=*/true);
     }
     b.stage(2);
+    for (const std::vector<Share>* shown : {&others, &own}) {
+      for (const Share& part : *shown) {
+        if (part.driver != rank) b.accept(part.driver, b.in(part.chunk));
+      }
+    }
     for (int share = 0; share < num_shares; ++share) {
       const int driver = driver_of(nodes, node, share);
       if (driver != rank) {
-        b.accept(driver, b.in(whole(share)));
         b.copy(b.out(whole(share)), Builder::out_of(driver, whole(share)));
         continue;
       }
@@ -125,16 +145,20 @@ Schedule reduce_scatter(const World& world, const Nodes& nodes) {
   for (int rank = 0; rank < world.size; ++rank) {
     Builder b(schedule, rank);
     const int node = nodes.node[rank];
-    std::vector<Share> shares;
-    for (int block = 0; block < world.size; ++block) shares.push_back({driver_in(node, block), {block}});
-    sum_in_node(b, nodes, shares);
+    std::vector<Share> own, others;  // a block of its own node belongs to its driver
+    for (int block = 0; block < world.size; ++block) {
+      (nodes.node[block] == node ? own : others).push_back({driver_in(node, block), {block}});
+    }
+    show_to_drivers(b, others);
+    show_to_drivers(b, own);
+    sum_in_node(b, nodes, others);
     for (int block = 0; block < world.size; ++block) {
       const bool elsewhere = nodes.node[block] != node;
       if (elsewhere && driver_in(node, block) == rank) b.offer(block, node_sum(nodes, rank, {block}));
     }
-    std::vector<Ref> srcs;
+    std::vector<Ref> srcs = inputs_of(nodes.members[node], {rank});
     for (int other = 0; other < nodes.count(); ++other) {
-      srcs.push_back(node_sum(nodes, driver_in(other, rank), {rank}));
+      if (other != node) srcs.push_back(node_sum(nodes, driver_in(other, rank), {rank}));
     }
     b.combine({b.out({rank})}, srcs, /*final=*/true);
   }

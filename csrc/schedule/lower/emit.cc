@@ -59,7 +59,11 @@ void Emitter::wait(int peer, Event event, int stage, int64_t shift) {
         .per_trip = l_.per_trip(peer, rank_, event.cell)});
 }
 
-Format Emitter::crossing_format(const Ref& ref) const {
+Format Emitter::window_format(const Ref& ref) const {
+  return l_.call_.coded_on(Links::all) ? Format::wire : format_of(ref);
+}
+
+Format Emitter::message_format(const Ref& ref) const {
   return l_.call_.coded() ? Format::wire : format_of(ref);
 }
 
@@ -98,7 +102,7 @@ void Emitter::receive_until(int from, int channel, int index) {
   for (int& received = received_[{from, channel}]; received < index; ++received) {
     const Message& message = messages[received];
     const Offer& offer = l_.offers_[message.offers[0]];
-    if (alive(offer)) receive(message, from, channel, mail(message.mail, crossing_format(offer.ref)));
+    if (alive(offer)) receive(message, from, channel, mail(message.mail, message_format(offer.ref)));
   }
 }
 
@@ -123,7 +127,7 @@ void Emitter::complete_earlier() {
 void Emitter::take_written(const Offer& offer) {
   const auto [channel, index] = offer.done;
   const Message& message = l_.messages_[offer.peer * l_.n_ + rank_].at(channel)[index - 1];
-  const Format format = crossing_format(offer.ref);
+  const Format format = window_format(offer.ref);
   const Operand window = operand(offer.ref, true, format);
   receive_until(offer.peer, channel, index - 1);
   if (int& received = received_[{offer.peer, channel}]; received < index) {
@@ -137,21 +141,22 @@ void Emitter::take_written(const Offer& offer) {
 }
 
 Operand Emitter::source(const Item& item, const Ref& ref) const {
-  const Format format = crossing_format(ref);
   if (l_.call_.world.mapped(ref.rank, rank_)) {
-    return operand(ref, l_.call_.coded() || (l_.in_window(ref) && ref.rank != rank_), format);
+    const bool window = l_.call_.coded_on(Links::all) || (l_.in_window(ref) && ref.rank != rank_);
+    return operand(ref, window, window_format(ref));
   }
   const auto id = std::ranges::find_if(item.offers, [&](int id) { return l_.offers_[id].ref == ref; });
   const Event& shown = l_.offers_[*id].shown;
   const Message& message = l_.messages_[ref.rank * l_.n_ + rank_].at(shown.cell)[shown.index - 1];
   const int blocks_before = ref.chunk.block - l_.offers_[message.offers[0]].ref.chunk.block;
-  return mail(message.mail + l_.layout_.image_bytes(blocks_before, 0), format);
+  return mail(message.mail + l_.layout_.image_bytes(blocks_before, 0), message_format(ref));
 }
 
 void Emitter::add_destination(std::vector<Operand>& dsts, const Item& item, const Ref& ref,
                               Format format) const {
   if (l_.call_.world.mapped(ref.rank, rank_)) {
-    return dsts.push_back(operand(ref, l_.call_.coded() || (l_.in_window(ref) && ref.rank != rank_), format));
+    const bool window = l_.call_.coded_on(Links::all) || (l_.in_window(ref) && ref.rank != rank_);
+    return dsts.push_back(operand(ref, window, format));
   }
   const Operand outbox = mail(l_.outboxes_[rank_].at(item.step), format);
   const auto same = [&](const Operand& dst) {
@@ -209,11 +214,8 @@ void Emitter::show(const Item& item, int stage) {
       const Operand from = operand(offer.from, false, format_of(offer.ref));
       move({Space::outgoing, from.format, offer.peer, offer.shown.cell * kCellBytes}, from,
            l_.length_of(offer.ref, trip_), stage, false);
-    } else if (offer.copy && l_.call_.coded()) {
-      encode_offer(offer, stage);
-    } else if (offer.copy) {
-      move(operand(offer.ref, true, Format::raw), operand(offer.ref, false, Format::raw),
-           l_.length_of(offer.ref, trip_), stage, false);
+    } else {
+      bring_to_window(offer, stage);
     }
   }
   const Offer& first = l_.offers_[item.offers[0]];
@@ -224,12 +226,28 @@ void Emitter::show(const Item& item, int stage) {
     const auto [channel, index] = offer.shown;
     if (!offer.read || !alive(offer) || (channel == last.cell && index == last.index)) continue;
     last = offer.shown;
-    send(offer.peer, channel, index, operand(offer.ref, true, crossing_format(offer.ref)));
+    send(offer.peer, channel, index,
+         offer.encoded < 0 ? operand(offer.ref, true, message_format(offer.ref))
+                           : encoded(l_.encoded_[rank_][offer.encoded]));
+  }
+}
+
+void Emitter::bring_to_window(const Offer& offer, int stage) {
+  const Encoded* chunk = offer.encoded < 0 ? nullptr : &l_.encoded_[rank_][offer.encoded];
+  if (chunk && chunk->step == offer.step) encode_for_messages(*chunk, stage);
+  if (!offer.copy) return;
+  if (l_.call_.coded_on(Links::all)) return encode_offer(offer, stage);
+  const int64_t count = l_.length_of(offer.ref, trip_);
+  if (chunk) {
+    emit_coded({operand(offer.ref, true, Format::final)}, {encoded(*chunk)}, count, stage, {});
+  } else {
+    move(operand(offer.ref, true, Format::raw), operand(offer.ref, false, Format::raw), count, stage, false);
   }
 }
 
 void Emitter::accept(const Offer& offer, int stage) {
   if (l_.deferred(offer) || !alive(offer)) return;
+  if (l_.crosses(offer) && offer.written && l_.call_.coded_on(Links::wire)) return take_encoded(offer, stage);
   if (l_.crosses(offer)) {
     take_written(offer);
   } else {
@@ -237,7 +255,7 @@ void Emitter::accept(const Offer& offer, int stage) {
   }
   if (!offer.written || !l_.staged(offer.ref)) return;
   const int64_t count = l_.length_of(offer.ref, trip_);
-  if (l_.call_.coded()) {
+  if (l_.call_.coded_on(Links::all)) {
     emit_coded({operand(offer.ref, false, Format::final)}, {wire(offer.ref)}, count, stage, {},
                streams(offer.ref));
   } else {
@@ -268,7 +286,7 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   const bool is_copy = !step.final && step.srcs.size() == 1 &&
                        (step.dsts[0].buffer == Buffer::scratch) == (step.srcs[0].buffer == Buffer::scratch);
   const int64_t count = checked_length(item, step, is_copy);
-  if (l_.call_.coded()) {
+  if (l_.call_.coded_on(Links::all)) {
     combine_coded(item, step, count, is_copy);
   } else {
     combine_plain(item, step, count, is_copy);
@@ -280,7 +298,7 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
     const Offer& offer = l_.offers_[id];
     if (!l_.crosses(offer) || !offer.written || !alive(offer)) continue;
     send(offer.owner, offer.done.cell, offer.done.index,
-         mail(l_.outboxes_[rank_].at(item.step), crossing_format(offer.ref)));
+         mail(l_.outboxes_[rank_].at(item.step), message_format(offer.ref)));
   }
 }
 
@@ -307,16 +325,36 @@ int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool
   return count;
 }
 
+// Windows hold what they hold without a codec. With one on message links alone, what a result's readers on other
+// nodes get is encoded first, and all others get the decoded form of it, so that all ranks hold the same values.
 void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy) {
   std::vector<Operand> dsts, srcs;
+  for (const Ref& ref : step.srcs) {
+    const auto rider = std::find_if(item.offers.begin(), item.offers.end(), [&](int id) {
+      return l_.offers_[id].rides && l_.offers_[id].ref == ref;
+    });
+    if (rider != item.offers.end()) {
+      srcs.push_back({Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
+    } else {
+      srcs.push_back(published_form(ref, item.step).value_or(source(item, ref)));
+    }
+  }
+  const auto sent_encoded = [&](const Ref& ref) {
+    return l_.call_.coded() && !l_.call_.world.mapped(ref.rank, rank_);
+  };
+  const bool sends = std::ranges::any_of(step.dsts, sent_encoded);
+  const bool decodes =
+      sends || std::ranges::any_of(srcs, [](const Operand& src) { return src.format == Format::wire; });
   bool to_user = true;
   for (int d = 0; d < static_cast<int>(step.dsts.size()); ++d) {
     const Ref& ref = step.dsts[d];
-    const Format format = step.final                      ? Format::final
-                          : ref.buffer == Buffer::scratch ? Format::partial
-                                                          : Format::raw;
+    if (sent_encoded(ref)) continue;
+    const Format format = ref.buffer == Buffer::scratch ? Format::partial
+                          : step.final || decodes       ? Format::final
+                                                        : Format::raw;
     // In place, a rank's `out` holds what its `in` does.
-    const bool there = l_.call_.in_place && is_copy && ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
+    const bool there = l_.call_.in_place && is_copy && !decodes &&
+                       ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
                        step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
     if (!there) add_destination(dsts, item, ref, format);
     to_user = to_user && !there && dsts.back().space == Space::out;
@@ -325,17 +363,19 @@ void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t 
       to_user = false;
     }
   }
-  for (const Ref& ref : step.srcs) {
-    const auto rider = std::find_if(item.offers.begin(), item.offers.end(), [&](int id) {
-      return l_.offers_[id].rides && l_.offers_[id].ref == ref;
-    });
-    if (rider != item.offers.end()) {
-      srcs.push_back({Space::incoming, format_of(ref), ref.rank, l_.offers_[*rider].shown.cell * kCellBytes});
-    } else {
-      srcs.push_back(source(item, ref));
-    }
+  Transcode transcode;
+  if (sends) {
+    const Operand outbox = mail(l_.outboxes_[rank_].at(item.step), Format::wire);
+    const auto turn = l_.encode_turns_[rank_].find(item.step);
+    if (turn != l_.encode_turns_[rank_].end()) transcode = encode_of(step.dsts[0].chunk, turn->second);
+    transcode.divides = step.final;
+    emit_coded({outbox}, srcs, count, step.stage, transcode);
+    srcs = {outbox};
+    transcode = {};
+  } else {
+    transcode.divides = step.final;
   }
-  if (!dsts.empty()) emit(dsts, srcs, count, step.stage, to_user && streams(step.dsts[0]));
+  if (!dsts.empty()) emit_coded(dsts, srcs, count, step.stage, transcode, to_user && streams(step.dsts[0]));
 }
 
 Program Lowering::emit(int rank) const {

@@ -34,8 +34,9 @@ class Emitter {
   void receive_until(int from, int channel, int index);
   void complete_earlier();
   void take_written(const Offer& offer);
-  // What lies in windows and messages of a chunk.
-  Format crossing_format(const Ref& ref) const;
+  // What lies in windows of a chunk, and in messages.
+  Format window_format(const Ref& ref) const;
+  Format message_format(const Ref& ref) const;
   Operand mail(int64_t at, Format format) const {
     return {Space::window, format, rank_, l_.layout_.mail_offset + at, 0};
   }
@@ -54,6 +55,7 @@ class Emitter {
   bool streams(const Ref& out) const;
 
   void show(const Item& item, int stage);
+  void bring_to_window(const Offer& offer, int stage);
   void accept(const Offer& offer, int stage);
   void combine(const Item& item, const ScheduleStep& step);
   int64_t checked_length(const Item& item, const ScheduleStep& step, bool is_copy) const;
@@ -67,6 +69,11 @@ class Emitter {
                   int stage, Transcode transcode, bool stream = false);
   Transcode encode_of(const Chunk& chunk, uint8_t turn) const;
   void encode_offer(const Offer& offer, int stage);
+  // With a codec on message links alone.
+  Operand encoded(const Encoded& chunk) const { return mail(chunk.mail, Format::wire); }
+  void encode_for_messages(const Encoded& chunk, int stage);
+  void take_encoded(const Offer& offer, int stage);
+  std::optional<Operand> published_form(const Ref& ref, int step) const;
   void combine_coded(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy);
 
   const Lowering& l_;

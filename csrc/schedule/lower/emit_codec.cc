@@ -6,6 +6,8 @@
 //   ranks hold the same values.
 // * If a rank publishes an encoded chunk of `in`, it also reads the encoded copy, so that all ranks sum the
 //   same values. A chunk that only its own rank reads enters exactly.
+// * With a codec on message links alone, windows hold no encoded data but the mail: the same holds of what
+//   crosses between nodes, and everything else is as without a codec.
 #include <algorithm>
 
 #include "schedule/lower/emit.h"
@@ -52,6 +54,34 @@ std::optional<Ref> Emitter::shown_form(const Ref& ref, int step) const {
     for (const Ref& dst : program[i].dsts) {
       if (dst == Ref{rank_, Buffer::image, ref.chunk}) return dst;
     }
+  }
+  return std::nullopt;
+}
+
+// From where the rank has the chunk exactly.
+void Emitter::encode_for_messages(const Encoded& chunk, int stage) {
+  emit_coded({encoded(chunk)}, {operand(chunk.ref, false, window_format(chunk.ref))},
+             l_.length_of(chunk.ref, trip_), stage, encode_of(chunk.ref.chunk, chunk.turn));
+}
+
+// What a peer on another node has written: to the caller, and to the window for those of this node.
+void Emitter::take_encoded(const Offer& offer, int stage) {
+  const auto [channel, index] = offer.done;
+  receive_until(offer.peer, channel, index);
+  const Message& message = l_.messages_[offer.peer * l_.n_ + rank_].at(channel)[index - 1];
+  const Format format = offer.ref.buffer == Buffer::scratch ? Format::partial : Format::final;
+  std::vector<Operand> dsts;
+  if (l_.staged(offer.ref)) dsts.push_back(operand(offer.ref, false, format));
+  if (!l_.staged(offer.ref) || offer.kept) dsts.push_back(operand(offer.ref, true, format));
+  emit_coded(dsts, {mail(message.mail, Format::wire)}, l_.length_of(offer.ref, trip_), stage, {},
+             dsts.size() == 1 && l_.staged(offer.ref) && streams(offer.ref));
+}
+
+// What all ranks must hold of the chunk of its own `in` that this rank has encoded before this step.
+std::optional<Operand> Emitter::published_form(const Ref& ref, int step) const {
+  if (ref.rank != rank_ || ref.buffer != Buffer::in || l_.call_.world.traits().reduces) return std::nullopt;
+  for (const Encoded& chunk : l_.encoded_[rank_]) {
+    if (chunk.ref == ref && chunk.step < step) return encoded(chunk);
   }
   return std::nullopt;
 }

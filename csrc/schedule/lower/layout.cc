@@ -59,14 +59,12 @@ int64_t data_index(const Call& call, int block, int64_t element) {
 Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, int image_blocks,
                int scratch_blocks, const Mail& mail) {
   item = static_cast<int64_t>(size_of(call.dtype));
-  if (call.coded()) {
-    unit = grain = kTile;
-    image_unit = scratch_unit = tile_bytes(call.codec.kind);
-  } else {
-    image_unit = item;
-    scratch_unit = static_cast<int64_t>(size_of(accumulator(call.dtype)));
-    grain = std::max<int64_t>(1, 64 / item);
-  }
+  unit = call.coded() ? kTile : 1;
+  grain = call.coded() ? kTile : std::max<int64_t>(1, 64 / item);
+  image_unit = unit * item;
+  mail_unit = scratch_unit = unit * static_cast<int64_t>(size_of(accumulator(call.dtype)));
+  if (call.coded()) mail_unit = tile_bytes(call.codec.kind);
+  if (call.coded_on(Links::all)) image_unit = scratch_unit = mail_unit;
   ragged = is_ragged(call);
   const int blocks = num_blocks(call.world);
   const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
@@ -76,10 +74,10 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
   const int64_t unit_bytes = image_blocks * image_unit + scratch_blocks * scratch_unit +
-                             static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(scratch_unit)));
+                             static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(mail_unit)));
   // What rounding adds to the fractions, and the line that the mail starts on.
   const int64_t mail_rest =
-      mail.chunks == 0 ? 0 : mail.chunks * (mail_bytes({.first = 0, .last = 0}) + scratch_unit + 64) + 64;
+      mail.chunks == 0 ? 0 : mail.chunks * (mail_bytes({.first = 0, .last = 0}) + mail_unit + 64) + 64;
   const int32_t many_slots = schedule.stages + 1;
   int64_t widest = data == INT64_MAX ? INT64_MAX : data / (blocks * image_unit) * unit;
   if (uses_window) {
@@ -104,7 +102,7 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   scratch_offset = round_up(image_bytes(image_blocks, 0), 64);
   mail_offset = round_up(scratch_bytes(scratch_blocks, 0), 64);
   const auto mail_width = static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(width / unit)));
-  slot_bytes = uses_window ? round_up(mail_offset + mail_width * scratch_unit + mail_rest, 64) : 0;
+  slot_bytes = uses_window ? round_up(mail_offset + mail_width * mail_unit + mail_rest, 64) : 0;
   if (slots * slot_bytes > geometry.bank_bytes) {
     throw ValueError("the window's bank of " + std::to_string(geometry.bank_bytes) + " bytes cannot hold " +
                      std::to_string(slots) + " slots of " + std::to_string(slot_bytes) +
@@ -119,7 +117,7 @@ int64_t Layout::trip_length(int64_t length, int64_t trip) const {
 // Boundaries are rounded down to the grain: a chunk may be longer than its fraction by that.
 int64_t Layout::mail_bytes(const Chunk& chunk) const {
   const int64_t elements = width * (chunk.last - chunk.first) / chunk.of + 2 * grain;
-  return round_up(round_up(elements, unit) / unit * scratch_unit, 64);
+  return round_up(round_up(elements, unit) / unit * mail_unit, 64);
 }
 
 Range Layout::chunk_range(const Chunk& chunk, int64_t trip_length) const {

@@ -12,12 +12,6 @@ namespace {
 
 using Kind = ScheduleStep::Kind;
 
-bool overlap(const Ref& a, const Ref& b) {
-  return a.rank == b.rank && a.buffer == b.buffer && a.chunk.block == b.chunk.block &&
-         int64_t{a.chunk.first} * b.chunk.of < int64_t{b.chunk.last} * a.chunk.of &&
-         int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
-}
-
 // Offers of the same chunk to the same peer, in the order in which they are made; the first so many are
 // used and accepted.
 struct SameOffers {
@@ -56,6 +50,12 @@ class OffersByKey {
 
 void malformed(int rank, int step, const std::string& what) {
   throw ValueError("schedule, rank " + std::to_string(rank) + ", step " + std::to_string(step) + ": " + what);
+}
+
+bool overlap(const Ref& a, const Ref& b) {
+  return a.rank == b.rank && a.buffer == b.buffer && a.chunk.block == b.chunk.block &&
+         int64_t{a.chunk.first} * b.chunk.of < int64_t{b.chunk.last} * a.chunk.of &&
+         int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
 }
 
 std::string words(const Ref& ref) {
@@ -161,24 +161,27 @@ Layout Lowering::match(const Geometry& geometry) {
     if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
   }
   has_messages_ = std::ranges::any_of(offers_, [&](const Offer& offer) { return crosses(offer); });
+  find_encoded();
   return Layout(call_, schedule_, geometry, image_blocks_, scratch_blocks_, mail());
 }
 
 // A receiver keeps each message until the step that needs it; a sender keeps a result for others that it
-// cannot write there.
+// cannot write there, and what it has encoded for messages.
 Layout::Mail Lowering::mail() const {
   std::vector<Layout::Mail> mail(n_);
   std::vector<std::set<int>> sent(n_);
-  const auto add = [&](int rank, const Offer& offer) {
+  const auto add = [&](int rank, const Chunk& chunk) {
     ++mail[rank].chunks;
-    mail[rank].blocks +=
-        static_cast<double>(offer.ref.chunk.last - offer.ref.chunk.first) / offer.ref.chunk.of;
+    mail[rank].blocks += static_cast<double>(chunk.last - chunk.first) / chunk.of;
   };
   for (const Offer& offer : offers_) {
     if (!crosses(offer)) continue;
-    if (offer.read) add(offer.peer, offer);
-    if (offer.written) add(offer.owner, offer);
-    if (offer.written && sent[offer.peer].insert(offer.use).second) add(offer.peer, offer);
+    if (offer.read) add(offer.peer, offer.ref.chunk);
+    if (offer.written) add(offer.owner, offer.ref.chunk);
+    if (offer.written && sent[offer.peer].insert(offer.use).second) add(offer.peer, offer.ref.chunk);
+  }
+  for (int rank = 0; rank < n_; ++rank) {
+    for (const Encoded& encoded : encoded_[rank]) add(rank, encoded.ref.chunk);
   }
   Layout::Mail most;
   for (const Layout::Mail& one : mail) {
@@ -192,6 +195,9 @@ void Lowering::place_mail() {
   const auto place = [&](int rank, const Chunk& chunk) {
     return std::exchange(used[rank], used[rank] + layout_.mail_bytes(chunk));
   };
+  for (int rank = 0; rank < n_; ++rank) {
+    for (Encoded& encoded : encoded_[rank]) encoded.mail = place(rank, encoded.ref.chunk);
+  }
   for (int from = 0; from < n_; ++from) {
     for (int to = 0; to < n_; ++to) {
       for (auto& [channel, messages] : messages_[from * n_ + to]) {
@@ -208,70 +214,57 @@ void Lowering::place_mail() {
   }
 }
 
-// How each staged chunk that is read comes into the window: at once with the combine that made it, by the
-// peer that wrote it, by an earlier offer, or by a copy at the offer.
+// How each staged chunk that is read comes into the window: at once with the combines that made it, by the
+// peers that wrote it, by an earlier offer, or by a copy at the offer.
 void Lowering::find_copies() {
   for (Offer& offer : offers_) {
     if (!offer.read || !staged(offer.ref) || offer.rides) continue;
-    const auto& program = schedule_.ranks[offer.owner];
-    offer.copy = true;
-    for (int i = offer.step - 1; i >= 0; --i) {
-      const ScheduleStep& step = program[i];
-      if (step.kind == Kind::combine) {
-        const auto written = std::find_if(step.dsts.begin(), step.dsts.end(),
-                                          [&](const Ref& dst) { return overlap(dst, offer.ref); });
-        if (written == step.dsts.end()) continue;
-        if (*written == offer.ref) {
-          window_copies_[offer.owner].insert({i, static_cast<int>(written - step.dsts.begin())});
-          offer.copy = false;
-        }
-        break;
-      }
-      if (!overlap(step.srcs[0], offer.ref)) continue;
-      const Offer& other = offers_[offers_of_[offer.owner][i].front()];
-      const bool lands = step.kind == Kind::accept && other.written;
-      const bool shows = step.kind == Kind::offer && other.read && !other.rides;
-      if (lands || (shows && other.ref == offer.ref)) {
-        offer.copy = !(other.ref == offer.ref);
-        break;
-      }
-    }
+    if (call_.coded_on(Links::wire) && crosses(offer)) continue;
+    offer.copy = !is_in_window(offer);
   }
 }
 
-// Which combines encode, in which turn, and whether an element is ever encoded twice. A bare encode of
-// `in` has stage 0, as an offer's has: those of one element give the same bits.
-void Lowering::find_encodes() {
-  if (!call_.coded()) return;
-  for (int rank = 0; rank < n_; ++rank) {
-    std::vector<Ref> encoded;
-    const auto note = [&](Ref ref) {
-      ref = {rank, Buffer::scratch, ref.chunk};
-      if (ref.chunk.block >= num_blocks(call_.world)) ref.chunk.block = 0;
-      encodes_once_ = encodes_once_ &&
-                      std::ranges::none_of(encoded, [&](const Ref& other) { return overlap(ref, other); });
-      encoded.push_back(ref);
-    };
-    for (const Offer& offer : offers_) {
-      if (offer.owner == rank && offer.copy) note(offer.ref);
+// Looks back for the steps that brought all parts of the chunk to the window, or can bring them.
+bool Lowering::is_in_window(const Offer& offer) {
+  const auto& program = schedule_.ranks[offer.owner];
+  const Chunk& chunk = offer.ref.chunk;
+  std::vector<bool> there(chunk.last - chunk.first);
+  // Whether the whole of `part` belongs to the chunk: then it is there.
+  const auto take = [&](const Ref& part) {
+    const bool within = part == offer.ref || (part.chunk.of == chunk.of && part.chunk.first >= chunk.first &&
+                                              part.chunk.last <= chunk.last);
+    if (within) {
+      std::fill(there.begin() + (part.chunk.first - chunk.first),
+                there.begin() + (part.chunk.last - chunk.first), true);
     }
-    const auto in_buffers = [&](const Ref& ref) {
-      return ref.rank == rank && (ref.buffer == Buffer::in || ref.buffer == Buffer::out);
-    };
-    int turn = 0;
-    const auto& program = schedule_.ranks[rank];
-    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
-      const ScheduleStep& step = program[i];
-      if (step.kind != Kind::combine) continue;
-      const bool copied =
-          window_copies_[rank].lower_bound({i, 0}) != window_copies_[rank].lower_bound({i + 1, 0});
-      const bool to_wire = copied || !std::ranges::all_of(step.dsts, in_buffers);
-      const bool bare = step.srcs.size() == 1;
-      if (!to_wire || (bare && !in_buffers(step.srcs[0]))) continue;
-      encode_turns_[rank][i] = bare ? 0 : static_cast<uint8_t>(++turn);
-      note(step.dsts[0]);
+    return within;
+  };
+  std::vector<std::pair<int, int>> copies;  // of combines
+  std::vector<int> landings;                // of what peers sent
+  for (int i = offer.step - 1; i >= 0 && std::ranges::find(there, false) != there.end(); --i) {
+    const ScheduleStep& step = program[i];
+    if (step.kind == Kind::combine) {
+      for (size_t d = 0; d < step.dsts.size(); ++d) {
+        if (!overlap(step.dsts[d], offer.ref)) continue;
+        if (!take(step.dsts[d])) return false;
+        copies.emplace_back(i, static_cast<int>(d));
+      }
+      continue;
     }
+    if (!overlap(step.srcs[0], offer.ref)) continue;
+    const int id = offers_of_[offer.owner][i].front();
+    const Offer& other = offers_[id];
+    const bool crosses_encoded = call_.coded_on(Links::wire) && crosses(other);
+    const bool lands = step.kind == Kind::accept && other.written;
+    const bool shows = step.kind == Kind::offer && other.read && !other.rides && !crosses_encoded;
+    if (lands && !take(other.ref)) return false;
+    if (lands) landings.push_back(id);
+    if (shows && other.ref == offer.ref) take(other.ref);
   }
+  if (std::ranges::find(there, false) != there.end()) return false;
+  window_copies_[offer.owner].insert(copies.begin(), copies.end());
+  for (const int id : landings) offers_[id].kept = true;
+  return true;
 }
 
 // What each rank's call reads of its own caller's memory, by itself or through peers.
@@ -285,7 +278,7 @@ void Lowering::find_reads() {
     }
   }
   for (const Offer& offer : offers_) {
-    if (offer.read && (offer.copy || offer.rides || !staged(offer.ref))) {
+    if (offer.read && (offer.copy || offer.rides || offer.encoded >= 0 || !staged(offer.ref))) {
       blocks_read_[offer.owner].insert({offer.from.buffer, offer.from.chunk.block});
     }
   }

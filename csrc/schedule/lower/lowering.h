@@ -1,6 +1,6 @@
 // What lower() knows of a schedule for a call before it writes steps: which offer meets which use, how each
-// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc
-// and emit*.cc.
+// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc,
+// encodes.cc and emit*.cc.
 #pragma once
 
 #include <map>
@@ -17,6 +17,7 @@ namespace pycomm::schedule {
 // Throws ValueError that names the step.
 [[noreturn]] void malformed(int rank, int step, const std::string& what);
 std::string words(const Ref& ref);
+bool overlap(const Ref& a, const Ref& b);
 
 // The index-th signal in a trip on a cell from one rank to another, or the index-th message on a channel.
 struct Event {
@@ -33,8 +34,11 @@ struct Offer {
   int use = -1;     // peer's combine
   int accept = -1;  // owner's
   bool read = false, written = false;
-  bool rides = false;     // the chunk travels in its signal's cell
-  bool copy = false;      // the offer copies the chunk into the window
+  bool rides = false;  // the chunk travels in its signal's cell
+  bool copy = false;   // the offer copies the chunk into the window
+  bool kept = false;   // at the accept, what the peer has sent goes to the window as well
+  int encoded =
+      -1;  // which of its owner's encoded chunks is sent, or is what the window holds the decoded form of
   Event shown{}, done{};  // owner -> peer; peer -> owner
 };
 
@@ -44,6 +48,16 @@ struct Message {
   std::vector<int> offers;
   bool written;
   int64_t mail;  // where its receiver keeps it, in the mail of a slot
+};
+
+// A chunk that a rank shows across message links, in the wire form that it sends there. (With a codec on
+// message links alone: else windows hold wire form.)
+struct Encoded {
+  Ref ref;
+  int step;   // the first offer of it, which encodes
+  int maker;  // the step before that wrote the chunk last; -1: none
+  uint8_t turn = 0;
+  int64_t mail = 0;  // where it lies
 };
 
 // A rank's schedule after matching: offers in a row to one peer share one signal.
@@ -63,6 +77,7 @@ class Lowering {
         offers_of_(n_),
         items_(n_),
         waits_at_top_(n_),
+        encoded_(n_),
         window_copies_(n_),
         idle_(n_),
         encode_turns_(n_),
@@ -89,6 +104,7 @@ class Lowering {
 
  private:
   Layout match(const Geometry& geometry);
+  void find_encoded();
   Layout::Mail mail() const;
   void number_events();
   bool adjoins(const Offer& offer, const Offer& next) const;
@@ -97,7 +113,9 @@ class Lowering {
   void find_riders(int64_t room);
   void find_idle_copies();
   void find_copies();
+  bool is_in_window(const Offer& offer);
   void find_encodes();
+  void find_encodes_for_messages();
   void find_reads();
 
   // Whether what the offer is about crosses as a message, not through memory that both map.
@@ -134,6 +152,7 @@ class Lowering {
   std::vector<std::vector<std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
   std::vector<std::vector<Item>> items_;
   std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
+  std::vector<std::vector<Encoded>> encoded_;   // by rank
   std::vector<std::set<std::pair<int, int>>>
       window_copies_;                // rank -> (combine step, dst) also written to the window
   std::vector<std::set<int>> idle_;  // rank -> steps that need not be done

@@ -120,10 +120,42 @@ std::vector<SymbolicRun::Elements> SymbolicRun::compute_coded(int rank, const St
   std::vector<Elements> result = combined(step, operands, sources);
   const bool divides = program.transcodes[step.transcode].divides, wire = step.dst_format == Format::wire;
   for (Elements& part : result) {
+    if (step.dst_format == Format::partial) break;
     if (!wire) part.term = divides ? expressions_.finish(part.term) : expressions_.round(part.term);
     if (wire && divides) part.term = expressions_.divide(part.term);
   }
   return wire ? encoded(rank, step, trip, result) : result;
+}
+
+void SymbolicRun::note_crossing(int rank, const Span& span, const std::vector<Memory::Piece>& pieces) {
+  CallState& call = call_of(rank);
+  if (!call.plan->call.coded_on(Links::wire)) return;
+  for (const Elements& part : elements(pieces, span.begin, span.item, span.count, rank, span.operand)) {
+    for (int64_t t = part.begin; t < part.end; ++t)
+      call.crossed.insert({part.term.expr, part.term.delta + t});
+  }
+}
+
+// With a codec on message links alone every encode in a result is of what was sent between nodes. (That what was
+// sent there is encoded is seen at each send.)
+void SymbolicRun::check_crossings(int call_index) {
+  CallState& call = calls_[call_index];
+  if (!call.plan->call.coded_on(Links::wire)) return;
+  for (int rank = 0; rank < n_; ++rank) {
+    for (const Elements& part : call.results[rank]) {
+      if (expressions_.is_garbage(part.term.expr)) continue;
+      for (const Term& encode : expressions_.encodes_in(part.term)) {
+        const int64_t last = expressions_.tile_of(encode.expr, part.end - 1 + encode.delta);
+        for (int64_t t = expressions_.tile_of(encode.expr, part.begin + encode.delta); t <= last; ++t) {
+          if (call.crossed.contains({encode.expr, t})) continue;
+          return data_fault(rank, call_index,
+                            "out[" + std::to_string(part.begin) + ":" + std::to_string(part.end) +
+                                "] holds " + expressions_.words(part.term, part.begin) +
+                                ": an encode in it is of what never crossed between nodes");
+        }
+      }
+    }
+  }
 }
 
 // What the plan claims of its encodes, and that no two of an element have the same random bits.

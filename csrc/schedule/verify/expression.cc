@@ -43,6 +43,40 @@ int64_t Expressions::first_element(Term tiles) const {
   return tiles.delta * kTile + nodes_[tiles.expr].first.delta;
 }
 
+std::vector<Term> Expressions::encodes_in(Term term) const {
+  std::vector<Term> encodes, open = {term};
+  while (!open.empty()) {
+    const auto [expr, delta] = open.back();
+    open.pop_back();
+    const Node& node = nodes_[expr];
+    switch (node.kind) {
+      case Kind::combine:
+        open.push_back({node.second.expr, delta + node.second.delta});
+        [[fallthrough]];
+      case Kind::lift:
+      case Kind::finish:
+      case Kind::divide:
+      case Kind::round:
+        open.push_back({node.first.expr, delta});
+        break;
+      case Kind::decode:
+        encodes.push_back({node.first.expr, delta});
+        open.push_back({nodes_[node.first.expr].first.expr, delta});
+        break;
+      case Kind::leaf:
+      case Kind::encode:
+      case Kind::garbage:
+        break;
+    }
+  }
+  return encodes;
+}
+
+int64_t Expressions::tile_of(ExprId encode, int64_t element) const {
+  const int64_t from = element - nodes_[encode].first.delta;
+  return from >= 0 ? from / kTile : -((kTile - 1 - from) / kTile);
+}
+
 ExprId Expressions::stripped(ExprId id) {
   const auto known = stripped_.find(id);
   return known != stripped_.end() ? known->second : stripped_[id] = find_stripped(id);

@@ -59,6 +59,10 @@ class Expressions {
   int64_t first_element(Term tiles) const;
   // A rank whose input is in it; of no garbage.
   int some_rank(ExprId id) const;
+  // The encodes in what `term` holds at index 0, each as a term of elements.
+  std::vector<Term> encodes_in(Term term) const;
+  // The tile of such an encode that has an element.
+  int64_t tile_of(ExprId encode, int64_t element) const;
   // The same without codecs: decode(encode(e)) is e, and round(divide(e)) is finish(e).
   ExprId stripped(ExprId id);
   // Empty if `id` sums in any order every rank's element i once, lifted once and finished once; else what is

@@ -22,6 +22,7 @@ void SymbolicRun::send(int rank, const Step& step, int64_t trip) {
     if (auto conflict = span.memory->read(span.begin, span.end, access, state.clock, sent.pieces)) {
       return race(rank, &step, place(rank, *span.operand), span.begin, false, *conflict);
     }
+    note_crossing(rank, span, sent.pieces);
   }
   for (Memory::Piece& piece : sent.pieces) {
     if (piece.call != state.call && !expressions_.is_garbage(piece.value.expr)) {

@@ -32,6 +32,7 @@ void SymbolicRun::leave(int rank) {
   }
   if (++call.ended == n_) {
     check_same_results(state.call);
+    check_crossings(state.call);
     call.memory.clear();
   }
   const bool last = state.call + 1 == static_cast<int32_t>(calls_.size());

@@ -224,7 +224,8 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
     wire = wire || format == Format::wire;
     partial = partial || format == Format::partial;
   }
-  allowed = allowed && wire == (step.transcode >= 0) && !(wire && (partial || !call.plan->call.coded()));
+  allowed = allowed && wire == (step.transcode >= 0) && !(wire && !call.plan->call.coded()) &&
+            !(wire && partial && call.plan->call.coded_on(Links::all));
   if (!allowed) {
     fail(Kind::malformed, rank, static_cast<int>(&step - program.steps.data()),
          at(rank, &step) + ": no kernel takes these formats");

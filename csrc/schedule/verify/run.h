@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -41,8 +42,9 @@ class SymbolicRun {
     std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
     std::vector<int32_t> entry_epoch;             // -1: not entered
     std::vector<Clock> entry_clock;
-    std::vector<std::vector<Elements>> results;  // what all ranks must hold alike
-    std::vector<std::vector<Encoded>> encoded;   // by rank
+    std::vector<std::vector<Elements>> results;    // what all ranks must hold alike
+    std::vector<std::vector<Encoded>> encoded;     // by rank
+    std::set<std::pair<ExprId, int64_t>> crossed;  // tiles that were sent between nodes
     int ended = 0;
   };
   struct Signal {
@@ -116,6 +118,8 @@ class SymbolicRun {
                                 const std::vector<Elements>& elements);
   int64_t tile_length(const Call& call, Term tile) const;
   void check_encodes(int rank);
+  void note_crossing(int rank, const Span& span, const std::vector<Memory::Piece>& pieces);
+  void check_crossings(int call);
   void check_exchange(int rank);
   void check_output(int rank);
   void check_input(int rank);

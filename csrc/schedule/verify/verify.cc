@@ -43,6 +43,13 @@ std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& st
     if (combines ? !world.mapped(rank, owner) : owner != rank) {
       return "it cannot reach rank " + std::to_string(owner) + "'s memory";
     }
+    const bool wire = program.operands[step.operand + i].format == Format::wire;
+    if (!combines && !wire && plan.call.coded()) {
+      return "what crosses between nodes is not encoded";
+    }
+    if (combines && wire && owner != rank && plan.call.coded_on(Links::wire)) {
+      return "what ranks of one node exchange is encoded, and only what crosses between nodes may be";
+    }
   }
   return std::nullopt;
 }

@@ -8,7 +8,8 @@
 //   data      at the end every output element of every rank holds an expression that the collective allows
 //             (reductions: each rank's element once, prescaled once, rounded and divided once at the end),
 //             the same on all ranks; where `balanced` is asked, in the shape of the balanced tree; inputs not
-//             meant to change have not changed
+//             meant to change have not changed; with a codec on message links alone, what crosses between
+//             nodes is encoded, and nothing else is
 //   races     no two accesses to overlapping bytes, one of them a write, are unordered; the caller's own
 //             reads and writes of its buffers before entry and after the end are accesses too
 //   bounds    every address lies in its buffer, or in its slot of its bank
