@@ -65,7 +65,7 @@ Bound Binder::bind(Request& request) {
   } else {
     call.world.size = size();
     call.world.nodes = domain_.nodes();
-    if (!heap_.empty() && size() > 1 && !call.coded() && domain_.nodes().empty()) {
+    if (!heap_.empty() && size() > 1 && !call.coded()) {
       find_symmetric(request, in, out);
       if (in.distance) call.in = schedule::Placement::symmetric;
       if (out.distance) call.out = schedule::Placement::symmetric;
@@ -150,7 +150,7 @@ void Binder::agree_on_counts(Bound& bound) {
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
 std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& call,
                                                         const std::string& algorithm, int rank) {
-  if (!fabric_.single_copy || !call.world.nodes.empty() || call.coded() ||
+  if (!fabric_.single_copy || call.coded() ||
       call.in != schedule::Placement::plain || !single_copy_pays(call, fabric_.profile))
     return nullptr;
   schedule::Call other = call;

@@ -563,9 +563,10 @@ TEST(every_algorithm_is_proved_between_nodes) {
     for (int n : {2, 3, 4, 5, 6, 7, 8, 12, 16}) {
       for (const std::vector<int>& nodes : node_maps(n)) {
         for (int64_t total : {int64_t{0}, int64_t{1}, int64_t{1009}, int64_t{4001} * n}) {
-          for (const bool in_place : {false, true}) {
+          for (const int turn : {0, 1}) {
+            const Buffering& buffering = kBufferings[(plans / 2 + 3 * turn) % std::size(kBufferings)];
             Call call = make_call({algorithm.collective, n, (n - 1) / 2, n - 1, nodes}, total,
-                                  even(algorithm, plans), {Placement::plain, Placement::plain, in_place});
+                                  even(algorithm, plans), buffering);
             call.dtype = plans % 3 == 0 ? DType::float16 : DType::float32;
             call.op = plans % 5 == 0 ? Op::avg : Op::sum;
             const Plan plan = make_plan(algorithm.name, call, small_windows(n));
@@ -612,9 +613,7 @@ TEST(sequences_of_calls_are_proved) {
         Geometry geometry = small_windows(n);
         geometry.trip_bytes = 1 << 10;
         Plan plan = make_plan(algorithm.name, call, geometry);
-        if (plan.call.in == call.in || (!worlds[w].empty() && buffering.in == Placement::symmetric)) {
-          plans.push_back(std::move(plan));
-        }
+        if (plan.call.in == call.in) plans.push_back(std::move(plan));
       }
     }
     for (const Plan& a : plans) {
@@ -638,7 +637,6 @@ TEST(left_out_trips_hide_nothing) {
     for (const auto& [n, nodes] : std::vector<std::pair<int, std::vector<int>>>{
              {2, {}}, {3, {}}, {4, {}}, {2, {0, 1}}, {3, {0, 1, 0}}, {4, {0, 1, 1, 2}}}) {
       for (const Buffering& buffering : {kBufferings[0], kBufferings[2], kBufferings[3]}) {
-        if (!nodes.empty() && buffering.in == Placement::symmetric) continue;  // lowered as plain
         const Call call =
             make_call({algorithm.collective, n, 0, n - 1, nodes}, 300 * n * n, !algorithm.ragged, buffering);
         Geometry geometry = small_windows(n);

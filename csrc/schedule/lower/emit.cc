@@ -123,21 +123,33 @@ void Emitter::complete_earlier() {
   }
 }
 
-// The chunk that a peer has written is in the window afterwards.
+// The caller's memory that this message was sent from may be written, also after the call.
+void Emitter::complete(const Offer& offer, int stage) {
+  const auto [channel, index] = offer.shown;
+  push({.kind = Step::Kind::complete,
+        .stage = static_cast<uint8_t>(stage),
+        .cell = static_cast<uint8_t>(channel),
+        .peer = offer.peer,
+        .value = index,
+        .per_trip = static_cast<int64_t>(l_.messages_[rank_ * l_.n_ + offer.peer].at(channel).size())});
+}
+
+// The chunk that a peer has written is afterwards where the owner's peers read it: in the window, if it is
+// staged.
 void Emitter::take_written(const Offer& offer) {
   const auto [channel, index] = offer.done;
   const Message& message = l_.messages_[offer.peer * l_.n_ + rank_].at(channel)[index - 1];
   const Format format = window_format(offer.ref);
-  const Operand window = operand(offer.ref, true, format);
+  const Operand to = operand(offer.ref, l_.staged(offer.ref), format);
   receive_until(offer.peer, channel, index - 1);
   if (int& received = received_[{offer.peer, channel}]; received < index) {
     received = index;
-    return receive(message, offer.peer, channel, window);
+    return receive(message, offer.peer, channel, to);
   }
   const int64_t count = l_.length_of(offer.ref, trip_);
   const int stage = channel % l_.schedule_.stages;
-  l_.call_.coded() ? emit_coded({window}, {mail(message.mail, format)}, count, stage, {})
-                   : move(window, mail(message.mail, format), count, stage, false);
+  l_.call_.coded() ? emit_coded({to}, {mail(message.mail, format)}, count, stage, {})
+                   : move(to, mail(message.mail, format), count, stage, false);
 }
 
 Operand Emitter::source(const Item& item, const Ref& ref) const {
@@ -227,7 +239,7 @@ void Emitter::show(const Item& item, int stage) {
     if (!offer.read || !alive(offer) || (channel == last.cell && index == last.index)) continue;
     last = offer.shown;
     send(offer.peer, channel, index,
-         offer.encoded < 0 ? operand(offer.ref, true, message_format(offer.ref))
+         offer.encoded < 0 ? operand(offer.ref, l_.staged(offer.ref), message_format(offer.ref))
                            : encoded(l_.encoded_[rank_][offer.encoded]));
   }
 }
@@ -248,10 +260,12 @@ void Emitter::bring_to_window(const Offer& offer, int stage) {
 void Emitter::accept(const Offer& offer, int stage) {
   if (l_.deferred(offer) || !alive(offer)) return;
   if (l_.crosses(offer) && offer.written && l_.call_.coded_on(Links::wire)) return take_encoded(offer, stage);
-  if (l_.crosses(offer)) {
+  if (!l_.crosses(offer)) {
+    wait(offer.peer, offer.done, stage);
+  } else if (offer.written) {
     take_written(offer);
   } else {
-    wait(offer.peer, offer.done, stage);
+    complete(offer, stage);
   }
   if (!offer.written || !l_.staged(offer.ref)) return;
   const int64_t count = l_.length_of(offer.ref, trip_);

@@ -33,6 +33,7 @@ class Emitter {
   // All messages of a channel up to the index-th; each into its place in the mail.
   void receive_until(int from, int channel, int index);
   void complete_earlier();
+  void complete(const Offer& offer, int stage);
   void take_written(const Offer& offer);
   // What lies in windows of a chunk, and in messages.
   Format window_format(const Ref& ref) const;

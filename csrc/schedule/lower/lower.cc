@@ -98,7 +98,7 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
       throw ValueError(std::to_string(nodes.size()) + " nodes are named for " +
                        std::to_string(call.world.size) + " ranks; name one for each rank");
     }
-    call.in = call.out = Placement::plain;  // a rank of another node can reach neither
+    if (call.ragged) call.in = call.out = Placement::plain;
   }
   std::optional<Schedule> shown;
   if (call.in == Placement::reachable) {
