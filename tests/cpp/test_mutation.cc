@@ -446,12 +446,11 @@ TEST(every_wrong_mutant_between_nodes_is_rejected) {
     geometry.trip_bytes = 64 * n;
     Tally tally;
     for (const Algorithm& algorithm : algorithms()) {
-      for (const auto& [in, out, in_place] :
-           {std::tuple{Placement::plain, Placement::plain, false},
-            {Placement::plain, Placement::plain, true},
-            {Placement::symmetric, Placement::symmetric, false},
-            {Placement::symmetric, Placement::symmetric, true},
-            {Placement::reachable, Placement::plain, false}}) {
+      for (const auto& [in, out, in_place] : {std::tuple{Placement::plain, Placement::plain, false},
+                                              {Placement::plain, Placement::plain, true},
+                                              {Placement::symmetric, Placement::symmetric, false},
+                                              {Placement::symmetric, Placement::symmetric, true},
+                                              {Placement::reachable, Placement::plain, false}}) {
         const Call call = make_call({algorithm.collective, n, n - 1, 0, nodes}, count, in, out, in_place,
                                     DType::complex128);
         const Plan plan = make_plan(algorithm.name, call, geometry);
