@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,31 @@ def test_every_codec_gives_the_bits_of_one_node(nodes: list[int]) -> None:
         return found
 
     assert pycomm.run_local(fn, n, nodes=nodes, delays=2) == pycomm.run_local(fn, n)
+
+
+@worlds
+def test_error_feedback_owes_what_results_lack(nodes: list[int]) -> None:
+    """Results of some steps, and what all ranks still owe then, are the exact sum."""
+    n, count, steps = len(nodes), 6 * 1024 * len(nodes), 4
+    every = [np.random.default_rng(r).normal(size=count).astype("f") for r in range(n)]
+    exact = steps * np.sum(every, axis=0, dtype=np.float64)
+
+    def fn(comm: Communicator) -> None:
+        x, share = every[comm.rank], slice(count // n * comm.rank, count // n * (comm.rank + 1))
+        calls: list[tuple[str, slice, Callable[..., Any]]] = []
+        for name in ("two_shot", "hierarchical"):
+            calls.append((name, slice(None), lambda **how: comm.all_reduce(x.copy(), **how)))
+        for name in ("direct", "hierarchical"):
+            calls.append((name, share, lambda **how: comm.reduce_scatter(x, **how)))
+        for name, part, call in calls:
+            feedback = pycomm.codecs.ErrorFeedback()
+            codec = pycomm.codecs.Int4(error_feedback=feedback)
+            got = sum(call(codec=codec, algorithm=name, tag="x").astype("d") for _ in range(steps))
+            owed = comm.all_reduce(feedback.state_dict()["x"].astype("d"))
+            assert np.abs(owed).max() > 0.1
+            assert np.allclose(got + owed[part], exact[part], atol=1e-4), name
+
+    pycomm.run_local(fn, n, nodes=nodes)
 
 
 def test_delays_do_not_change_the_bits() -> None:

@@ -2,9 +2,9 @@
 //
 //   all_reduce      every node sums the shares of the data, each in one of its ranks; ranks of different
 //                   nodes with the same share finish it, each a piece, and show it in their nodes. Three
-//                   stages, which work on three trips at once. A sum that stays in its node is not made first.
-//   reduce_scatter  every node sums each block of the others in one of its ranks, which shows it to the block's
-//                   owner.
+//                   stages, which work on three trips at once. What a rank finishes itself is summed at once.
+//   reduce_scatter  every node sums each block of the others in one of its ranks, which shows it to the
+//                   block's owner.
 //   all_gather      every node fetches each block of the others by one of its ranks, which shows it to the
 //                   rest.
 //   all_to_all      the ranks of a node write what goes to one rank of another into one of their own, which
@@ -15,10 +15,10 @@
 //   reduce          the same tree the other way.
 //
 // Cost for N nodes of L ranks each: a rank moves 2 S (N-1)/(N L) between nodes in an all_reduce and half of
-// it in a reduce_scatter or all_gather, the least possible. In an all_to_all it moves the same S (N-1)/N as it
-// would by itself, but in N-1 messages of L blocks, and not in L (N-1) of one: where all nodes are alike, local
-// rank l of a node speaks to local rank l of the others. The choice where memory inside a node is much faster
-// than the links between. Nodes may have different numbers of ranks: a share then belongs to one rank of each.
+// it in a reduce_scatter or all_gather, the least possible. In an all_to_all it moves S (N-1)/N, as it would
+// by itself, but in N-1 messages of L blocks and not in L (N-1) of one: where all nodes are alike, local rank
+// l of a node speaks to local rank l of the others. The choice where memory inside a node is much faster than
+// the links between. Nodes may have different numbers of ranks: a share then belongs to one rank of each.
 //
 // Cho, Finkler, Kung and Hunter, BlueConnect: decomposing all-reduce for deep learning on heterogeneous
 // network hierarchy, SysML 2019; broadcast and reduce: Karonis, de Supinski, Foster, Gropp, Lusk and
@@ -200,9 +200,9 @@ Schedule all_gather(const World& world, const Nodes& nodes) {
   return schedule;
 }
 
-// Where the blocks lie that a rank collects. Each destination of a node's blocks has a *collector* in that node:
-// inside, it is the destination itself; the ranks outside are dealt to the node's ranks in turn. A collector
-// has a row of image blocks for each of its destinations, with a block for each rank of its node.
+// Where the blocks lie that a rank collects. Each destination of a node's blocks has a *collector* in that
+// node: inside, it is the destination itself; the ranks outside are dealt to the node's ranks in turn. A
+// collector has a row of image blocks for each of its destinations, with a block for each rank of its node.
 class Collectors {
  public:
   explicit Collectors(const Nodes& nodes) : nodes_(nodes), order_(nodes.in_order()) {}

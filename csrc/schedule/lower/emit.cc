@@ -339,8 +339,9 @@ int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool
   return count;
 }
 
-// Windows hold what they hold without a codec. With one on message links alone, what a result's readers on other
-// nodes get is encoded first, and all others get the decoded form of it, so that all ranks hold the same values.
+// Windows hold what they hold without a codec. With one on message links alone, what a result's readers on
+// other nodes get is encoded first, and all others get the decoded form of it, so that all ranks hold the
+// same values.
 void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy) {
   std::vector<Operand> dsts, srcs;
   for (const Ref& ref : step.srcs) {

@@ -1,8 +1,6 @@
 // Which steps of a call with a codec encode.
 #include <algorithm>
-#include <string>
 
-#include "common/error.h"
 #include "schedule/lower/lowering.h"
 
 namespace pycomm::schedule {

@@ -34,9 +34,9 @@ struct Range {
 struct Layout {
   int64_t item = 4;  // bytes of an element in the caller's buffers
   int64_t unit = 1;  // elements that lie together in windows: of a codec a tile, else one
-  int64_t image_unit = 4, scratch_unit = 4,
-          mail_unit = 4;  // bytes of a unit in the image, of partial results, in the mail
-  int64_t grain = 16;     // chunk boundaries are multiples of it: a cache line of elements, a tile
+  // Bytes of a unit in the image, of partial results, in the mail.
+  int64_t image_unit = 4, scratch_unit = 4, mail_unit = 4;
+  int64_t grain = 16;  // chunk boundaries are multiples of it: a cache line of elements, a tile
   int64_t width = 0;
   int64_t trips = 1;
   int32_t slots = 1;

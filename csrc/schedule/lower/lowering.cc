@@ -220,12 +220,12 @@ void Lowering::find_copies() {
   for (Offer& offer : offers_) {
     if (!offer.read || !staged(offer.ref) || offer.rides) continue;
     if (call_.coded_on(Links::wire) && crosses(offer)) continue;
-    offer.copy = !is_in_window(offer);
+    offer.copy = !comes_with_earlier_steps(offer);
   }
 }
 
-// Looks back for the steps that brought all parts of the chunk to the window, or can bring them.
-bool Lowering::is_in_window(const Offer& offer) {
+// Looks back for steps that bring all parts of the chunk to the window, and makes them do so.
+bool Lowering::comes_with_earlier_steps(const Offer& offer) {
   const auto& program = schedule_.ranks[offer.owner];
   const Chunk& chunk = offer.ref.chunk;
   std::vector<bool> there(chunk.last - chunk.first);

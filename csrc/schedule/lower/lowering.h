@@ -34,11 +34,10 @@ struct Offer {
   int use = -1;     // peer's combine
   int accept = -1;  // owner's
   bool read = false, written = false;
-  bool rides = false;  // the chunk travels in its signal's cell
-  bool copy = false;   // the offer copies the chunk into the window
-  bool kept = false;   // at the accept, what the peer has sent goes to the window as well
-  int encoded =
-      -1;  // which of its owner's encoded chunks is sent, or is what the window holds the decoded form of
+  bool rides = false;     // the chunk travels in its signal's cell
+  bool copy = false;      // the offer copies the chunk into the window
+  bool kept = false;      // at the accept, what the peer has sent goes to the window as well
+  int encoded = -1;       // which of its owner's encoded chunks is sent, or is decoded in the window
   Event shown{}, done{};  // owner -> peer; peer -> owner
 };
 
@@ -113,7 +112,7 @@ class Lowering {
   void find_riders(int64_t room);
   void find_idle_copies();
   void find_copies();
-  bool is_in_window(const Offer& offer);
+  bool comes_with_earlier_steps(const Offer& offer);
   void find_encodes();
   void find_encodes_for_messages();
   void find_reads();

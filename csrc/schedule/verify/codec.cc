@@ -136,8 +136,8 @@ void SymbolicRun::note_crossing(int rank, const Span& span, const std::vector<Me
   }
 }
 
-// With a codec on message links alone every encode in a result is of what was sent between nodes. (That what was
-// sent there is encoded is seen at each send.)
+// With a codec on message links alone every encode in a result is of what was sent between nodes. (That what
+// was sent there is encoded is seen at each send.)
 void SymbolicRun::check_crossings(int call_index) {
   CallState& call = calls_[call_index];
   if (!call.plan->call.coded_on(Links::wire)) return;

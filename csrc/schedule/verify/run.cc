@@ -226,6 +226,8 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
   }
   allowed = allowed && wire == (step.transcode >= 0) && !(wire && !call.plan->call.coded()) &&
             !(wire && partial && call.plan->call.coded_on(Links::all));
+  const bool divides = step.transcode >= 0 && program.transcodes[step.transcode].divides;
+  allowed = allowed && !(divides && step.dst_format == Format::partial);
   if (!allowed) {
     fail(Kind::malformed, rank, static_cast<int>(&step - program.steps.data()),
          at(rank, &step) + ": no kernel takes these formats");
