@@ -111,15 +111,6 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
-// `data` is null or where the extent is mapped: then by page faults, if the kernel can populate a mapping
-// (5.14).
-bool take(int fd, char* data, int64_t offset, int64_t bytes) {
-  const SignalsBlocked blocked;
-  if (data && madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return true;
-  if (data && errno != EINVAL) return false;
-  return fallocate(fd, 0, offset, bytes) == 0;
-}
-
 }  // namespace
 
 int64_t page_size() {
@@ -159,6 +150,11 @@ Available available_memory(const std::string& root) {
   return least;
 }
 
+int64_t spare_memory() {
+  const int64_t available = available_memory().bytes;
+  return available - margin(std::max<int64_t>(available, 0));
+}
+
 void require_available(int64_t bytes) { require_rest(bytes, bytes); }
 
 bool huge_by_advice() {
@@ -173,6 +169,13 @@ bool huge_by_advice() {
   });
 }
 
+bool back_extent(int fd, char* data, int64_t offset, int64_t bytes) {
+  const SignalsBlocked blocked;
+  if (data && madvise(data, bytes, MADV_POPULATE_WRITE) == 0) return true;  // Linux 5.14
+  if (data && errno != EINVAL) return false;
+  return fallocate(fd, 0, offset, bytes) == 0;
+}
+
 void populate(int fd, int64_t offset, int64_t bytes, bool by_faults) {
   char* data = by_faults ? map_extent(fd, offset, bytes, false) : nullptr;
   const auto unmap = [&] {
@@ -181,7 +184,7 @@ void populate(int fd, int64_t offset, int64_t bytes, bool by_faults) {
   try {
     for (int64_t done = 0; done < bytes; done += kStep) {
       require_rest(bytes, bytes - done);  // others take memory at the same time
-      if (!take(fd, data ? data + done : nullptr, offset + done, std::min(kStep, bytes - done)))
+      if (!back_extent(fd, data ? data + done : nullptr, offset + done, std::min(kStep, bytes - done)))
         refuse(bytes, "the system gave " + mebibytes(done) + " and then said: " + reason());
     }
   } catch (...) {

@@ -33,12 +33,17 @@ Available available_memory(const std::string& root = "");
 
 // Throws OutOfMemoryError, naming what was asked and what is left, unless `bytes` and a margin are available.
 void require_available(int64_t bytes);
+// What is available with a margin left for the rest of the system; at most 0 if there is nothing.
+int64_t spare_memory();
 // Whether shared memory gets huge pages by advice alone. Then they come at page faults of an advised mapping
 // only; in every other setting fallocate makes the right pages, and small ones 2.6 times as fast as faults.
 bool huge_by_advice();
 // Makes every page of the extent exist, zeroed, as huge pages where they are offered. Looks before each step
 // and throws OutOfMemoryError with nothing kept.
 void populate(int fd, int64_t offset, int64_t bytes, bool by_faults);
+// One step of that, without a look: false if the system does not give all of it. By page faults where `data`
+// says where it is mapped.
+bool back_extent(int fd, char* data, int64_t offset, int64_t bytes);
 // Maps an extent, shared and writable, not inherited by fork; with `prefault` its page tables are filled (for
 // pages that exist).
 char* map_extent(int fd, int64_t offset, int64_t bytes, bool prefault);

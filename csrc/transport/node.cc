@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +16,7 @@
 
 #include "common/error.h"
 #include "common/log.h"
+#include "transport/arena.h"
 #include "transport/loopback.h"
 #include "transport/memory.h"
 #include "transport/peer_memory.h"
@@ -33,8 +35,8 @@ std::map<char*, Region> shown;  // to children of fork()
 
 void show_in_child() {
   for (const auto& [data, region] : shown) {
-    mmap(data, static_cast<size_t>(region.bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE,
-         region.file, region.offset);
+    mmap(data, static_cast<size_t>(region.bytes), PROT_READ | PROT_WRITE,
+         MAP_PRIVATE | MAP_FIXED_NOREPLACE | MAP_NORESERVE, region.file, region.offset);
   }
   shown.clear();  // its own children inherit them
 }
@@ -64,9 +66,9 @@ void require_positive(int64_t bytes) {
 uint64_t fork_generation() { return forks.load(std::memory_order_relaxed); }
 bool forked_since(uint64_t generation) { return fork_generation() != generation; }
 
-void Mapping::show_to_children(int file, int64_t offset) {
+void Mapping::show_to_children(int file, int64_t offset, int64_t bytes) {
   const std::lock_guard lock(shown_mutex);
-  shown[data_] = {bytes_, file, offset};
+  shown[data_] = {bytes, file, offset};
 }
 
 Mapping::~Mapping() {
@@ -146,7 +148,7 @@ std::shared_ptr<Node> Node::join(const Options& options) {
     meeting = meet(options, std::move(memory));
   } else {
     meeting.memory = std::move(memory);
-    meeting.seats.push_back({getpid(), Fd()});
+    meeting.seats.emplace_back().pid = getpid();
   }
   if (failed) std::rethrow_exception(failed);
   std::shared_ptr<Node> node(new Node);
@@ -158,6 +160,7 @@ std::shared_ptr<Node> Node::join(const Options& options) {
     Seat& seat = meeting.seats[rank];
     node->pids_.push_back(seat.pid);
     node->pidfds_.push_back(rank == options.rank ? -1 : seat.pidfd.release());
+    node->arena_files_.push_back(rank == options.rank ? Fd() : std::move(seat.arena));
   }
   log(LogLevel::trace, "joined the node at '", options.address, "'");
   return node;
@@ -210,6 +213,24 @@ std::unique_ptr<Messages> Node::open_messages(uint64_t key, const std::vector<in
   return network_->loopback.open(key, static_cast<int>(ranks.size()), me, std::move(on_news));
 }
 
+char* Node::arena_of(int rank) {
+  if (threads() || rank == rank_) return Arena::of_process().base();
+  const std::lock_guard lock(arenas_mutex_);
+  arenas_.resize(size_);
+  std::shared_ptr<Mapping>& arena = arenas_[rank];
+  if (!arena) {
+    struct stat file{};
+    if (fstat(arena_files_[rank].get(), &file)) return nullptr;
+    try {
+      arena = std::make_shared<Mapping>(map_extent(arena_files_[rank].get(), 0, file.st_size, false),
+                                        file.st_size);
+    } catch (const OutOfMemoryError&) {
+      return nullptr;
+    }
+  }
+  return arena->data();
+}
+
 bool Node::threads() const { return network_->threads; }
 int64_t Node::pid_of(int rank) const { return pids_.at(rank); }
 int64_t Node::root_extent() const {
@@ -231,7 +252,7 @@ std::shared_ptr<Mapping> Node::map(int64_t offset, int64_t bytes, bool for_users
   const auto fresh = [&] {
     const int file = shared_->memory.get();
     auto mapping = std::make_shared<Mapping>(map_extent(file, offset, bytes, true), bytes);
-    if (for_users) mapping->show_to_children(file, offset);
+    if (for_users) mapping->show_to_children(file, offset, bytes);
     return mapping;
   };
   if (!threads()) return fresh();

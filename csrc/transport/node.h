@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "transport/fd.h"
 #include "transport/messages.h"
 
 namespace pycomm::transport {
@@ -34,9 +35,10 @@ uint64_t fork_generation();
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
-  // A child of fork() finds there what is there at the fork and later, until it writes; what it writes is
-  // its own. `file`, where it lies at `offset`, must stay open as long as this.
-  void show_to_children(int file, int64_t offset);
+  // A child of fork() finds in the first `bytes` what is there at the fork and later, until it writes; what
+  // it writes is its own. `file`, where they lie at `offset`, must stay open as long as this. The last word
+  // counts.
+  void show_to_children(int file, int64_t offset, int64_t bytes);
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
@@ -90,6 +92,8 @@ class Node {
   std::unique_ptr<Messages> open_messages(uint64_t key, const std::vector<int>& ranks, int me,
                                           std::function<void()> on_news = {});
   int64_t pid_of(int rank) const;
+  // Where this process has the rank's arena (arena.h), mapped at the first call; null if it cannot map it.
+  char* arena_of(int rank);
 
   // Copies from a rank's own memory, at that address there, through the kernel. Returns 0 or an errno of
   // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then
@@ -144,6 +148,9 @@ class Node {
   std::shared_ptr<Network> network_;  // of all ranks
   std::vector<int> pidfds_;
   std::vector<int64_t> pids_;
+  std::mutex arenas_mutex_;
+  std::vector<Fd> arena_files_;                   // of the others
+  std::vector<std::shared_ptr<Mapping>> arenas_;  // as far as they are mapped
   void give_back();
   std::mutex left_mutex_;
   std::vector<Extent> left_;  // let go by this rank, and not by all

@@ -18,6 +18,7 @@
 #include "common/error.h"
 #include "common/hash.h"
 #include "common/log.h"
+#include "transport/arena.h"
 
 namespace pycomm::transport {
 namespace {
@@ -28,14 +29,14 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kTick{50};     // between two calls of on_wait
 constexpr milliseconds kGrace{2000};  // rank 0 knows more about a timeout: the others let it speak first
-constexpr int kBatch = 128;           // pidfds a message; the kernel takes 253
+constexpr int kBatch = 120;           // seats a message; the kernel takes 253 descriptors
 
 // ---- messages: one hello up; seats, in batches, or an error down ----
 
 enum class Kind : int32_t { hello, seats, value_error, comm_error, peer_lost, timeout };
 
 struct Message {
-  uint32_t magic = 0x6d6f6370, version = 1;  // these two stay where they are
+  uint32_t magic = 0x6d6f6370, version = 2;  // these two stay where they are
   Kind kind = Kind::hello;
   int32_t rank = 0, size = 0;
   int32_t first = 0, count = 0;  // seats: which
@@ -85,7 +86,7 @@ Io failed_io() {
 
 union Control {
   cmsghdr header;
-  char bytes[CMSG_SPACE(sizeof(int) * (kBatch + 1))];
+  char bytes[CMSG_SPACE(sizeof(int) * (2 * kBatch + 1))];
 };
 
 Io send(const Fd& socket, const Message& message, const std::vector<int>& fds) {
@@ -132,7 +133,7 @@ Io receive(const Fd& socket, Message* message, std::vector<Fd>* fds) {
                     ": install the same pycomm for all ranks");
   if (header.msg_flags & MSG_CTRUNC)
     throw CommError(
-        "no room for the descriptors of all ranks (one a rank): raise the limit on open files, ulimit -n");
+        "no room for the descriptors of all ranks (two a rank): raise the limit on open files, ulimit -n");
   return Io::done;
 }
 
@@ -154,7 +155,8 @@ Fd open_pidfd() {
 
 class Join {
  public:
-  explicit Join(const Node::Options& options) : options_(options), pidfd_(open_pidfd()) {
+  explicit Join(const Node::Options& options)
+      : options_(options), pidfd_(open_pidfd()), arena_(Arena::of_process().file()) {
     const uint64_t hash = Hasher().add(options.address).add(geteuid()).digest();
     const int length = std::snprintf(name_.sun_path + 1, sizeof name_.sun_path - 1, "pycomm-%016llx",
                                      static_cast<unsigned long long>(hash));
@@ -206,6 +208,7 @@ class Join {
 
   const Node::Options& options_;
   Fd pidfd_;
+  const int arena_;
   sockaddr_un name_{};
   socklen_t name_bytes_ = 0;
   const Clock::time_point start_ = Clock::now();
@@ -258,7 +261,7 @@ Meeting Join::attend(const Fd& host) {
     // Read first: the reason why rank 0 left may lie there.
     Io io = receive(host, &message, &fds);
     if (io == Io::again && !said_hello) {
-      io = send(host, hello, {pidfd_.get()});
+      io = send(host, hello, {pidfd_.get(), arena_});
       said_hello = io == Io::done;
       if (io == Io::done) io = Io::again;
     }
@@ -278,11 +281,12 @@ Meeting Join::attend(const Fd& host) {
     const size_t with_memory = known == 0;
     if (message.kind != Kind::seats || message.first != known || message.count < 1 ||
         message.count > kBatch || message.count > options_.size - known ||
-        fds.size() != message.count + with_memory)
+        fds.size() != 2 * message.count + with_memory)
       throw_error(message);
     if (with_memory) meeting.memory = std::move(fds[0]);
     for (int i = 0; i < message.count; ++i)
-      meeting.seats[known + i] = {message.pids[i], std::move(fds[i + with_memory])};
+      meeting.seats[known + i] = {message.pids[i], std::move(fds[2 * i + with_memory]),
+                                  std::move(fds[2 * i + 1 + with_memory])};
     known += message.count;
   }
   return meeting;
@@ -317,14 +321,14 @@ void Join::admit(Fd& guest, const Message& hello, std::vector<Fd>& fds) {
   if (hello.size != options_.size)
     throw ValueError(who + " says that there are " + to_string(hello.size) + " ranks, rank 0 says " +
                      to_string(options_.size) + ": start all ranks with one size");
-  if (hello.kind != Kind::hello || hello.rank < 0 || hello.rank >= hello.size || fds.size() != 1)
+  if (hello.kind != Kind::hello || hello.rank < 0 || hello.rank >= hello.size || fds.size() != 2)
     throw CommError(who + " sent a hello that makes no sense; do all ranks run the same version of pycomm?");
   Seat& seat = meeting_.seats[hello.rank];
   if (seat.pidfd)
     throw ValueError("two processes say that they are rank " + to_string(hello.rank) + ": pid " +
                      to_string(seat.pid) + " and pid " + to_string(pid) +
                      ". Give every process its own rank, and every job its own address");
-  seat = {pid, std::move(fds[0])};
+  seat = {pid, std::move(fds[0]), std::move(fds[1])};
   connections_[hello.rank] = std::move(guest);
   deadline_ = std::min(deadline_, Clock::now() + milliseconds(hello.remaining_ms));
   --missing_;
@@ -374,7 +378,9 @@ void Join::send_members(int rank) {
     if (first == 0) fds.push_back(meeting_.memory.get());
     for (int i = 0; i < message.count; ++i) {
       message.pids[i] = meeting_.seats[first + i].pid;
-      fds.push_back(meeting_.seats[first + i].pidfd.get());
+      const Seat& seat = meeting_.seats[first + i];
+      fds.push_back(seat.pidfd.get());
+      fds.push_back(&seat == &meeting_.seats[0] ? arena_ : seat.arena.get());
     }
     Io io;
     while ((io = send(connections_[rank], message, fds)) == Io::again) {
@@ -409,7 +415,7 @@ Meeting Join::host(Fd listener, Fd memory) {
   connections_.resize(options_.size);
   meeting_.memory = std::move(memory);
   meeting_.seats.resize(options_.size);
-  meeting_.seats[0] = {getpid(), std::move(pidfd_)};
+  meeting_.seats[0] = {getpid(), std::move(pidfd_), Fd()};
   missing_ = options_.size - 1;
   try {
     while (missing_ > 0) {

@@ -1,5 +1,5 @@
 // How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on, and leave with the
-// same memory and a pidfd of everybody. Afterwards no socket is left.
+// same memory, a pidfd of everybody, and the file of everybody's arena. Afterwards no socket is left.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace pycomm::transport {
 
 struct Seat {
   int64_t pid = 0;
-  Fd pidfd;
+  Fd pidfd, arena;
 };
 
 struct Meeting {

@@ -27,6 +27,7 @@
 #include "check.h"
 #include "common/error.h"
 #include "common/hash.h"
+#include "transport/arena.h"
 #include "transport/memory.h"
 #include "transport/node.h"
 
@@ -180,6 +181,7 @@ TEST(ranks_join_and_share_memory) {
   for (const int size : {1, 2, 4, 17}) {
     const std::string address = fresh_address();
     run_ranks(size, [&](int rank) {
+      Arena::of_process();  // which stays
       const size_t files_before = open_files().size();
       {
         const auto node = Node::join(options(rank, size, address));
@@ -193,7 +195,8 @@ TEST(ranks_join_and_share_memory) {
               target.starts_with("pidfd:"))
             CHECK(fcntl(fd, F_GETFD) & FD_CLOEXEC);
         }
-        CHECK_EQ(open_files().size(), files_before + 1 + size);  // pagemap, the memory, the others' pidfds
+        // pagemap, the memory, the others' pidfds and arenas
+        CHECK_EQ(open_files().size(), files_before + 2 + 2 * (size - 1));
       }
       CHECK_EQ(open_files().size(), files_before);
     });
