@@ -38,8 +38,9 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   call_ = call;
   fingerprint_ = record.fingerprint;
   links_ = links_of_bank_[call & 1].data();
-  find_buffers(schedule::Space::in, const_cast<char*>(buffers.in), buffers.in_distance);
-  find_buffers(schedule::Space::out, buffers.out, buffers.out_distance);
+  find_buffers(schedule::Space::in, const_cast<char*>(buffers.in), buffers.in_distance, buffers.told);
+  find_buffers(schedule::Space::out, buffers.out, buffers.out_distance,
+               buffers.told ? buffers.told + domain.size() : nullptr);
   next_entry_ = wait_for_entries ? 0 : domain.local_ranks().size();
   loop_ = 0;
   iteration_ = -1;
@@ -58,13 +59,13 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   }
 }
 
-void Run::find_buffers(schedule::Space space, char* own, int64_t distance) {
+void Run::find_buffers(schedule::Space space, char* own, int64_t distance, char* const* told) {
   const auto at = static_cast<size_t>(space);
   links_[domain_->rank()].bases[at] = own;
-  if (distance == 0) return;
+  if (distance == 0 && !told) return;
   const int me = domain_->place_of(domain_->rank());
   for (const int rank : domain_->local_ranks()) {
-    links_[rank].bases[at] = own + (domain_->place_of(rank) - me) * distance;
+    links_[rank].bases[at] = told ? told[rank] : own + (domain_->place_of(rank) - me) * distance;
   }
 }
 

@@ -39,6 +39,8 @@ struct Buffers {
   char* out = nullptr;
   // Symmetric: from the buffer of one of the node's ranks to that of the next one. 0: plain.
   int64_t in_distance = 0, out_distance = 0;
+  // Told: where every rank's `in` lies here, then every rank's `out`, also those that are not told.
+  char* const* told = nullptr;
   Coding* coding = nullptr;  // of a call with a codec
 };
 
@@ -89,7 +91,7 @@ class Run {
   const CallRecord& record() const { return *record_; }
 
  private:
-  void find_buffers(schedule::Space space, char* own, int64_t distance);
+  void find_buffers(schedule::Space space, char* own, int64_t distance, char* const* told);
   bool entered();
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;

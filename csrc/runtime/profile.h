@@ -22,7 +22,7 @@ struct Rule {
   std::optional<bool> coded = std::nullopt;
   std::optional<Links> links = std::nullopt;     // where a codec encodes
   std::optional<bool> crowded = std::nullopt;    // the ranks have fewer cores than they are
-  std::optional<bool> symmetric = std::nullopt;  // both buffers
+  std::optional<bool> symmetric = std::nullopt;  // both buffers, or told
   int min_ranks = 1;
   int64_t max_bytes = INT64_MAX;            // that a rank reads if it reads all that the others have
   bool deterministic = true;                // also for calls that must sum in the balanced order
@@ -37,6 +37,9 @@ struct Profile {
   // (Placement::reachable), from blocks of so many bytes on.
   std::vector<schedule::Collective> single_copy;
   int64_t single_copy_bytes = INT64_MAX;
+  // From so many bytes of a rank's larger buffer on, ranks ask whether all have them in shared arrays
+  // (Placement::told), once one of them has.
+  int64_t told_bytes = INT64_MAX;
   int64_t trip_bytes = 0;  // Geometry's
   Caches caches{};         // what outputs must be larger than to be stored past them
 };

@@ -22,8 +22,8 @@
 // wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a
 // call, values of a cell start at 1.
 //
-// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric, or
-// if `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's
+// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric or
+// told, or if `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's
 // own `out` and nowhere else. `window` is the rank's slice of shared memory: of its current bank, slot (w
 // mod slots). The address of an operand at trip w is
 //
@@ -65,9 +65,14 @@ namespace pycomm::schedule {
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
 
 enum class Space : uint8_t { in, out, window, outgoing, incoming };
-// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own;
-// read it, by a bare copy through the kernel (only `in`).
-enum class Placement : uint8_t { plain, symmetric, reachable };
+// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own,
+// since it lies at the same offset on every rank; read it, by a bare copy through the kernel (only `in`); read
+// and write it like their own, at the address that its rank has told them for this call.
+enum class Placement : uint8_t { plain, symmetric, reachable, told };
+// Whether peers use it like their own: plans do not depend on how they find it.
+constexpr bool in_reach(Placement placement) {
+  return placement == Placement::symmetric || placement == Placement::told;
+}
 
 struct Operand {
   Space space = Space::in;

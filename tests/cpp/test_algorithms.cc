@@ -443,6 +443,8 @@ Geometry trips_of(const World& w, int64_t elements) {
   return geometry;
 }
 
+constexpr const char* kPlacements[] = {"plain", "symmetric", "reachable", "told"};
+
 // Proves one plan, or says what is wrong. Returns its trips.
 int64_t prove(const Algorithm& algorithm, const Call& call, const Geometry& geometry) {
   std::string what;
@@ -455,13 +457,10 @@ int64_t prove(const Algorithm& algorithm, const Call& call, const Geometry& geom
     what = error.what();
   }
   if (what.empty()) return trips;
-  what = title(algorithm.name, call.world) + ", in " +
-         (call.in == Placement::plain       ? "plain"
-          : call.in == Placement::symmetric ? "symmetric"
-                                            : "reachable") +
-         ", out " + (call.out == Placement::plain ? "plain" : "symmetric") +
-         (call.in_place ? ", in place" : "") + ", " + std::to_string(call.counts[0]) +
-         " elements, trips of " + std::to_string(geometry.trip_bytes) + " bytes: " + what;
+  what = title(algorithm.name, call.world) + ", in " + kPlacements[static_cast<int>(call.in)] + ", out " +
+         kPlacements[static_cast<int>(call.out)] + (call.in_place ? ", in place" : "") + ", " +
+         std::to_string(call.counts[0]) + " elements, trips of " + std::to_string(geometry.trip_bytes) +
+         " bytes: " + what;
   check::fail(__FILE__, __LINE__, what);
   return trips;
 }
@@ -472,11 +471,23 @@ struct Buffers {
 };
 
 constexpr Buffers kBuffers[] = {
-    {Placement::plain, Placement::plain, false},         {Placement::plain, Placement::plain, true},
-    {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
-    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false},
-    {Placement::reachable, Placement::plain, false},     {Placement::reachable, Placement::plain, true},
+    {Placement::plain, Placement::plain, false},
+    {Placement::plain, Placement::plain, true},
+    {Placement::symmetric, Placement::symmetric, false},
+    {Placement::symmetric, Placement::symmetric, true},
+    {Placement::plain, Placement::symmetric, false},
+    {Placement::symmetric, Placement::plain, false},
+    {Placement::reachable, Placement::plain, false},
+    {Placement::reachable, Placement::plain, true},
     {Placement::symmetric, Placement::plain, true},  // reduce: only the root has an output
+    {Placement::told, Placement::told, false},
+    {Placement::told, Placement::told, true},
+    {Placement::plain, Placement::told, false},
+    {Placement::told, Placement::plain, false},
+    {Placement::symmetric, Placement::told, false},
+    {Placement::told, Placement::symmetric, false},
+    {Placement::told, Placement::plain, true},
+    {Placement::plain, Placement::told, true},  // a rank's own block of the output
 };
 
 // Every placement, counts that do not divide, are smaller than the world, are zero; one trip and many.
@@ -484,8 +495,14 @@ void prove_all(const Algorithm& algorithm, const World& world) {
   const int n = world.size;
   for (const Buffers& buffers : kBuffers) {
     if (n > 17 && buffers.in != buffers.out) continue;
-    if (buffers.in_place && buffers.in == Placement::symmetric && buffers.out == Placement::plain &&
-        world.collective != Collective::reduce) {
+    if (n > 17 && (in_reach(buffers.in) ? buffers.in : buffers.out) == Placement::told) continue;
+    // One buffer lies in one place: but for an output that only the root has, and a rank's own block.
+    if (buffers.in_place && in_reach(buffers.in) && buffers.out == Placement::plain &&
+        world.collective != Collective::reduce && world.collective != Collective::reduce_scatter) {
+      continue;
+    }
+    if (buffers.in_place && in_reach(buffers.out) && buffers.in == Placement::plain &&
+        world.collective != Collective::all_gather) {
       continue;
     }
     // Other algorithms use a reachable input as a plain one, and are proved with that.
@@ -536,7 +553,7 @@ TEST(plans_of_other_types_are_proved) {
 // Calls that follow each other reuse windows: all pairs of algorithms, and some triples.
 TEST(sequences_are_proved) {
   for (int n : {2, 3, 4, 5}) {
-    for (Placement in : {Placement::plain, Placement::symmetric, Placement::reachable}) {
+    for (Placement in : {Placement::plain, Placement::symmetric, Placement::reachable, Placement::told}) {
       const Placement out = in == Placement::reachable ? Placement::plain : in;
       std::vector<Plan> plans;
       for (const Algorithm& algorithm : algorithms()) {

@@ -39,7 +39,7 @@ constexpr schedule::Geometry kGeometry = {.bank_bytes = 64 << 10,
 // Trips of a few tiles.
 constexpr schedule::Geometry kCodecGeometry = {
     .bank_bytes = 64 << 10, .trip_bytes = 16 << 10, .stream_bytes = 40 << 10, .max_cells = kCellsPerPair};
-constexpr int64_t kGuard = 64;
+constexpr int64_t kGuard = 64, kLine = 64;
 constexpr char kUntouched = 0x5a;
 
 double value(int rank, int64_t i, int salt) { return static_cast<double>((rank * 7 + i * 3 + salt) % 29); }
@@ -142,7 +142,7 @@ struct Scenario {
   Scenario(Call c, std::string name, int salt) : call(std::move(c)), algorithm(std::move(name)), salt(salt) {
     // In place, a rank's own slot of a symmetric buffer lies elsewhere on every rank: the plan takes it for
     // plain.
-    if (call.in_place && own_slot_in(call.world.collective) && call.in == Placement::symmetric)
+    if (call.in_place && own_slot_in(call.world.collective) && schedule::in_reach(call.in))
       call.in = Placement::plain;
     if (call.in_place && own_slot_out(call.world.collective)) call.out = Placement::plain;
     coding.codec = call.codec;
@@ -152,11 +152,12 @@ struct Scenario {
     }
   }
   int64_t item() const { return static_cast<int64_t>(size_of(call.dtype)); }
-  // The largest of any rank: symmetric slices have one size.
+  // The largest of any rank: symmetric slices have one size. Told buffers lie in such, a line further on each
+  // rank.
   int64_t bytes(int64_t (*elements)(const Call&, int)) const {
     int64_t most = 0;
     for (int rank = 0; rank < call.world.size; ++rank) most = std::max(most, elements(call, rank));
-    return most * item();
+    return most * item() + call.world.size * kLine;
   }
   std::string title() const {
     std::string counts;
@@ -164,7 +165,10 @@ struct Scenario {
       counts += (i ? "," : "") + std::to_string(call.counts[i]);
     }
     const auto placed = [](Placement p) {
-      return p == Placement::plain ? "plain" : p == Placement::symmetric ? "symmetric" : "reachable";
+      return p == Placement::plain       ? "plain"
+             : p == Placement::symmetric ? "symmetric"
+             : p == Placement::told      ? "told"
+                                         : "reachable";
     };
     return algorithm + " " + name(call.world.collective) + ", " + std::to_string(call.world.size) +
            " ranks, counts " + counts + ", " + name(call.dtype) + " " + name(call.op) + ", root " +
@@ -215,6 +219,12 @@ class Rank {
     buffers.in_distance = in_memory.distance;
     Coding coding = s.coding;
     buffers.coding = &coding;
+    std::vector<char*> told;
+    for (int r = 0; r < call.world.size; ++r) told.push_back(r == rank_ ? in : in_memory.base_of(r));
+    for (int r = 0; r < call.world.size; ++r) {
+      told.push_back(r == rank_ ? out : (out_inside ? in_memory : out_memory).base_of(r));
+    }
+    if (call.in == Placement::told || call.out == Placement::told) buffers.told = told.data();
 
     const Prepared& prepared = *s.plans[rank_];
     calls_->complete(prepared, buffers, policy_, 60, patience_);
@@ -256,14 +266,19 @@ class Rank {
     std::vector<char> plain;
     std::shared_ptr<Allocation> allocation;
     char* data = nullptr;
-    int64_t distance = 0, size = 0;
+    int64_t distance = 0, size = 0, apart = 0;
+    char* base_of(int rank) const { return allocation ? data + (rank - me) * apart : nullptr; }
+    int me = 0;
     void make(Rank& rank, Placement placement, int64_t extent, int64_t most, int64_t bytes, int ranks) {
-      if (placement == Placement::symmetric) {
+      if (schedule::in_reach(placement)) {
         std::vector<int> all(ranks);
         std::iota(all.begin(), all.end(), 0);
         allocation = rank.heap_->open(extent, most, all, rank.rank_);
-        data = allocation->data();
-        distance = rank.heap_->find(data, bytes).distance;
+        const bool told = placement == Placement::told;
+        me = rank.rank_;
+        data = allocation->data() + (told ? me * kLine : 0);
+        const int64_t found = rank.heap_->find(data, bytes).distance;
+        (told ? apart : distance) = found + (told ? kLine : 0);
         return;
       }
       plain.assign(static_cast<size_t>(bytes + 2 * kGuard), kUntouched);
@@ -290,8 +305,8 @@ class Rank {
 void reserve(transport::Node& node, Scenario& s) {
   const int n = s.call.world.size;
   const auto extent = [&](int64_t bytes) { return node.reserve(Heap::extent_bytes(bytes, n)); };
-  if (s.call.in == Placement::symmetric) s.in_extent = extent(s.bytes(schedule::in_elements));
-  if (s.call.out == Placement::symmetric) s.out_extent = extent(s.bytes(schedule::out_elements));
+  if (schedule::in_reach(s.call.in)) s.in_extent = extent(s.bytes(schedule::in_elements));
+  if (schedule::in_reach(s.call.out)) s.out_extent = extent(s.bytes(schedule::out_elements));
 }
 
 void play(Rank& rank, const std::vector<Scenario>& scenarios) {
@@ -385,7 +400,8 @@ void add_scenarios(std::vector<Scenario>& all, const schedule::Algorithm& algori
     const std::vector<int64_t> sizes =
         kind == Collective::barrier ? std::vector<int64_t>{0} : std::vector<int64_t>{0, 1, 7, 517, 9001};
     for (const int64_t count : sizes) {
-      for (const Placement placement : {Placement::plain, Placement::symmetric, Placement::reachable}) {
+      for (const Placement placement :
+           {Placement::plain, Placement::symmetric, Placement::reachable, Placement::told}) {
         if (placement == Placement::reachable && std::string(algorithm.name) != "direct") continue;
         for (const bool in_place : {false, true}) {
           for (const bool uneven : {false, true}) {
@@ -455,8 +471,9 @@ std::vector<Scenario> random_calls(int n, int how_many, unsigned seed, bool symm
       world.peer = static_cast<int>((world.root + 1 + draw(n - 1)) % n);
     const int64_t count = draw(4) == 0 ? draw(12000) : draw(200);
     const DType dtypes[] = {DType::float32, DType::uint8, DType::int64, DType::float64};
-    const Placement placements[] = {Placement::plain,
-                                    symmetric && draw(4) == 0 ? Placement::symmetric : Placement::plain};
+    const Placement placements[] = {Placement::plain, symmetric && draw(4) == 0   ? Placement::symmetric
+                                                      : symmetric && draw(4) == 0 ? Placement::told
+                                                                                  : Placement::plain};
     const bool in_place = draw(2) == 0;
     const bool uneven =
         draw(2) == 0 && algorithm.ragged && !(in_place && world.collective == Collective::all_to_all);

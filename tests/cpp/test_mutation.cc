@@ -268,7 +268,8 @@ class Mutator {
     }
     set<Op>("operator", [](Plan& plan) -> auto& { return plan.call.op; },
             {plan_.call.op == Op::avg ? Op::sum : Op::avg});
-    for (Placement placement : {Placement::plain, Placement::symmetric, Placement::reachable}) {
+    for (Placement placement :
+         {Placement::plain, Placement::symmetric, Placement::reachable, Placement::told}) {
       if (placement != plan_.call.in)
         set<Placement>("input's placement", [](Plan& plan) -> auto& { return plan.call.in; }, {placement});
       if (placement != plan_.call.out)
@@ -391,7 +392,8 @@ void try_algorithms(int n, int64_t count, int every, DType dtype, Tally& tally) 
                {Placement::plain, Placement::symmetric, false},
                {Placement::reachable, Placement::plain, false},
                {Placement::reachable, Placement::plain, true},
-               {Placement::reachable, Placement::symmetric, false}};
+               {Placement::reachable, Placement::symmetric, false},
+               {Placement::told, Placement::told, true}};
   Geometry geometry;
   geometry.bank_bytes = 64 << 10;
   geometry.trip_bytes = 64 * n;

@@ -62,6 +62,7 @@ TEST(calls_are_equal_in_all_that_a_plan_depends_on) {
   CHECK(differs([](Call& c) { c.counts = {6}; }));
   CHECK(differs([](Call& c) { c.in = Placement::symmetric; }));
   CHECK(differs([](Call& c) { c.in = Placement::reachable; }));
+  CHECK(differs([](Call& c) { c.in = Placement::told; }));
   CHECK(differs([](Call& c) { c.out = Placement::symmetric; }));
   CHECK(differs([](Call& c) { c.in_place = true; }));
   CHECK(differs([](Call& c) { c.prescale = 0.5; }));

@@ -48,6 +48,10 @@ TEST(all_reduce_turns_where_synchronisations_cost_less_than_bytes) {
       if (c.symmetric) call.in = call.out = Placement::symmetric;
       const Choice choice = select(call, kBuiltIn, c.crowded);
       CHECK(!choice.reason.empty());
+      if (c.symmetric) {  // how peers find a buffer changes nothing
+        call.out = Placement::told;
+        CHECK_EQ(select(call, kBuiltIn, c.crowded).algorithm, choice.algorithm);
+      }
       return choice.algorithm;
     };
     CHECK_EQ(chosen(c.last_bytes), c.small);
@@ -121,6 +125,7 @@ TEST(a_profile_is_data) {
   otherwise([](Call& call) { call.world.nodes = {0, 0, 1}; });
   otherwise([](Call& call) { call.codec.kind = CodecKind::int8; });
   otherwise([](Call& call) { call.in = call.out = Placement::symmetric; });
+  otherwise([](Call& call) { call.in = call.out = Placement::told; });
   otherwise([](Call& call) { call.world.size = 2; });
   otherwise([](Call& call) { call.counts = {101}; });
   otherwise([](Call& call) { call.deterministic = true; });

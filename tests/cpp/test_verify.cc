@@ -155,12 +155,19 @@ struct Buffering {
   Placement in, out;
   bool in_place;
 };
-constexpr Buffering kBufferings[] = {
-    {Placement::plain, Placement::plain, false},         {Placement::plain, Placement::plain, true},
-    {Placement::symmetric, Placement::symmetric, false}, {Placement::symmetric, Placement::symmetric, true},
-    {Placement::plain, Placement::symmetric, false},     {Placement::symmetric, Placement::plain, false},
-    {Placement::reachable, Placement::plain, false},     {Placement::reachable, Placement::plain, true},
-    {Placement::reachable, Placement::symmetric, false}};
+constexpr Buffering kBufferings[] = {{Placement::plain, Placement::plain, false},
+                                     {Placement::plain, Placement::plain, true},
+                                     {Placement::symmetric, Placement::symmetric, false},
+                                     {Placement::symmetric, Placement::symmetric, true},
+                                     {Placement::plain, Placement::symmetric, false},
+                                     {Placement::symmetric, Placement::plain, false},
+                                     {Placement::reachable, Placement::plain, false},
+                                     {Placement::reachable, Placement::plain, true},
+                                     {Placement::reachable, Placement::symmetric, false},
+                                     {Placement::told, Placement::told, false},
+                                     {Placement::told, Placement::told, true},
+                                     {Placement::plain, Placement::told, false},
+                                     {Placement::told, Placement::plain, false}};
 
 // `total` elements over all ranks, as evenly or unevenly as `even` says.
 Call make_call(const World& world, int64_t total, bool even, const Buffering& buffering) {
@@ -220,7 +227,8 @@ std::string words(const Plan& plan) {
          (plan.call.in == Placement::symmetric ? ", symmetric in" : "") +
          (plan.call.in == Placement::reachable ? ", reachable in" : "") +
          (plan.call.out == Placement::symmetric ? ", symmetric out" : "") +
-         (plan.call.in_place ? ", in place" : "");
+         (plan.call.in == Placement::told ? ", told in" : "") +
+         (plan.call.out == Placement::told ? ", told out" : "") + (plan.call.in_place ? ", in place" : "");
 }
 
 }  // namespace
