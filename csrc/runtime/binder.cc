@@ -1,7 +1,9 @@
 #include "runtime/binder.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "common/error.h"
@@ -10,29 +12,25 @@
 #include "runtime/select.h"
 #include "schedule/cursor.h"
 #include "schedule/lower/layout.h"
+#include "transport/arena.h"
 
 namespace pycomm::runtime {
 
 // All ranks must find the same. A rank's own slot of the other buffer lies elsewhere on every rank; what
 // only the root has (gather, scatter, the output of reduce), and empty blocks, may lie anywhere: these are
 // plain.
-void Binder::find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const {
-  const schedule::Call& call = request.call;
+Binder::Sides Binder::sides_in_reach(const schedule::Call& call) const {
   const schedule::Traits& traits = call.world.traits();
-  if ((traits.rooted && !traits.one_block()) || call.ragged) return;
-  const auto item = static_cast<int64_t>(size_of(call.dtype));
-  const bool empty_blocks = std::count(call.counts.begin(), call.counts.end(), 0) > 0;
-  const bool all_empty = std::count(call.counts.begin(), call.counts.end(), 0) ==
-                         static_cast<std::ptrdiff_t>(call.counts.size());
+  if (size() == 1 || call.coded() || traits.between_two() || call.ragged || (traits.rooted && !traits.one_block())) {
+    return {};
+  }
+  const auto empty = std::count(call.counts.begin(), call.counts.end(), 0);
+  const bool all_empty = empty == static_cast<std::ptrdiff_t>(call.counts.size());
   using schedule::Content;
-  const bool own_block_in = traits.in.holds == Content::Holds::own,
-             own_block_out = traits.out.holds == Content::Holds::own;
-  if (!(own_block_in ? call.in_place || empty_blocks : all_empty)) {
-    in = heap_.find(request.in, schedule::in_elements(call, rank()) * item);
-  }
-  if (!(own_block_out ? call.in_place || empty_blocks : all_empty || traits.out.on == Content::On::root)) {
-    out = heap_.find(request.out, schedule::out_elements(call, rank()) * item);
-  }
+  const auto reach = [&](const Content& side) {
+    return side.holds == Content::Holds::own ? !call.in_place && empty == 0 : !all_empty;
+  };
+  return {reach(traits.in), reach(traits.out) && traits.out.on != Content::On::root};
 }
 
 Bound Binder::bind(Request& request) {
@@ -65,8 +63,11 @@ Bound Binder::bind(Request& request) {
   } else {
     call.world.size = size();
     call.world.nodes = domain_.nodes();
-    if (!heap_.empty() && size() > 1 && !call.coded()) {
-      find_symmetric(request, in, out);
+    if (!heap_.empty()) {
+      const auto [in_reach, out_reach] = sides_in_reach(call);
+      const auto item = static_cast<int64_t>(size_of(call.dtype));
+      if (in_reach) in = heap_.find(request.in, schedule::in_elements(call, rank()) * item);
+      if (out_reach) out = heap_.find(request.out, schedule::out_elements(call, rank()) * item);
       if (in.distance) call.in = schedule::Placement::symmetric;
       if (out.distance) call.out = schedule::Placement::symmetric;
       bound.buffers.in_distance = in.distance;
@@ -95,27 +96,30 @@ Bound Binder::bind(Request& request) {
     bound.record.fingerprint = Hasher(bound.record.fingerprint).add(request.tag).digest() | 1;
   }
   if (call.ragged && size() > 1) agree_on_counts(bound);
-  if (auto reading = prepare_reading(call, request.algorithm, plan_rank)) {
-    agree_on_reading(bound, std::move(reading));
-  }
+  const bool alone = bound.src >= 0;
+  const Sides told = alone ? Sides{} : sides_to_tell(call);
+  auto reading = alone ? nullptr : prepare_reading(call, request.algorithm, plan_rank);
+  if (told.in || told.out || reading) agree_on_places(bound, request.algorithm, told, std::move(reading));
   if (request.coding) bound.set_step(request.coding->step);
   return bound;
 }
 
 // ---- what ranks agree on first ----
 
-// A part of the call that it is for, also to the others. Gives the word of each rank, or to each, as they
+// A part of the call that it is for, also to the others. Gives the words of each rank, or to each, as they
 // are when the prelude has run.
 std::shared_ptr<Binder::Agreement> Binder::agree(Bound& bound, Collective kind, std::vector<int64_t> mine) {
-  const auto agreement =
-      std::make_shared<Agreement>(Agreement{std::move(mine), std::vector<int64_t>(size())});
+  const auto agreement = std::make_shared<Agreement>(Agreement{std::move(mine), {}});
+  const auto words = static_cast<int64_t>(agreement->mine.size());
+  agreement->all.resize(static_cast<size_t>(kind == Collective::all_gather ? words * size() : words));
   Request request;
   request.call.world = {.collective = kind, .size = size()};
   request.call.dtype = DType::int64;
-  request.call.counts = schedule::uniform_counts(request.call.world, 1);
+  request.call.counts =
+      schedule::uniform_counts(request.call.world, kind == Collective::all_gather ? words : 1);
   request.in = agreement->mine.data();
   request.out = agreement->all.data();
-  Prelude prelude{.before = nullptr, .plan = bind(request)};
+  Prelude prelude{.plan = bind(request)};
   prelude.plan.record = bound.record;
   prelude.plan.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
   bound.preludes.push_back(std::move(prelude));
@@ -164,10 +168,21 @@ std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& ca
   return prepared->reachable ? prepared : nullptr;
 }
 
+// Which plain buffers of a call are worth a word.
+Binder::Sides Binder::sides_to_tell(const schedule::Call& call) const {
+  if (!domain_.nodes().empty()) return {};
+  Sides sides = sides_in_reach(call);
+  sides.in = sides.in && call.in == schedule::Placement::plain;
+  sides.out = sides.out && call.out == schedule::Placement::plain;
+  // The same on all ranks, since none of these collectives has a root with a buffer of another size.
+  const int64_t most = std::max(schedule::in_elements(call, 0), schedule::out_elements(call, 0));
+  return most * static_cast<int64_t>(size_of(call.dtype)) >= fabric_.profile.told_bytes ? sides : Sides{};
+}
+
 namespace {
 
-// What a rank says of its buffers: 0 if its input is not fit to be read, else 1 and where in a page the two
-// begin.
+// What a rank says of its input, for those who would read it through the kernel: 0 if it is not fit for
+// that, else 1 and where in a page the two buffers begin.
 constexpr int64_t kPageBits = 12, kPage = int64_t{1} << kPageBits;
 
 int64_t word_of(bool fit, const Buffers& buffers) {
@@ -176,46 +191,151 @@ int64_t word_of(bool fit, const Buffers& buffers) {
   return fit ? 1 | in << 1 | out << (1 + kPageBits) : 0;
 }
 
-// The kernel copies by `rep movsb`, which Zen 3 and Zen 4 run many times slower where the destination lies
-// 1 to 63 bytes beyond the source modulo 4 KiB.
-bool reads_fast(const schedule::Call& call, const std::vector<int64_t>& words) {
-  const auto item = static_cast<int64_t>(size_of(call.dtype));
-  for (int to = 0; to < call.world.size; ++to) {
-    for (int from = 0; from < call.world.size; ++from) {
-      if (from == to) continue;
-      const int64_t in = words[from] >> 1 & (kPage - 1), out = words[to] >> (1 + kPageBits);
-      const int block = call.world.traits().in.holds == schedule::Content::Holds::own ? from : to;
-      const int64_t source = schedule::block_offset(call, from, schedule::Buffer::in, block) * item;
-      const int64_t landing = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
-      const int64_t beyond = (out + landing - in - source) & (kPage - 1);
-      if (beyond > 0 && beyond < 32) return false;
-    }
+}  // namespace
+
+// What the ranks say to each other of where the buffers of a call lie, and the plans for it. Used by one run
+// at a time.
+struct Binder::Places {
+  enum Word : uint8_t { fit, in, out, kWords };
+  // Nothing was told, in the words of `in` and `out`; else the offset in the rank's arena, and whether the
+  // rank works in place.
+  static constexpr int64_t kUntold = -1;
+  static int64_t told(int64_t offset, bool in_place) {
+    return offset < 0 ? kUntold : offset << 1 | static_cast<int64_t>(in_place);
   }
+
+  Sides sides;
+  std::string algorithm;
+  std::shared_ptr<Agreement> words;
+  std::optional<BoundPlan> reading;
+  std::array<std::optional<BoundPlan>, 4> plans;  // by the sides that are told
+  std::vector<char*> bases;                       // Buffers::told
+
+  int64_t word(int rank, Word which) const { return words->all[rank * kWords + which]; }
+  // All ranks have told, and work in place or not alike: so are plans proved.
+  bool all_told(Word side, int size) const {
+    for (int rank = 0; rank < size; ++rank) {
+      if (word(rank, side) == kUntold || ((word(rank, side) ^ word(0, side)) & 1) != 0) return false;
+    }
+    return true;
+  }
+  // The kernel copies by `rep movsb`, which Zen 3 and Zen 4 run many times slower where the destination lies
+  // 1 to 63 bytes beyond the source modulo 4 KiB.
+  bool reads_fast(const schedule::Call& call) const {
+    const auto item = static_cast<int64_t>(size_of(call.dtype));
+    for (int to = 0; to < call.world.size; ++to) {
+      for (int from = 0; from < call.world.size; ++from) {
+        if (from == to) continue;
+        const int64_t in = word(from, fit) >> 1 & (kPage - 1), out = word(to, fit) >> (1 + kPageBits);
+        const int block = call.world.traits().in.holds == schedule::Content::Holds::own ? from : to;
+        const int64_t source = schedule::block_offset(call, from, schedule::Buffer::in, block) * item;
+        const int64_t landing = schedule::block_offset(call, to, schedule::Buffer::out, from) * item;
+        const int64_t beyond = (out + landing - in - source) & (kPage - 1);
+        if (beyond > 0 && beyond < 32) return false;
+      }
+    }
+    return true;
+  }
+  bool reads() const {
+    if (!reading) return false;
+    const schedule::Call& call = reading->prepared->plan.call;
+    for (int rank = 0; rank < call.world.size; ++rank) {
+      if (word(rank, fit) == 0) return false;
+    }
+    return reads_fast(call);
+  }
+};
+
+namespace {
+// Another plan for what `own` is for.
+BoundPlan instead_of(const BoundPlan& own, std::shared_ptr<const Prepared> prepared) {
+  BoundPlan other = own;
+  other.record.in = prepared->record.in;
+  other.record.out = prepared->record.out;
+  std::ranges::copy(prepared->record.algorithm, other.record.algorithm);
+  other.record.fingerprint = Hasher(own.record.fingerprint).add(prepared->record.fingerprint).digest() | 1;
+  other.prepared = std::move(prepared);
+  return other;
+}
+}  // namespace
+
+// Whether a buffer is fit to be read where it lies, or lies where others can use it, its owner alone knows.
+void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides told,
+                             std::shared_ptr<const Prepared> reading) {
+  const schedule::Call& call = bound.prepared->plan.call;
+  const auto item = static_cast<int64_t>(size_of(call.dtype));
+  const int64_t in_bytes = schedule::in_elements(call, rank()) * item,
+                out_bytes = schedule::out_elements(call, rank()) * item;
+  const auto places = std::make_shared<Places>();
+  places->sides = told;
+  places->algorithm = algorithm;
+  places->words = agree(bound, Collective::all_gather, std::vector<int64_t>(Places::kWords));
+  // Else `out` would be written over `in`.
+  const bool kept = reading && reading->plan.call.in_place == call.in_place;
+  const auto offset = [buffers = bound.buffers, told, in_bytes, out_bytes](Places::Word side) {
+    const transport::Arena* const arena = transport::Arena::if_any();
+    if (!arena || !arena->used()) return int64_t{-1};
+    if (side == Places::in) return told.in ? arena->offset_of(buffers.in, in_bytes) : -1;
+    return told.out ? arena->offset_of(buffers.out, out_bytes) : -1;
+  };
+  Prelude& prelude = bound.preludes.back();
+  if (!reading) {
+    prelude.wanted = [this, offset](uint64_t number) {
+      if (offset(Places::in) >= 0 || offset(Places::out) >= 0) domain_.wish_to_tell(number);
+      return domain_.tells(number);
+    };
+  }
+  prelude.before = [this, places, offset, kept, in_bytes, in_place = call.in_place, buffers = bound.buffers] {
+    const bool fit = kept && domain_.node().fit_to_read(buffers.in, in_bytes);
+    int64_t in = offset(Places::in), out = offset(Places::out);
+    if ((in >= 0 || out >= 0) && !reaches_arenas()) in = out = -1;
+    places->words->mine = {word_of(fit, buffers), Places::told(in, in_place), Places::told(out, in_place)};
+  };
+  if (reading) places->reading = instead_of(bound, std::move(reading));
+  bound.conclude = [this, places](const BoundPlan& own) -> const BoundPlan& {
+    const bool in = places->all_told(Places::in, size()), out = places->all_told(Places::out, size());
+    if (!in && places->reads()) return *places->reading;
+    return in || out ? use_told(own, *places, in, out) : own;
+  };
+}
+
+// The arenas of all, by rank. False if one cannot be mapped here.
+bool Binder::reaches_arenas() {
+  if (!arenas_.empty()) return true;
+  std::vector<char*> arenas;
+  for (const int rank : domain_.node_ranks()) {
+    arenas.push_back(domain_.node().arena_of(rank));
+    if (!arenas.back()) return false;
+  }
+  arenas_ = std::move(arenas);
   return true;
 }
 
-}  // namespace
-
-// Whether an input is fit to be read where it lies, its owner alone knows.
-void Binder::agree_on_reading(Bound& bound, std::shared_ptr<const Prepared> prepared) {
-  const schedule::Call& call = bound.prepared->plan.call;
-  const int64_t bytes = schedule::in_elements(call, rank()) * static_cast<int64_t>(size_of(call.dtype));
-  const bool kept = prepared->plan.call.in_place == call.in_place;  // else `out` would be written over `in`
-  const auto agreement = agree(bound, Collective::all_gather, {0});
-  bound.preludes.back().before = [this, bytes, kept, agreement, buffers = bound.buffers] {
-    const bool fit = kept && domain_.node().fit_to_read(buffers.in, bytes);
-    agreement->mine[0] = word_of(fit, buffers);
-  };
-  BoundPlan reading = bound;
-  reading.record.in = schedule::Placement::reachable;
-  reading.record.fingerprint =
-      Hasher(bound.record.fingerprint).add(prepared->record.fingerprint).digest() | 1;
-  reading.prepared = std::move(prepared);
-  bound.conclude = [agreement, reading = std::move(reading)](const BoundPlan& own) -> const BoundPlan& {
-    const std::vector<int64_t>& words = agreement->all;
-    const bool fit = std::count(words.begin(), words.end(), 0) == 0;
-    return fit && reads_fast(reading.prepared->plan.call, words) ? reading : own;
-  };
+// The others may have begun: what goes wrong here is the group's failure.
+const BoundPlan& Binder::use_told(const BoundPlan& own, Places& places, bool in, bool out) {
+  try {
+    std::optional<BoundPlan>& plan = places.plans[in + 2 * out];
+    if (!plan) {
+      schedule::Call call = own.prepared->plan.call;
+      if (in) call.in = schedule::Placement::told;
+      if (out) call.out = schedule::Placement::told;
+      plan = instead_of(own, plans_.prepare(call, places.algorithm, rank()));
+      places.bases.resize(2 * static_cast<size_t>(size()));
+    }
+    const Buffers& buffers = own.buffers;
+    for (int r = 0; r < size(); ++r) {
+      places.bases[r] = in ? arenas_[r] + (places.word(r, Places::in) >> 1)
+                           : const_cast<char*>(buffers.in) + (r - rank()) * buffers.in_distance;
+      places.bases[size() + r] = out ? arenas_[r] + (places.word(r, Places::out) >> 1)
+                                     : buffers.out + (r - rank()) * buffers.out_distance;
+    }
+    plan->buffers.told = places.bases.data();
+    return *plan;
+  } catch (const std::exception& error) {
+    domain_.fail(FailureKind::aborted, "rank " + std::to_string(rank()) +
+                                           " could not prepare a call on shared arrays: " + error.what());
+    domain_.raise_failure(Domain::Caller::under_way);
+  }
 }
 
 // ---- in words ----
@@ -261,6 +381,13 @@ std::string Binder::explain(const Request& request) {
     text += "instead    where all ranks' inputs lie in huge pages: " +
             std::to_string(reading->program(rank()).steps.size()) +
             " steps that read them through the kernel, with one copy and no window\n";
+  }
+  if (const Sides told = sides_to_tell(call); told.in || told.out) {
+    if (told.in) call.in = schedule::Placement::told;
+    if (told.out) call.out = schedule::Placement::told;
+    const auto instead = plans_.prepare(call, request.algorithm, rank());
+    text += "instead    where all ranks' buffers are shared arrays: " + instead->plan.algorithm + ", " +
+            std::to_string(instead->program(rank()).steps.size()) + " steps that use them in place\n";
   }
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
           std::to_string(plan.slot_bytes) + " bytes\n";

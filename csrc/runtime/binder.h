@@ -36,18 +36,27 @@ class Binder {
   struct Agreement {
     std::vector<int64_t> mine, all;  // what this rank says, what it hears
   };
-  void find_symmetric(const Request& request, Heap::Place& in, Heap::Place& out) const;
+  struct Sides {
+    bool in = false, out = false;
+  };
+  struct Places;
+  Sides sides_in_reach(const schedule::Call& call) const;
+  Sides sides_to_tell(const schedule::Call& call) const;
   std::shared_ptr<Agreement> agree(Bound& bound, Collective kind, std::vector<int64_t> mine);
   void agree_on_counts(Bound& bound);
   std::shared_ptr<const Prepared> prepare_reading(const schedule::Call& call, const std::string& algorithm,
                                                   int rank);
-  void agree_on_reading(Bound& bound, std::shared_ptr<const Prepared> prepared);
+  void agree_on_places(Bound& bound, const std::string& algorithm, Sides told,
+                       std::shared_ptr<const Prepared> reading);
+  bool reaches_arenas();
+  const BoundPlan& use_told(const BoundPlan& own, Places& places, bool in, bool out);
 
   Domain& domain_;
   const Fabric& fabric_;
   const Heap& heap_;
   PlanCache& plans_;
   const double timeout_s_;
+  std::vector<char*> arenas_;  // by rank, when they have been mapped; for the run that is under way
 };
 
 }  // namespace pycomm::runtime

@@ -33,9 +33,12 @@ struct BoundPlan {
   CallRecord record;
 };
 
-// A plan that runs ahead of a call's own, so that ranks can agree on something.
+// A plan that runs ahead of a call's own, so that ranks can agree on something. If `wanted` is set and says
+// no to the number that its call would have, on all ranks alike, neither this nor what comes after it runs,
+// up to the call's own plan.
 struct Prelude {
-  std::function<void()> before;  // if set, finds what this rank says
+  std::function<bool(uint64_t call)> wanted = nullptr;
+  std::function<void()> before = nullptr;  // if set, finds what this rank says
   BoundPlan plan;
 };
 

@@ -8,8 +8,10 @@
 #include <climits>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "common/error.h"
+#include "transport/arena.h"
 #include "transport/memory.h"
 
 namespace pycomm::runtime {
@@ -20,7 +22,7 @@ int64_t header_bytes(int local, int size) {
   const int64_t n = size, m = local;
   return transport::round_up(
       static_cast<int64_t>(sizeof(Failure) + m * sizeof(Member) + m * m * 2 * kCellsPerPair * sizeof(Cell) +
-                           n * n * sizeof(int64_t) + (m + 63) / 64 * sizeof(uint64_t)),
+                           n * n * sizeof(int64_t) + ((m + 63) / 64 + 1) * sizeof(uint64_t)),
       transport::kSmallPage);
 }
 
@@ -86,6 +88,12 @@ std::string describe(const CallRecord& record) {
                                                                                            : "output");
       text += " at offset " + std::to_string(record.symmetric_offset);
     }
+    const auto told = schedule::Placement::told;
+    if (record.in == told || record.out == told) {
+      text += std::string(", shared array") + (record.in == record.out ? "s"
+                                               : record.in == told     ? " in"
+                                                                       : " out");
+    }
     if (record.in == schedule::Placement::reachable) text += ", input read through the kernel";
     text += ")";
   }
@@ -123,6 +131,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
   cells_ = reinterpret_cast<Cell*>(members + local);
   channels_ = reinterpret_cast<std::atomic<int64_t>*>(cells_ + local * local * 2 * kCellsPerPair);
   let_go_ = reinterpret_cast<std::atomic<uint64_t>*>(channels_ + size() * size());
+  told_from_ = let_go_ + (local + 63) / 64;
   windows_ = base + header_bytes(local, size());
   raised_ = parent ? parent->raised_ : std::make_shared<std::atomic<bool>>(false);
   for (int r = 0; r < size(); ++r) {
@@ -222,6 +231,13 @@ std::optional<CallRecord> Domain::record_of(int rank, uint64_t call) const {
   return record;
 }
 
+void Domain::wish_to_tell(uint64_t call) const {
+  uint64_t from = told_from_->load(std::memory_order_relaxed);
+  while (from == 0 || from > call + 2) {
+    if (told_from_->compare_exchange_weak(from, call + 2)) return;
+  }
+}
+
 void Domain::wake(Member& waker) {
   waker.doorbell.fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &waker.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
@@ -314,6 +330,27 @@ bool Domain::all_received() {
     }
   }
   return true;
+}
+
+// What asks later needs no domain, only its memory: where that has gone back, all have let go of it, and the
+// failure reads as none.
+void Domain::hold_told() {
+  transport::Arena* const arena = transport::Arena::if_any();
+  if (!nodes_.empty() || !arena || !arena->used() || std::exchange(held_, true)) return;
+  arena->quarantine([node = node_, mapping = mapping_, failure = failure_, members = members_,
+                     ranks = node_ranks_, me = rank_] {
+    if (failure->state.load(std::memory_order_acquire) == 0) return true;
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+      const Member& peer = *members[rank];
+      if (static_cast<int>(rank) == me || peer.stopped.load(std::memory_order_acquire) != 0 ||
+          peer.closed.load(std::memory_order_acquire) != 0) {
+        continue;
+      }
+      // A thread that will not come back may have calls under way that another one drives.
+      if (node->threads() || !node->dead(ranks[rank])) return false;
+    }
+    return true;
+  });
 }
 
 void Domain::raise_failure(Caller caller) {

@@ -86,6 +86,7 @@ struct Member {
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
   std::atomic<uint32_t> shrinking;  // has called shrink
+  std::atomic<uint32_t> stopped;    // has nothing under way, and knows of the failure: starts nothing more
   std::atomic<uint64_t> heartbeat;  // grows during a long wait
   alignas(kApart) std::atomic<uint32_t> sleeping;
   std::atomic<int32_t> cpu;        // 1 + where it last waited
@@ -103,8 +104,7 @@ struct Failure {
 
 // How a rank reaches one of its node, itself included, in the calls of a bank: a cache line.
 struct alignas(64) Link {
-  std::array<char*, 5>
-      bases{};  // that rank's memory, by schedule::Space; the caller's is for a run to fill in
+  std::array<char*, 5> bases{};  // its memory, by schedule::Space; the caller's is for a run to fill in
   Cell *outgoing = nullptr, *incoming = nullptr;
   Member* waker = nullptr;  // Domain::waker's
 };
@@ -112,8 +112,8 @@ struct alignas(64) Link {
 // Which group: the same for all of its ranks, and unlike all others of the world.
 using GroupKey = uint64_t;
 
-// Where a rank keeps a group's shared memory: on each node one of its ranks reserves it (Domain::bytes).
-// In this order: Failure, Members, Cells, channel offsets, who has let go, windows.
+// What a group keeps in the shared memory of a node, where one of its ranks has reserved it. In this order:
+// Failure, Members, Cells, channel offsets, who has let go, from which call on ranks tell, windows.
 class Domain {
  public:
   // Of `local` ranks of a group of `size`.
@@ -171,6 +171,17 @@ class Domain {
     return member(rank).entries[call & 1].words[0].load(std::memory_order_acquire);
   }
 
+  // Whether ranks tell each other, before this call of the group, where its buffers lie; the same on all ranks
+  // (binder.h). Asked before the rank enters it, when it has left the call before: then all have entered the
+  // one before that. So all know what a rank wished for before it entered that one, which is for calls from
+  // two beyond it on, and what they may not know of yet is for later calls only.
+  bool tells(uint64_t call) const {
+    const uint64_t from = told_from_->load(std::memory_order_relaxed);
+    return from != 0 && from <= call;
+  }
+  // This rank, which is about to enter `call`, wishes that.
+  void wish_to_tell(uint64_t call) const;
+
   // The words by which a rank is woken: those of its group, since it sleeps for all its calls at once.
   Member& waker(int rank) const { return *wakers_[rank]; }
   // Wakes the rank of this node if it sleeps.
@@ -190,6 +201,12 @@ class Domain {
   bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
   // Makes this the group's error unless there is one already, and tells all.
   void fail(FailureKind kind, const std::string& text);
+  // After a failure, before a call of this rank that peers may have been told the buffers of gives them back:
+  // they go to nobody else (transport::Arena) until no peer can touch them any more, since it has stopped,
+  // closed or ended.
+  void hold_told();
+  // After a failure, with no call of the group under way on this rank.
+  void stop() const { self().stopped.store(1, std::memory_order_release); }
   // Throws the group's error: as it is to a call that was under way and to the first call that finds it, to
   // later ones as AbortedError.
   enum class Caller : uint8_t { under_way, starting };
@@ -236,8 +253,10 @@ class Domain {
   Cell* cells_;
   std::atomic<int64_t>* channels_;
   std::atomic<uint64_t>* let_go_;
+  std::atomic<uint64_t>* told_from_;  // 0: from none
   char* windows_;
   std::shared_ptr<std::atomic<bool>> raised_;
+  bool held_ = false;            // by hold_told
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
   std::mutex pairs_mutex_, status_mutex_;
   std::vector<Domain*> pairs_;  // of which this is the parent

@@ -40,8 +40,12 @@ inline void Execution::start_plan() {
   const BoundPlan* plan = bound_;
   if (plan_ < bound_->preludes.size()) {
     const Prelude& prelude = bound_->preludes[plan_];
-    if (prelude.before) prelude.before();
-    plan = &prelude.plan;
+    if (!prelude.wanted || prelude.wanted(sequence_->calls() + 1)) {
+      if (prelude.before) prelude.before();
+      plan = &prelude.plan;
+    } else {
+      plan_ = bound_->preludes.size();
+    }
   } else if (bound_->conclude) {
     plan = &bound_->conclude(*bound_);
   }

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kShortBytes = 64 << 10;  // moved in less time than another thread takes to wake up
 
 bool shorter_than_waking(const Bound& bound) {
-  if (bound.before || !bound.preludes.empty()) return false;
+  const auto is_certain = [](const Prelude& prelude) { return !prelude.wanted; };
+  if (bound.before || std::ranges::any_of(bound.preludes, is_certain)) return false;
   const schedule::Call& call = bound.prepared->plan.call;
   const int root = call.world.root;
   const int64_t elements = std::max(schedule::in_elements(call, root), schedule::out_elements(call, root));
@@ -99,7 +100,14 @@ template <size_t N>
 void Queue::run_all(const std::array<const Bound*, N>& calls, Patience& patience) {
   if (idle()) {
     const Holding token(*this);
-    if (token && idle()) return run_at_once(calls, patience);
+    if (token && idle()) {
+      try {
+        return run_at_once(calls, patience);
+      } catch (...) {
+        settle();
+        throw;
+      }
+    }
   }
   run_queued(calls, patience);
 }
@@ -213,6 +221,13 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
   return work;
 }
 
+// After an error: what peers were told is held until they have stopped, and they hear that this rank has.
+void Queue::settle() {
+  if (!domain_.failed()) return;
+  domain_.hold_told();
+  if (active_.empty()) domain_.stop();
+}
+
 // Starts the first call of every sequence that has one.
 void Queue::take_up() {
   std::vector<std::shared_ptr<Work>> fresh;
@@ -232,6 +247,7 @@ void Queue::take_up() {
       active_.push_back(std::move(active));
     } catch (...) {
       work->error_ = std::current_exception();
+      settle();
       complete(active);
     }
   }
@@ -243,6 +259,7 @@ bool Queue::go_on(Active& active, int polls) {
     return active.execution.advance(polls);
   } catch (...) {
     active.work->error_ = std::current_exception();
+    settle();
     return true;
   }
 }
@@ -274,6 +291,7 @@ bool Queue::advance_all(int polls) {
   const bool any = ended != active_.end();
   std::for_each(ended, active_.end(), [&](Active& a) { complete(a); });
   active_.erase(ended, active_.end());
+  if (any) settle();
   return any || active_.empty();
 }
 
@@ -287,11 +305,13 @@ void Queue::complete_some(Patience& patience, const WaitPolicy& policy) {
     try {
       wait(pending, policy, patience, &attention);
     } catch (const CommError&) {  // the group's
+      settle();
       for (Active& active : active_) {
         active.work->error_ = std::current_exception();
         complete(active);
       }
       active_.clear();
+      settle();
       return;
     }
     if (attention.met()) return;

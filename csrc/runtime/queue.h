@@ -125,6 +125,7 @@ class Queue {
 
   // Under the token.
   void join(std::span<const Execution> begun, Patience& patience);
+  void settle();
   void take_up();
   bool go_on(Active& active, int polls);
   void complete(Active& active);
