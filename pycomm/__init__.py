@@ -33,6 +33,7 @@ __all__ = [
     "init",
     "premul_sum",
     "run_local",
+    "shared_arrays",
 ]
 
 if "pycomm._native" not in sys.modules and find_spec("pycomm._native") is None:

@@ -29,6 +29,7 @@ __all__: list[str] = [
     "Ref",
     "Residuals",
     "SEGMENT_ALIGN",
+    "SharedArrays",
     "Work",
     "World",
     "add_algorithm",
@@ -1077,6 +1078,29 @@ class Residuals:
     def now(self) -> numpy.typing.NDArray[numpy.float32]:
         """
         float32, a view; to use while no call is under way.
+        """
+
+class SharedArrays:
+    """
+    Large arrays of NumPy's lie in shared memory from when this is made until end().
+    """
+
+    @staticmethod
+    def entered() -> bool:
+        """
+        Whether they lie there now, in this thread's context.
+        """
+
+    @staticmethod
+    def holds(array: typing.Any) -> bool:
+        """
+        Whether an array lies in this process's shared memory.
+        """
+
+    def __init__(self) -> None: ...
+    def end(self) -> None:
+        """
+        NumPy allocates again as it did before.
         """
 
 def add_algorithm(

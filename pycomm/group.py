@@ -11,7 +11,7 @@ import operator
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -24,6 +24,7 @@ from pycomm import _native, checks, objects
 from pycomm.algorithm import introduce
 from pycomm.byhand import Watch
 from pycomm.rollcall import report
+from pycomm.sharing import shared_arrays
 from pycomm.world import World, by_hand, find_world, take
 
 T = TypeVar("T")
@@ -183,7 +184,8 @@ def run_local(
     If one raises, the others get PeerLostError rather than wait for it, and when all have ended, the error
     that came first is raised here. A communicator is closed when its rank returns. `timeout` is as in init.
     For tests and notebooks: rank threads share the interpreter's lock between calls, and all that is not made
-    in `fn`. A model from outside is one model, which all of them change.
+    in `fn`. A model from outside is one model, which all of them change. Inside of shared_arrays(), `fn` runs
+    inside of it as well.
 
     `nodes` makes up nodes, to try what several machines will do: that many, with as many ranks each as
     they can share evenly in order, or a node for each rank, as in nodes=[0, 0, 1]. Data then goes between
@@ -197,10 +199,12 @@ def run_local(
     comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
+    memory = shared_arrays if _native.SharedArrays.entered() else nullcontext
 
     def run(comm: Communicator) -> None:
         try:
-            results[comm.rank] = fn(comm)
+            with memory():
+                results[comm.rank] = fn(comm)
             comm.close()
         except BaseException as error:
             errors.append(error)

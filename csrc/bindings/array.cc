@@ -1,8 +1,5 @@
 #include "bindings/array.h"
 
-#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
-#include <numpy/arrayobject.h>
-
 #include <bit>
 #include <cstring>
 #include <optional>
@@ -13,6 +10,7 @@
 #include "bindings/dlpack.h"
 #include "bindings/exit.h"
 #include "bindings/kinds.h"
+#include "bindings/numpy.h"
 #include "bindings/python.h"
 #include "bindings/refusal.h"
 #include "common/error.h"

@@ -7,6 +7,7 @@
 #include "bindings/coding.h"
 #include "bindings/python.h"
 #include "bindings/refusal.h"
+#include "bindings/shared_arrays.h"
 #include "common/env.h"
 #include "common/error.h"
 #include "common/log.h"
@@ -227,6 +228,7 @@ PYBIND11_MODULE(_native, module) {
   add_bucket(module);
   add_codecs(module);
   add_coding(module, communicator);
+  add_shared_arrays(module);
 
   module.def("join", &join, py::arg("rank"), py::arg("size"), py::arg("address"),
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");
