@@ -42,6 +42,7 @@ TABLE_OF_CONTENTS = """
 
 docs/pytorch
 docs/coming-from
+docs/shared-arrays
 docs/codecs
 docs/algorithms
 docs/errors

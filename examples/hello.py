@@ -22,8 +22,8 @@ work = comm.all_reduce(x, op="max", async_op=True)  # runs while this rank compu
 squares = np.arange(1000) ** 2
 work.wait()
 
-gradients = comm.empty((1 << 20,), "float32")  # symmetric memory: the other ranks read it in place, no copies
-gradients[:] = rank
+with pycomm.shared_arrays():  # large arrays made in here: the other ranks read them in place, no copies
+    gradients = np.full(1 << 20, rank, np.float32)
 comm.all_reduce(gradients, op="avg")
 assert (gradients == (size - 1) / 2).all()
 

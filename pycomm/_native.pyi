@@ -40,9 +40,11 @@ __all__: list[str] = [
     "describe_buffer",
     "dtype_name",
     "encode",
+    "is_shared_array",
     "isa",
     "join",
     "join_threads",
+    "makes_shared_arrays",
     "numpy_dtype",
     "packable_dtype",
     "topk_decode_add",
@@ -1085,18 +1087,6 @@ class SharedArrays:
     Large arrays of NumPy's lie in shared memory from when this is made until end().
     """
 
-    @staticmethod
-    def entered() -> bool:
-        """
-        Whether they lie there now, in this thread's context.
-        """
-
-    @staticmethod
-    def holds(array: typing.Any) -> bool:
-        """
-        Whether an array lies in this process's shared memory.
-        """
-
     def __init__(self) -> None: ...
     def end(self) -> None:
         """
@@ -1156,6 +1146,11 @@ def encode(
     Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.
     """
 
+def is_shared_array(array: typing.Any) -> bool:
+    """
+    Whether an array lies in this process's shared memory.
+    """
+
 def isa() -> str:
     """
     The instruction set of the kernels in use.
@@ -1174,6 +1169,11 @@ def join_threads(
 ) -> list[Communicator]:
     """
     The communicators of `size` rank threads of this process, each on a made-up node.
+    """
+
+def makes_shared_arrays() -> bool:
+    """
+    Whether large arrays made now, in this thread's context, lie in shared memory.
     """
 
 def numpy_dtype(name: str) -> typing.Any:

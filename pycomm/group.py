@@ -199,7 +199,7 @@ def run_local(
     comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
-    memory = shared_arrays if _native.SharedArrays.entered() else nullcontext
+    memory = shared_arrays if _native.makes_shared_arrays() else nullcontext
 
     def run(comm: Communicator) -> None:
         try:

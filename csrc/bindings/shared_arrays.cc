@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "bindings/numpy.h"
 #include "transport/arena.h"
@@ -79,23 +80,40 @@ py::object set_handler(PyObject* next) {
   return before;
 }
 
-// From when it is made until end(), for this thread's context.
+// From when it is made until end(), or its own, for this thread's context.
 class SharedArrays {
  public:
   SharedArrays() {
     Arena::of_process();
     before_ = set_handler(capsule);
   }
-  void end() { set_handler(before_.ptr()); }
-  static bool entered() {
-    const auto current = py::reinterpret_steal<py::object>(PyDataMem_GetHandler());
-    if (!current) throw py::error_already_set();
-    return current.ptr() == capsule;
+  SharedArrays(const SharedArrays&) = delete;
+  ~SharedArrays() {
+    try {
+      end();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("pycomm.shared_arrays");
+    }
+  }
+  void end() {
+    if (const py::object before = std::exchange(before_, {})) set_handler(before.ptr());
   }
 
  private:
   py::object before_;
 };
+
+bool makes_shared_arrays() {
+  const auto current = py::reinterpret_steal<py::object>(PyDataMem_GetHandler());
+  if (!current) throw py::error_already_set();
+  return current.ptr() == capsule;
+}
+
+bool is_shared_array(const py::object& array) {
+  if (!PyArray_Check(array.ptr())) return false;
+  const Arena* const arena = Arena::at(PyArray_DATA(reinterpret_cast<PyArrayObject*>(array.ptr())));
+  return arena && !arena->inherited();
+}
 
 }  // namespace
 
@@ -110,18 +128,11 @@ void add_shared_arrays(py::module_& module) {
   py::class_<SharedArrays>(module, "SharedArrays",
                            "Large arrays of NumPy's lie in shared memory from when this is made until end().")
       .def(py::init<>())
-      .def("end", &SharedArrays::end, "NumPy allocates again as it did before.")
-      .def_static("entered", &SharedArrays::entered, "Whether they lie there now, in this thread's context.")
-      .def_static(
-          "holds",
-          [](const py::object& array) {
-            const auto* const data = PyArray_Check(array.ptr())
-                                         ? PyArray_DATA(reinterpret_cast<PyArrayObject*>(array.ptr()))
-                                         : nullptr;
-            Arena* const arena = data ? Arena::at(data) : nullptr;
-            return arena && !arena->inherited();
-          },
-          py::arg("array"), "Whether an array lies in this process's shared memory.");
+      .def("end", &SharedArrays::end, "NumPy allocates again as it did before.");
+  module.def("makes_shared_arrays", &makes_shared_arrays,
+             "Whether large arrays made now, in this thread's context, lie in shared memory.");
+  module.def("is_shared_array", &is_shared_array, py::arg("array"),
+             "Whether an array lies in this process's shared memory.");
 }
 
 }  // namespace pycomm::bindings

@@ -97,7 +97,8 @@ Bound Binder::bind(Request& request) {
   }
   if (call.ragged && size() > 1) agree_on_counts(bound);
   const bool alone = bound.src >= 0;
-  const Sides told = alone ? Sides{} : sides_to_tell(call);
+  // Parts of another call are about memory of the library's own.
+  const Sides told = alone || request.part_of ? Sides{} : sides_to_tell(call);
   auto reading = alone ? nullptr : prepare_reading(call, request.algorithm, plan_rank);
   if (told.in || told.out || reading) agree_on_places(bound, request.algorithm, told, std::move(reading));
   if (request.coding) bound.set_step(request.coding->step);
@@ -386,7 +387,7 @@ std::string Binder::explain(const Request& request) {
     if (told.in) call.in = schedule::Placement::told;
     if (told.out) call.out = schedule::Placement::told;
     const auto instead = plans_.prepare(call, request.algorithm, rank());
-    text += "instead    where all ranks' buffers are shared arrays: " + instead->plan.algorithm + ", " +
+    text += "shared     where all ranks' buffers are shared arrays: " + instead->plan.algorithm + ", " +
             std::to_string(instead->program(rank()).steps.size()) + " steps that use them in place\n";
   }
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +

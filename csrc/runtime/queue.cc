@@ -223,7 +223,7 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
 
 // After an error: what peers were told is held until they have stopped, and they hear that this rank has.
 void Queue::settle() {
-  if (!domain_.failed()) return;
+  if (forked() || !domain_.failed()) return;
   domain_.hold_told();
   if (active_.empty()) domain_.stop();
 }

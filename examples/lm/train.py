@@ -36,10 +36,11 @@ def train(
     comm: pycomm.Communicator, shape: Shape, text: Tokens, steps: int, report: Report, dtype: str = "float32"
 ) -> Model:
     """Train a model on all ranks of `comm` together; rank 0's `report` hears of every step."""
-    # The gradients live in symmetric memory: backward writes them where the other ranks can read them, and
-    # all_reduce copies nothing. One element more than there are parameters: the loss travels along.
+    # A shared array: backward writes the gradients where the other ranks can read them, and all_reduce copies
+    # nothing. One element more than there are parameters: the loss travels along.
     n = shape.count()
-    bucket = comm.empty((n + 1,), dtype)
+    with pycomm.shared_arrays():
+        bucket = np.empty(n + 1, dtype)
     model = Model(shape, np.empty(n, dtype), bucket[:n], seed=SEED)
     optimizer = Adam(model.params, model.grads)
     comm.broadcast(model.params, root=0)  # the replicas start equal, whatever each of them drew

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="all, or names, or your own as module:name; else the library's choice",
     )
-    parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric (plain)")
+    parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric,shared (plain)")
     options.add_memory(parser)
     parser.add_argument(
         "--offsets",
@@ -83,15 +83,15 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--persistent: all_reduce alone has a persistent form")
         sizes = options.sizes(args)
         buffers = args.buffers.split(",")
-        if not set(buffers) <= {"plain", "symmetric"}:
-            raise ValueError(f"--buffers {args.buffers}: plain, symmetric, or both")
-        if "symmetric" in buffers and collectives == ["send_recv"]:
+        if not set(buffers) <= {"plain", "symmetric", "shared"}:
+            raise ValueError(f"--buffers {args.buffers}: plain, symmetric, shared, or several of these")
+        if buffers != ["plain"] and collectives == ["send_recv"]:
             raise ValueError(f"--buffers {args.buffers}: send_recv is measured in plain buffers alone")
         for option, given in ((f"--offset {args.offset}", args.offset), ("--huge", args.huge)):
-            if given and "symmetric" in buffers:
+            if given and buffers != ["plain"]:
                 raise ValueError(
-                    f"{option} and --buffers {args.buffers}: pycomm alone says where symmetric buffers lie;"
-                    " measure plain ones with it"
+                    f"{option} and --buffers {args.buffers}: pycomm alone says where symmetric and shared"
+                    " buffers lie; measure plain ones with it"
                 )
         codecs = options.codecs(args.codecs, collectives, dtypes, args.op)
         offsets = options.offsets(args.offset, dtypes)

@@ -29,7 +29,20 @@ def test_every_collective(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    options = ["-b", "8", "-e", "64K", "-f", "8192", "-n", "2", "-w", "1", "--buffers", "plain,symmetric"]
+    options = [
+        "-b",
+        "8",
+        "-e",
+        "64K",
+        "-f",
+        "8192",
+        "-n",
+        "2",
+        "-w",
+        "1",
+        "--buffers",
+        "plain,symmetric,shared",
+    ]
     found = json.loads(bench(capsys, "all", *options, "--json", "-")[0])
     rows = found["rows"]
     assert list(dict.fromkeys(row["collective"] for row in rows)) == list(measure.COLLECTIVES)
@@ -42,7 +55,7 @@ def test_every_collective(
         assert of["pycomm_us"] == min(times["median_us"] for times in of["forms"].values())
         assert of["algorithm"], of
         if of["collective"] != "barrier":
-            assert of["buffers"] in ("plain", "symmetric")
+            assert of["buffers"] in ("plain", "symmetric", "shared")
             assert of["bytes"] in (8, 64 << 10), of
     assert found["summary"] == []
     assert list(tmp_path.iterdir()) == []
@@ -165,6 +178,8 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers alone"),
         (["p2p", "--cores", "0-99999999"], "at most 4096 numbers"),
         (["--buffers", "pinned"], "--buffers pinned"),
+        (["send_recv", "--buffers", "shared"], "send_recv is measured in plain buffers alone"),
+        (["--buffers", "shared", "--offset", "0"], "--offset 0 and --buffers shared: pycomm"),
         (["--buffers", "symmetric", "--offset", "0"], "--offset 0 and --buffers symmetric: pycomm"),
         (["--buffers", "plain,symmetric", "--huge"], "--huge and --buffers plain,symmetric: pycomm"),
         (["--vs", "nccl"], "--vs nccl"),

@@ -18,7 +18,7 @@ import pytest
 
 import pycomm
 from pycomm import Communicator
-from pycomm._native import SharedArrays
+from pycomm._native import is_shared_array, makes_shared_arrays
 
 Ranks = Callable[..., list[Any]]
 LARGE = 64 << 10  # bytes
@@ -26,7 +26,7 @@ KEPT = 512 << 20  # of freed blocks, at most
 
 
 def is_shared(array: Any) -> bool:
-    return SharedArrays.holds(array)
+    return is_shared_array(array)
 
 
 def arena_bytes() -> int:
@@ -71,15 +71,15 @@ def test_results_and_copies_are_shared_too() -> None:
 
 
 def test_the_block_nests_and_ends_as_it_began() -> None:
-    assert not SharedArrays.entered()
+    assert not makes_shared_arrays()
     with pycomm.shared_arrays():
         with pycomm.shared_arrays():
-            assert SharedArrays.entered()
-        assert SharedArrays.entered()
+            assert makes_shared_arrays()
+        assert makes_shared_arrays()
         with pytest.raises(KeyError), pycomm.shared_arrays():
             raise KeyError
-        assert SharedArrays.entered()
-    assert not SharedArrays.entered()
+        assert makes_shared_arrays()
+    assert not makes_shared_arrays()
 
 
 def test_it_decorates() -> None:
@@ -362,12 +362,12 @@ def test_many_arrays_under_calls_take_no_more(ranks: Ranks) -> None:
 def test_where_there_is_no_room_arrays_are_plain_and_the_log_says_so_once() -> None:
     script = (
         "import resource, numpy as np, pycomm\n"
-        "from pycomm._native import SharedArrays\n"
+        "from pycomm._native import is_shared_array\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)\n"
         "with pycomm.shared_arrays():\n"
         "    arrays = [np.zeros(1 << 17) for _ in range(5)]\n"
-        "print([SharedArrays.holds(x) for x in arrays])\n"
+        "print([is_shared_array(x) for x in arrays])\n"
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""pycomm, in its forms: in place, with `out=`, on symmetric memory, persistent."""
+"""pycomm, in its forms: in place, with `out=`, on symmetric memory, on shared arrays, persistent."""
 
 from __future__ import annotations
 
@@ -66,6 +66,10 @@ class Engine:
     def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
         made: Array = self.comm.empty((count,), dtype)
         return made
+
+    def shared(self, count: int, dtype: np.dtype[Any]) -> Array:
+        with pycomm.shared_arrays():
+            return np.empty(count, dtype)
 
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array

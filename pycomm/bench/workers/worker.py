@@ -42,6 +42,9 @@ class Engine(Protocol):
     def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
         """Memory of its own, by the same call on every rank. Asked of pycomm alone."""
 
+    def shared(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """An array of pycomm.shared_arrays(). Asked of pycomm alone."""
+
     def in_place_part(self, case: Case) -> int:
         """In which part of the larger buffer the smaller one lies, where a call is in place."""
 
@@ -153,9 +156,10 @@ class Worker:
         """Two separate buffers. All offsets share the same pages: nothing but the address differs."""
         dtype, kind, offsets = numpy_dtype(case.dtype), str(variant["buffers"]), variant["offsets"]
         counts = case.elements(self.size)
-        if kind == "symmetric":
+        if kind in ("symmetric", "shared"):
             if kind not in self.buffers:
-                sent, received = (self.engine.symmetric(count, dtype) for count in counts)
+                make = self.engine.symmetric if kind == "symmetric" else self.engine.shared
+                sent, received = (make(count, dtype) for count in counts)
                 self.buffers[kind] = sent, received
             return self.buffers[kind]
         if offsets is not None:
