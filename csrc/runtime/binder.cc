@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <optional>
 #include <utility>
 
 #include "common/error.h"
@@ -107,24 +106,22 @@ Bound Binder::bind(Request& request) {
 
 // ---- what ranks agree on first ----
 
-// A part of the call that it is for, also to the others. Gives the words of each rank, or to each, as they
-// are when the prelude has run.
-std::shared_ptr<Binder::Agreement> Binder::agree(Bound& bound, Collective kind, std::vector<int64_t> mine) {
-  const auto agreement = std::make_shared<Agreement>(Agreement{std::move(mine), {}});
-  const auto words = static_cast<int64_t>(agreement->mine.size());
-  agreement->all.resize(static_cast<size_t>(kind == Collective::all_gather ? words * size() : words));
+// The exchange of words: all to all, or all of them to everybody. A part of the call that it is for, also to
+// the others, whose record this is. `words` must live as long as the plan.
+BoundPlan Binder::exchange(const CallRecord& record, Collective kind, Agreement& words) {
+  const auto mine = static_cast<int64_t>(words.mine.size());
+  const bool gathers = kind == Collective::all_gather;
+  words.all.resize(static_cast<size_t>(gathers ? mine * size() : mine));
   Request request;
   request.call.world = {.collective = kind, .size = size()};
   request.call.dtype = DType::int64;
-  request.call.counts =
-      schedule::uniform_counts(request.call.world, kind == Collective::all_gather ? words : 1);
-  request.in = agreement->mine.data();
-  request.out = agreement->all.data();
-  Prelude prelude{.plan = bind(request)};
-  prelude.plan.record = bound.record;
-  prelude.plan.record.fingerprint = Hasher(bound.record.fingerprint).add(size()).digest() | 1;
-  bound.preludes.push_back(std::move(prelude));
-  return agreement;
+  request.call.counts = schedule::uniform_counts(request.call.world, gathers ? mine : 1);
+  request.in = words.mine.data();
+  request.out = words.all.data();
+  BoundPlan plan = bind(request);
+  plan.record = record;
+  plan.record.fingerprint = Hasher(record.fingerprint).add(size()).digest() | 1;
+  return plan;
 }
 
 // Pairwise counts are not in the fingerprint (a rank knows only its row and its column), so ranks exchange
@@ -136,7 +133,8 @@ void Binder::agree_on_counts(Bound& bound) {
     sent.push_back(call.counts[rank() * size() + r]);
     expected.push_back(call.counts[r * size() + rank()]);
   }
-  const auto agreement = agree(bound, Collective::all_to_all, std::move(sent));
+  const auto agreement = std::make_shared<Agreement>(Agreement{std::move(sent), {}});
+  bound.preludes.push_back({.plan = exchange(bound.record, Collective::all_to_all, *agreement)});
   bound.conclude = [this, expected, agreement](const BoundPlan& own) -> const BoundPlan& {
     const std::vector<int64_t>& coming = agreement->all;
     for (int r = 0; r < size(); ++r) {
@@ -205,14 +203,24 @@ struct Binder::Places {
     return offset < 0 ? kUntold : offset << 1 | static_cast<int64_t>(in_place);
   }
 
-  Sides sides;
-  std::string algorithm;
-  std::shared_ptr<Agreement> words;
-  std::optional<BoundPlan> reading;
-  std::array<std::optional<BoundPlan>, 4> plans;  // by the sides that are told
-  std::vector<char*> bases;                       // Buffers::told
+  const Sides sides;
+  const Buffers buffers;
+  const int64_t in_bytes, out_bytes;
+  const bool in_place;
+  const std::string algorithm;
+  const CallRecord record;
+  Agreement words{std::vector<int64_t>(kWords), {}};
+  std::unique_ptr<BoundPlan> exchange, reading;     // apart: most calls need none of these
+  std::array<std::unique_ptr<BoundPlan>, 4> plans;  // by the sides that are told
+  std::vector<char*> bases;                         // Buffers::told
 
-  int64_t word(int rank, Word which) const { return words->all[rank * kWords + which]; }
+  // Where this rank's buffer lies in its arena; -1: not there, or not to be told.
+  int64_t offset(Word side) const {
+    const transport::Arena* const arena = transport::Arena::if_any();
+    if (!arena || !arena->used() || !(side == in ? sides.in : sides.out)) return -1;
+    return side == in ? arena->offset_of(buffers.in, in_bytes) : arena->offset_of(buffers.out, out_bytes);
+  }
+  int64_t word(int rank, Word which) const { return words.all[rank * kWords + which]; }
   // All ranks have told, and work in place or not alike: so are plans proved.
   bool all_told(Word side, int size) const {
     for (int rank = 0; rank < size; ++rank) {
@@ -265,34 +273,38 @@ void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides t
                              std::shared_ptr<const Prepared> reading) {
   const schedule::Call& call = bound.prepared->plan.call;
   const auto item = static_cast<int64_t>(size_of(call.dtype));
-  const int64_t in_bytes = schedule::in_elements(call, rank()) * item,
-                out_bytes = schedule::out_elements(call, rank()) * item;
-  const auto places = std::make_shared<Places>();
-  places->sides = told;
-  places->algorithm = algorithm;
-  places->words = agree(bound, Collective::all_gather, std::vector<int64_t>(Places::kWords));
+  const auto places =
+      std::make_shared<Places>(Places{.sides = told,
+                                      .buffers = bound.buffers,
+                                      .in_bytes = schedule::in_elements(call, rank()) * item,
+                                      .out_bytes = schedule::out_elements(call, rank()) * item,
+                                      .in_place = call.in_place,
+                                      .algorithm = algorithm,
+                                      .record = bound.record});
+  Prelude& prelude = bound.preludes.emplace_back();
   // Else `out` would be written over `in`.
   const bool kept = reading && reading->plan.call.in_place == call.in_place;
-  const auto offset = [buffers = bound.buffers, told, in_bytes, out_bytes](Places::Word side) {
-    const transport::Arena* const arena = transport::Arena::if_any();
-    if (!arena || !arena->used()) return int64_t{-1};
-    if (side == Places::in) return told.in ? arena->offset_of(buffers.in, in_bytes) : -1;
-    return told.out ? arena->offset_of(buffers.out, out_bytes) : -1;
-  };
-  Prelude& prelude = bound.preludes.back();
-  if (!reading) {
-    prelude.wanted = [this, offset](uint64_t number) {
-      if (offset(Places::in) >= 0 || offset(Places::out) >= 0) domain_.wish_to_tell(number);
-      return domain_.tells(number);
+  if (reading) {
+    prelude.plan = exchange(places->record, Collective::all_gather, places->words);
+    places->reading = std::make_unique<BoundPlan>(instead_of(bound, std::move(reading)));
+  } else {
+    prelude.wanted = [this, places](uint64_t number) -> const BoundPlan* {
+      if (places->offset(Places::in) >= 0 || places->offset(Places::out) >= 0) domain_.wish_to_tell(number);
+      if (!domain_.tells(number)) return nullptr;
+      if (!places->exchange) {
+        places->exchange =
+            std::make_unique<BoundPlan>(exchange(places->record, Collective::all_gather, places->words));
+      }
+      return places->exchange.get();
     };
   }
-  prelude.before = [this, places, offset, kept, in_bytes, in_place = call.in_place, buffers = bound.buffers] {
-    const bool fit = kept && domain_.node().fit_to_read(buffers.in, in_bytes);
-    int64_t in = offset(Places::in), out = offset(Places::out);
+  prelude.before = [this, places, kept] {
+    const bool fit = kept && domain_.node().fit_to_read(places->buffers.in, places->in_bytes);
+    int64_t in = places->offset(Places::in), out = places->offset(Places::out);
     if ((in >= 0 || out >= 0) && !reaches_arenas()) in = out = -1;
-    places->words->mine = {word_of(fit, buffers), Places::told(in, in_place), Places::told(out, in_place)};
+    places->words.mine = {word_of(fit, places->buffers), Places::told(in, places->in_place),
+                          Places::told(out, places->in_place)};
   };
-  if (reading) places->reading = instead_of(bound, std::move(reading));
   bound.conclude = [this, places](const BoundPlan& own) -> const BoundPlan& {
     const bool in = places->all_told(Places::in, size()), out = places->all_told(Places::out, size());
     if (!in && places->reads()) return *places->reading;
@@ -315,12 +327,12 @@ bool Binder::reaches_arenas() {
 // The others may have begun: what goes wrong here is the group's failure.
 const BoundPlan& Binder::use_told(const BoundPlan& own, Places& places, bool in, bool out) {
   try {
-    std::optional<BoundPlan>& plan = places.plans[in + 2 * out];
+    std::unique_ptr<BoundPlan>& plan = places.plans[in + 2 * out];
     if (!plan) {
       schedule::Call call = own.prepared->plan.call;
       if (in) call.in = schedule::Placement::told;
       if (out) call.out = schedule::Placement::told;
-      plan = instead_of(own, plans_.prepare(call, places.algorithm, rank()));
+      plan = std::make_unique<BoundPlan>(instead_of(own, plans_.prepare(call, places.algorithm, rank())));
       places.bases.resize(2 * static_cast<size_t>(size()));
     }
     const Buffers& buffers = own.buffers;

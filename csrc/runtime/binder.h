@@ -42,7 +42,7 @@ class Binder {
   struct Places;
   Sides sides_in_reach(const schedule::Call& call) const;
   Sides sides_to_tell(const schedule::Call& call) const;
-  std::shared_ptr<Agreement> agree(Bound& bound, Collective kind, std::vector<int64_t> mine);
+  BoundPlan exchange(const CallRecord& record, Collective kind, Agreement& words);
   void agree_on_counts(Bound& bound);
   std::shared_ptr<const Prepared> prepare_reading(const schedule::Call& call, const std::string& algorithm,
                                                   int rank);

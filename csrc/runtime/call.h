@@ -33,13 +33,13 @@ struct BoundPlan {
   CallRecord record;
 };
 
-// A plan that runs ahead of a call's own, so that ranks can agree on something. If `wanted` is set and says
-// no to the number that its call would have, on all ranks alike, neither this nor what comes after it runs,
-// up to the call's own plan.
+// A plan that runs ahead of a call's own, so that ranks can agree on something. If `wanted` is set, it says for
+// the number that the plan would have in its sequence which one to run in the place of `plan`. Where it says
+// null, on all ranks alike, neither this nor what comes after it runs, up to the call's own plan.
 struct Prelude {
-  std::function<bool(uint64_t call)> wanted = nullptr;
+  std::function<const BoundPlan*(uint64_t call)> wanted = nullptr;
   std::function<void()> before = nullptr;  // if set, finds what this rank says
-  BoundPlan plan;
+  BoundPlan plan = {};
 };
 
 // Runs in this order (execution.h), by whichever thread runs the call: `before`; each prelude; `conclude`;

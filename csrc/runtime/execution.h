@@ -40,9 +40,10 @@ inline void Execution::start_plan() {
   const BoundPlan* plan = bound_;
   if (plan_ < bound_->preludes.size()) {
     const Prelude& prelude = bound_->preludes[plan_];
-    if (!prelude.wanted || prelude.wanted(sequence_->calls() + 1)) {
+    const BoundPlan* const first = prelude.wanted ? prelude.wanted(sequence_->calls() + 1) : &prelude.plan;
+    if (first) {
       if (prelude.before) prelude.before();
-      plan = &prelude.plan;
+      plan = first;
     } else {
       plan_ = bound_->preludes.size();
     }
