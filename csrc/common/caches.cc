@@ -51,7 +51,7 @@ int count_cores(const std::string& list) {
 Caches read_caches(const std::string& root, int cpu) {
   int64_t l2 = 0, last = 0;
   int last_level = 2;
-  int sharers = static_cast<int>(sysconf(_SC_NPROCESSORS_CONF));  // not said: all
+  int sharers = static_cast<int>(sysconf(_SC_NPROCESSORS_CONF));  // if /sys does not say: all
   for (int index = 0; index < 8; ++index) {
     const std::string directory = root + "/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
                                   "/cache/index" + std::to_string(index) + "/";

@@ -13,7 +13,7 @@ struct Kind {
   const char* name;
   int64_t block;
   int64_t scale_bytes;
-  int64_t bits;  // of an element
+  int64_t bits;  // per element
 };
 constexpr Kind kKinds[kNumCodecs] = {{"none", 1, 0, 0},       {"fp16", 1, 0, 16},      {"bf16", 1, 0, 16},
                                      {"fp8_e4m3", 256, 4, 8}, {"fp8_e5m2", 256, 4, 8}, {"mxfp8", 32, 1, 8},

@@ -1,10 +1,12 @@
-// Gradient codecs by name, and how many bytes they make of elements. What they do to values: kernels/codec.h.
+// Gradient codecs: their names and the sizes of their wire form. kernels/codec.h defines what they do to
+// values.
 //
-// A *tile* is kTile elements that start at a multiple of kTile in the data that a call is about; a *block* is
-// what shares a scale, a part of a tile. On the wire a tile is its blocks' scales, then its elements, both in
-// order and packed low bits first; kTile makes both parts multiples of 16 bytes, whatever the codec. The last
-// tile of the data may be short: its scales are all there, its elements end where it does (rounded up to 16
-// bytes, the rest zero). So any run of whole tiles is one run of bytes, and plans cut between tiles.
+// A *tile* is kTile elements that start at a multiple of kTile in the data of a call; a *block* is the part
+// of a tile whose elements share a scale. On the wire a tile is the scales of its blocks, then its elements,
+// both in order and packed low bits first; kTile makes both parts multiples of 16 bytes for every codec. The
+// last tile of the data may be short: it has all its scales, and its elements end where the data ends
+// (rounded up to 16 bytes, the rest zero). So any run of whole tiles is one run of bytes, and plans cut
+// between tiles.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,7 @@ enum class Links : uint8_t { all, wire };
 
 struct Codec {
   CodecKind kind = CodecKind::none;
-  Rounding rounding = Rounding::nearest;  // sign has none: nearest
+  Rounding rounding = Rounding::nearest;  // sign does not round: nearest
   bool ceil_scale = false;                // mxfp8
   bool hadamard = false;                  // int4: blocks are rotated before and after
   uint64_t seed = 0;
@@ -32,9 +34,9 @@ struct Codec {
 inline constexpr int64_t kTile = 1024, kSegmentAlign = 256;
 
 const char* name(CodecKind kind);
-CodecKind parse_codec(std::string_view name);  // throws ValueError that lists the names
+CodecKind parse_codec(std::string_view name);  // throws ValueError listing the names
 int64_t block_of(CodecKind kind);              // elements that share a scale; fp16, bf16: 1
 int64_t tile_bytes(CodecKind kind);
-int64_t wire_bytes(CodecKind kind, int64_t count);  // of `count` elements from a tile's begin on
+int64_t wire_bytes(CodecKind kind, int64_t count);  // `count` elements that start at a tile
 
 }  // namespace pycomm

@@ -23,8 +23,8 @@ constexpr TypeInfo kTypes[kNumDTypes] = {
 
 constexpr const char* kOps[kNumOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
 
-// What else people call the types: C, torch and nccl-tests ("float" is 32 bits, which Python's own float, the
-// type, is not), JAX, and the formats' own papers.
+// Other names of the types: those of C, torch and nccl-tests ("float" is 32 bits, unlike Python's own type
+// float), of JAX, and of the papers that define the formats.
 struct Alias {
   std::string_view alias;
   DType dtype;
@@ -53,7 +53,8 @@ constexpr Alias kTypeAliases[] = {
     {"bool_", DType::bool_},
 };
 
-// What others call the operators. They are no operators of ours: one word for one thing.
+// Names that other libraries give the operators. They are not accepted, only suggested: one word for one
+// thing.
 struct Meant {
   std::string_view word;
   Op op;
@@ -98,7 +99,7 @@ const char* name(DType dtype) { return info(dtype).name; }
 const char* name(Op op) { return kOps[static_cast<size_t>(op)]; }
 
 DType parse_dtype(std::string_view text) {
-  // "torch.bfloat16" is what torch prints, "BF16" what configuration files have.
+  // torch prints "torch.bfloat16", and configuration files have "BF16".
   const std::string word = lower(text.substr(text.rfind('.') + 1));
   std::array<std::string_view, kNumDTypes> names;
   for (int i = 0; i < kNumDTypes; ++i) {
@@ -158,7 +159,7 @@ Average average(DType dtype, int num_ranks) {
   switch (dtype) {
     case DType::float32:
     case DType::float64:
-    case DType::bfloat16:  // as far as float32, in which it is summed
+    case DType::bfloat16:  // has the range of float32, in which it is summed
     case DType::complex64:
     case DType::complex128: {
       const double scale = 1.0 / static_cast<double>(std::bit_ceil(static_cast<unsigned>(num_ranks)));

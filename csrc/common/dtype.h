@@ -1,4 +1,4 @@
-// Element types and reduction operators, the words for them, and which pairs make sense.
+// Element types and reduction operators: their names, and which pairs are allowed.
 //
 //   sum, prod        every number (bool: a TypeError that names bor and band)
 //   min, max         every real number and bool; IEEE 754-2019 minimum and maximum: a NaN on any rank is a
@@ -6,10 +6,10 @@
 //   avg              floats and complex: the sum divided by the number of ranks
 //   band, bor, bxor  integers and bool
 //
-// A bool is a byte of 0 or 1; in others, which views of bytes may hold, the bits are combined.
-// float16, bfloat16 and both float8 are accumulated in float32 and rounded once, to nearest even, at the
-// final store. Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2 and the
-// others give Inf.
+// A bool is a byte that holds 0 or 1. A view of bytes may hold other values; operators then combine their
+// bits. float16, bfloat16 and both float8 types are accumulated in float32 and rounded once, to nearest even,
+// at the final store. Overflow follows the format: float8_e4m3fn has no infinity and gives NaN, float8_e5m2
+// and the others give Inf.
 #pragma once
 
 #include <cstddef>
@@ -44,23 +44,23 @@ enum class Op : uint8_t { sum, prod, min, max, avg, band, bor, bxor };
 inline constexpr int kNumOps = 8;
 
 size_t size_of(DType dtype);
-// The type partial results are held in: float32 for the 16- and 8-bit floats, else the type itself.
+// The type of partial results: float32 for the 16- and 8-bit floats, else the type itself.
 DType accumulator(DType dtype);
 const char* name(DType dtype);  // "float32", ..., "bool": NumPy's and ml_dtypes' names
 const char* name(Op op);
-// Also "bf16", "fp32", "half", "torch.float16" and so on, in upper or lower case. Throws TypeError that lists
-// the names, and says which may have been meant.
+// Accepts also "bf16", "fp32", "half", "torch.float16" and the like, in upper or lower case. Throws TypeError
+// that lists the names and suggests the nearest.
 DType parse_dtype(std::string_view name);
-Op parse_op(std::string_view name);  // the name itself; throws ValueError that does the same
+Op parse_op(std::string_view name);  // exact names only; throws ValueError in the same form
 bool supports(DType dtype, Op op);
-Op any_op(DType dtype);            // some operator that makes sense on it: for calls that only move data
-void require(DType dtype, Op op);  // throws TypeError that says which operators or types would do
+Op any_op(DType dtype);            // an operator that it supports, for calls that only move data
+void require(DType dtype, Op op);  // throws TypeError listing the operators and types that work
 
-// What makes a sum over `num_ranks` an average that overflows nowhere on the way: elements are multiplied by
-// the power of two that is 1 / num_ranks or the next below, the sum divided by what is left. The bits are
-// those of the sum divided by num_ranks, but where that sum overflows, and where an element is so small
-// (below num_ranks times the least normal number) that the power of two takes bits from it. Elements whose
-// accumulator has room for any sum are not scaled.
+// How to average over `num_ranks` ranks without an overflow on the way: elements are multiplied by
+// `prescale`, the largest power of two that is at most 1 / num_ranks, and the sum is divided by `divisor`.
+// The bits equal those of the plain sum divided by num_ranks, except where the plain sum overflows, and where
+// an element is so small (below num_ranks times the least normal number) that scaling drops some of its bits.
+// Types whose accumulator has room for any sum are not scaled.
 struct Average {
   double prescale = 1.0, divisor = 1.0;
 };

@@ -41,7 +41,7 @@ double parse_number(const char* variable, std::string_view value, const char* al
 }
 
 constexpr std::string_view kPrefix = "PYCOMM_";
-// What the launchers and the benchmarks set and read.
+// Variables that the launchers and the benchmarks set and read.
 constexpr std::string_view kOthers[] = {"RANK", "SIZE", "JOB", "TAKEN", "BENCH_MPI_PYTHON"};
 
 }  // namespace

@@ -15,29 +15,29 @@ struct Env {
   // PYCOMM_DEBUG=0|WARN|INFO|TRACE: what is logged to stderr. INFO starts with a line that names the version.
   LogLevel debug = LogLevel::warn;
   // PYCOMM_ISA=baseline|avx2|avx512|neon: the instruction set of the kernels; empty: the best that this CPU
-  // has; 0 is baseline. One that the CPU lacks is an error where the kernels are chosen.
+  // has; 0: baseline. Naming one that the CPU lacks is an error when the kernels are chosen.
   std::string isa;
-  // PYCOMM_TIMEOUT=seconds: how long a group waits for a rank that is late; 0: without end (infinity here).
+  // PYCOMM_TIMEOUT=seconds: how long a group waits for a late rank; 0: forever (infinity here).
   double timeout_s = 600;
-  // PYCOMM_SPIN_US=microseconds: how long a wait spins before it sleeps, where every rank has a core of its
-  // own; 0: it sleeps at once.
+  // PYCOMM_SPIN_US=microseconds: how long a wait spins before it sleeps, if every rank has a core of its own;
+  // 0: it sleeps at once.
   double spin_us = 50;
-  // PYCOMM_SINGLE_COPY=0|1: whether large inputs may be read through the kernel by the ranks that want them,
-  // if all ranks of a group can; 0: it is not even tried.
+  // PYCOMM_SINGLE_COPY=0|1: whether ranks may read each other's large inputs through the kernel, if all ranks
+  // of a group can; 0: this is not even tried.
   bool single_copy = true;
   // PYCOMM_VERIFY=0|1: whether a plan is proved before it first runs.
   bool verify = false;
 };
 
-// Reads the variables by `get`, which returns null for one that is not set; an empty one counts as not set.
-// Throws ValueError that names variable, value, and what is allowed.
+// Reads the variables through `get`, which returns null for one that is not set; an empty one counts as not
+// set. Throws ValueError that names the variable, its value, and what is allowed.
 Env read_env(const std::function<const char*(const char* name)>& get);
 
-// Those of "NAME=value" strings, as in `environ`, that nobody reads and that are near one that is read: in
-// words, with the name that may be meant.
+// Warnings about the strings "NAME=value" of `environment` (as in `environ`) whose name is not read but is
+// near one that is: each suggests the name that was probably meant.
 std::vector<std::string> misspelt(const char* const* environment);
 
-// This process's, read at the first call; one that throws is read again at the next.
+// This process's settings, read at the first call. If that call throws, the next one reads them again.
 const Env& env();
 
 }  // namespace pycomm

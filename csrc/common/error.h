@@ -1,4 +1,5 @@
-// What can go wrong, as C++ exceptions. The bindings turn each into the Python class of the same name.
+// The errors of the library, as C++ exceptions. The bindings turn each into the Python class of the same
+// name.
 //
 // Usage errors (TypeError, ValueError) are thrown before any rank has moved: nothing is lost and the group
 // stays usable. A CommError ends the group: the buffers of the failed call are undefined and every later call
@@ -16,7 +17,7 @@ struct TypeError : std::runtime_error {
 struct ValueError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-// The memory asked for is not there; raised before any of it is touched. Python's MemoryError.
+// There is not enough memory; raised before any of it is touched. Python's MemoryError.
 struct OutOfMemoryError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -27,7 +28,7 @@ struct CommError : std::runtime_error {
 struct PeerLostError : CommError {
   using CommError::CommError;
 };
-// Ranks called different things.
+// The ranks made different calls.
 struct MismatchError : CommError {
   using CommError::CommError;
 };

@@ -1,12 +1,12 @@
-// What an operand of a step holds.
+// The form in which an operand of a step holds its elements.
 #pragma once
 
 #include <cstdint>
 
 namespace pycomm {
 
-// raw: the caller's elements as they came (leaves). partial: elements of accumulator(dtype), already scaled.
-// final: elements of dtype, rounded and finished. wire: what a codec made of them.
+// raw: the caller's elements, unchanged (leaves). partial: elements of accumulator(dtype), already scaled.
+// final: elements of dtype, rounded and finished. wire: elements encoded by a codec.
 enum class Format : uint8_t { raw, partial, final, wire };
 
 }  // namespace pycomm

@@ -12,8 +12,8 @@
 namespace pycomm {
 namespace {
 
-// Rank threads share a process, so the rank is the thread's; other threads speak for the rank that joined
-// last.
+// Rank threads share a process, so each thread has its own rank; threads without one log as the rank that
+// joined last.
 struct Who {
   int rank = -1, size = -1;
 };

@@ -1,5 +1,5 @@
-// The one logger: lines to stderr, each written whole, as `pycomm [rank/size] LEVEL text`. PYCOMM_DEBUG sets
-// the level.
+// The library's logger: lines to stderr, each written whole, as `pycomm [rank/size] LEVEL text`. PYCOMM_DEBUG
+// sets the level.
 #pragma once
 
 #include <sstream>
@@ -10,11 +10,11 @@
 namespace pycomm {
 
 bool logging(LogLevel level);
-// Names this thread's rank in the lines that it logs. Before the first call they say [-/-].
+// Sets the rank that this thread's lines name. Lines before the first call say [-/-].
 void set_log_rank(int rank, int size);
 void write_log(LogLevel level, const std::string& text);
 
-// Once a process, however many rank threads it has: of variables that look like settings and are none.
+// Warns, once per process, of environment variables that look like misspelt settings.
 void warn_of_misspelt_variables();
 
 // Builds the text only where it will be seen: log(LogLevel::info, "window of ", bytes, " bytes").

@@ -6,7 +6,7 @@
 namespace pycomm {
 namespace {
 
-// Damerau's distance: changed, added, left out, and swapped letters count one each.
+// Damerau's distance: a changed, added, removed or swapped letter counts one.
 size_t distance(std::string_view a, std::string_view b) {
   std::vector<std::vector<size_t>> d(a.size() + 1, std::vector<size_t>(b.size() + 1));
   for (size_t i = 0; i <= a.size(); ++i) {
@@ -25,7 +25,7 @@ size_t distance(std::string_view a, std::string_view b) {
 }
 
 size_t near(std::string_view a, std::string_view b) {
-  constexpr size_t kTelling = 3;  // letters that two words may well have in common by chance are fewer
+  constexpr size_t kTelling = 3;  // two words may share a shorter beginning by chance
   const size_t common = std::min(a.size(), b.size());
   const bool begins = common >= kTelling && a.substr(0, common) == b.substr(0, common);
   return begins && a.size() != b.size() ? 1 : distance(a, b);
@@ -42,7 +42,7 @@ std::string lower(std::string_view text) {
 }
 
 std::string_view nearest(std::string_view text, std::span<const std::string_view> words) {
-  constexpr size_t kLongest = 64;  // what is longer is no slip of the finger, and would take long to compare
+  constexpr size_t kLongest = 64;  // a longer text is no typing mistake, and slow to compare
   std::string_view best;
   if (text.size() > kLongest) return best;
   size_t fewest = kLongest;

@@ -1,4 +1,4 @@
-// The word that a user may have meant who wrote another one: for error messages.
+// Suggests the word that a user probably meant: for error messages.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,11 @@
 
 namespace pycomm {
 
-// The first of `words` with the fewest letters to change, add, leave out or swap with the next one; empty
-// where that would be more than a third of its letters. Upper and lower case count as the same, and a word
-// that begins with the text, or that the text begins with, is one letter away.
+// The first of `words` that is the fewest edits away from `text`; an edit changes, adds or removes a letter,
+// or swaps it with the next. Empty if that takes more edits than a third of the word's letters. Upper and
+// lower case are equal, and a word counts as one edit away if it begins with the text or the text with it.
 std::string_view nearest(std::string_view text, std::span<const std::string_view> words);
-// " (did you mean 'WORD'?)", or nothing where no word is near.
+// " (did you mean 'WORD'?)", or "" if no word is near.
 std::string did_you_mean(std::string_view text, std::span<const std::string_view> words);
 std::string lower(std::string_view text);
 
