@@ -14,7 +14,7 @@
 namespace pycomm::kernels {
 namespace {
 
-constexpr int kMaxDepth = 17;  // a stack of 2^16 leaves: more ranks than a node has
+constexpr int kMaxDepth = 17;  // enough for 2^16 leaves; a node has fewer ranks
 
 TileCode tile_code(const Codec& codec) {
   switch (codec.kind) {
@@ -80,9 +80,9 @@ class Transcoder {
     return at(p, begin_ * static_cast<int64_t>(size_of(type_of(format))));
   }
 
-  // The destination, where the last sum can be written as it is.
+  // The destination, if the last sum can be written straight to it; else null.
   float* direct() const {
-    if (args_.finite && args_.stream) return nullptr;  // it could not be read again soon
+    if (args_.finite && args_.stream) return nullptr;  // finite() would read it back from memory
     const bool plain = n_ == kTile && args_.num_dsts == 1 && args_.num_srcs <= (args_.stream ? 1 : 2) &&
                        args_.src_formats[args_.num_srcs - 1] == Format::wire;
     if (!plain || args_.dst_format == Format::wire || type_of(args_.dst_format) != DType::float32)
@@ -93,8 +93,8 @@ class Transcoder {
     return static_cast<float*>(dst);
   }
 
-  // Of the sources, as the bits of a counter: after leaf j as many pairs merge as j has trailing ones, the
-  // first of them as the leaf is read.
+  // Sums the sources in the order of a binary counter: after leaf j as many pairs merge as j has trailing
+  // ones. The first of these merges happens while the leaf is read.
   const float* sum(float* last) {
     const float* stack[kMaxDepth];
     int depth = 0;
@@ -118,7 +118,7 @@ class Transcoder {
     return stack[0];
   }
 
-  // Where the source's values lie, which may be where they are already.
+  // Returns the source's values: in place if they need no conversion, else in `to`.
   const float* leaf(int source, float* to) {
     const Format format = args_.src_formats[source];
     const bool as_is = format == Format::partial || (format == Format::raw && args_.prescale == 1);
@@ -151,9 +151,9 @@ class Transcoder {
     for (int d = 0; d < args_.num_dsts; ++d) {
       void* dst = here(args_.dsts[d], args_.dst_format);
       const void* from = v;
-      if (dst == v) {  // the last sum was written there
+      if (dst == v) {  // the last sum was written here already
       } else if (args_.stream) {
-        if (dtype != DType::float32 || v != buffers_[0].x) {  // a sum of float32 is as it has to be
+        if (dtype != DType::float32 || v != buffers_[0].x) {  // a float32 sum is stored as it is
           kernels_.store(wire_.bytes, dtype, v, elements());
           from = wire_.bytes;
         }

@@ -1,4 +1,4 @@
-// What goes with the tiles of an encode: memory for them, the tensors they belong to, their random bits.
+// What an encode needs for its tiles: buffers, the tensors that a tile belongs to, random bits.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ inline constexpr size_t kLine = 64;
 struct alignas(kLine) FloatTile {
   float x[kTile];
 };
-// A tile on the wire, 2 bytes an element at most, or of results.
+// A tile on the wire (at most 2 bytes an element), or a tile of results (at most 4).
 struct alignas(kLine) WireTile {
   uint8_t bytes[4 * kTile];
 };
@@ -27,16 +27,16 @@ struct alignas(kLine) RandomTile {
 inline void* at(void* p, int64_t offset) { return static_cast<unsigned char*>(p) + offset; }
 inline const void* at(const void* p, int64_t offset) { return static_cast<const unsigned char*>(p) + offset; }
 
-// Which tensors a tile's pieces of kSegmentAlign elements belong to, tile after tile.
+// Which tensor each piece (kSegmentAlign elements) of the current tile belongs to.
 class Pieces {
  public:
-  int32_t counts[kPieces];  // elements of the tensor in the piece: what follows is zeros
+  int32_t counts[kPieces];  // elements of the tensor in the piece; the rest are zeros
   uint64_t tensors[kPieces];
-  uint64_t offsets[kPieces];  // of the piece in the tensor
+  uint64_t offsets[kPieces];  // where the piece starts in the tensor
 
   explicit Pieces(std::span<const Segment> segments) : segments_(segments) {}
 
-  // The tile at `index`, of n elements.
+  // Moves to the tile at `index`, which has n elements.
   void enter(int64_t index, int64_t n) {
     for (int p = 0; p < kPieces; ++p) {
       const int64_t begin = index + p * kSegmentAlign;
@@ -48,7 +48,7 @@ class Pieces {
     }
   }
 
-  // Whether a piece goes on in the tensor of the one before it.
+  // Whether piece p continues the tensor of piece p - 1.
   bool follows(int p) const {
     return counts[p - 1] == kSegmentAlign && counts[p] > 0 && tensors[p] == tensors[p - 1] &&
            offsets[p] == offsets[p - 1] + static_cast<uint64_t>(kSegmentAlign);
@@ -88,12 +88,12 @@ class Random {
                 (encoding.rank & 0xffffff)),
         bits_(bits) {}
 
-  // For the floats at x.
+  // Draws the bits of one tile, whose floats lie at x; meanwhile floats further on are prefetched.
   const uint8_t* draw(const Pieces& pieces, const void* x) {
     constexpr int64_t kPieceBytes = kSegmentAlign * int64_t{sizeof(float)};
     const int per_counter = 128 / bits_, counters = static_cast<int>(kSegmentAlign) / per_counter;
     for (int p = 0, end; p < kPieces; p = end) {
-      // Pieces of a tensor that follow each other are one run.
+      // Consecutive pieces of one tensor are drawn in one run.
       for (end = p + 1; end < kPieces && pieces.follows(end); ++end) {
       }
       if (pieces.counts[p] == 0) continue;

@@ -4,19 +4,19 @@
 //
 //     acc = src[0][i] op src[1][i] op ... op src[k-1][i];   dst[0][i] = ... = dst[m-1][i] = store(acc)
 //
-// * Operands are contiguous, of any alignment. A destination may be the very same address as a source (in
+// * Operands are contiguous, of any alignment. A destination may have the same address as a source (in
 //   place); otherwise operands do not overlap.
 // * Format says what an operand holds; no operand is `wire`.
-// * One source of the same format as the destination is a copy, bit for bit. Otherwise raw sources are
-//   converted to the accumulator and multiplied by `prescale` (premul_sum), partial ones are taken as they
-//   are, and a final destination divides by `divisor` (avg: the number of ranks), makes every NaN the
-//   canonical quiet one and rounds once. Allowed: raw -> raw copy, partial -> partial, final -> final copy,
-//   {raw, partial}* -> partial | final.
+// * A single source of the destination's format is copied bit for bit. Otherwise raw sources are converted to
+//   the accumulator type and multiplied by `prescale` (premul_sum), and partial ones are taken as they are.
+//   For a final destination the result is divided by `divisor` (avg: the number of ranks), every NaN becomes
+//   the canonical quiet one, and the result is rounded once. Allowed: raw -> raw copy, partial -> partial,
+//   final -> final copy, {raw, partial}* -> partial | final.
 // * k sources associate as the balanced binary tree over their order, tree(0, k) = tree(0, p) op tree(p, k)
-//   with p the largest power of two below k: bits depend on nothing else, not on alignment, count, or
-//   instruction set.
-// * `stream` asks for non-temporal stores: for outputs that are larger than the cache and not read again.
-//   When the call returns they are ordered before any later store (sfence).
+//   with p the largest power of two below k. So the bits do not depend on alignment, count, or instruction
+//   set.
+// * `stream` asks for non-temporal stores: for outputs that are larger than the cache and not read again
+//   soon. When the call returns, they are ordered before any later store (sfence).
 //
 // prescale applies to sum and avg only, on floats and complex; divisor is 1 unless the operator is avg.
 #pragma once
@@ -45,7 +45,7 @@ struct CombineArgs {
 
 using CombineFn = void (*)(const CombineArgs&);
 
-// The kernel for this pair. The pair must satisfy supports(dtype, op).
+// The kernel for this pair, which must satisfy supports(dtype, op).
 CombineFn find_combine(DType dtype, Op op, const Isa& isa = chosen_isa());
 
 }  // namespace pycomm::kernels

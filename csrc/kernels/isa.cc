@@ -26,7 +26,7 @@ struct IsaList {
     #set, set::find, set::copy, set::copy_past, &set::codec_kernels, &set::pack_kernels, &set::topk_kernels \
   }
 
-// Those that this machine can run, the best one first.
+// The sets that this machine can run, the best one first.
 const IsaList& available() {
   static const IsaList list = [] {
     IsaList found;
@@ -35,7 +35,7 @@ const IsaList& available() {
               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
     found.add(PYCOMM_KERNELS(avx2),
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // both came after F16C
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // these imply F16C
     found.add(PYCOMM_KERNELS(baseline), true);
 #elif defined(__aarch64__)
     found.add(PYCOMM_KERNELS(neon), true);

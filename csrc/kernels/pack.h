@@ -1,19 +1,20 @@
-// Lists of tensors into one bucket and back, in one pass: cast, scale, and statistics on the way.
+// Packs a list of tensors into one bucket and unpacks it again, in one pass that also casts, scales and
+// collects statistics.
 //
 //     bucket[item.offset + i] = cast(item.tensor[i] * scale)      pack
 //     item.tensor[i] = cast(bucket[item.offset + i] * scale)      unpack
 //
-// * Element types: float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, each item's its own. The product
-//   is float32 (scale is rounded to it once) and is rounded once, to nearest even, as
-//   arithmetic/small_float.h says. scale = 1 between equal types is a copy, bit for bit.
-// * Tensors are contiguous, of any length (0 included) and any alignment; they overlap nothing, but for an
-//   item that lies in its place in the bucket already: with equal types and scale 1 it is not copied, else it
-//   is worked on in place.
-// * Statistics are of the values that are written: the sum of squares and the largest magnitude of the scaled
-//   float32 values before rounding, NaNs left out of both; the counts of NaN and of Inf of what the bucket or
-//   tensor then holds. Squares are exact in float64 and their sums' order is fixed (arithmetic/stats.h), so
-//   that the same bits come out on every instruction set and on the GPU, and 10^9 elements keep far more than
-//   6 digits.
+// * Element types are float32, float16, bfloat16, float8_e4m3fn and float8_e5m2; each item has its own. The
+//   product is computed in float32 (scale is rounded to it once) and rounded once, to nearest even
+//   (arithmetic/small_float.h). scale = 1 between equal types is a copy, bit for bit.
+// * Tensors are contiguous, of any length (0 included) and any alignment, and do not overlap anything. One
+//   exception: an item may already lie in its place in the bucket. With equal types and scale 1 it is then
+//   not copied, otherwise it is converted in place.
+// * Statistics describe the values that are written: the sum of squares and the largest magnitude of the
+//   scaled float32 values before rounding, both without NaNs, and the counts of NaN and Inf among the stored
+//   values. Squares are exact in float64 and summed in a fixed order (arithmetic/stats.h). So the bits are
+//   the same on every instruction set and on the GPU, and the sum over 10^9 elements keeps far more than 6
+//   digits.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +30,7 @@ struct PackItem {
   void* tensor;
   DType dtype;
   int64_t count;   // elements
-  int64_t offset;  // of the first one in the bucket, in elements
+  int64_t offset;  // of the first one from the bucket's start, in elements
 };
 
 struct PackArgs {

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kBlocks = kTile / kSharedBlock;
 
-// Values of one tile as they are encoded: with the residual, without what lies between tensors.
+// Loads the values of one tile as they are encoded: with the residual, and zeros between tensors.
 void load_tile(const CodecKernels& kernels, FloatTile& tile, Pieces& pieces, DType dtype, const void* x,
                int64_t begin, int64_t n, const Encoding& encoding) {
   const auto count = static_cast<size_t>(n);
@@ -22,7 +22,7 @@ void load_tile(const CodecKernels& kernels, FloatTile& tile, Pieces& pieces, DTy
   pieces.clear_gaps(tile.x);
 }
 
-// The scales' blocks of a tile, those that the data does not reach zero.
+// Loads amax for the blocks of a tile; zero for blocks beyond the data.
 void load_amax(float* tile, const float* amax, int64_t begin, int64_t n) {
   const int64_t blocks = (n + kSharedBlock - 1) / kSharedBlock;
   for (int64_t b = 0; b < kBlocks; ++b) tile[b] = b < blocks ? amax[begin / kSharedBlock + b] : 0;

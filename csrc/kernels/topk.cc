@@ -28,13 +28,13 @@ float canonical(float x) { return x == x ? x : std::bit_cast<float>(0x7fc00000);
 
 struct Threshold {
   uint32_t magnitude;
-  size_t above;  // values that are larger
+  size_t above;  // how many values are larger
 };
 
-// The magnitude of the value of this rank, 1 being the largest's: by the histogram of the leading bits, then
-// of the next ones of those that share them.
+// Finds the magnitude of the value of this rank; the largest value has rank 1. A histogram of the leading
+// bits gives these bits, then one of the next bits, over the values that share the leading ones, and so on.
 Threshold find_threshold(const float* values, size_t count, size_t rank) {
-  constexpr int kCopies = 4;  // equal bins follow each other, and none waits for the one before it
+  constexpr int kCopies = 4;  // consecutive values in one bin do not wait for each other
   uint32_t prefix = 0, mask = 0;
   size_t above = 0;
   std::vector<std::array<uint32_t, kCopies>> histogram;
@@ -56,7 +56,7 @@ Threshold find_threshold(const float* values, size_t count, size_t rank) {
   return {prefix, above};
 }
 
-// Whoever may be among the k largest, in order of their indices.
+// The elements that may be among the k largest, in order of their indices.
 class Candidates {
  public:
   Candidates(size_t k, size_t count)
@@ -79,12 +79,12 @@ class Candidates {
                           values_.get() + size_);
   }
 
-  // Leaves the k largest. A later element must be larger than all of them are.
+  // Keeps the k largest. A later element must exceed the smallest of them.
   void reduce() {
     if (size_ <= k_) return;
     const Threshold threshold = find_threshold(values_.get(), size_, k_);
     size_t ties = k_ - threshold.above, kept = 0;
-    for (size_t i = 0; i < size_; ++i) {  // without a branch: nobody can tell who stays
+    for (size_t i = 0; i < size_; ++i) {  // without a branch, which could not be predicted
       const uint32_t bits = magnitude(values_[i]);
       const bool tie = (bits == threshold.magnitude) & (ties > 0);
       indices_[kept] = indices_[i];
@@ -103,7 +103,7 @@ class Candidates {
   std::unique_ptr<float[]> values_;
 };
 
-// Values as they are selected from, tile by tile: where they lie, if that will do.
+// The values to select from, tile by tile. They are read in place if they need no conversion.
 class Values {
  public:
   Values(const TopkArgs& args, const Isa& isa) : args_(args), isa_(isa) {}
@@ -124,8 +124,8 @@ class Values {
   FloatTile tile_;
 };
 
-// A magnitude that a few more than k values probably reach: from a sample, whose values stand in cache lines
-// at even distances. 0 if a sample would not save work.
+// A magnitude that probably a few more than k values reach. It comes from a sample: cache lines at even
+// distances. 0 if a sample would not save work.
 uint32_t guess_least(Values& values, size_t k, size_t count) {
   constexpr size_t kLines = 4096, kPerLine = 16, kSample = kLines * kPerLine;
   if (count < 8 * kSample) return 0;
@@ -141,7 +141,7 @@ uint32_t guess_least(Values& values, size_t k, size_t count) {
   return find_threshold(sample.data(), kSample, static_cast<size_t>(rank)).magnitude;
 }
 
-// A record as it is read; it may be anybody's bytes, at any address.
+// Reads a record, whose bytes may be anything and at any address.
 struct Record {
   uint32_t entries;
   const unsigned char *indices, *values;
@@ -196,7 +196,7 @@ void topk_encode(const TopkArgs& args, const Isa& isa) {
     }
     candidates.reduce();
   };
-  // What is overwritten on the way cannot be read again, should the guess be too high.
+  // A residual that is overwritten cannot be read a second time, as it must be when the guess is too high.
   const uint32_t guess =
       args.residual && args.residual == args.next_residual ? 0 : guess_least(values, k, args.count);
   select(guess);
@@ -226,7 +226,7 @@ void topk_decode_add(const void* record, size_t capacity, float* sum, size_t cou
     last = index;
   }
   for (size_t i = 0; i < from.entries; ++i) {
-    float* to = sum + from.index(i);  // at any address
+    float* to = sum + from.index(i);  // may be unaligned
     float old;
     std::memcpy(&old, to, sizeof old);
     const float result = canonical(old + from.value(i));

@@ -1,13 +1,13 @@
 // The k elements of largest magnitude, and sums of such sparse vectors.
 //
-// Exactly k, ties to the lowest index, in one pass and without a sort: candidates that reach the threshold so
-// far (at first a guess from a sample) are kept, and when there are many, the exact threshold among them is
-// found by histograms of magnitudes' bits, the leading ones first. NaN counts as larger than Inf, Inf as
-// larger than all finite values, so that both are sent. Any NaN counts alike, and is the canonical one in the
-// record.
+// Exactly k elements, ties to the lowest index, in one pass and without a sort. Elements that reach the
+// current threshold (at first a guess from a sample) are kept as candidates; when there are many, histograms
+// of the bits of their magnitudes, leading bits first, give the exact threshold among them. NaN counts as
+// larger than Inf, and Inf as larger than all finite values, so that both are sent. All NaNs count alike, and
+// the record holds the canonical one.
 //
-// A record: uint32 count, then padding to 16 bytes, then `capacity` uint32 indices in ascending order, then
-// as many float32 values, entries beyond count zero.
+// A record is a uint32 count, padding to 16 bytes, `capacity` uint32 indices in ascending order, and
+// `capacity` float32 values; entries beyond the count are zero.
 #pragma once
 
 #include <cstddef>
@@ -20,8 +20,9 @@ namespace pycomm::kernels {
 
 int64_t topk_record_bytes(int64_t capacity);
 
-// v = x + residual_scale * residual where there is one; its min(k, count) largest go into the record, and
-// what is left, in units of residual_scale, to next_residual (may be residual). count is below 2^32.
+// v = x + residual_scale * residual (v = x without a residual). The min(k, count) largest elements of v go
+// into the record. The others, in units of residual_scale, go to next_residual, which may be `residual`.
+// count is below 2^32.
 struct TopkArgs {
   DType dtype;  // float32, float16, bfloat16
   const void* x;
@@ -37,8 +38,8 @@ void topk_encode(const TopkArgs& args, const Isa& isa = chosen_isa());
 // sum[index] += value for each entry. Throws ValueError for a record that does not fit `count` elements.
 void topk_decode_add(const void* record, size_t capacity, float* sum, size_t count);
 
-// Whether x, of float32, float16 or bfloat16, is finite wherever the record has an entry; to ask once
-// topk_decode_add() has found that the record fits.
+// Whether x (float32, float16 or bfloat16) is finite at every index of the record. The record must have
+// passed topk_decode_add() before.
 bool topk_finite(const void* record, size_t capacity, DType dtype, const void* x,
                  const Isa& isa = chosen_isa());
 

@@ -1,8 +1,9 @@
 // How codecs round: a scaled value to an integer or to a small float, to nearest even or stochastically.
-// Values are finite; what is too large becomes the largest.
+// Values are finite; those that are too large become the largest.
 //
-// Stochastic rounding adds (2 r + 1) / 2^9 of a last place, r being 8 random bits, and cuts off: an integer's
-// floor, a float's magnitude. It is done in integers with 9 bits below the last place, hence exactly.
+// Stochastic rounding adds (2 r + 1) / 2^9 of a last place, r being 8 random bits, and cuts off: it takes the
+// floor of an integer and truncates the magnitude of a float. It is computed in integers with 9 bits below
+// the last place, hence exactly.
 #pragma once
 
 #include <cstdint>
@@ -18,20 +19,20 @@ inline constexpr int kDitherBits = 9;
 PYCOMM_INLINE uint32_t magnitude_of(float x) { return as_bits(x) & 0x7fffffff; }
 PYCOMM_INLINE float canonical(float x) { return Wide<float>::encode(x); }
 
-// What follows is for one element, or for vectors of them (strips.h): W holds words, Float and Integer as
-// many float32 and int32.
+// The functions below take one element or a vector of elements (strips.h): W holds the words, Float<W> and
+// Integer<W> as many float32 and int32.
 template <class W>
 using Float = typename Lane<W>::Float;
 template <class W>
 using Integer = typename Lane<W>::Integer;
 
-// In places of kDitherBits, times 2^kShift.
+// The dither 2 r + 1, in units of 2^-kDitherBits of the last place, times 2^kShift.
 template <int kShift = 0, class W>
 PYCOMM_INLINE Integer<W> dither_of(W random) {
   return __builtin_bit_cast(Integer<W>, (random << (kShift + 1)) + (1u << kShift));
 }
 
-// |x| < 2^22. Added to 1.5 * 2^23, whose last place is 1, a float is rounded by the hardware.
+// For |x| < 2^22. The hardware rounds x as it is added to 1.5 * 2^23, whose last place is 1.
 template <class W>
 PYCOMM_INLINE Integer<W> round_even(Float<W> x) {
   constexpr uint32_t kAnchor = 0x4b400000;
@@ -39,7 +40,7 @@ PYCOMM_INLINE Integer<W> round_even(Float<W> x) {
   return __builtin_bit_cast(Integer<W>, sum - kAnchor);
 }
 
-// |x| < 2^22
+// For |x| < 2^22.
 template <class W>
 PYCOMM_INLINE Integer<W> round_stochastic(Float<W> x, W random) {
   return (Lane<W>::floor(x * static_cast<float>(1 << kDitherBits)) + dither_of(random)) >> kDitherBits;
@@ -51,7 +52,7 @@ PYCOMM_INLINE Integer<W> clamp(Integer<W> x, int32_t limit) {
   return larger(smaller(x, most), -most);
 }
 
-// kLargest: the magnitude of the largest finite value as a code.
+// kLargest: the code of the largest finite value.
 template <class F, uint32_t kLargest>
 struct SaturatingFloat {
   using Format = F;
@@ -72,13 +73,14 @@ struct SaturatingFloat {
     return F::with_sign(round_stochastic_magnitude(held(x), random), x);
   }
 
-  // Of a magnitude that is not subnormal.
+  // For a magnitude that is not subnormal.
   template <class W>
   PYCOMM_INLINE static W round_stochastic_normal(W magnitude, W random) {
     constexpr int kPlace = F::kShift - kDitherBits;
     return (magnitude + (random << (kPlace + 1)) + ((1u << kPlace) - F::kRebias)) >> F::kShift;
   }
-  // Of a subnormal, the places are at most what the other formula gives; of others, 2^kMantissa and no more.
+  // `places` is right for a subnormal magnitude and at least `normal` there; above, it stays at 2^kMantissa,
+  // and `normal` is right and at least as large.
   template <class W>
   PYCOMM_INLINE static W round_stochastic_magnitude(W magnitude, W random) {
     const Integer<W> dither = dither_of<F::kShift - kDitherBits>(random);

@@ -1,16 +1,16 @@
-// The arithmetic of the codecs of codec.h, element by element and block by block, for whoever has a block's
-// largest magnitude or mean at hand.
+// The arithmetic of the codecs of codec.h, element by element and block by block. The caller finds a block's
+// largest magnitude or mean.
 //
 // A codec with scales is a struct of
 //   kBlock, kBits         elements that share a scale; bits of an element on the wire
 //   Scale                 the scale as it lies on the wire
-//   scale(amax)           from the bits of the block's largest magnitude, which are those of a NaN or Inf
-//                         where the block has one: then the scale is a NaN; 0 for a block of zeros
+//   scale(amax)           from the bits of the block's largest magnitude: a NaN if they are a NaN's or Inf's,
+//                         0 for a block of zeros
 //   wide_scale(amax)      the same in 32 bits
-//   value(scale)          as a float32: a NaN, +0, or a normal number s
-//   encode(x, s, random)  an element's bits, where s is a number but 0; otherwise they are zero
-//   round(t, random)      the same of t = x * inverse(s), of one element or of vectors of them
-//   decode(bits, s)       NaN where s is one, of any sign and payload: a store makes it canonical
+//   value(scale)          the scale as a float32: a NaN, +0, or a normal number s
+//   encode(x, s, random)  an element's bits, for s a number other than 0; else they are zero
+//   round(t, random)      the same for t = x * inverse(s), for one element or a vector
+//   decode(bits, s)       a NaN of any sign and payload if s is one: a store makes it canonical
 #pragma once
 
 #include <cstdint>
@@ -23,19 +23,19 @@ namespace pycomm::kernels::PYCOMM_ISA {
 
 inline constexpr uint32_t kMinNormalBits = 0x00800000;
 
-// 0 for a normal number above zero; the highest bit for zero and NaN.
+// The highest bit is set for zero and NaN, clear for a normal number above zero.
 PYCOMM_INLINE uint32_t not_scale(float s) {
   return (as_bits(s) - kMinNormalBits) | (kFloatInf - 1 - as_bits(s));
 }
 PYCOMM_INLINE bool is_scale(float s) { return not_scale(s) >> 31 == 0; }
 
-// What a block's elements are multiplied by, rounded: one division for a block, and the same bits on any
+// The factor for the elements of a block, rounded: one division for a block, and the same bits on any
 // hardware.
 PYCOMM_INLINE float inverse(float s) { return 1.0f / s; }
 
 // ---- without scales: NaN and Inf pass ----
 
-// number() is encode() of what is neither, of one element or of vectors of them.
+// number() is encode() for values that are neither, for one element or a vector.
 
 struct BFloat16Code {
   using Format = BFloat16;
@@ -78,12 +78,12 @@ struct Float16Code {
 
 // ---- with scales ----
 
-// A scale, or 0 for one that is denormal, at most `largest`; all as bits of a float32.
+// The scale, limited to `largest`, or 0 if it is denormal; all as bits of a float32.
 PYCOMM_INLINE uint32_t held(uint32_t scale, uint32_t largest) {
   return if_less(scale, kMinNormalBits, 0, if_less(scale, largest, scale, largest));
 }
 
-// What elements of 8 bits have in common that are floats.
+// Elements that are 8-bit floats.
 template <class F, uint32_t kLargest>
 struct FloatElement {
   static constexpr int kBits = 8;
@@ -104,8 +104,8 @@ struct FloatElement {
   }
 };
 
-// A float32 scale, amax / the largest value of the element's format F. kHeld: the largest scale whose product
-// with that value is finite.
+// A float32 scale: amax divided by the largest value of the element's format F. kHeld: the largest scale
+// whose product with that value is finite.
 template <class F, uint32_t kLargest, uint32_t kHeld>
 struct ScaledFloat : FloatElement<F, kLargest> {
   static constexpr int kBlock = 256;
@@ -122,15 +122,16 @@ struct ScaledFloat : FloatElement<F, kLargest> {
 using Float8E4M3Code = ScaledFloat<Float8E4M3, 0x7e, 0x7b124924>;  // 448 * 0x1.249248p119 is finite
 using Float8E5M2Code = ScaledFloat<Float8E5M2, 0x7b, 0x77924924>;
 
-// OCP Microscaling Formats v1.0: float8_e4m3 under a power of two, whose biased exponent is on the wire, 255
-// for NaN. A scale of 2^-127 would be denormal: a block of zeros has it.
+// OCP Microscaling Formats v1.0: float8_e4m3 with a power of two as the scale, whose biased exponent is on
+// the wire; 255 is NaN. The exponent 0 would be a denormal scale, 2^-127; a block of zeros has it.
 template <bool kCeil>
 struct Mxfp8Code : FloatElement<Float8E4M3, 0x7e> {
   static constexpr int kBlock = 32;
   using Scale = uint8_t;
 
   PYCOMM_INLINE static uint32_t wide_scale(uint32_t amax) {
-    // Both formats' powers count from 2^8, the power of 448 = 1.75 * 2^8: above that fraction, the next one.
+    // 448 = 1.75 * 2^8, so the power is that of amax less 8; with kCeil a fraction above 1.75 takes the next
+    // one.
     const uint32_t above = kCeil ? 0x7fffff - 0x600000 : 0;
     const uint32_t exponent = (amax + above) >> 23;
     const uint32_t power = if_less(exponent, 8, 0, exponent - 8);
@@ -143,7 +144,7 @@ struct Mxfp8Code : FloatElement<Float8E4M3, 0x7e> {
   }
 };
 
-// Two's complement integers under a bfloat16 scale, amax / kLimit rounded up.
+// Two's complement integers with a bfloat16 scale: amax / kLimit rounded up.
 template <int kBlockSize, int kBitsOfElement, int kLargestInteger, uint32_t kHeld>
 struct IntegerCode {
   static constexpr int kBlock = kBlockSize, kBits = kBitsOfElement, kLimit = kLargestInteger;
@@ -173,33 +174,34 @@ struct IntegerCode {
 using Int8Code = IntegerCode<128, 8, 127, 0x7c010000>;  // 127 * 0x1.02p121 is finite
 using Int4Code = IntegerCode<32, 4, 7, 0x7e120000>;     // 7 * 0x1.24p125 is finite
 
-// A sign bit under the mean magnitude. A block's mean is of the `count` elements that it has: magnitudes over
-// kBlock, 0 for those that it has not, are summed by halves - element i takes i + 64, then i + 32, ..., i + 1
-// - and divided by count / kBlock.
+// A sign bit, with the block's mean magnitude as the scale. The mean is that of the `count` elements that the
+// block has: magnitudes / kBlock, 0 for missing elements, are summed by halves - element i takes i + 64, then
+// i + 32, ..., i + 1 - and divided by count / kBlock.
 struct SignCode {
   static constexpr int kBlock = 128, kBits = 1;
   using Scale = uint32_t;
 
   PYCOMM_INLINE static float share(float x) { return as_float(magnitude_of(x)) * (1.0f / kBlock); }
-  // amax as for other codecs, which tells NaN and Inf.
+  // amax is as for other codecs; it only shows NaN and Inf here.
   PYCOMM_INLINE static Scale scale(uint32_t amax, float sum, int32_t count) {
     const float mean = sum / (static_cast<float>(count > 0 ? count : 1) * (1.0f / kBlock));
     return if_less(amax, kFloatInf, held(as_bits(mean), kFloatMax), kFloatNan);
   }
   PYCOMM_INLINE static float value(uint32_t scale) { return as_float(scale); }
-  // -0 is +.
+  // -0 counts as positive.
   PYCOMM_INLINE static uint32_t encode(float x) { return static_cast<uint32_t>(x < 0); }
   PYCOMM_INLINE static float decode(uint32_t bit, float s) { return as_float(as_bits(s) ^ bit << 31); }
 };
 
 // ---- int4 rotated ----
 //
-// y = H x / 32 is encoded, H being the Hadamard matrix of 32 rows, +-1; and x = H y = (H q) s, H q in
-// integers. H y is five steps of a + b and a - b, for elements i and i + 16, then i + 8, ..., i + 1.
+// y = H x / 32 is encoded, with H the Hadamard matrix of 32 rows, entries +-1. x = H y = (H q) s, with H q in
+// integers. A product with H takes five steps of a + b and a - b, on elements i and i + 16, then i + 8, ...,
+// i + 1.
 struct Hadamard {
   static constexpr int kBlock = 32;
   PYCOMM_INLINE static float share(float x) { return x * (1.0f / kBlock); }
-  // No finite value decodes to Inf.
+  // An overflow gives the largest finite value.
   PYCOMM_INLINE static float decode(int32_t sum, float s) {
     const float x = static_cast<float>(sum) * s;
     const uint32_t bits = as_bits(x);
@@ -209,13 +211,13 @@ struct Hadamard {
 
 // ---- shared_int ----
 
-// Integers of magnitude at most `limit` under s = amax / limit, or the least normal number where that is
-// smaller, since many levels leave little between them. amax is a NaN where a block is not finite, and counts
-// as 0 where it is denormal.
+// Integers of magnitude at most `limit`. The scale s is amax / limit, or the least normal number if that is
+// larger, as it can be with a large limit. amax is NaN for a block that is not finite; a denormal amax counts
+// as 0.
 class SharedCode {
  public:
   PYCOMM_INLINE explicit SharedCode(int32_t limit) : limit_(static_cast<float>(limit)) {
-    // A float32 that is not above the limit: where it is below, t has no fraction there.
+    // The largest float32 that is not above the limit. Where the two differ, t has no fraction.
     if (limit_ > 2147483520.0f || static_cast<int32_t>(limit_) > limit)
       limit_ = as_float(as_bits(limit_) - 1);
   }
@@ -240,7 +242,7 @@ class SharedCode {
 
 // ---- error feedback ----
 
-// e' = (v - d) / k where d, v decoded, is finite; else e.
+// e' = (v - d) / k if d, the decoded v, is finite; else e.
 PYCOMM_INLINE float next_residual(float v, float d, float e, float k) {
   const uint32_t kept = as_bits((v - d) / k);
   return as_float(if_less(magnitude_of(d), kFloatInf, kept, as_bits(e)));

@@ -1,11 +1,13 @@
-// One element of the inner loops: the operators, and the way from memory and back. Written without branches
-// so that the compiler makes vectors of them. Included by combine_isa.cc alone, see isa.h.
+// Arithmetic on single elements for the inner loops: the operators, and the conversions from memory and back.
+// It has no branches, so that the compiler vectorises it. Only sources that are built for each instruction
+// set, or for the GPU, include this file (see isa.h).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// A call left in a loop keeps it from becoming vectors, and the compiler's own limits leave some.
+// Forces inlining: a call left in a loop prevents vectorisation, and the compiler's own limits would leave
+// some.
 #if defined(__CUDACC__)
 #define PYCOMM_INLINE __host__ __device__ __forceinline__
 #else
@@ -39,7 +41,8 @@ struct Complex {
   T re, im;
 };
 
-// Integers compute unsigned and at least 32 bits wide: they wrap, and C++'s promotion to int cannot overflow.
+// Integers are computed unsigned and at least 32 bits wide: they wrap, and C++'s promotion to int cannot
+// overflow.
 template <class T>
 PYCOMM_INLINE auto widen(T x) {
   if constexpr (kIsFloat<T>) {
@@ -51,8 +54,8 @@ PYCOMM_INLINE auto widen(T x) {
   }
 }
 
-// -x by its bits, for x times something that is subtracted: gcc 12 fuses multiply and add into one rounding
-// where it sees alternating sums and differences of products, -ffp-contract=off or not.
+// -x by its sign bit, to subtract a product: gcc 12 fuses multiply and add into one rounding where it sees
+// alternating sums and differences of products, even under -ffp-contract=off.
 template <class T>
 PYCOMM_INLINE T negate(T x) {
   using U = typename Bits<T>::type;
@@ -82,7 +85,7 @@ struct Prod {
   }
 };
 
-// IEEE 754-2019 minimum and maximum. Equal floats differ in bits only as zeros: `or` keeps the sign of a
+// IEEE 754-2019 minimum and maximum. Two equal floats with different bits are zeros: `or` keeps the sign of a
 // negative zero, `and` drops it.
 struct Min {
   template <class T>
@@ -133,8 +136,8 @@ struct Bxor {
   }
 };
 
-// An element as it lies in memory, one of these or of the small floats (small_float.h): how it becomes a
-// value to compute with, and a result becomes an element.
+// How an element in memory becomes a value to compute with, and how a result becomes an element: one of
+// these, or of the small floats (small_float.h).
 template <class T>
 struct Plain {  // partial results, and integers
   using Raw = T;

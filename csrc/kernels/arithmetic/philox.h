@@ -1,5 +1,5 @@
-// Philox 4x32-10: random bits as a pure function of a key and a counter, so that they depend on nothing that
-// a schedule, a launch or a number of threads may change.
+// Philox 4x32-10: random bits as a pure function of a key and a counter, so that they do not depend on the
+// schedule, the launch or the number of threads.
 //
 // Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
 #pragma once
@@ -32,15 +32,15 @@ PYCOMM_INLINE Philox philox(uint64_t key, uint64_t counter_low, uint64_t counter
   return {{c0, c1, c2, c3}};
 }
 
-// What tells one encode of a step from another: the high half of the counter.
+// The high half of the counter, which distinguishes the encodes of all steps.
 PYCOMM_INLINE uint64_t philox_stream(uint32_t step, uint32_t turn, uint32_t rank) {
   return uint64_t{step} << 32 | uint64_t{turn & 0xff} << 24 | (rank & 0xffffff);
 }
 
-// An element's 64 bits of the counter: the tensor it belongs to and its offset there. Bits are drawn for a
-// group of elements at once: 16 of 8 bits each share a counter, whose low half is this whole index / 16, and
-// take its bytes in order (word 0 first, from the low byte up); 8 of 16 bits each share index / 8 and take
-// its halves in order.
+// An element's 64-bit index: its tensor, and its offset in the tensor. Elements share counters. With 8 bits
+// each, 16 elements share the counter whose low half is index / 16, and take its bytes in order (word 0
+// first, each from the low byte up). With 16 bits each, 8 elements share index / 8, and take its halves in
+// order.
 PYCOMM_INLINE uint64_t philox_index(uint64_t tensor, uint64_t offset) { return tensor << 40 | offset; }
 
 }  // namespace pycomm::kernels::PYCOMM_ISA

@@ -1,9 +1,9 @@
-// The 16- and 8-bit floats to and from float32, in integer arithmetic without branches, so that every
-// instruction set gives the same bits and the compiler makes vectors of the loops.
+// Conversions of the 16- and 8-bit floats to and from float32. They use integer arithmetic without branches,
+// so that every instruction set gives the same bits and the compiler vectorises the loops.
 //
-// Encoding rounds to nearest even. Beyond the largest finite value a format gives infinity; float8_e4m3fn has
+// Encoding rounds to nearest even. Values beyond the largest finite one become infinity; float8_e4m3fn has
 // none and gives NaN. Every NaN becomes the canonical one: positive, quiet, without payload. encode_number()
-// is for what is known to be a number that does not overflow.
+// takes only numbers that do not overflow.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@ namespace pycomm::kernels::PYCOMM_ISA {
 PYCOMM_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 PYCOMM_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
-// a < b ? yes : no, for a and b below 2^31. Masks and no comparison: the compiler cannot turn it back into a
-// branch, under which it does not make vectors of float arithmetic.
+// a < b ? yes : no, for a and b below 2^31. It uses masks instead of a comparison, which the compiler could
+// turn back into a branch; it does not vectorise float arithmetic under a branch.
 PYCOMM_INLINE uint32_t if_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
   const uint32_t mask = 0u - ((a - b) >> 31);
   return no ^ ((no ^ yes) & mask);
 }
 
-// Of integers, or of vectors of them lane by lane.
+// For integers, or for vectors of them lane by lane.
 template <class T>
 PYCOMM_INLINE T smaller(T a, T b) {
   return a < b ? a : b;
@@ -32,7 +32,7 @@ PYCOMM_INLINE T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// The words that floats are computed in: 32 bits of one, or, in cpu/strips.h, of several side by side.
+// The words that floats are computed in: the 32 bits of one or, in cpu/strips.h, of several side by side.
 template <class W>
 struct Lane;
 template <>
@@ -44,7 +44,8 @@ struct Lane<uint32_t> {
   PYCOMM_INLINE static uint32_t select_less(uint32_t a, uint32_t b, uint32_t yes, uint32_t no) {
     return if_less(a, b, yes, no);
   }
-  // Towards zero; |x| < 2^31. For floor(): exact either way; where there is an instruction, by it.
+  // Rounds towards zero; |x| < 2^31. floor() uses the processor's instruction if there is one; both ways are
+  // exact.
   PYCOMM_INLINE static int32_t to_integer(float x) { return static_cast<int32_t>(x); }
   PYCOMM_INLINE static int32_t floor(float x) {
 #if defined(__SSE4_1__)
@@ -85,26 +86,27 @@ struct BFloat16 {
   PYCOMM_INLINE static Raw encode(float x) { return static_cast<Raw>(encode_word(as_bits(x))); }
 };
 
-// A float of `kExponent` and `kMantissa` bits whose magnitudes from `kOverflow` on are special: kOverflow is
-// the infinity, or, where it is kNan itself, all there is.
+// A float with `kExponent` exponent bits and `kMantissa` mantissa bits. Magnitudes from `kOverflow` on are
+// special: kOverflow is the infinity or, if it equals kNan, the only special one.
 template <class R, int kExponent, int kMantissa, uint32_t kOverflow, uint32_t kNan>
 struct SmallFloat {
   using Raw = R;
   using Value = float;
   static constexpr int kBias = (1 << (kExponent - 1)) - 1;
-  static constexpr int kShift = 23 - kMantissa;  // from our mantissa's last bit to float32's
+  static constexpr int kShift = 23 - kMantissa;  // from this mantissa's last bit to float32's
   static constexpr uint32_t kSign = 1u << (kExponent + kMantissa);
   static constexpr uint32_t kRebias = static_cast<uint32_t>(127 - kBias) << 23;
   static constexpr uint32_t kMinNormal = kRebias + (1u << 23);
 
-  // What rounds past the largest finite value: from half a place below kOverflow on, or, where the value at
-  // half a place is rounded down, to even, above it.
+  // The least float32 that rounds past the largest finite value: the one half a place below kOverflow or, if
+  // that tie goes down to even, the next above.
   static constexpr uint32_t kPast = (kOverflow << kShift) + kRebias - (1u << (kShift - 1)) + (kOverflow & 1);
   static constexpr uint32_t kOffset = (0u - (((kMinNormal >> 23) + kShift) << kMantissa)) & (kSign - 1);
 
   // 2^n as bits of a float32.
   static constexpr uint32_t power(int n) { return static_cast<uint32_t>(127 + n) << 23; }
-  // A power of two whose last place is that of our subnormals: they are what is added to it.
+  // A power of two with the last place of this format's subnormals: a subnormal's code, added to its bits,
+  // adds the subnormal's value.
   static constexpr uint32_t kAnchor = power(1 - kBias - kMantissa + 23);
 
   template <class W>
@@ -122,10 +124,10 @@ struct SmallFloat {
     return bits | (code & kSign) << (31 - kExponent - kMantissa);
   }
 
-  // A magnitude to nearest even, as a code whose bits from kSign on are garbage. Added to the power of two
-  // whose last place is that of our results, a float is rounded by the hardware, and the sum's lower bits
-  // count places; its exponent counts powers, each as many places as a mantissa has. kOffset makes both zero
-  // at zero.
+  // Rounds a magnitude to nearest even; the code's bits from kSign on are garbage. The hardware rounds the
+  // magnitude as it is added to a power of two whose last place is that of the result. The low bits of the
+  // sum then count places, and its exponent counts powers, each worth as many places as a mantissa has.
+  // kOffset makes both counts zero at zero.
   template <class W>
   PYCOMM_INLINE static W round_magnitude(W magnitude) {
     const W least = larger(magnitude & kFloatInf, fill<W>(kMinNormal));
@@ -146,7 +148,7 @@ struct SmallFloat {
   template <class W>
   PYCOMM_INLINE static W encode_word(W bits) {
     const W magnitude = bits & 0x7fffffff, nan = fill<W>(kNan);
-    // Without an infinity overflow is a NaN, without a sign.
+    // On overflow, a format without infinity gives a NaN without a sign.
     const W past = kOverflow == kNan ? nan
                                      : Lane<W>::select_less(fill<W>(kFloatInf), magnitude, nan,
                                                             with_sign(fill<W>(kOverflow), bits));

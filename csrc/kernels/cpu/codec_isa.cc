@@ -1,6 +1,6 @@
-// The codecs' inner loops for one instruction set, see codec_kernels.h, over the arithmetic of codecs.h:
-// plain loops of constant length, of which the compiler makes vectors, and those of strips.h where codes of 8
-// bits are made or small floats read, which it does in pieces.
+// The codecs' inner loops for one instruction set (codec_kernels.h), over the arithmetic of codecs.h. Most
+// are plain loops of constant length, which the compiler vectorises. Where 8-bit codes are made or small
+// floats are read, it would vectorise only in pieces, and the vectors of strips.h are used.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -30,7 +30,8 @@ namespace {
 constexpr int kElements = static_cast<int>(kTile);
 constexpr size_t kCount = kElements;
 
-// to = from + value(i), of elements from i on, over a tile; without `from` where that is null.
+// Over a tile: to = from + value(i), where value(i) gives the vector of elements from i on; to = value(i) if
+// `from` is null.
 template <class Value>
 PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value value) {
   constexpr int kFour = 4 * kWidth;
@@ -56,8 +57,8 @@ PYCOMM_INLINE void sum_vectors(float* to, const float* from, bool past, Value va
 
 // ---- floats ----
 
-// step(to, from, i) of kStep elements from i on, as long as they lie in types From and To; what is short of a
-// step goes through memory that holds one.
+// Calls step(to, from, i) for each kStep elements from i on, in place; the last ones, fewer than kStep, go
+// through a buffer. From and To are the types in memory.
 template <class From, class To, int kStep, class Step>
 PYCOMM_INLINE void each_step(void* to, const void* from, size_t n, Step step) {
   const auto* x = static_cast<const char*>(from);
@@ -109,7 +110,7 @@ void store(void* x, DType dtype, const float* from, size_t n) {
   store_as<Wide<float>>(x, from, n);
 }
 
-// The largest magnitude, as bits, is that of the largest number, of an Inf or of a NaN.
+// Whether all magnitudes, as bits, are below that of infinity: then there is no Inf and no NaN.
 template <class Bits>
 bool all_below(const void* x, size_t n, Bits infinity) {
   constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
@@ -144,7 +145,7 @@ void random(uint8_t* bytes, int counters, uint64_t seed, uint64_t first, uint64_
 
 // ---- codecs without scales ----
 
-// Two vectors of numbers.
+// The codes of two vectors of numbers, without NaN and Inf.
 template <class C, bool kStochastic>
 PYCOMM_INLINE auto plain_codes(const Words* bits, const Words* random, C) {
   const Words codes[2] = {C::template number<kStochastic>(bits[0], random[0]),
@@ -164,7 +165,7 @@ PYCOMM_INLINE auto plain_codes<Float16Code, false>(const Words* bits, const Word
 }
 #endif
 
-// A tile that has a NaN or Inf is done once more.
+// A tile that has a NaN or Inf is encoded a second time.
 template <class C, bool kStochastic>
 void encode_plain(const float* x, const int32_t*, const uint8_t* random, uint8_t* wire) {
   using Random = std::conditional_t<C::kRandomBits == 16, uint16_t, uint8_t>;
@@ -200,7 +201,8 @@ void decode_plain(float* to, const float* from, const uint8_t* wire, bool past) 
 
 // ---- codecs with scales ----
 
-// Each block reduced, of what value() makes of its elements' magnitudes; then each(its first element).
+// Reduces each block over value(magnitude) of its elements, and calls each(index of the block's first
+// element).
 template <class O, int kBlock, class V, class Value, class Each>
 PYCOMM_INLINE void reduce_blocks(void* results, const float* tile, Value value, Each each) {
   constexpr int kBlocks = kElements / kBlock, kAtOnce = kBlocks < kWidth ? kBlocks : kWidth;
@@ -225,7 +227,7 @@ PYCOMM_INLINE void find_amax(const float* tile, uint32_t* amax) {
       amax, tile, [](Words magnitude) PYCOMM_LAMBDA { return magnitude; }, [](int) {});
 }
 
-// Elements of 4 bits go through signed bytes.
+// Elements of 4 bits are converted by way of signed bytes.
 PYCOMM_INLINE void pack_nibbles(uint8_t* to, const uint8_t* codes) {
   const auto* pairs = in<uint16_t>(codes);
   PYCOMM_INDEPENDENT
@@ -244,7 +246,7 @@ PYCOMM_INLINE void unpack_nibbles(uint8_t* codes, const uint8_t* from) {
   for (int i = 0; i < kElements; ++i) codes[i] = static_cast<uint8_t>((codes[i] ^ 8) - 8);
 }
 
-// What a block's elements are multiplied by; true if all have a scale.
+// Finds the factors and the scales of all blocks; true if every block has a scale.
 template <class C>
 PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* scales) {
   constexpr int kBlocks = kElements / C::kBlock;
@@ -260,7 +262,8 @@ PYCOMM_INLINE bool find_factors(const uint32_t* amax, float* factors, uint8_t* s
   return unusual >> 31 == 0;
 }
 
-// The tile with zeros, and a factor of zero, for blocks without a scale: factors 1 / 0 and 1 / NaN.
+// For blocks without a scale, whose factor is 1 / 0 or 1 / NaN: replaces their elements, in a copy of the
+// tile, and their factors by zeros.
 template <int kBlock>
 const float* without_unusual(const float* tile, float* factors, float* numbers) {
   std::memcpy(numbers, tile, kElements * sizeof *tile);
@@ -272,7 +275,7 @@ const float* without_unusual(const float* tile, float* factors, float* numbers) 
   return numbers;
 }
 
-// Of four vectors of scaled values: C::round().
+// C::round() for four vectors of scaled values.
 template <bool kStochastic, class C>
 PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
   Integers q[4];
@@ -353,7 +356,7 @@ void decode_blocks(float* to, const float* from, const uint8_t* wire, bool past)
 
 // ---- sign ----
 
-// A block's mean magnitude is finite where its elements are.
+// The mean magnitude shows NaN and Inf in place of amax: it is finite if all elements are.
 void encode_sign(const float* tile, const int32_t* counts, const uint8_t*, uint8_t* wire) {
   using C = SignCode;
   constexpr int kBlocks = kElements / C::kBlock, kBlocksOfPiece = kSegmentAlign / C::kBlock;
@@ -390,7 +393,7 @@ void decode_sign(float* to, const float* from, const uint8_t* wire, bool past) {
   constexpr int kBlocks = kElements / C::kBlock;
   const auto* scales = in<C::Scale>(wire);
   const uint8_t* bits = wire + kBlocks * sizeof(C::Scale);
-  Words lanes[32 / kWidth];  // each lane's bit of 32
+  Words lanes[32 / kWidth];  // the bit of each lane, among 32
   for (int v = 0; v < 32 / kWidth; ++v) {
     lanes[v] = powers(std::make_integer_sequence<int, kWidth>()) << (v * kWidth);
   }
@@ -429,7 +432,7 @@ PYCOMM_INLINE void rotate(Floats* x) {
   if constexpr (kHalf > 1) rotate<kHalf / 2>(x);
 }
 
-// Each block of 32 as load(i), of elements from i on, has it.
+// Rotates each block of 32; load_from(i) gives the vector of elements from i on.
 template <class Load>
 PYCOMM_INLINE void rotate_blocks(float* to, Load load_from) {
   constexpr int kVectors = Hadamard::kBlock / kWidth;
@@ -456,7 +459,7 @@ void decode_rotated(float* to, const float* from, const uint8_t* wire, bool past
   alignas(64) uint8_t codes[kElements];
   alignas(64) float sums[kElements];
   unpack_nibbles(codes, wire + kBlocks * sizeof(C::Scale));
-  rotate_blocks(sums, [&](int i) PYCOMM_LAMBDA {  // integers, which float32 has
+  rotate_blocks(sums, [&](int i) PYCOMM_LAMBDA {  // integers, exact in float32
     return __builtin_convertvector(widen(codes + i, int8_t{}), Floats);
   });
   sum_vectors(to, from, past, [&](int i) PYCOMM_LAMBDA {  // Hadamard::decode()

@@ -1,10 +1,11 @@
-// The inner loops for one instruction set: PYCOMM_ISA names it, and the compiler's flags turn it on.
+// The inner loops of combine() for one instruction set, which PYCOMM_ISA names and the compiler's flags
+// enable.
 //
-// Elements go through in blocks that fit the first-level cache. Within a block the sources form the
-// balanced tree as the bits of a counter do: each source is a leaf pushed on a stack, and after leaf j as
-// many pairs merge as j has trailing ones; four that need no conversion merge at once. The last merge is
-// the root, and it stores. Two sources of one format are a root over the whole length, so the common case
-// is one plain loop.
+// Elements are combined in blocks that fit the first-level cache. Within a block the sources are merged as
+// the balanced tree, in the order of a binary counter: each source is a leaf that is pushed on a stack, and
+// after leaf j as many pairs merge as j has trailing ones. Four leaves that need no conversion merge at once.
+// The last merge is the root, and it stores. Two sources of one format are a root over the whole length, so
+// the common case is one plain loop.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +19,8 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/strips.h"
 
-// Iterations are independent: destinations are apart from the sources or the very same. Two vectors at a
-// time are a fifth faster than one, out of the second-level cache as well.
+// Iterations are independent: a destination is disjoint from a source or identical with it. Two vectors
+// at a time are a fifth faster than one, also for data in the second-level cache.
 #if defined(__clang__)
 #define PYCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety) interleave_count(2)")
 #else
@@ -30,9 +31,9 @@ namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
 constexpr size_t kBlockBytes = 4096;
-constexpr int kMaxDepth = 17;  // a stack of 2^16 leaves: more ranks than a node has
+constexpr int kMaxDepth = 17;  // enough for 2^16 leaves; a node has fewer ranks
 
-// Complex numbers go part by part: the compiler makes no vectors of structs copied whole.
+// Complex numbers are copied part by part: the compiler does not vectorise copies of whole structs.
 template <class T>
 PYCOMM_INLINE T get(const Unaligned<T>& from) {
   return from.value;
@@ -51,12 +52,12 @@ PYCOMM_INLINE void put(Unaligned<Complex<T>>& to, Complex<T> x) {
   to.value.im = x.im;
 }
 
-// The small floats go in the vectors of strips.h as far as they reach: the compiler makes less of a loop
-// whose elements are of two sizes.
+// Small floats use the vectors of strips.h: the compiler vectorises a loop badly if its elements have two
+// sizes.
 template <class F>
 inline constexpr bool kIsSmall = kIsFloat<typename F::Value> && sizeof(typename F::Raw) < sizeof(float);
 
-// n elements of the format F, less than a strip, as a whole one.
+// n elements of the format F, fewer than a strip, filled up to a whole one.
 template <class F>
 struct ShortStrip {
   typename F::Raw elements[kWidth] = {};
@@ -65,7 +66,7 @@ struct ShortStrip {
   void copy_to(void* to, size_t n) const { std::memcpy(to, elements, n * sizeof elements[0]); }
 };
 
-// What an average does to elements before they are summed, and to the sum.
+// What an average does: it scales elements before they are summed, divides the sum, or both.
 enum class Finish { none, scale, scale_and_divide, divide };
 constexpr bool scales(Finish f) { return f == Finish::scale || f == Finish::scale_and_divide; }
 constexpr bool divides(Finish f) { return f == Finish::divide || f == Finish::scale_and_divide; }
@@ -123,7 +124,7 @@ void merge(void* const* dsts, const void* a, const void* b, size_t n, Factors fa
   }
 }
 
-// dsts[0..kDsts) = (a op b) op (c op d) of elements in the accumulator's type
+// dsts[0..kDsts) = (a op b) op (c op d), for elements of the accumulator's type
 template <class From, class To, class O, Finish kFinish, int kDsts>
 void merge_four(void* const* dsts, const void* const* srcs, size_t n, Factors factors) {
   using T = typename From::Raw;
@@ -163,7 +164,7 @@ void merge_any(void* const* dsts, int num_dsts, const void* a, const void* b, si
   }
 }
 
-// dst = x, over the divisor for an average
+// dst = x, divided by the divisor for an average
 template <class From, class To, bool kAverage>
 void convert(void* dst, const void* src, size_t n, double divisor) {
   const auto* x = in<typename From::Raw>(src);
@@ -212,27 +213,28 @@ void scale(void* dst, const void* src, size_t n, double factor) {
   }
 }
 
-// What the walk over blocks needs to know of a type and an operator.
+// What combine_blocks() needs of a type and an operator.
 struct Steps {
   size_t size;      // bytes of a raw or final element
-  size_t acc_size;  // bytes of a partial one
-  // Raw elements to partial ones; null where those are the same.
+  size_t acc_size;  // bytes of a partial element
+  // Converts raw elements to partial ones; null if they are the same.
   void (*load)(void* dst, const void* src, size_t n, double prescale);
   // dst = a op b, partial; dst may be a.
   void (*merge)(void* dst, const void* a, const void* b, size_t n);
-  // dst = (a op b) op (c op d), partial, of elements of the accumulator's type, scaled first.
+  // dst = (a op b) op (c op d), partial, from elements of the accumulator's type, which are scaled first.
   void (*merge_four)(void* dst, const void* const* srcs, size_t n, double prescale);
-  // The last merge, of partial elements, and the store to one or two destinations.
+  // The last merge, of partial elements, with the store to one or two destinations.
   void (*root)(void* const* dsts, int num_dsts, const void* a, const void* b, size_t n, bool final,
                Factors factors);
-  // The same of four sources that are all there are, to final elements; null where these are of another
-  // size.
+  // The whole reduction of exactly four sources, with the store of final elements; null if these have another
+  // size than the accumulator's type.
   void (*root_of_four)(void* const* dsts, int num_dsts, const void* const* srcs, size_t n, Factors factors);
-  // The store where there was nothing to merge.
+  // The store if there is nothing to merge.
   void (*store)(void* dst, const void* acc, size_t n, bool final, double divisor);
 };
 
-// Elements of format F under the operator O, in parts that the operator treats alone.
+// Elements of format F with the operator O; an element has kPartsOfElement parts that the operator combines
+// separately.
 template <class F, class O, size_t kPartsOfElement = 1>
 struct Kernel {
   using Raw = F;
@@ -302,7 +304,7 @@ struct Kernel {
 
   static constexpr auto loader() -> decltype(Steps::load) {
     if constexpr (kIsFloat<Value>) return scale<F>;
-    return nullptr;  // neither converted nor scaled
+    return nullptr;  // needs neither conversion nor scaling
   }
 
   static constexpr Steps kSteps = {
@@ -313,7 +315,7 @@ struct Kernel {
 const char* at(const void* p, size_t offset) { return static_cast<const char*>(p) + offset; }
 char* at(void* p, size_t offset) { return static_cast<char*>(p) + offset; }
 
-// Elements [begin, begin + n), at most a block, reduced and stored to dsts, which point at `begin` already.
+// Reduces elements [begin, begin + n), at most a block, to dsts, which point at `begin` already.
 void combine_block(const CombineArgs& args, const Steps& steps, size_t begin, size_t n, void* const* dsts,
                    int num_dsts) {
   alignas(kLine) unsigned char buffers[kMaxDepth][kBlockBytes];
@@ -367,7 +369,7 @@ void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
   const size_t size = args.dst_format == Format::partial ? steps.acc_size : steps.size;
   const size_t block = kBlockBytes / steps.acc_size;
   size_t n = block;
-  if (args.stream) {  // the first block ends where a cache line of the destination does
+  if (args.stream) {  // the first block ends at the end of a cache line of the destination
     const size_t head = (kLine - reinterpret_cast<uintptr_t>(args.dsts[0]) % kLine) % kLine;
     if (head != 0 && head % size == 0) n = smaller(block, head / size);
   }
@@ -392,7 +394,7 @@ void combine_blocks(const CombineArgs& args, const Steps& steps, size_t count) {
 void copy_to_all(const CombineArgs& args, size_t bytes) {
   const void* src = args.srcs[0];
   CopyFn& copy_block = args.stream ? copy_past : copy;
-  // All destinations while the block is in the cache.
+  // Writes a block to all destinations while it is in the cache.
   const size_t block = args.num_dsts == 1 ? bytes : kBlockBytes;
   for (size_t begin = 0; begin < bytes; begin += block) {
     for (int d = 0; d < args.num_dsts; ++d) {
@@ -442,7 +444,7 @@ CombineFn find_float(Op op) {
   return nullptr;
 }
 
-// Two's complement: only min and max depend on the sign.
+// In two's complement only min and max depend on the sign.
 template <class T, class Unsigned>
 CombineFn find_integer(Op op) {
   switch (op) {
@@ -485,7 +487,7 @@ CombineFn find_bool(Op op) {
   return nullptr;
 }
 
-// A sum of complex numbers is one of twice as many reals.
+// A sum of complex numbers is a sum of twice as many reals.
 template <class T>
 CombineFn find_complex(Op op) {
   switch (op) {

@@ -1,9 +1,9 @@
 // Copies for one instruction set. The destination's cache lines are stored whole and in order; the source is
-// read where it lies, since a load that crosses a line costs less than a store that does.
+// read where it lies, since a load across two lines costs less than such a store.
 //
-// What lies before the first whole line and after the last one is stored by vectors that overlap the others.
-// Not so past the cache: a line that is stored both ways comes into the cache after all, and reductions copy
-// short blocks.
+// Bytes before the first whole line and after the last one are stored by vectors that overlap the others.
+// Copies past the cache do not overlap: a line that is stored both ways comes into the cache after all, and
+// reductions copy short blocks.
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/strips.h"
 
@@ -11,7 +11,7 @@ namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
 constexpr size_t kStep = 2 * kLine;
-constexpr size_t kShort = 4 * kLine;  // below, libc is as fast
+constexpr size_t kShort = 4 * kLine;  // libc is as fast below this
 static_assert(kShort >= kLine + kStep);
 
 PYCOMM_INLINE void copy_step(char* to, const char* from) {
@@ -35,8 +35,8 @@ struct Line {
   }
 };
 
-// A line is loaded before the one ahead of it leaves: where the destination lies up to a line beyond the
-// source modulo 4 KiB, the load would else look like one of what was just stored, and wait for it.
+// The next line is loaded before the current one is stored. Otherwise, where the destination lies up to a
+// line beyond the source modulo 4 KiB, the load would seem to depend on the store just made, and wait for it.
 PYCOMM_INLINE void copy_lines_past(char* to, const char* from, size_t lines) {
   if (lines == 0) return;
   Line line = Line::load_from(from);
@@ -48,7 +48,7 @@ PYCOMM_INLINE void copy_lines_past(char* to, const char* from, size_t lines) {
   line.leave(to + (lines - 1) * kLine);
 }
 
-// Bytes before the first whole line.
+// How many bytes lie before the first whole line.
 PYCOMM_INLINE size_t before_line(const char* to) { return -reinterpret_cast<uintptr_t>(to) % kLine; }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Interface between the dispatcher and the builds of cpu/*_isa.cc, one for each instruction set.
 //
-// All that a build defines lies in a namespace of its own, and it calls no inline function or template from
+// A build defines everything in a namespace of its own and calls no inline function or template from
 // elsewhere: the linker keeps one body of such a function for the whole program, and that body might use
 // AVX-512.
 #pragma once
@@ -16,8 +16,8 @@ struct PackKernels;
 struct TopkKernels;
 using CopyFn = void(void* dst, const void* src, size_t bytes);
 
-// The kernels of one instruction set, which a copy of the sources defines. find() gives null if the pair does
-// not satisfy supports(dtype, op). copy() and copy_past() are copy_bytes() of kernels/copy.h.
+// The kernels of one instruction set, as one build of the sources defines them. find() gives null if the pair
+// does not satisfy supports(dtype, op). copy() and copy_past() implement copy_bytes() of kernels/copy.h.
 #define PYCOMM_DECLARE_KERNELS(set)        \
   namespace set {                          \
   CombineFn find(DType dtype, Op op);      \

@@ -1,5 +1,5 @@
-// The loops of pack and unpack for one instruction set. A tensor goes through in the chunks of the
-// statistics; within one, strips are decoded, scaled, counted and encoded in registers.
+// The loops of pack and unpack for one instruction set. A tensor is processed in the chunks of the
+// statistics; within a chunk, strips are decoded, scaled, counted and encoded in registers.
 #include <cstring>
 
 #include "kernels/arithmetic/small_float.h"
@@ -13,14 +13,14 @@ namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
 constexpr int kVectors = kStatsLanes / kWidth;
-constexpr int kStrip = kStatsLanes > 4 * kWidth ? kStatsLanes : 4 * kWidth;  // elements at once
+constexpr int kStrip = kStatsLanes > 4 * kWidth ? kStatsLanes : 4 * kWidth;  // elements at a time
 
 static_assert(sizeof(Tally::columns) == kStatsColumns * sizeof(double));
 
-// A chunk's statistics, lane by lane.
+// The statistics of a chunk, lane by lane.
 struct Lanes {
   Doubles squares[2 * kVectors] = {};
-  Words top = {};  // magnitudes, NaNs' as well
+  Words top = {};  // largest magnitudes, including those of NaNs
 
   PYCOMM_INLINE void add(int vector, Floats x) {
     squares[2 * vector] = add_squares(squares[2 * vector], first_half(x));
@@ -28,7 +28,7 @@ struct Lanes {
     top = larger(top, Lane<Words>::to_bits(x) & 0x7fffffff);
   }
 
-  // fold() of arithmetic/stats.h, in vectors as long as they are full. No loop has a variable as an index, or
+  // fold() of arithmetic/stats.h, with full vectors as long as possible. No loop indexes with a variable, or
   // the sums would not stay in registers.
   PYCOMM_INLINE double sum() const {
     double sums[kWidth / 2];
@@ -37,8 +37,8 @@ struct Lanes {
   }
 };
 
-// kStrip elements. With statistics, of numbers that do not overflow: enter() looks for others. kPast: past
-// the cache, to whole lines.
+// Casts kStrip elements. With kStats they must be numbers that do not overflow; enter() finds chunks with
+// others. kPast stores past the cache, in whole lines.
 template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& lanes) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
@@ -56,7 +56,7 @@ PYCOMM_INLINE void cast_strip(const char* src, char* dst, Floats scale, Lanes& l
   if constexpr (kAsIs && !kPast) std::memcpy(dst, src, kStrip * kTo);
 }
 
-// A chunk that infinities or NaNs come of, once more, element by element, with their counts.
+// Casts a chunk whose results include infinities or NaNs a second time, element by element, and counts them.
 template <class From, class To, bool kAsIs>
 [[gnu::noinline]] void enter_specials(Tally& tally, const char* src, char* dst, size_t n, float scale) {
   using FromRaw = typename From::Raw;
@@ -81,7 +81,7 @@ template <class From, class To, bool kAsIs>
 template <class From, class To, bool kAsIs>
 PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst, size_t n, float scale) {
   const uint32_t top = largest(lanes.top);
-  if (special<To>(To::encode(as_float(top))) != 0) {  // encode is monotonous
+  if (special<To>(To::encode(as_float(top))) != 0) {  // To::encode is monotonic
     return enter_specials<From, To, kAsIs>(tally, src, dst, n, scale);
   }
   if (top > tally.max_magnitude) tally.max_magnitude = top;
@@ -91,7 +91,7 @@ PYCOMM_INLINE void enter(Tally& tally, Lanes& lanes, const char* src, char* dst,
 template <class From, class To, bool kAsIs, bool kStats, bool kPast>
 void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   constexpr size_t kFrom = sizeof(typename From::Raw), kTo = sizeof(typename To::Raw);
-  const Floats scale = args.scale - Floats{};  // not a sum: of -0 as well
+  const Floats scale = args.scale - Floats{};  // not a sum: it keeps -0 as well
   Lanes lanes;
   size_t i = 0;
   for (; i + kStrip <= n; i += kStrip) {
@@ -107,7 +107,7 @@ void cast_chunk(const char* src, char* dst, size_t n, const CastArgs& args) {
   if constexpr (kStats) enter<From, To, kAsIs>(*args.tally, lanes, src, dst, n, args.scale);
 }
 
-// A run of bytes that leaves in full lines past the cache, as far as its alignment allows.
+// Bytes in a row that are written past the cache in full lines, as far as their alignment allows.
 class Stream {
  public:
   explicit Stream(char* dst) : to_(dst), phase_(reinterpret_cast<uintptr_t>(dst) % kLine) {}
@@ -136,7 +136,7 @@ class Stream {
 
   alignas(kLine) char staged_[2 * kLine + kStatsChunk * sizeof(float)];
   char* to_;
-  size_t phase_, held_ = 0;  // staged_ + phase_ goes to to_
+  size_t phase_, held_ = 0;  // staged_ + phase_ is written to to_
 };
 
 template <class From, class To, bool kAsIs, bool kStats>
@@ -154,7 +154,7 @@ void cast(const CastArgs& args) {
       cast_chunk<From, To, kAsIs, kStats, true>(src + begin * kFrom, place, n, args);
       continue;
     }
-    char* out = stream || in_place ? staged.room() : place;  // a chunk with a NaN is read twice
+    char* out = stream || in_place ? staged.room() : place;  // src stays: a chunk with NaNs is read twice
     cast_chunk<From, To, kAsIs, kStats, false>(src + begin * kFrom, out, n, args);
     if (in_place) {
       if (!kAsIs) copy(place, out, n * kTo);
@@ -214,7 +214,7 @@ CastFn find_cast(DType from, DType to, bool as_is) {
 }
 
 Stats finish(Tally& tally) {
-  int columns = 1;  // the others are zero
+  int columns = 1;  // the columns in use; the others are zero
   while (columns < kStatsColumns && columns < tally.chunks) columns *= 2;
   return {.sum_squares = fold(tally.columns, columns),
           .max_abs = as_float(tally.max_magnitude),

@@ -1,4 +1,4 @@
-// What pack.cc and the copies of pack_isa.cc know of each other.
+// Interface between pack.cc and the builds of pack_isa.cc for each instruction set.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace pycomm::kernels {
 
-// Statistics on the way, see arithmetic/stats.h.
+// Statistics collected so far, see arithmetic/stats.h.
 struct Tally {
   double columns[1024] = {};
   int64_t chunks = 0;
@@ -23,13 +23,14 @@ struct CastArgs {
   void* dst;
   size_t count;
   float scale;
-  bool stream;   // non-temporal stores, to be fenced
+  bool stream;   // non-temporal stores, which the caller fences
   Tally* tally;  // may be null
 };
 using CastFn = void (*)(const CastArgs&);
 
 struct PackKernels {
-  // as_is: of equal types, without scaling: NaNs keep their payloads, and what is in its place is only read.
+  // as_is: the types are equal and nothing is scaled. NaNs keep their payloads, and elements in their place
+  // are only read.
   CastFn (*find)(DType from, DType to, bool as_is);
   Stats (*finish)(Tally& tally);
 };

@@ -1,6 +1,5 @@
-// Philox for consecutive counters, as philox.h defines it, in vectors: a lane of 64 bits holds one word of a
-// counter, so that a product of 32 bits by 32 stays in its lane. Lanes' upper halves are garbage between
-// rounds.
+// Philox (philox.h) for consecutive counters, in vectors. A 64-bit lane holds one word of a counter, so that
+// a product of 32 by 32 bits stays in its lane. The upper halves of lanes are garbage between rounds.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +28,7 @@ constexpr int kLanes = kVectorBytes / 8;
 
 PYCOMM_INLINE Lanes all(uint64_t x) { return Lanes{} + x; }
 
-// Of the lower halves. The compiler does not see by itself that half a multiplication will do.
+// Multiplies the lower halves. The compiler does not find this half multiplication by itself.
 PYCOMM_INLINE Lanes multiply(Lanes a, Lanes b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(
@@ -44,8 +43,8 @@ PYCOMM_INLINE Lanes multiply(Lanes a, Lanes b) {
 #endif
 }
 
-// The lane of counter `i` is where the interleaving of two vectors' even lanes, then of their odd ones,
-// brings it to its place.
+// Which lane each counter takes: the one from which interleaving the even lanes of two vectors, then the odd
+// ones, brings it into order.
 PYCOMM_INLINE Lanes in_order() {
   Lanes order{};
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -54,7 +53,7 @@ PYCOMM_INLINE Lanes in_order() {
   return order;
 }
 
-// a's and b's lanes of one parity, alternating.
+// The lanes of a and b of one parity, alternating.
 template <int kParity, int... kLane>
 PYCOMM_INLINE Lanes interleave(Lanes a, Lanes b, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2 * 2 + kParity)...);
@@ -66,9 +65,9 @@ constexpr int kPhiloxRounds = 10;
 
 PYCOMM_INLINE Lanes rotated(Lanes x) { return x << 32 | x >> 32; }
 
-// 16 bytes for each of kCounters counters from `first` on, which is a multiple of 16: the upper halves of
-// 16 are the same, so that the half of each of the first two rounds that only depends on them is done once.
-// The vectors go side by side: one alone would wait for its own products.
+// Writes 16 bytes for each of kCounters counters from `first` on, a multiple of 16. The upper halves of 16
+// such counters are equal, so the half of each of the first two rounds that depends only on them is computed
+// once. The vectors are computed side by side, since each alone would wait for its own products.
 template <int kCounters>
 PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, uint64_t counter_high) {
   constexpr int kVectors = kCounters / kLanes;
@@ -81,7 +80,7 @@ PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, ui
   Lanes c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const uint64_t at = first + static_cast<uint64_t>(v * kLanes);
-    const uint64_t x = kPhiloxA * ((y >> 32) ^ (at >> 32) ^ k0);  // of the second round
+    const uint64_t x = kPhiloxA * ((y >> 32) ^ (at >> 32) ^ k0);  // product of the second round
     c3[v] = multiply(all(kPhiloxA), all(at) + in_order());
     c2[v] = (c3[v] >> 32) ^ all((counter_high >> 32) ^ k1);
     c1[v] = multiply(all(kPhiloxB), c2[v]);
@@ -113,8 +112,8 @@ PYCOMM_INLINE void philox_group(uint8_t* bytes, uint64_t key, uint64_t first, ui
   }
 }
 
-// 16 bytes for each of 16 * n counters from `first` on, a multiple of 16. Meanwhile half the lines are
-// fetched of what comes after the `size` bytes at x.
+// Writes 16 bytes for each of 16 * n counters from `first` on, a multiple of 16. Meanwhile it prefetches half
+// of the lines that follow the `size` bytes at x.
 PYCOMM_INLINE void philox_run(uint8_t* bytes, int n, uint64_t key, uint64_t first, uint64_t counter_high,
                               const void* x, size_t size) {
   const size_t each = size / (16 * static_cast<size_t>(n));

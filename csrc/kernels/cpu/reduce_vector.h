@@ -1,6 +1,6 @@
-// Reductions of many short blocks at once: as many vectors as one has lanes, each a block, become one vector
-// of their results. Lane i of a step's result is of lanes i and i ^ kHalf of one of two vectors, so that a
-// sum is the one by halves that SignCode wants.
+// Reductions of many short blocks at once: as many vectors as a vector has lanes, one for each block, become
+// one vector of their results. Each step combines lanes i and i ^ kHalf of a vector, so that a sum is the sum
+// by halves that SignCode requires.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ PYCOMM_INLINE V pair(V a, V b, std::integer_sequence<int, i...>) {
                   __builtin_shufflevector(a, b, (i & kHalf ? kWidth + (i ^ kHalf) : i ^ kHalf)...));
 }
 
-// Lane i of the result is vectors[i] reduced. Destroys the others.
+// Lane i of the result is the reduction of vectors[i]. Overwrites the vectors.
 template <class O, int kHalf = kWidth / 2, class V>
 PYCOMM_INLINE V reduce_each(V* vectors) {
   for (int i = 0; i < kHalf; ++i) {
@@ -40,7 +40,7 @@ PYCOMM_INLINE V reduce_each(V* vectors) {
   }
 }
 
-// Over the lanes of one vector.
+// The largest lane of one vector.
 PYCOMM_INLINE uint32_t largest(Words top) {
   uint32_t words[kWidth];
   store(words, top);
@@ -50,7 +50,7 @@ PYCOMM_INLINE uint32_t largest(Words top) {
   return words[0];
 }
 
-// Of what load(v) gives for each of kVectors vectors v: v takes v + kVectors / 2, then v + kVectors / 4, ...
+// Reduces load(v) over kVectors vectors v: v takes v + kVectors / 2, then v + kVectors / 4, ...
 template <class O, int kVectors, class Load>
 PYCOMM_INLINE auto over_lanes(Load load, int at = 0, int stride = 1) {
   if constexpr (kVectors == 1) {

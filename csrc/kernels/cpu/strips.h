@@ -1,8 +1,8 @@
-// Elements from memory to vectors of float32 and back. Included by *_isa.cc alone, see isa.h.
+// Conversion of elements in memory to vectors of float32 and back. Only *_isa.cc include this file, see
+// isa.h.
 //
-// The arithmetic is that of small_float.h, on several words side by side. float16 goes through the
-// processor's own conversions where there are any: they round alike, and only what they make of NaNs has to
-// be made canonical.
+// The arithmetic is that of small_float.h, on several words side by side. float16 uses the processor's own
+// conversions where there are any: they round alike, and only their NaNs must be made canonical.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
-// kWidth elements of the format F.
+// Conversions of kWidth elements of the format F.
 template <class F>
 PYCOMM_INLINE Floats decode(const void* from, F) {
   return Lane<Words>::to_float(F::decode_word(widen(from, typename F::Raw{})));
@@ -33,15 +33,15 @@ PYCOMM_INLINE Floats encoded(Floats x, Wide<float>) {
 
 #if defined(__F16C__)
 
-// The processor's own float16. float8_e5m2 is its upper half; float8_e4m3 is 2^8 times what its bits mean
-// there.
+// The processor's own float16. A float8_e5m2 is the upper half of a float16; a float8_e4m3 is 2^8 times the
+// float16 that has its bits.
 inline constexpr int16_t kMiddleBits = static_cast<int16_t>(0xbf80);
 #if defined(__AVX512F__)
 using HalfCodes = __m256i;
 PYCOMM_INLINE HalfCodes upper_halves(const void* bytes) {
   return _mm256_slli_epi16(_mm256_cvtepu8_epi16(load<__m128i>(bytes)), 8);
 }
-// A float8_e4m3 with its exponent's and its mantissa's bits where a float16 has them.
+// A float8_e4m3 with its exponent and mantissa bits where a float16 has them.
 PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
   const __m256i sign_extended = _mm256_cvtepi8_epi16(load<__m128i>(bytes));
   return _mm256_and_si256(_mm256_slli_epi16(sign_extended, 7), _mm256_set1_epi16(kMiddleBits));
@@ -59,8 +59,8 @@ PYCOMM_INLINE HalfCodes middle_bits(const void* bytes) {
 PYCOMM_INLINE Floats from_halves(HalfCodes x) { return __builtin_bit_cast(Floats, _mm256_cvtph_ps(x)); }
 #endif
 
-// NaNs come quiet; they keep their signs without their payloads, as decode_word() has it. decode_number(),
-// for what becomes canonical anyway, leaves NaNs as they come.
+// Makes NaNs quiet; they keep their sign and lose their payload, as in decode_word(). decode_number() leaves
+// NaNs unchanged: it is for values that become canonical anyway.
 PYCOMM_INLINE Floats without_payload(Floats x) {
   const Words bits = Lane<Words>::to_bits(x);
   return Lane<Words>::to_float(x == x ? bits : bits & ~0x3fffffu);
@@ -73,7 +73,7 @@ PYCOMM_INLINE Floats decode_number(const void* from, F) {
 PYCOMM_INLINE Floats decode_number(const void* from, Float16) { return from_halves(load<HalfCodes>(from)); }
 PYCOMM_INLINE Floats decode_number(const void* from, Float8E5M2) { return from_halves(upper_halves(from)); }
 PYCOMM_INLINE Floats decode_number(const void* from, Float8E4M3) {
-  constexpr uint32_t kPast = 0x43f00000;  // 480: what the NaN's code would be
+  constexpr uint32_t kPast = 0x43f00000;  // 480: the value that the NaN's code would have
   const Words bits = Lane<Words>::to_bits(from_halves(middle_bits(from)) * 256.0f);
   return Lane<Words>::to_float(bits | __builtin_bit_cast(Words, bits << 1 == kPast << 1) >> 1);
 }
@@ -112,7 +112,7 @@ PYCOMM_INLINE __m256i joined(HalfCodes a, HalfCodes b) {
 }
 #endif
 
-// Two vectors of a format of 16 bits. kNumbers: of numbers that do not overflow.
+// Encodes two vectors in a 16-bit format. kNumbers: all are numbers that do not overflow.
 template <bool kNumbers>
 PYCOMM_INLINE auto encoded_two(const Floats* x, Float16) {
   if constexpr (kNumbers) return joined(encoded_number(x[0], Float16{}), encoded_number(x[1], Float16{}));
@@ -144,8 +144,8 @@ PYCOMM_INLINE void encode(void* to, Floats x, F) {
   store(to, encoded(x, F{}));
 }
 
-// Past the cache, where `to` is a multiple of kStreamAlign: of 16 bytes, as memory that a user has from
-// malloc() or NumPy is, if not of more; consecutive stores fill a line in the processor's buffers.
+// Stores past the cache, to a multiple of kStreamAlign: 16 bytes without AVX-512, since malloc() and NumPy
+// align memory to 16 at least. Consecutive stores fill a line in the processor's buffers.
 #if defined(__AVX512F__)
 inline constexpr size_t kStreamAlign = 64;
 #else
@@ -169,8 +169,8 @@ PYCOMM_INLINE void stream(void* to, V x) {
   store(to, x);
 }
 
-// As many vectors as make one of the format F. kNumbers: of numbers that do not overflow. kPast: past the
-// cache.
+// Encodes as many vectors as make one vector of the format F. kNumbers: all are numbers that do not overflow.
+// kPast: store past the cache.
 template <class F>
 inline constexpr int kToFill = sizeof(float) / sizeof(typename F::Raw);
 template <bool kNumbers, bool kPast, class F>
@@ -199,7 +199,7 @@ PYCOMM_INLINE void encode_full(char* to, const Floats* x, F) {
   }
 }
 
-// For statistics: the halves of a vector in float64, and x * x + sum where x * x is exact.
+// For statistics: the halves of a vector in float64, and x * x + sum, where x * x is exact.
 #if defined(__AVX512F__)
 
 PYCOMM_INLINE Doubles first_half(Floats x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
@@ -224,7 +224,7 @@ PYCOMM_INLINE Doubles add_squares(Doubles sum, Doubles x) { return x * x + sum; 
 
 #endif
 
-// As many bytes as `lines` cache lines have past the cache: `to` is aligned to kStreamAlign.
+// Copies `lines` cache lines past the cache; `to` is aligned to kStreamAlign.
 PYCOMM_INLINE void stream_lines(char* to, const char* from, size_t lines) {
   for (size_t i = 0; i < lines * kLine; i += sizeof(Words)) stream(to + i, load<Words>(from + i));
 }

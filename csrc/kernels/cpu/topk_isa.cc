@@ -11,9 +11,9 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 namespace {
 
-constexpr size_t kGroup = 4 * kWidth;  // elements that are looked at at once
+constexpr size_t kGroup = 4 * kWidth;  // elements that are examined at a time
 
-// A bit for each of a group's elements.
+// A bit for each element of a group: set if its magnitude exceeds `below`.
 PYCOMM_INLINE uint64_t reach(const float* x, Integers below) {
   Integers reached[4];
   for (int v = 0; v < 4; ++v) {
@@ -23,7 +23,7 @@ PYCOMM_INLINE uint64_t reach(const float* x, Integers below) {
   return mask_of_four(reached);
 }
 
-// Seldom is an element kept, so that groups with any are found first, without a branch.
+// Elements are seldom kept, so groups with any are found first, without a branch.
 size_t scan(const float* x, size_t n, uint32_t least, uint32_t index, uint32_t* indices, float* values) {
   if (least > kFloatNan) return 0;
   constexpr uint32_t kAnyNan = kFloatInf + 1;

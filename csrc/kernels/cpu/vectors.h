@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set has them; from memory and back, narrower and wider. Included by
-// *_isa.cc alone, see isa.h.
+// Vectors as wide as the instruction set allows: loads, stores, narrowing and widening. Only *_isa.cc include
+// this file, see isa.h.
 #pragma once
 
 #include <cstddef>
@@ -67,7 +67,7 @@ struct Lane<Words> {
   }
 };
 
-// An element in memory, at any address and of any declared type.
+// An element in memory, at any address, whatever the declared type there.
 template <class T>
 struct __attribute__((packed, may_alias)) Unaligned {
   T value;
@@ -92,19 +92,19 @@ PYCOMM_INLINE void store(void* to, V x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// Fetches what will be read kAhead bytes later. The processor's own prefetching stops at a page's end. A core
-// has buffers for some 20 lines on their way, so that a few belong into each step of a loop's arithmetic;
-// where two loops go over the same data, every second line into the first one.
+// Prefetches what is read kAhead bytes later. The processor's own prefetching stops at the end of a page. A
+// core can have some 20 lines in flight, so each step of a loop's arithmetic should prefetch a few; if two
+// loops pass over the same data, the first should prefetch every second line.
 inline constexpr size_t kLine = 64, kAhead = 8192;
 template <size_t kEvery = 1>
 PYCOMM_INLINE void prefetch(const void* p, size_t bytes) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + kAhead;  // of whatever is there: nothing is read
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + kAhead;  // anywhere: a prefetch never faults
   for (size_t line = 0; line < bytes; line += kEvery * kLine) {
     __builtin_prefetch(reinterpret_cast<const void*>(begin + line));
   }
 }
 
-// Codes of 8 and 16 bits to words.
+// Widens codes of 8 and 16 bits to words.
 #if defined(__AVX512F__)
 
 PYCOMM_INLINE Words widen(const void* from, uint8_t) {
@@ -160,9 +160,9 @@ PYCOMM_INLINE Integers widen(const void* from, int16_t) {
   return __builtin_bit_cast(Integers, widen(from, uint16_t{}) << 16) >> 16;
 }
 
-// Two vectors to one of half the bits, as the processor has it, which may be lane by lane: signed ones that
-// saturate, of 32 bits and of 16, and those of 16 bits to unsigned bytes. in_order() puts right what two
-// steps made of four vectors.
+// Narrows two vectors to one of half the bits, in the processor's order, which may be lane by lane. Signed
+// elements of 32 and 16 bits saturate; halve_unsigned() turns those of 16 bits into unsigned bytes.
+// in_order() sorts the result of two such steps on four vectors.
 #if defined(__AVX512F__)
 
 using Packed = __m512i;
@@ -174,7 +174,7 @@ PYCOMM_INLINE Packed in_order(Packed bytes) {
   return _mm512_permutexvar_epi32(order, bytes);
 }
 
-// Two vectors of codes of 16 bits.
+// Narrows two vectors of words to 16-bit codes.
 PYCOMM_INLINE Packed narrow_two(const Words* codes) {
   const auto at = [&](int i) { return __builtin_bit_cast(Packed, codes[i]); };
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
@@ -202,8 +202,7 @@ PYCOMM_INLINE Packed halve_words(Packed a, Packed b) { return _mm_packs_epi32(a,
 PYCOMM_INLINE Packed halve_shorts(Packed a, Packed b) { return _mm_packs_epi16(a, b); }
 PYCOMM_INLINE Packed halve_unsigned(Packed a, Packed b) { return _mm_packus_epi16(a, b); }
 PYCOMM_INLINE Packed in_order(Packed bytes) { return bytes; }
-PYCOMM_INLINE Packed
-narrow_two(const Words* codes) {  // extended by their highest bits, so that none saturates
+PYCOMM_INLINE Packed narrow_two(const Words* codes) {  // sign-extended first, so that none saturates
   const auto at = [&](int i) {
     return __builtin_bit_cast(Packed, __builtin_bit_cast(Integers, codes[i] << 16) >> 16);
   };
@@ -243,21 +242,21 @@ PYCOMM_INLINE Packed narrow_two(const Words* codes) {
 using PackedBytes = VectorOf<uint8_t, 4 * kWidth>::type;
 using PackedIntegers = VectorOf<int8_t, 4 * kWidth>::type;
 
-// Four vectors.
+// Narrows four vectors to one.
 template <class V>
 PYCOMM_INLINE Packed halve_four(const V* x, Packed (*last)(Packed, Packed)) {
   const auto at = [&](int i) { return __builtin_bit_cast(Packed, x[i]); };
   return last(halve_words(at(0), at(1)), halve_words(at(2), at(3)));
 }
-// Of codes.
+// Narrows codes.
 PYCOMM_INLINE Packed narrow_four(const Words* codes) { return in_order(halve_four(codes, halve_unsigned)); }
-// Of integers, which are held at -limit and limit.
+// Narrows integers, clamped to [-limit, limit].
 PYCOMM_INLINE PackedIntegers narrow_four(const Integers* x, int limit) {
   const PackedIntegers most = PackedIntegers{} + static_cast<int8_t>(limit);
   const auto bytes = __builtin_bit_cast(PackedIntegers, in_order(halve_four(x, halve_shorts)));
   return larger(smaller(bytes, most), -most);
 }
-// Of codes below 0x80, with the signs of as many floats.
+// Narrows codes below 0x80 and adds the signs of as many floats.
 PYCOMM_INLINE Packed narrow_four(const Words* codes, const Floats* signs) {
   const auto sign = __builtin_bit_cast(PackedBytes, halve_four(signs, halve_shorts)) & 0x80;
   return in_order(
@@ -279,7 +278,7 @@ PYCOMM_INLINE bool all_reach(Words x, uint32_t least) {
 #endif
 }
 
-// A bit for each lane of four vectors of masks, the first one's lowest.
+// A bit for each lane of four vectors of masks; those of the first vector are lowest.
 PYCOMM_INLINE uint64_t mask_of_four(const Integers* masks) {
 #if defined(__AVX512F__)
   const auto at = [&](int i) {
@@ -304,7 +303,7 @@ PYCOMM_INLINE uint64_t mask_of_four(const Integers* masks) {
 #endif
 }
 
-// One vector of codes.
+// Narrows one vector of codes.
 #if defined(__AVX512F__)
 PYCOMM_INLINE __m128i narrow(Words codes, uint8_t) {
   return _mm512_cvtepi32_epi8(__builtin_bit_cast(__m512i, codes));

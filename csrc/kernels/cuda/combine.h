@@ -1,9 +1,9 @@
-// The body of cuda::combine(), and how a call becomes its arguments.
+// The body of cuda::combine(), and how a call is turned into its arguments.
 //
-// A thread takes kVector elements of every source, 16 bytes each where they are raw, in groups of four
-// sources whose loads are all in flight before the first is used. A group is a subtree of four leaves; the
-// subtrees form the balanced tree as the bits of a counter do (see cpu/combine_isa.cc). Few sources need no
-// stack, and a thread then takes two vectors at once.
+// A thread processes kVector elements of every source (16 bytes of a raw one) in groups of four sources,
+// whose loads are all in flight before the first is used. A group is a subtree of four leaves; the subtrees
+// form the balanced tree in the order of a binary counter (see cpu/combine_isa.cc). A call with few sources
+// needs no stack, and a thread then processes two vectors at once.
 #pragma once
 
 #include <cstddef>
@@ -23,19 +23,19 @@ inline constexpr int kOperands = kernels::cuda::kMaxOperands;
 struct CombineCall {
   const void* srcs[kOperands];
   void* dsts[kOperands];
-  bool raw[kOperands];  // the source, else partial
+  bool raw[kOperands];  // true: the source is raw; false: partial
   int num_srcs, num_dsts;
-  bool partial;  // the destinations, else final
-  // Elements [head, head + vectors * kVector) go in vectors, those before and after it one by one.
+  bool partial;  // true: the destinations are partial; false: final
+  // Elements [head, head + vectors * kVector) are processed in vectors, those before and after one by one.
   int64_t count, head, vectors;
   double prescale, divisor;
 };
 
 inline constexpr int kGroup = 4;   // sources that are loaded at once
-inline constexpr int kLevels = 5;  // of the stack of groups: kOperands / kGroup = 2^kLevels
+inline constexpr int kLevels = 5;  // depth of the stack of groups: kOperands / kGroup = 2^kLevels
 static_assert(kOperands == kGroup << kLevels);
 
-// Elements of format F under the operator O; kMany: more sources than a group.
+// Elements of format F with the operator O; kMany: more sources than one group has.
 template <class F, class O, bool kMany>
 struct Combine {
   using Args = CombineCall;
@@ -45,7 +45,7 @@ struct Combine {
   static constexpr int kThreads = 256;
   static constexpr int kResident = 1;
   static constexpr int kVector = kAccess / static_cast<int>(sizeof(Raw));
-  static constexpr int kVectors = kMany ? 1 : 2;  // that a thread takes at once
+  static constexpr int kVectors = kMany ? 1 : 2;  // that a thread processes at once
   struct Shared {};
 
   template <int kN>
@@ -53,7 +53,7 @@ struct Combine {
     Value x[kN];
   };
 
-  // Elements from `at` on, one (at any address) or a vector.
+  // Reads one element (at any address) or a vector of elements from `at` on.
   template <class T, int kN>
   PYCOMM_DEVICE static Run<T, kN> read(const void* base, int64_t at) {
     const void* p = static_cast<const char*>(base) + at * static_cast<int64_t>(sizeof(T));
@@ -117,7 +117,7 @@ struct Combine {
     }
   }
 
-  // The tree of the group's one to four leaves.
+  // Combines the one to four leaves of a group, as a tree.
   template <int kN>
   PYCOMM_DEVICE static Values<kN> reduce(const CombineCall& call, int first, int64_t at,
                                          const Group<kN>& group) {
@@ -174,7 +174,7 @@ struct Combine {
     }
   }
 
-  // Vectors v, v + kThreads, ... as far as there are.
+  // Combines the vectors v, v + kThreads, ... that exist.
   PYCOMM_DEVICE static void few(const CombineCall& call, int64_t v) {
     Group<kVector> group[kVectors];
     PYCOMM_UNROLL
@@ -221,7 +221,7 @@ struct Combine {
     });
   }
 
-  // Blocks that have something to do.
+  // How many blocks have work.
   static int64_t blocks(const CombineCall& call) {
     const int64_t steps = (call.vectors + kThreads * kVectors - 1) / (kThreads * kVectors);
     const int64_t edges = (call.count - call.vectors * kVector + kThreads - 1) / kThreads;
@@ -229,8 +229,8 @@ struct Combine {
   }
 };
 
-// Calls run.template operator()<F, O, parts>() with the format and the operator of a pair, and how many
-// elements one of dtype is to it. False if there is none.
+// Calls run.template operator()<F, O, parts>() with the format and operator of a pair; an element of dtype is
+// `parts` elements of F. False if there is no such pair.
 template <class F, class Run>
 bool pick_float(Op op, Run& run) {
   switch (op) {
@@ -251,7 +251,7 @@ bool pick_float(Op op, Run& run) {
   return false;
 }
 
-// Bits of whatever width are bytes.
+// Bitwise operators treat elements of any width as bytes.
 template <int kBytes, class Run>
 bool pick_bits(Op op, Run& run) {
   switch (op) {
@@ -353,7 +353,7 @@ bool pick_combine(DType dtype, Op op, Run run) {
   return false;
 }
 
-// A call in elements of Raw and Value bytes, `parts` of them to one of the caller's.
+// The call in elements of Raw and Value; each of the caller's elements is `parts` of them.
 template <class Raw, class Value>
 CombineCall make_combine_call(const CombineArgs& args, int parts) {
   constexpr int64_t kVector = kAccess / static_cast<int64_t>(sizeof(Raw));
@@ -364,7 +364,8 @@ CombineCall make_combine_call(const CombineArgs& args, int parts) {
   call.count = static_cast<int64_t>(args.count) * parts;
   call.prescale = args.prescale;
   call.divisor = args.divisor;
-  // The elements to the first vector of the first destination; all others must begin a vector there as well.
+  // The elements before the first vector of the first destination; a vector of every other operand must begin
+  // there, too.
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const auto size = [](bool raw) { return raw ? sizeof(Raw) : sizeof(Value); };
   int64_t head = 0;

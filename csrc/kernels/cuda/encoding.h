@@ -1,5 +1,5 @@
-// What encodes have in common, whatever a value becomes: where its random bits come from, where one tensor
-// ends, and the residual that goes in and the one that is kept.
+// What all encodes share: where the random bits come from, where a tensor ends, and the residuals that are
+// added and kept.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 
 struct EncodeCall {
-  int64_t index, end;  // of the call's first element in the data, and behind its last one
+  int64_t index, end;  // the call's elements are [index, end) of the data
   const float* residual;
   float* next_residual;
   bool residual_aligned, next_residual_aligned;
@@ -19,7 +19,7 @@ struct EncodeCall {
   Segments segments;
 };
 
-// Of elements [begin, begin + count) of what `encoding` is about.
+// For elements [begin, begin + count) of the data that `encoding` describes.
 inline EncodeCall make_encode_call(const Encoding& encoding, bool stochastic, uint64_t seed, int64_t begin,
                                    int64_t count, const Segments& segments) {
   EncodeCall call{};
@@ -35,11 +35,11 @@ inline EncodeCall make_encode_call(const Encoding& encoding, bool stochastic, ui
   return call;
 }
 
-// A lane's elements and its part of a tile.
+// Which elements a lane has, in the call and in the tile.
 struct Lane16 {
-  int64_t tile, begin;  // begin: of its elements in the call
-  int of_tile;          // of its elements in the tile
-  int n;                // that the call has
+  int64_t tile, begin;  // begin: its first element in the call
+  int of_tile;          // its first element in the tile
+  int n;                // how many of its elements the call has
   int tile_n;           // elements of the tile that the call has
 };
 
@@ -54,7 +54,7 @@ PYCOMM_DEVICE Lane16 lane_of(int64_t half, int lane, int64_t count) {
   return at;
 }
 
-// A lane's values with their residuals, without what lies between tensors.
+// A lane's values with their residuals added; zeros between tensors.
 struct Values {
   Sixteen v;
   Piece piece;
@@ -72,7 +72,7 @@ PYCOMM_DEVICE Values with_residuals(const EncodeCall& call, const Lane16& at, Si
   return {v, piece};
 }
 
-// What of them `decoded` has lost, where somebody keeps it.
+// Stores what `decoded` has lost of the values, if there is a buffer for it.
 PYCOMM_DEVICE void keep_residuals(const EncodeCall& call, const Lane16& at, const Values& values,
                                   const Sixteen& decoded) {
   Sixteen e{}, next;

@@ -1,6 +1,5 @@
-// What the codecs' bodies share: 32 threads, a *lane* each, have half a tile, 16 elements a lane, which are
-// what one Philox counter serves; and the tensors of a bucket, which tell a lane how many of its elements
-// there are.
+// What the codecs' bodies share. Half a tile is split among 32 threads, called *lanes*: each has 16 elements,
+// which one Philox counter serves. The tensors of a bucket determine how many of its elements a lane uses.
 #pragma once
 
 #include <algorithm>
@@ -17,15 +16,15 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 
 inline constexpr int kLanes = 32;
-inline constexpr int kOfLane = 16;              // elements
-inline constexpr int kHalf = kLanes * kOfLane;  // of a tile
+inline constexpr int kOfLane = 16;              // elements of a lane
+inline constexpr int kHalf = kLanes * kOfLane;  // elements of half a tile
 static_assert(kTile == 2 * kHalf);
 
 struct Sixteen {
   float x[kOfLane];
 };
 
-// Elements begin .. begin + n of what lies at `base`, as float32; the rest of the sixteen are zeros.
+// Elements [begin, begin + n) of the data at `base`, as float32; the rest of the sixteen are zeros.
 // `aligned`: base is a multiple of 16 bytes, and `begin` of kOfLane.
 template <class F>
 PYCOMM_DEVICE Sixteen read_lane(const void* base, int64_t begin, int n, bool aligned) {
@@ -73,7 +72,7 @@ PYCOMM_DEVICE void write_floats(DType dtype, void* base, int64_t begin, int n, b
   write_lane<Wide<float>>(base, begin, n, aligned, lane);
 }
 
-// Of one launch. In the kernel's parameters; longer lists take several launches.
+// The tensors of one launch, passed as kernel parameters; longer lists take several launches.
 inline constexpr int kSegments = 448;
 struct Segments {
   int64_t begins[kSegments], ends[kSegments];
@@ -81,10 +80,9 @@ struct Segments {
   int count;  // 0: one tensor, id 0, as long as the data
 };
 
-// A lane's place in its tensor.
+// Where a lane's elements lie in their tensor.
 struct Piece {
-  int present;  // of the elements from the lane's first on, how many the tensor has: any number, or none (<=
-                // 0)
+  int present;  // how many elements the tensor has from the lane's first on: any number; none if <= 0
   uint64_t id, offset;
 };
 
@@ -92,7 +90,7 @@ PYCOMM_DEVICE Piece find_piece(const Segments& segments, int64_t index, int64_t 
   int64_t begin = 0, end = end_of_data;
   uint64_t id = 0;
   if (segments.count > 0) {
-    int at = 0, above = segments.count;  // the last that begins at or before index
+    int at = 0, above = segments.count;  // `at` becomes the last tensor that begins at or before index
     while (above - at > 1) {
       const int middle = (at + above) / 2;
       if (segments.begins[middle] <= index) {
@@ -102,7 +100,7 @@ PYCOMM_DEVICE Piece find_piece(const Segments& segments, int64_t index, int64_t 
       }
     }
     begin = segments.begins[at];
-    if (begin > index) return {0, 0, 0};  // before the first
+    if (begin > index) return {0, 0, 0};  // before the first tensor
     end = segments.ends[at] < end ? segments.ends[at] : end;
     id = segments.ids[at];
   }
@@ -111,7 +109,7 @@ PYCOMM_DEVICE Piece find_piece(const Segments& segments, int64_t index, int64_t 
   return {present, id, static_cast<uint64_t>(index - begin)};
 }
 
-// What random bits depend on besides the element.
+// What the random bits depend on besides the element.
 struct Draw {
   bool stochastic;
   uint64_t seed, stream;
@@ -121,7 +119,7 @@ inline Draw make_draw(bool stochastic, uint64_t seed, const Encoding& encoding) 
   return {stochastic, seed, philox_stream(encoding.step, encoding.turn, encoding.rank)};
 }
 
-// kBits for each of a lane's elements.
+// kBits random bits for each element of a lane.
 template <int kBits>
 struct RandomBits {
   static constexpr int kDraws = kBits * kOfLane / 128;
@@ -145,8 +143,8 @@ PYCOMM_DEVICE RandomBits<kBits> draw(const Draw& call, const Piece& piece) {
   return random;
 }
 
-// Calls f(begin, count, segments) for the launches of an encode: elements [begin, begin + count), begin a
-// multiple of kTile, and the tensors that they belong to.
+// Calls f(begin, count, segments) for each launch of an encode: it covers elements [begin, begin + count),
+// begin a multiple of kTile, and the tensors that they belong to.
 template <class F>
 void each_launch(const Encoding& encoding, int64_t count, F f) {
   size_t next = 0;

@@ -1,4 +1,4 @@
-// From a body (grid.h) to a kernel, and its launch.
+// Turns a body (grid.h) into a kernel, and launches it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,7 +29,7 @@ struct GpuBlock {
   __device__ __forceinline__ uint32_t add(uint32_t* p, uint32_t x) const { return atomicAdd(p, x); }
 };
 
-// A body of 32 threads: a warp, of which a block of the hardware has several.
+// The block of a body with 32 threads: one warp of several in a hardware block.
 struct GpuWarp {
   static constexpr int kThreads = 32;
   static constexpr int kOfBlock = 4;
@@ -65,14 +65,15 @@ __global__ void __launch_bounds__(Body::kThreads* kBlocksOfBlock<Body>, Body::kR
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is told: the next call starts afresh
+  cudaGetLastError();  // clears the error, which is reported here
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" +
                            cudaGetErrorString(error) + ")");
 }
 
-int multiprocessors();  // of the current device
+int multiprocessors();  // how many the current device has
 
-// At least 1 block, and no more than a few rounds of what the device holds: bodies loop over what is left.
+// Launches at least 1 block, and no more than a few rounds of what the device holds: bodies loop over the
+// rest.
 template <class Body>
 void launch(const typename Body::Args& args, int64_t blocks, const Launch& how, const char* what) {
   const int64_t most = how.blocks > 0 ? how.blocks : int64_t{multiprocessors()} * 16;

@@ -14,9 +14,9 @@
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
-inline constexpr int kAccess = 16;  // bytes that a thread reads or writes at once, at an address that divides
+inline constexpr int kAccess = 16;  // bytes that a thread reads or writes at once, at a multiple of them
 
-// What an access of 1, 2, 4, 8 or 16 bytes moves.
+// The type that an access of 1, 2, 4, 8 or 16 bytes moves.
 template <int kBytes>
 struct Word;
 template <>
@@ -50,7 +50,7 @@ PYCOMM_DEVICE void write_word(void* p, W word) {
   *static_cast<W*>(p) = word;
 }
 #else
-// The GPU faults on an address that the size of the access does not divide, and so does this.
+// The GPU faults if an address is not a multiple of the access's size; the emulation throws.
 inline void require_aligned(const void* p, size_t size) {
   if (reinterpret_cast<uintptr_t>(p) % size != 0) throw ValueError("a misaligned access");
 }
@@ -76,7 +76,7 @@ struct Run {
 
 constexpr int access_bytes(size_t bytes) { return bytes < kAccess ? static_cast<int>(bytes) : kAccess; }
 
-// kN elements from `p` on, in as few accesses as they fit; the address must be a multiple of an access.
+// Reads kN elements from `p` on in as few accesses as possible; p must be a multiple of an access.
 template <class T, int kN>
 PYCOMM_DEVICE Run<T, kN> read_run(const void* p) {
   using Result = Run<T, kN>;
@@ -109,7 +109,7 @@ PYCOMM_DEVICE void write_run(void* p, const Run<T, kN>& run) {
 
 PYCOMM_DEVICE bool divides(size_t size, const void* p) { return reinterpret_cast<uintptr_t>(p) % size == 0; }
 
-// One element at any address.
+// Reads one element at any address.
 template <class T>
 PYCOMM_DEVICE T read_element(const void* p) {
   if (divides(access_bytes(sizeof(T)), p)) return read_run<T, 1>(p).x[0];

@@ -5,7 +5,7 @@
 namespace pycomm::kernels::cuda {
 namespace {
 
-constexpr int64_t kStatsRoom = 64;  // the call's statistics, then the chunks'
+constexpr int64_t kStatsRoom = 64;  // bytes for the call's statistics; those of the chunks follow
 static_assert(sizeof(Stats) <= kStatsRoom);
 
 bool is_packed(DType dtype) { return dtype != DType::float64 && dtype <= DType::float8_e5m2; }

@@ -1,9 +1,9 @@
-// The bodies of cuda::pack() and cuda::unpack(), and how a list of tensors becomes their arguments.
+// The bodies of cuda::pack() and cuda::unpack(), and how a list of tensors is turned into their arguments.
 //
-// The list travels in the kernel's parameters. A block takes tiles; which tensor a tile belongs to is found
-// by binary search. A tile is as many chunks of arithmetic/stats.h as the block has teams: a team of 32 / V
-// threads has a chunk whole, where V is the number of elements that a thread reads and writes at once. So a
-// lane of the statistics is one thread's, in order.
+// The list is passed as kernel parameters. A block processes tiles, and finds the tensor of a tile by binary
+// search. A tile has as many chunks (arithmetic/stats.h) as the block has teams. A team of 32 / V threads
+// processes a whole chunk, where V is the number of elements that a thread reads and writes at once. So each
+// lane of the statistics belongs to one thread, which adds in order.
 #pragma once
 
 #include <cstddef>
@@ -18,26 +18,26 @@
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
-// One chunk's statistics; a call's lie in a row, in the list's order.
+// The statistics of one chunk; those of a call lie in a row, in the order of the list.
 struct alignas(16) ChunkStats {
   double sum_squares;
   uint32_t max_magnitude;  // bits of a float32
   uint16_t nans, infs;
 };
 
-inline constexpr int kPackItems = 448;  // of one launch
+inline constexpr int kPackItems = 448;  // items of one launch
 inline constexpr int kPackThreads = 64;
 
 struct PackCall {
   void* tensors[kPackItems];
-  int64_t offsets[kPackItems];  // in the bucket, in elements
+  int64_t offsets[kPackItems];  // from the bucket's start, in elements
   int64_t counts[kPackItems];
   uint32_t first_tiles[kPackItems];
   uint32_t first_chunks[kPackItems];
   DType dtypes[kPackItems];
   bool aligned[kPackItems];  // vectors can be read and written
-  bool as_is[kPackItems];    // equal types, no scaling: the bits as they are
-  bool store[kPackItems];    // false: as it is, and in its place
+  bool as_is[kPackItems];    // equal types, no scaling: the bits are kept
+  bool store[kPackItems];    // false: as_is, and already in its place
   int num_items;
   uint32_t tiles;
   float scale;
@@ -45,7 +45,7 @@ struct PackCall {
   ChunkStats* chunks;  // null: no statistics
 };
 
-// Elements that a thread reads and writes at once.
+// How many elements a thread reads and writes at once.
 constexpr int pack_vector(size_t one, size_t other) { return one == 4 && other == 4 ? 4 : 8; }
 constexpr int64_t pack_tile(int vector) { return kPackThreads * vector / kStatsLanes * kStatsChunk; }
 
@@ -54,20 +54,20 @@ inline constexpr bool kSame = false;
 template <class A>
 inline constexpr bool kSame<A, A> = true;
 
-// Between a bucket of format B and tensors of any: into it, or out of it.
+// Packs tensors of any format into a bucket of format B, or unpacks them from it.
 template <class B, bool kPacks>
 struct Pack {
   using Args = PackCall;
   static constexpr int kThreads = kPackThreads;
   static constexpr int kResident = 8;
-  static constexpr int kTeams = kThreads / 4;  // at most: of 8 elements a thread
+  static constexpr int kTeams = kThreads / 4;  // at most, with 8 elements a thread
   struct Shared {
-    double lanes[kTeams][kStatsLanes + 1];  // an odd row: other banks
+    double lanes[kTeams][kStatsLanes + 1];  // odd rows avoid bank conflicts
     uint32_t max_magnitude[kThreads];
     uint16_t nans[kThreads], infs[kThreads];
   };
 
-  // A thread's share of a chunk.
+  // The statistics of a thread's share of a chunk.
   template <int kV>
   struct Share {
     double squares[kV];
@@ -77,13 +77,13 @@ struct Pack {
   struct Tile {
     const char* src;
     char* dst;
-    int64_t count;  // elements of the tensor
-    int64_t begin;  // of the tile
+    int64_t count;  // the tensor's elements
+    int64_t begin;  // the tile's first element in the tensor
     uint32_t first_chunk;
     int item;
   };
 
-  // dst = cast(src * scale) for one element, and what is told of it
+  // dst = cast(src * scale) for one element, with its statistics
   template <class From, class To, int kV>
   PYCOMM_DEVICE static typename To::Raw cast(const PackCall& call, bool as_is, typename From::Raw code,
                                              Share<kV>& share, int lane) {
@@ -111,7 +111,7 @@ struct Pack {
     using Out = typename To::Raw;
     constexpr int kV = pack_vector(sizeof(In), sizeof(Out));
     constexpr int kTeam = kStatsLanes / kV;
-    constexpr int kRuns = kV == 4 ? 4 : 2;  // whose loads are in flight
+    constexpr int kRuns = kV == 4 ? 4 : 2;  // runs whose loads are in flight
     const bool as_is = call.as_is[tile.item], store = call.store[tile.item],
                aligned = call.aligned[tile.item];
     const int team = thread / kTeam, lane = thread % kTeam * kV;
@@ -121,7 +121,7 @@ struct Pack {
     const char* src = tile.src + begin * static_cast<int64_t>(sizeof(In));
     char* dst = tile.dst + begin * static_cast<int64_t>(sizeof(Out));
     Share<kV> share{};
-    const int whole = aligned ? n / kV * kV : 0;  // what goes in vectors
+    const int whole = aligned ? n / kV * kV : 0;  // elements that are processed in vectors
     for (int first = lane; first < whole; first += kStatsLanes * kRuns) {
       Run<In, kV> in[kRuns];
       PYCOMM_UNROLL
@@ -139,7 +139,7 @@ struct Pack {
         if (store) write_run(dst + i * sizeof(Out), out);
       }
     }
-    // The rest of this thread's lanes, from the first one that was left out.
+    // The remaining elements of this thread's lanes, one by one.
     int first = lane;
     if (whole > lane) first += (whole - lane + kStatsLanes - 1) / kStatsLanes * kStatsLanes;
     for (; first < n; first += kStatsLanes) {
@@ -158,7 +158,7 @@ struct Pack {
     for (int v = 0; v < kV; ++v) shared.lanes[team][lane + v] = share.squares[v];
     shared.max_magnitude[thread] = share.max_magnitude;
     uint16_t nans = 0, infs = 0;
-    if (special<To>(To::encode(as_float(share.top))) != 0) {  // encode is monotonous: else there is none
+    if (special<To>(To::encode(as_float(share.top))) != 0) {  // encode is monotonic: else there are none
       for (int first = lane; first < n; first += kStatsLanes) {
         for (int i = first; i < first + kV && i < n; ++i) {
           const int kind = special<To>(read_element<Out>(dst + i * sizeof(Out)));
@@ -171,7 +171,7 @@ struct Pack {
     shared.infs[thread] = infs;
   }
 
-  // The first thread of a team tells of the chunk.
+  // The first thread of a team writes the chunk's statistics.
   PYCOMM_DEVICE static void tell(const PackCall& call, const Tile& tile, int team_size, int thread,
                                  Shared& shared) {
     const int team = thread / team_size;
@@ -205,7 +205,7 @@ struct Pack {
   }
 
   PYCOMM_DEVICE static Tile find(const PackCall& call, uint32_t index) {
-    int item = 0, end = call.num_items;  // the last item whose first tile is not above
+    int item = 0, end = call.num_items;  // `item` becomes the last whose first tile is at or before index
     while (end - item > 1) {
       const int middle = (item + end) / 2;
       if (call.first_tiles[middle] <= index) {
@@ -257,7 +257,7 @@ struct Pack {
   }
 };
 
-// The chunks' statistics to those of the call.
+// Folds the statistics of the chunks to those of the call.
 struct FinishCall {
   const ChunkStats* chunks;
   int64_t count;
@@ -329,7 +329,8 @@ inline int64_t count_chunks(std::span<const PackItem> items) {
   return chunks;
 }
 
-// Calls launch(call) for the launches that a list takes. `chunks`: room for those of all items, or null.
+// Calls launch(call) for each launch that a list needs. `chunks`: room for the statistics of all chunks, or
+// null.
 template <class Launch>
 void make_pack_calls(const PackArgs& args, ChunkStats* chunks, Launch launch) {
   PackCall call{};

@@ -11,7 +11,7 @@
 namespace pycomm::kernels::PYCOMM_ISA {
 
 struct SharedCall {
-  const void* x;  // read, or written by a decode
+  const void* x;  // the input; the output of a decode
   void* q;
   const float* amax;
   float* new_amax;
@@ -175,7 +175,7 @@ struct SharedDecode {
   }
 };
 
-// A call on elements [begin, begin + count); what only an encode has is left out without `encoding`.
+// A call on elements [begin, begin + count); fields that only an encode needs stay zero.
 inline SharedCall make_shared_call(DType dtype, const void* x, const void* q, int width, int64_t limit,
                                    const float* amax, int64_t begin, int64_t count) {
   SharedCall call{};

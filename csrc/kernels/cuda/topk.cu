@@ -25,7 +25,7 @@ void topk_encode(const TopkArgs& args, void* workspace, const Launch& how) {
   require_divides(16, workspace, "the workspace of top-k");
   const auto stream = static_cast<cudaStream_t>(how.stream);
   TopkCall call = make_topk_call(args, workspace);
-  // Entries that the data cannot fill are zeros.
+  // Entries beyond the number of elements are zeros.
   if (call.k < args.capacity) {
     check(cudaMemsetAsync(args.record, 0, topk_record_bytes(static_cast<int64_t>(args.capacity)), stream),
           "topk");

@@ -1,10 +1,11 @@
 // The bodies of cuda::topk_encode() and topk_decode_add().
 //
-// The threshold is the magnitude of rank k. Three passes over the data count magnitudes by their leading 11
-// bits, then by the next 11 of those that share the threshold's, then by the last 9. What a pass found is
-// looked up at the next one's start, by every block for itself. A fourth pass counts, for each chunk of the
-// data, what is above the threshold and what is equal; the sums of these counts are where a chunk's elements
-// go, and a fifth pass writes them, in order. All of it is deterministic, and nothing waits for the host.
+// The threshold is the magnitude of rank k. Three passes over the data count magnitudes: by their leading 11
+// bits, then by the next 11 bits of those that share the threshold's leading bits, then by the last 9. Each
+// block computes the result of a pass for itself at the start of the next one. A fourth pass counts, for each
+// chunk of the data, the magnitudes above the threshold and those equal to it; the sums of these counts are
+// where a chunk's elements go, and a fifth pass writes them, in order. All of it is deterministic, and
+// nothing waits for the host.
 #pragma once
 
 #include <cstddef>
@@ -21,12 +22,12 @@ inline constexpr int kTopkChunk = kTopkThreads * kOfLane;
 inline constexpr int kTopkPasses = 3;
 inline constexpr int kTopkBins = 1 << 11;
 
-// Bits that a pass counts by: `count` of them from `shift` on. (Functions: the GPU knows no array of
-// constants.)
+// The bits that a pass counts by: topk_bins(pass) bins, from bit topk_shift(pass) on. (These are functions,
+// since arrays of constants do not exist on the GPU.)
 PYCOMM_INLINE constexpr int topk_shift(int pass) { return pass == 0 ? 20 : pass == 1 ? 9 : 0; }
 PYCOMM_INLINE constexpr uint32_t topk_bins(int pass) { return pass == 2 ? 1u << 9 : 1u << 11; }
 
-// What is known of the threshold: its leading bits, and how many magnitudes are above all that share them.
+// What is known of the threshold: its leading bits, and how many magnitudes exceed all that share them.
 struct TopkFound {
   uint32_t prefix, above;
 };
@@ -35,10 +36,10 @@ struct TopkCounts {
   uint32_t above, equal;
 };
 
-// Lies in the caller's memory; the chunks' counts follow.
+// The start of the caller's workspace; the counts of the chunks follow.
 struct TopkState {
   uint32_t histogram[kTopkPasses][kTopkBins];
-  TopkFound found[kTopkPasses];  // of each pass, written by a block of the one after it
+  TopkFound found[kTopkPasses];  // result of each pass, written by a block of the next
 };
 
 struct TopkCall {
@@ -60,7 +61,7 @@ struct TopkCall {
 
 PYCOMM_DEVICE int64_t topk_chunks(int64_t count) { return (count + kTopkChunk - 1) / kTopkChunk; }
 
-// A thread's elements of a chunk.
+// The elements of a chunk that one thread has.
 struct TopkLane {
   int64_t begin;
   int n;
@@ -103,11 +104,11 @@ struct TopkShared {
   TopkFound found;
 };
 
-// What passes 0 .. passes - 1 have found, to shared.found.
+// Stores what passes 0 .. passes - 1 have found in shared.found.
 template <class Block>
 PYCOMM_DEVICE void look_up(Block& block, const TopkCall& call, int passes, TopkShared& shared) {
   if (passes == 0 || call.k == 0) {
-    // Nothing is known; or nothing is wanted, and no magnitude is as large as this.
+    // Nothing is known yet; or k is 0, and the prefix is larger than any magnitude.
     block.each([&](int t) {
       if (t == 0) shared.found = {call.k == 0 ? 0xffffffff : 0, 0};
     });
@@ -142,7 +143,7 @@ PYCOMM_DEVICE void look_up(Block& block, const TopkCall& call, int passes, TopkS
   block.sync();
 }
 
-// The pass call.pass.
+// The counting pass with the number call.pass.
 struct TopkHistogram {
   using Args = TopkCall;
   static constexpr int kThreads = kTopkThreads;
@@ -195,7 +196,7 @@ PYCOMM_DEVICE TopkCounts count_topk(const TopkLane& lane, uint32_t threshold) {
   return counts;
 }
 
-// Both counts of a thread in one word, and their sums: a chunk has fewer than 2^16 elements.
+// Two counts in one word, which can be summed as such: a chunk has fewer than 2^16 elements.
 PYCOMM_DEVICE uint32_t both(TopkCounts counts) { return counts.above | counts.equal << 16; }
 PYCOMM_DEVICE TopkCounts apart(uint32_t sums) { return {sums & 0xffff, sums >> 16}; }
 static_assert(kTopkChunk < 1 << 16);
@@ -227,7 +228,7 @@ struct TopkCount {
   }
 };
 
-// The chunks' counts become those of all chunks before. One block.
+// Replaces the counts of each chunk by the sums over all chunks before it. Runs in one block.
 struct TopkPlace {
   using Args = TopkCall;
   static constexpr int kThreads = 1024;
@@ -276,7 +277,7 @@ struct TopkWrite {
     typename Block::template PerThread<TopkLane> lanes;
     look_up(block, call, kTopkPasses, shared);
     const TopkFound found = shared.found;
-    const uint32_t ties = call.k - found.above;  // of those that equal the threshold
+    const uint32_t ties = call.k - found.above;  // how many of those equal to the threshold are kept
     block.each([&](int t) {
       if (block.index() == 0 && t < 4) call.header[t] = t == 0 ? call.k : 0;
     });
@@ -329,7 +330,7 @@ struct TopkAddCall {
   int64_t count;
 };
 
-// Indices ascend, so no two entries meet.
+// Indices ascend, so no two entries add to the same element.
 struct TopkAdd {
   using Args = TopkAddCall;
   static constexpr int kThreads = 256;

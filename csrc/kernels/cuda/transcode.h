@@ -1,8 +1,8 @@
-// The bodies of cuda::transcode(), and how a call becomes their arguments.
+// The bodies of cuda::transcode(), and how a call is turned into their arguments.
 //
-// A lane (lanes.h) reads its elements of every source, decodes and sums them as the balanced tree, in groups
-// of four sources as combine.h does. For the wire, the lanes of a block tell each other their largest
-// magnitudes; a sign's block its magnitudes and a rotated one its values as well.
+// A lane (lanes.h) reads its elements of every source, decodes them and sums them as the balanced tree, in
+// groups of four sources as in combine.h. To encode, the lanes of a block exchange their largest magnitudes;
+// with sign also the magnitudes, with rotated blocks also the values.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ inline constexpr bool kIs<A, A> = true;
 template <class C>
 concept Scaled = requires { typename C::Scale; };
 
-// How a codec's tile lies on the wire.
+// The layout of a codec's tile on the wire.
 template <class C>
 struct Wire {
   static constexpr int kBlock = kTile;
@@ -50,13 +50,13 @@ struct TranscodeCall {
   bool src_aligned[kWireOperands], dst_aligned[kWireOperands];
   int num_srcs, num_dsts;
   DType dtype;
-  bool partial;  // floats to write are partial, else final
+  bool partial;  // floats are written as partial results, else as final ones
   int64_t count;
   float prescale, divisor;
   EncodeCall encode;
 };
 
-// Bytes of a lane's codes, and one or all of them.
+// The codes of a lane, as bytes.
 template <class C, int kElements = kOfLane>
 struct Codes {
   static constexpr int kBytes = kElements * C::kBits / 8;
@@ -70,7 +70,7 @@ struct Codes {
       return bytes.x[i / kPerByte] >> i % kPerByte * C::kBits & ((1u << C::kBits) - 1);
     }
   }
-  // Into what is zero yet.
+  // The code's bits must be zero before.
   PYCOMM_DEVICE void put(int i, uint32_t code) {
     if constexpr (C::kBits == 16) {
       bytes.x[2 * i] = static_cast<uint8_t>(code);
@@ -82,7 +82,7 @@ struct Codes {
   }
 };
 
-// Bytes of codes that a tile of n elements has: up to 16 beyond the last element's.
+// How many bytes the codes of a tile of n elements take; up to 16 of them lie beyond the last element's.
 template <class C>
 PYCOMM_DEVICE int code_area(int n) {
   return ((n * C::kBits + 7) / 8 + kAccess - 1) / kAccess * kAccess;
@@ -104,7 +104,7 @@ PYCOMM_DEVICE void write_bytes(char* p, bool aligned, const Run<uint8_t, kBytes>
   for (int b = 0; b < kBytes; ++b) p[b] = static_cast<char>(run.x[b]);
 }
 
-// Codes from the element `first` of a tile on, zeros where the tile has none.
+// The codes from element `first` of a tile on; zeros beyond the tile's end.
 template <class C, int kElements>
 PYCOMM_DEVICE Codes<C, kElements> read_codes(const void* wire, bool aligned, const Lane16& at, int first) {
   constexpr int kBytes = Codes<C, kElements>::kBytes;
@@ -146,7 +146,7 @@ PYCOMM_DEVICE const char* scale_at(const void* wire, const Lane16& at) {
          at.of_tile / C::kBlock * static_cast<int>(sizeof(typename C::Scale));
 }
 
-// The steps of H over elements 8, 4, 2 and 1 apart.
+// The steps of the Hadamard transform on elements that are 8, 4, 2 and 1 apart.
 template <class T>
 PYCOMM_DEVICE void rotate_lane(T (&x)[kOfLane]) {
   PYCOMM_UNROLL
@@ -162,7 +162,7 @@ PYCOMM_DEVICE void rotate_lane(T (&x)[kOfLane]) {
   }
 }
 
-// A rotated block's codes to one of its two lanes' elements.
+// Decodes the elements of one of the two lanes that share a rotated block.
 PYCOMM_DEVICE Sixteen decode_rotated(const Codes<RotatedCode, 2 * kOfLane>& codes, bool second, float s) {
   int32_t sums[kOfLane];
   PYCOMM_UNROLL
@@ -203,7 +203,7 @@ PYCOMM_DEVICE Sixteen read_wire(const void* wire, bool aligned, const Lane16& at
   }
 }
 
-// The sum of a lane's elements of all sources; kMany: more than four.
+// Sums a lane's elements over all sources; kMany: there are more than four.
 template <class C, bool kMany>
 struct Sources {
   static constexpr int kGroup = 4, kLevels = 5;
@@ -225,7 +225,7 @@ struct Sources {
     for (int i = 0; i < kOfLane; ++i) a.x[i] = a.x[i] + b.x[i];
   }
 
-  // The tree of sources [first, first + 4), as far as there are.
+  // The tree of those of the sources [first, first + 4) that exist.
   PYCOMM_DEVICE static Sixteen group(const TranscodeCall& call, int first, const Lane16& at) {
     const int leaves = call.num_srcs - first;
     Sixteen left = leaf(call, first, at);
@@ -266,7 +266,7 @@ PYCOMM_DEVICE void divide(const TranscodeCall& call, Sixteen& lane) {
   for (int i = 0; i < kOfLane; ++i) lane.x[i] = lane.x[i] / call.divisor;
 }
 
-// To floats.
+// Transcodes to floats.
 template <class C, bool kMany>
 struct Decode {
   using Args = TranscodeCall;
@@ -291,14 +291,14 @@ struct Decode {
   }
 };
 
-// a[0] + a[4] + ..., by halves.
+// Sums 8 elements by halves: a[0] + a[4], ...
 PYCOMM_DEVICE float fold8(const float* a, int stride) {
   const float a0 = a[0] + a[4 * stride], a1 = a[stride] + a[5 * stride];
   const float a2 = a[2 * stride] + a[6 * stride], a3 = a[3 * stride] + a[7 * stride];
   return (a0 + a2) + (a1 + a3);
 }
 
-// To the wire.
+// Transcodes to the wire.
 template <class C, bool kMany>
 struct Encode {
   using Args = TranscodeCall;
@@ -310,15 +310,15 @@ struct Encode {
   struct Shared {
     uint32_t amax[kLanes];
     float sums[kLanes];
-    float values[kSign || kRotated ? kLanes : 1][kOfLane + 1];  // an odd row: other banks
+    float values[kSign || kRotated ? kLanes : 1][kOfLane + 1];  // odd rows avoid bank conflicts
     Codes<C> codes[kRotated ? kLanes : 1];
   };
 
-  // What a lane keeps.
+  // What a lane keeps from one each() to the next.
   struct State {
     Lane16 at;
     Values in;
-    Sixteen y;  // rotated
+    Sixteen y;  // the rotated values
     float s;
   };
 
@@ -332,7 +332,7 @@ struct Encode {
     return most;
   }
 
-  // What is encoded: sum, divided, with its residual; zeros where there is no tensor.
+  // Computes the values to encode: the sum, divided, with its residual; zeros between tensors.
   PYCOMM_DEVICE static void gather(const TranscodeCall& call, State& state) {
     const Lane16& at = state.at;
     Sixteen v = Sources<C, kMany>::sum(call, at);
@@ -407,7 +407,7 @@ struct Encode {
       });
       block.sync();
       if constexpr (kSign) {
-        block.each([&](int lane) {  // two columns of the block's 8 x 16 shares
+        block.each([&](int lane) {  // a lane sums two columns of its block's 8 x 16 shares
           const int first = lane / 8 * 8, column = lane % 8;
           shared.sums[lane] = fold8(&shared.values[first][column], kOfLane + 1) +
                               fold8(&shared.values[first][column + 8], kOfLane + 1);
@@ -468,7 +468,7 @@ struct Encode {
   }
 };
 
-// Calls visit.template operator()<C>() with the arithmetic of a codec.
+// Calls visit.template operator()<C>() with C the arithmetic of the codec.
 template <class Visit>
 bool pick_codec(const Codec& codec, Visit visit) {
   switch (codec.kind) {
@@ -496,7 +496,7 @@ bool pick_codec(const Codec& codec, Visit visit) {
   return false;
 }
 
-// The launch for elements [begin, begin + count).
+// The arguments of the launch for elements [begin, begin + count).
 inline TranscodeCall make_transcode_call(const TranscodeArgs& args, int64_t tile_bytes, int64_t begin,
                                          int64_t count, const Segments& segments) {
   TranscodeCall call{};
