@@ -1,11 +1,11 @@
-// How close the interpreted, proved plan comes to loops written by hand: all_reduce(float32, sum).
+// How fast the interpreted, proved plan is beside loops written by hand: all_reduce(float32, sum).
 //
-//   build/bench_bound [--ranks 2|4] [--max BYTES]         one JSON line a size
+//   build/bench_bound [--ranks 2|4] [--max BYTES]         one JSON line per size
 //
-// Both sides run alternately in the same processes, rank r on core r modulo the cores, on the same user pages
-// and the same windows. The hand-written loops know how many ranks there are, take the buffers as they are,
-// check nothing, time out never and dispatch nothing; they are the physical limit of this scheme, not a
-// library. `share` is the hand-written time over ours.
+// Both sides run in turn in the same processes, rank r on core r modulo the cores, on the same user pages and
+// the same windows. The hand-written loops know the number of ranks, use the buffers as they are, and have no
+// checks, no timeout and no dispatch; they are the physical limit of this scheme, not a library. `share` is
+// the hand-written time divided by pycomm's.
 #include <cstring>
 
 #include "bound_rig.h"
@@ -15,9 +15,9 @@ using schedule::Placement;
 
 namespace {
 
-constexpr size_t kOneShotBytes = 2048;  // up to here a second meeting costs more than reading everything
+constexpr size_t kOneShotBytes = 2048;  // up to here a second meet() costs more than reading everything
 
-// The hand-written side.
+// The hand-written loops.
 template <int N>
 struct Hand {
   using Rig = bound::Rig<N>;
@@ -51,7 +51,7 @@ struct Hand {
     sum(buffers, buffers, begin_of(n, rank), end_of(n, rank));
     rig.meet();
   }
-  // Every rank shows all and sums all.
+  // Every rank publishes all of its data and sums all.
   void one_shot(float* user, size_t bytes) {
     Pointers all = shown();
     std::memcpy(all[rank], user, bytes);
@@ -59,7 +59,7 @@ struct Hand {
     all[rank] = user;
     sum(all, std::array{user}, 0, bytes / 4);
   }
-  // Every rank shows what others own, sums its own share and shows that.
+  // Every rank publishes the shares that others own, sums its own share and publishes the sum.
   void two_shot(float* user, size_t bytes) {
     for (size_t at = 0; at < bytes; at += kChunk) {
       const size_t n = std::min(kChunk, bytes - at) / 4;
@@ -71,7 +71,7 @@ struct Hand {
       std::memcpy(mine + end, data + end, (n - end) * 4);
       rig.meet();
       all[rank] = data;
-      if constexpr (N == 2) {  // each into the other's window: it is read from the own core's cache
+      if constexpr (N == 2) {  // write to the other's window, and read from one's own cache
         sum(all, all, begin, end);
       } else {
         sum(all, std::array{data, mine}, begin, end);
@@ -138,6 +138,6 @@ int main(int argc, char** argv) {
     if (std::string(argv[i]) == "--max") max_bytes = std::strtoull(argv[i + 1], nullptr, 10);
     if (std::string(argv[i]) == "--ranks") ranks = std::atoi(argv[i + 1]);
   }
-  if (ranks != 2 && ranks != 4) return std::fprintf(stderr, "--ranks is 2 or 4\n"), 2;
+  if (ranks != 2 && ranks != 4) return std::fprintf(stderr, "--ranks must be 2 or 4\n"), 2;
   ranks == 2 ? compare<2>(max_bytes) : compare<4>(max_bytes);
 }

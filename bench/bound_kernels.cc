@@ -1,11 +1,13 @@
-// How close encodes and packs come to loops that move the same bytes and compute next to nothing: one core.
+// How fast encodes and packs are, on one core, beside loops that move the same bytes and compute next to
+// nothing.
 //
-//   build/bench_bound_kernels [MIB]         float32 read, MIB (100) MiB of them; one JSON line a wire width
+//   build/bench_bound_kernels [MIB]         reads MIB (default: 100) MiB of float32; one JSON line per wire
+// width
 //
-// A bound reads float32 tile by tile, narrows them by the cheapest instruction there is and stores what the
-// wire would hold; with `scaled` it first reads the tile once more for its largest magnitude, as a block's
-// scale needs. Shares are of a copy of as many bytes, read and written together, in the same run; the least
-// of all turns counts.
+// A bound reads float32 tile by tile, narrows them by the cheapest instruction and stores as many bytes as
+// the wire would hold. With `scaled` it reads the tile once more before, for its largest magnitude, as the
+// scale of a block requires. A share is relative to a copy of as many bytes, read and written together, in
+// the same run; the least time of all turns counts.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -31,7 +33,7 @@ double now_us() {
 
 __m256i at(const float* x, int v) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + v); }
 
-// 32 elements in, 32 * kBits / 8 bytes out.
+// Reads 32 elements and writes 32 * kBits / 8 bytes.
 template <int kBits>
 void narrow(const float* x, unsigned char* to) {
   _mm_prefetch(reinterpret_cast<const char*>(x) + 4096, _MM_HINT_T0);

@@ -1,14 +1,14 @@
-// How close the other collectives come to loops written by hand: float32, sum, plain buffers as NumPy's
-// allocator gives them.
+// How fast the other collectives are beside loops written by hand: float32, sum, plain buffers from NumPy's
+// allocator.
 //
-//   build/bench_bound_moves [--ranks 2|4] [--min BYTES] [--max BYTES] [COLLECTIVE ...]      one JSON line a
-//   size
+// build/bench_bound_moves [--ranks 2|4] [--min BYTES] [--max BYTES] [COLLECTIVE ...]
 //
-// As in bound.cc, both sides take turns in the same processes. What the limit is depends on the size and on
-// the host, so there are two hand-written ones, and the faster one of each turn counts: through windows, two
-// copies of which one rank makes the first while another makes the second; and one copy that the kernel makes
-// (process_vm_readv), where nothing is summed and nothing is overwritten that others still need. `bytes` are
-// those of the larger buffer, as `pycomm bench` has them. `share` is the hand-written time over ours.
+// As in bound.cc, both sides run in turn in the same processes. The limit depends on the size and on the
+// host, so there are two hand-written loops, and the faster one of each turn counts. One makes two copies
+// through windows: one rank makes the first while another makes the second. The other makes a single copy
+// through the kernel (process_vm_readv), if nothing is summed and no rank overwrites data that others still
+// read. `bytes` is the size of the larger buffer, as in `pycomm bench`. `share` is the hand-written time
+// divided by pycomm's. The output is one JSON line per size.
 #include <cstring>
 
 #include "bound_rig.h"
@@ -19,7 +19,8 @@ using schedule::Placement;
 
 namespace {
 
-// A part of a rank's output, and where what it is made of lies in the ranks' inputs: a collective's meaning.
+// A part of a rank's output, and the parts of the ranks' inputs that are summed to it. The takes of a
+// collective define it.
 struct Take {
   size_t to;  // offsets and lengths are bytes
   size_t bytes;
@@ -90,7 +91,7 @@ class Hand {
     for (const auto& shown : shown_) most = std::max(most, shown.size());
     piece_ = bound::Rig<N>::kChunk / most / 64 * 64;
   }
-  // Whether one copy by the kernel does it; `in_place`: a rank writes over what others read.
+  // Whether one copy through the kernel is enough; `overwrites`: a rank writes over what others read.
   bool single(bool overwrites) const { return single_ && !overwrites; }
 
   void windows() {
@@ -153,7 +154,7 @@ class Hand {
   const char* const in_;
   char* const out_;
   std::array<std::vector<Take>, N> takes_;
-  std::array<std::vector<size_t>, N> shown_;  // by rank, where in its input what others take begins
+  std::array<std::vector<size_t>, N> shown_;  // by rank: offsets in its input of the parts that others take
   size_t longest_ = 0, piece_ = 0;
   bool single_ = true;
 };
@@ -218,7 +219,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word.starts_with("--") && i + 1 == argc)
-      return std::fprintf(stderr, "%s wants a number\n", argv[i]), 2;
+      return std::fprintf(stderr, "%s needs a number\n", argv[i]), 2;
     if (word == "--ranks") {
       ranks = std::atoi(argv[++i]);
     } else if (word == "--min") {
@@ -229,7 +230,7 @@ int main(int argc, char** argv) {
       collectives.push_back(schedule::parse_collective(word));
     }
   }
-  if (ranks != 2 && ranks != 4) return std::fprintf(stderr, "--ranks is 2 or 4\n"), 2;
+  if (ranks != 2 && ranks != 4) return std::fprintf(stderr, "--ranks must be 2 or 4\n"), 2;
   if (collectives.empty()) {
     collectives = {Collective::reduce_scatter, Collective::all_gather, Collective::broadcast,
                    Collective::all_to_all,     Collective::reduce,     Collective::gather,

@@ -1,4 +1,4 @@
-// What the bound programmes share: rank processes on pinned cores, one node, windows, and turns.
+// What the bound programs share: rank processes on pinned cores, one node, windows, and turns.
 #pragma once
 
 #include <sched.h>
@@ -43,15 +43,15 @@ inline double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
-// The median of the turns' own ratios: a turn lasts milliseconds, and the host may move the cores from one
-// turn to the next.
+// The median of the ratios of the single turns: a turn lasts milliseconds, and the host may move the cores
+// from one turn to the next.
 inline double ratio(const std::vector<double>& over, const std::vector<double>& under) {
   std::vector<double> ratios;
   for (size_t i = 0; i < over.size(); ++i) ratios.push_back(over[i] / under[i]);
   return median(ratios);
 }
 
-// Memory as NumPy's allocator gives it to users: from 4 MiB on it asks for huge pages.
+// Memory as NumPy's allocator provides it: from 4 MiB on it asks for huge pages.
 struct Pages {
   explicit Pages(size_t bytes)
       : data(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096))) {
@@ -65,17 +65,18 @@ struct Pages {
   char* data;
 };
 
-// One rank of N, in a process of its own, on core r modulo the cores.
+// One rank of N, in its own process, on core r modulo the number of cores.
 template <int N>
 class Rig {
  public:
-  static constexpr size_t kChunk = 1 << 18;  // a window's half
+  static constexpr size_t kChunk = 1 << 18;  // bytes of half a window
   struct alignas(64) Flag {
     std::atomic<unsigned> value;
     std::atomic<int64_t> word;
   };
 
-  // Forks; every process goes on with a rig of its own. `shared_bytes`: what a rank has beside its windows.
+  // Forks the ranks; each process continues with its own rig. `shared_bytes`: a rank's shared memory besides
+  // its windows.
   static std::unique_ptr<Rig> start(int64_t shared_bytes) {
     const std::string address = "bound-" + std::to_string(getpid());
     int pipe_fds[2];
@@ -103,12 +104,12 @@ class Rig {
   void flip() { parity_ ^= 1; }
   char* shared(int r) const { return heap_->data() + r * slice; }
 
-  // Copies from another rank's own memory through the kernel. 0 or an errno.
+  // Copies from another rank's private memory through the kernel. Returns 0 or an errno.
   int read(int r, char* to, uint64_t from, size_t bytes) {
     return node_->read(r, to, from, static_cast<int64_t>(bytes));
   }
 
-  // What a persistent call does below the language binding.
+  // Does what a persistent call does below the language binding.
   void call(const runtime::Prepared& prepared, const runtime::Buffers& buffers) {
     calls_->complete(prepared, buffers, policy_, 600, patience_);
   }
@@ -118,7 +119,7 @@ class Rig {
         schedule::make_plan(runtime::select(call, profile_, crowded).algorithm, call, geometry_, rank), rank);
   }
 
-  // Microseconds of a call, by side and turn. Sides take turns.
+  // Microseconds per call, by side and turn. The sides run in turn.
   std::vector<std::vector<double>> times(const std::vector<std::function<void()>>& sides, size_t bytes) {
     const int calls = bytes < 65536 ? 2000 : bytes < (1u << 22) ? 100 : bytes < (1u << 26) ? 10 : 2;
     const int turns = bytes < (1u << 24) ? 41 : 11;
@@ -137,7 +138,7 @@ class Rig {
   const int rank;
   const bool crowded;
   const int64_t slice;
-  Flag* flags;  // where no plan's cells lie: a rank's with itself
+  Flag* flags;  // one per rank, where no plan has cells: those of a rank with itself
 
  private:
   Rig(int rank_, const std::string& address, const int (&pipe_fds)[2], int64_t shared_bytes)
