@@ -6,7 +6,7 @@
 //       CHECK_THROWS(std::invalid_argument, parse("?"));
 //     }
 //
-// `./test_x` runs all tests in the order they stand, `./test_x part` those whose name contains `part`. The
+// `./test_x` runs all tests in the order of the file, `./test_x part` those whose name contains `part`. The
 // exit code is 1 if a check failed, an exception escaped, or nothing matched. Checks may be made from several
 // threads.
 #pragma once
@@ -48,7 +48,7 @@ inline void fail(const char* file, int line, const std::string& what) {
   std::cerr << file << ":" << line << ": " << what << std::endl;
 }
 
-// Numbers as numbers (a uint8_t is no letter), enums by their value, whatever else can be streamed.
+// Shows numbers as numbers (uint8_t, too), enums by their value, and everything else as it is streamed.
 template <typename T>
 std::string show(const T& value) {
   std::ostringstream text;
@@ -71,8 +71,7 @@ template <typename A, typename B>
 void equal(const A& a, const B& b, const char* a_text, const char* b_text, const char* file, int line) {
   bool same;
   if constexpr (std::is_integral_v<A> && std::is_integral_v<B>) {
-    same =
-        std::cmp_equal(+a, +b);  // by value, whatever the signs: a size against a literal deserves no warning
+    same = std::cmp_equal(+a, +b);  // by value: comparing a size with a literal gives no warning
   } else {
     same = a == b;
   }

@@ -1,5 +1,5 @@
-// The codecs written the other way round: element by element, in float64 that is rounded to float32 where the
-// contract says so, small floats as tables, the wire bit by bit.
+// An independent implementation of the codecs: element by element, in float64 that is rounded to float32
+// where the contract says so, with small floats as tables and the wire bit by bit.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ using namespace pycomm::kernels;
 using Wire = std::vector<uint8_t>;
 using Floats = std::vector<float>;
 
-// Rounding a float64 sum, product or quotient of float32 numbers to float32 is rounding the exact one.
+// A float64 sum, product or quotient of float32 numbers rounds to the same float32 as the exact result.
 inline float narrow(double x) {
   volatile float result = static_cast<float>(x);
   return result;
@@ -71,7 +71,7 @@ inline int64_t bytes_of_tile(CodecKind kind, int64_t n) {
   return n == 0 ? 0 : 1024 / l.block * l.scale_bits / 8 + (n * l.bits + 127) / 128 * 16;
 }
 
-// What an element at `position` of the data belongs to.
+// The tensor that an element at `position` of the data belongs to.
 struct Place {
   bool inside;
   uint64_t tensor, offset;
@@ -96,7 +96,7 @@ inline uint32_t random_bits(uint64_t seed, const Encoding& e, int64_t position, 
   return drawn.word[bit / 32] >> bit % 32 & ((1u << bits) - 1);
 }
 
-// A magnitude's code in a table whose largest finite value is values[overflow - 1].
+// The code of a magnitude in a table whose largest finite value is values[overflow - 1].
 inline uint32_t table_code(const Table& table, double x, const uint32_t* random, int bits) {
   const double most = table.values[table.overflow - 1], magnitude = std::min(std::fabs(x), most);
   const uint32_t sign = std::signbit(x) ? 1u << (table.bits - 1) : 0;
@@ -117,7 +117,7 @@ inline Floats rotated(Floats x) {
   return x;
 }
 
-// A block's scale as it lies on the wire, and as the float32 that elements are multiplied by.
+// The scale of a block as it lies on the wire, and as the float32 that multiplies the elements.
 struct Scale {
   uint32_t raw = 0;
   float value = 0;
@@ -133,7 +133,7 @@ inline Scale scale_of(const Codec& c, const Floats& x, int64_t counted) {
     const float value = s < least ? 0 : narrow(s);
     return {bits_of(value), value};
   };
-  const auto held = [&](double largest_code, double s) {  // the largest scale whose product stays finite
+  const auto held = [&](double largest_code, double s) {  // at most the scale whose product is finite
     float most = narrow(float_max / largest_code);
     while (std::isinf(narrow(most * largest_code))) most = std::nextafter(most, 0.0f);
     return std::min<double>(s, most);
@@ -215,7 +215,7 @@ inline uint32_t get_bits(const uint8_t* from, int64_t bit, int bits) {
   return value;
 }
 
-// The values that are encoded, those between tensors zero; and their wire.
+// Encodes v, with zeros between tensors.
 inline Wire encode(const Codec& c, const Floats& v, const Encoding& e) {
   const Layout l = layout(c.kind);
   const auto count = static_cast<int64_t>(v.size());
@@ -245,8 +245,8 @@ inline Wire encode(const Codec& c, const Floats& v, const Encoding& e) {
         const bool stochastic = c.rounding == Rounding::stochastic && place(e, e.index + tile + at).inside;
         if (stochastic)
           random = random_bits(c.seed, e, e.index + tile + at, c.kind == CodecKind::bf16 ? 16 : 8);
-        // What is outside of all tensors is zero, whatever its bits; rotated, it is in the block all the
-        // same, with the bits of where it would be in the tensor before it.
+        // An element outside of all tensors is zero, whatever its random bits. A rotated block includes it
+        // all the same; it then draws the bits of the place that it would have in the tensor before it.
         if (c.hadamard && c.rounding == Rounding::stochastic && !stochastic) {
           Place before = place(e, e.index + tile + at - at % 256);
           if (before.inside) {

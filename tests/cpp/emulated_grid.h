@@ -1,9 +1,9 @@
 // Runs the GPU kernels' bodies (csrc/kernels/cuda/grid.h) on the CPU: block after block, thread after thread.
 // The bodies are compiled in a namespace of their own, pycomm::kernels::emulated.
 //
-// What this finds besides wrong results, under AddressSanitizer and UBSan above all: accesses out of bounds
-// or misaligned; results that depend on the order in which threads or blocks run, since orders change from
-// run to run; and a sync() left out, since two each() without one between them are an error.
+// Besides wrong results this finds, under AddressSanitizer and UBSan above all: accesses that are out of
+// bounds or misaligned; results that depend on the order of threads or blocks, which changes from run to run;
+// and a missing sync(), since two each() without one between them are an error.
 #pragma once
 
 #define PYCOMM_ISA emulated

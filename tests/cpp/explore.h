@@ -1,8 +1,9 @@
-// Runs a plan, or calls after each other, in every interleaving of its ranks: the judge of the verifier.
+// Runs a plan, or several calls in a row, in every interleaving of its ranks. It decides whether the verifier
+// is right.
 //
-// Explicit where the verifier is symbolic: each byte of memory holds a byte of a concrete value, ranks move
-// one step at a time, and the search remembers the states it has seen. Nothing is shared with the verifier
-// but the plan. Small plans of 2 or 3 ranks only.
+// It is explicit where the verifier is symbolic: each byte of memory holds a byte of a concrete value, ranks
+// move one step at a time, and the search remembers the states that it has seen. It shares nothing with the
+// verifier but the plan, and can only search small plans of 2 or 3 ranks.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// What explore() searches: every rank's program written out as moves over addresses of one flat memory, in
-// which every buffer, window and cell has its place.
+// The input of explore(): the program of every rank, written out as moves over the addresses of one flat
+// memory that holds every buffer, window and cell.
 #pragma once
 
 #include <algorithm>
@@ -39,14 +39,14 @@ struct Move {
   };
   Kind kind;
   int call = 0;
-  std::vector<Span> spans;  // memory touched
+  std::vector<Span> spans;  // the memory that the move accesses
   const Step* step = nullptr;
   const Operand* operands = nullptr;
   int cell = 0;      // signal, wait; send, recv, complete: the channel
-  int64_t word = 0;  // signal, wait; a wait for nothing has -1. complete: how many of all calls' messages
+  int64_t word = 0;  // signal, wait (-1: for nothing); complete: how many messages, over all calls
   int64_t trip = 0;  // combine
   const Transcode* transcode = nullptr;
-  std::vector<int> last_conflict;  // by rank: its last move whose order with this one matters, -1 if none
+  std::vector<int> last_conflict;  // by rank: its last move that conflicts with this one, -1 if none
 };
 
 inline bool conflict(const Move& a, const Move& b) {
@@ -64,7 +64,7 @@ struct Impossible {
 
 class Programs {
  protected:
-  // Throws Impossible where a step refers to what is not there.
+  // Throws Impossible if a step refers to a buffer or cell that does not exist.
   explicit Programs(const std::vector<const Plan*>& calls) : calls_(calls), n_(calls[0]->call.world.size) {}
   void write_out();
 
@@ -93,11 +93,11 @@ class Programs {
   int cells_per_pair_ = 1, channels_per_pair_ = 0;
   int64_t top_ = 0;                                         // bytes of the flat memory
   std::vector<int64_t> windows_;                            // rank * 2 + bank
-  std::vector<int64_t> payloads_;                           // of the cells that a rank reads: rank * 2 + bank
+  std::vector<int64_t> payloads_;                           // of the cells a rank reads: rank * 2 + bank
   std::vector<std::vector<Place>> places_;                  // by call and rank
   std::vector<std::vector<Move>> moves_;                    // by rank
-  std::vector<std::vector<std::vector<int64_t>>> sent_by_;  // by rank, call, channel: before that call
-  std::vector<std::vector<const Move*>> sends_;             // by channel, in the order of their sender
+  std::vector<std::vector<std::vector<int64_t>>> sent_by_;  // by rank, call, channel: sent before the call
+  std::vector<std::vector<const Move*>> sends_;             // by channel, in the sender's order
 
  private:
   void lay_out();
@@ -108,7 +108,7 @@ class Programs {
   void pair_messages();
   int channel(int from, int to, int index) const { return (from * n_ + to) * channels_per_pair_ + index; }
 
-  std::vector<int64_t> sent_before_;  // by channel: in the calls before the one that is written out
+  std::vector<int64_t> sent_before_;  // by channel: messages of the calls before the one that is written out
 };
 
 }  // namespace explore

@@ -1,4 +1,4 @@
-// Calls of float32 with codecs by rank threads, and comparisons of what ranks end with.
+// Calls with codecs on float32 by rank threads, and comparisons of the ranks' results.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,7 @@ inline Request request(const Communicator& comm, Collective kind, const Coding& 
   return request;
 }
 
-// Error feedback that owes `now`; what a call does not write of what it will owe next stays `unwritten`.
+// Residuals with `now` to be added by the next call; those that this call does not write stay `unwritten`.
 inline std::shared_ptr<Residuals> residuals_of(const Floats& now, float unwritten = NAN) {
   auto residuals = std::make_shared<Residuals>(static_cast<int64_t>(now.size()));
   std::ranges::copy(now, residuals->now());
@@ -55,14 +55,14 @@ inline void run(Communicator& comm, const Request& request) {
   comm.execute(request, patience);
 }
 
-// Every rank's copy, for comparison by one of them.
+// A copy of each rank's result, so that one rank can compare them.
 class Copies {
  public:
   void add(const Floats& x) {
     const std::lock_guard lock(mutex_);
     all_.push_back(x);
   }
-  bool equal() const {  // in bits
+  bool equal() const {  // bit for bit
     return std::ranges::all_of(all_, [&](const Floats& x) {
       return x.size() == all_[0].size() &&
              std::memcmp(x.data(), all_[0].data(), x.size() * sizeof(float)) == 0;

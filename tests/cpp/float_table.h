@@ -1,4 +1,4 @@
-// The 16- and 8-bit floats written the other way round: as sorted tables of their values, in float64.
+// An independent implementation of the 16- and 8-bit floats: sorted tables of their values, in float64.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 #include "common/dtype.h"
 
-// A small float as the table of its non-negative values, by code; the last entry is where the next would be,
-// and what rounds to it is `overflow`.
+// A small float as the table of its non-negative values, by code. The last entry is the value that would come
+// next; a number that rounds to it becomes `overflow`.
 struct Table {
   int bits;
   uint32_t overflow, nan;

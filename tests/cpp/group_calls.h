@@ -1,4 +1,4 @@
-// Calls of int64 by rank threads, as the tests of a group make them.
+// Calls on int64 by rank threads, for the tests of groups.
 #pragma once
 
 #include <chrono>

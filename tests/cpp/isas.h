@@ -1,4 +1,4 @@
-// The instruction sets that this machine runs.
+// The instruction sets that this machine can run.
 #pragma once
 
 #include <string>

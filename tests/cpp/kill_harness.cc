@@ -1,15 +1,15 @@
 // The kill suite: a rank is killed at every step of every all_reduce plan, and of an all_gather whose ranks
-// read each other's inputs through the kernel, and the others must learn of it.
+// read each other's inputs through the kernel. The others must notice it.
 //
 //   kill_harness          every 5th of the runs, in a fixed choice
 //   kill_harness --all    all of them
 //
-// A run forks the ranks, lets them make one call together, and ends one of them by SIGKILL in the second:
-// before it enters, at a step (in the first, a middle and the last trip that reaches it), after its last
-// step, or when it has finished. Each survivor must raise PeerLostError naming that rank within a second; or,
-// when the dead rank had done its part, complete the call with the right result and raise the error in the
-// third. After a finished rank's end completing is a must. At the end no process, socket, file or shared
-// memory may be left.
+// A run forks the ranks, lets them make one call together, and kills one of them with SIGKILL in the second
+// call: before it enters, at a step (in the first, a middle and the last trip that reaches it), after its
+// last step, or when it has finished. Each survivor must raise PeerLostError naming that rank within a
+// second; or, if the dead rank had done its part, complete the call with the right result and raise the error
+// in the third. If the rank dies after it has finished, the others must complete. At the end no process,
+// socket, file or shared memory may be left.
 #include <dirent.h>
 #include <signal.h>
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// Memory at a chosen distance from a cache line's begin, with a guard before and behind it.
+// Memory at a chosen distance from the start of a cache line, with guards before and after it.
 #pragma once
 
 #include <algorithm>

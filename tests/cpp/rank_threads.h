@@ -1,4 +1,4 @@
-// A group of rank threads in one process. One that throws fails the test and takes the group down with it.
+// A group of rank threads in one process. A thread that throws fails the test and ends the group.
 #pragma once
 
 #include <functional>

@@ -1,4 +1,4 @@
-// The values of explore.cc.
+// The symbolic values that explore.cc computes with.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +11,17 @@
 
 namespace explore {
 
-// What an element holds, or a tile in wire form. Two are equal in bits if they are the same symbol.
+// The value of an element, or of a tile in wire form. Two values have the same bits if their symbols are
+// equal.
 struct Symbol {
   enum class Type : uint8_t { nothing, raw, partial, final, tile };
   Type type = Type::nothing;
   int64_t bytes = 1;
-  std::vector<std::pair<int, int64_t>> terms;  // (rank, element) summed, sorted
-  bool sane = true;                            // converted, scaled and encoded as the call asks
-  int divided = 0;                             // times
-  int shape = 0;                               // of the sum: how it associates
-  std::vector<int> elements;                   // of a tile, as they were encoded
+  std::vector<std::pair<int, int64_t>> terms;  // the summed (rank, element) pairs, sorted
+  bool sane = true;                            // converted, scaled and encoded as the call requires
+  int divided = 0;                             // how many times
+  int shape = 0;                               // how the sum associates
+  std::vector<int> elements;                   // of a tile: what was encoded
 };
 
 class Symbols {
@@ -74,7 +75,7 @@ class Symbols {
       return result;
     });
   }
-  // `sane`: it knows where in the data it is.
+  // `sane`: the encode has its correct place in the data.
   int encode(const std::vector<int>& elements, int rank, int stage, bool sane, int64_t bytes) {
     return make({'e', rank, stage * 2 + sane, elements}, [&] {
       return Symbol{
@@ -99,7 +100,7 @@ class Symbols {
   }
 
  private:
-  // How a symbol is made, and of which.
+  // How a symbol is made, and from which others.
   struct Key {
     char how;
     int64_t a, b = 0;

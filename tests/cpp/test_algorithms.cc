@@ -1,5 +1,5 @@
-// Every algorithm, twice: its schedule run by a small interpreter that knows message passing alone, and the
-// plans that it is lowered to, proved by the verifier.
+// Every algorithm is tested twice: a small interpreter that knows only message passing runs its schedule, and
+// the verifier proves the plans that it is lowered to.
 //
 // Tests: schedule/schedule.cc.
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What requests are bound to: inputs that are read where they lie, symmetric memory, explain().
+// How requests are bound: inputs that peers read in place, symmetric memory, explain().
 #include <sys/mman.h>
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// What a machine says of its caches, on made-up ones.
+// How the caches of a machine are read, on made-up machines.
 #include <stdlib.h>
 #include <unistd.h>
 

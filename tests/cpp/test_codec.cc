@@ -1,5 +1,5 @@
-// transcode() and the functions of shared_int against codec_reference.h, and against themselves cut up
-// otherwise.
+// transcode() and the functions of shared_int against codec_reference.h, and against themselves with other
+// cuts of the data.
 //
 // Tests: kernels/shared_int.cc.
 #include <array>

@@ -1,4 +1,4 @@
-// Calls with codecs: what ranks end with, what error feedback keeps, what is refused.
+// Calls with codecs: the ranks' results, what error feedback keeps, which calls are refused.
 #include <algorithm>
 #include <array>
 #include <bit>

@@ -1,5 +1,5 @@
-// The kernels against a reference written the other way round: one element at a time, recursively, in float64
-// or in wide integers, with the small floats as sorted tables of their values.
+// The kernels against an independent reference: one element at a time, recursively, in float64 or in wide
+// integers, with the small floats as sorted tables of their values.
 #include <algorithm>
 #include <bit>
 #include <cmath>

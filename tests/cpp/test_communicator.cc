@@ -1,4 +1,4 @@
-// Groups that come from groups: split, shrink; and memory that all ranks allocate.
+// Groups made from other groups (split, shrink), and memory that all ranks allocate together.
 //
 // Tests: runtime/bootstrap.cc.
 #include <cmath>

@@ -1,4 +1,4 @@
-// Calls that are made of several plans: topk, shared_int.
+// Calls that consist of several plans: topk, shared_int.
 #include <algorithm>
 #include <array>
 #include <bit>

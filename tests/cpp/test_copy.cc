@@ -1,4 +1,4 @@
-// Copies of every length and place, by every instruction set, beside std::memcpy.
+// Copies of every length and alignment, with every instruction set, against std::memcpy.
 #include <cstring>
 #include <random>
 

@@ -1,7 +1,8 @@
-// Groups whose ranks are on several nodes: how they come, go and share memory; and the kill suite of message
-// links. A rank thread ends at every step of a call, and takes its ends and what it had sent with it. Each of the others must raise PeerLostError that names it within a
-// second, or complete the call, if what it needed was there, with the right result, and raise the error in
-// the next one. (Processes on one node: kill_harness.cc.)
+// Groups whose ranks are on several nodes: how they start, end and share memory; and the kill suite of
+// message links. There a rank thread ends at every step of a call, and its link ends and unread messages go
+// with it. Each of the others must raise PeerLostError naming it within a second; or, if it has all that it
+// needs, complete the call with the right result and raise the error in the next call. (Processes on one
+// node: kill_harness.cc.)
 #include <algorithm>
 #include <atomic>
 #include <iostream>

@@ -1,5 +1,5 @@
-// Plans of calls with codecs: what every algorithm is lowered to is proved, and the table of algorithms says
-// neither more nor less than what is.
+// Plans of calls with codecs: every plan that an algorithm is lowered to is proved, and the table of
+// algorithms lists exactly the combinations that work.
 //
 // Tests: schedule/lower/encodes.cc.
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The order of a call's parts, whoever drives them.
+// The order of a call's parts, whichever thread runs them.
 #include <cmath>
 #include <functional>
 #include <stdexcept>

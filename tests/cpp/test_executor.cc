@@ -1,6 +1,6 @@
-// Plans really executed, by rank threads and by processes, and compared with what the collective means.
-// Values are small integers, so that every sum is exact in every dtype and order, and in the codecs that are
-// used here.
+// Rank threads and processes execute plans; the results are compared with the meaning of the collective.
+// Values are small integers, so that every sum is exact in every dtype and order, and in the codecs used
+// here.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
-// Never a hang, never a wrong answer: what goes wrong between ranks ends in the right error, on every rank,
-// in time.
+// Never a hang, never a wrong answer: a failure between ranks ends in the right error, on every rank, in
+// time.
 //
 // Tests: runtime/domain.cc, runtime/waiter.cc.
 #include <linux/audit.h>

@@ -1,4 +1,5 @@
-// Symmetric memory: the same offset on every rank, found by address, given back with its last owner.
+// Symmetric memory: it has the same offset on every rank, is found by address, and is freed with its last
+// owner.
 #include <sys/wait.h>
 #include <unistd.h>
 

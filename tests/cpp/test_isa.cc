@@ -1,4 +1,4 @@
-// The instruction sets: which there are here, and which one is chosen.
+// The instruction sets: which are available, and which one is chosen.
 #include <sys/wait.h>
 #include <unistd.h>
 

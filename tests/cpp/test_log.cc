@@ -1,4 +1,4 @@
-// Lines on stderr: which are written, whole, and whose rank they name.
+// Lines on stderr: which are written, that they are whole, and which rank they name.
 #include <sys/wait.h>
 #include <unistd.h>
 

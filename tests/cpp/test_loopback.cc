@@ -1,4 +1,4 @@
-// Messages between rank threads: their order, that they are not buffered, and that delays lose and change
+// Messages between rank threads: they keep their order, they are not buffered, and delays lose and change
 // nothing.
 #include <memory>
 #include <numeric>

@@ -1,4 +1,4 @@
-// Real processes join, share memory, die. Each rank is a forked child unless a test says otherwise.
+// Real processes join, share memory and die. Each rank is a forked child unless a test says otherwise.
 //
 // Tests: transport/memory.cc, transport/rendezvous.cc.
 #include <fcntl.h>

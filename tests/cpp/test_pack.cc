@@ -1,5 +1,5 @@
-// pack and unpack against a reference that takes one element at a time, in float64 and tables, and statistics
-// against their definition, written as recursion.
+// pack and unpack against an independent reference, which works on one element at a time in float64 and
+// tables; and the statistics against their definition, written as a recursion.
 #include <algorithm>
 #include <bit>
 #include <cmath>

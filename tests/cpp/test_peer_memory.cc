@@ -1,4 +1,4 @@
-// What the kernel lends of another process's memory, and what it says where it does not.
+// Reading another process's memory through the kernel, and the answers when the kernel refuses.
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>

@@ -1,4 +1,4 @@
-// Calls: how many elements each rank's buffers have, what ranks agree on, how calls are told apart.
+// Calls: the sizes of each rank's buffers, what ranks agree on, how calls are distinguished.
 //
 // Tests: schedule/collective.cc.
 #include <functional>

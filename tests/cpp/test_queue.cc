@@ -1,4 +1,4 @@
-// Calls as part of a group's queue, and beside each other.
+// Calls in the queue of a group, and calls that run concurrently.
 #include <atomic>
 #include <cmath>
 #include <latch>

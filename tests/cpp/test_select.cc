@@ -1,4 +1,4 @@
-// What is chosen when callers name nothing: by the built-in profile, and by one that is made here.
+// What is chosen if the caller names no algorithm: by the built-in profile, and by one that is made here.
 //
 // Tests: runtime/profile.cc.
 #include <string>

@@ -1,4 +1,4 @@
-// Messages between pairs: their order, and what runs beside them.
+// Messages between pairs of ranks: their order, and what runs concurrently with them.
 #include <cmath>
 #include <functional>
 #include <latch>

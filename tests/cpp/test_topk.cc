@@ -1,4 +1,4 @@
-// Top-k against a sort, and sums of records that nobody sent.
+// Top-k against a sort; and sums of records, hostile ones among them.
 #include <algorithm>
 #include <bit>
 #include <cmath>

@@ -1,5 +1,4 @@
-// The verifier, on plans that are right and on plans that are broken by hand; and that every plan that
-// lower() makes is proved.
+// The verifier on correct plans and on plans broken by hand; and a proof of every plan that lower() makes.
 //
 // Tests: schedule/lower/lower.cc, schedule/lower/lowering.cc, schedule/lower/emit.cc, schedule/lower/layout.cc.
 #include <algorithm>

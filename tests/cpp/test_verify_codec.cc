@@ -1,4 +1,5 @@
-// What the verifier finds in plans with codecs, and how it says so. (test_mutation has every small change.)
+// What the verifier finds in plans with codecs, and its messages. (test_mutation.cc makes every small
+// change.)
 #include <algorithm>
 #include <cstdio>
 #include <functional>

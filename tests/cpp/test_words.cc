@@ -1,4 +1,4 @@
-// What a user may have meant.
+// Suggestions for words that a user probably meant.
 #include <array>
 #include <string>
 #include <string_view>
