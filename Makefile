@@ -1,5 +1,5 @@
 # make demo | test | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
-# A machine with Python >= 3.10, a C++20 compiler and make is enough; the rest is installed into .venv.
+# These need Python >= 3.10, a C++20 compiler and make; the rest is installed into .venv.
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -7,9 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTHON_SOURCES := $(wildcard pycomm tests examples scripts bench docs README.md)
 CXX_SOURCES = $(shell find $(wildcard csrc tests bench) -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export PATH := $(BIN):$(PATH)
-# Where ccache is, what another clone compiled is found as well.
+# With this, ccache also finds what another clone compiled.
 export CCACHE_BASEDIR := $(CURDIR)
-# Two files more at once, Ninja's way, would only take each other's caches.
+# Ninja would compile two more files at a time, which would only compete for the caches.
 export CMAKE_BUILD_PARALLEL_LEVEL := $(shell nproc)
 # The tests start a thousand interpreters, which would each compile NumPy.
 unexport PYTHONDONTWRITEBYTECODE
@@ -22,7 +22,7 @@ demo:
 	@$(MAKE) --no-print-directory -j2 compile $(VENV)/.demo
 	@$(BIN)/python examples/train_lm.py
 
-# OpenBLAS's threads spin as they start; and one test more than there are cores, since many wait.
+# One thread for OpenBLAS, whose threads spin as they start; and one test more than there are cores, since many wait.
 test: build
 	@echo "== C++ tests"
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
@@ -32,21 +32,21 @@ test: build
 build:
 	@$(MAKE) --no-print-directory -j2 compile-with-tests $(VENV)/.dev
 
-# Compiling needs few packages: the others are fetched meanwhile.
+# Compiling needs few packages; the others are fetched at the same time.
 compile: $(VENV)/.build
 	$(call install,OFF,OFF)
 compile-with-tests: $(VENV)/.build
 	$(call install,ON,OFF)
 
-# With the CUDA kernels, for every kind of GPU or for ARCHITECTURES=80,90 alone. nvcc is needed, a GPU is not; warnings
-# are errors.
+# With the CUDA kernels, for every kind of GPU or only for ARCHITECTURES=80,90. This needs nvcc but no GPU;
+# warnings are errors.
 ARCHITECTURES :=
 cuda: $(VENV)/.dev
 	$(call install,ON,ON;PYCOMM_CUDA_ARCHITECTURES=$(ARCHITECTURES);CMAKE_CUDA_FLAGS=--Werror=all-warnings)
 	@$(BIN)/python -m pytest tests/python/test_cuda.py
 
-# An editable install. Its build directory is kept, so only what changed is compiled, and the C++ tests ($(1): ON or
-# OFF) link the very library that the module is made of. $(2): the same for the CUDA kernels.
+# An editable install. Its build directory is kept, so that only changed files are compiled, and the C++ tests
+# ($(1): ON or OFF) link the same library as the module. $(2) turns the CUDA kernels on or off.
 define install
 @echo "== build"
 @SKBUILD_BUILD_DIR=build \
@@ -54,7 +54,7 @@ define install
   $(PIP) install --no-build-isolation --no-deps -e .
 endef
 
-# ---- the environment: made anew when pyproject.toml changes ----
+# ---- the environment: rebuilt when pyproject.toml changes ----
 $(VENV)/.demo: EXTRAS := demo
 $(VENV)/.dev: EXTRAS := demo test lint
 $(VENV)/.docs: EXTRAS := docs
@@ -75,7 +75,7 @@ $(VENV)/.python: pyproject.toml scripts/requirements.py
 	@$(PIP) install "pip>=23"
 	@touch $@
 
-# ---- what a reviewer would otherwise have to say ----
+# ---- what a reviewer then need not check ----
 lint: $(VENV)/.dev
 	@echo "== ruff, clang-format, mypy"
 	@ruff check -q $(PYTHON_SOURCES)
@@ -89,7 +89,7 @@ format: $(VENV)/.dev
 	@ruff format -q $(PYTHON_SOURCES)
 	@clang-format -i $(CXX_SOURCES)
 
-# ---- the pages and the docstrings as a site. A link that leads nowhere is an error, and so is a name that is not there
+# ---- the pages and the docstrings as a site; a broken link or an unknown name is an error
 docs: build $(VENV)/.docs
 	@echo "== docs"
 	@$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build-docs/.doctrees . build-docs
@@ -102,7 +102,7 @@ stubs: build
 check-stubs: build
 	@$(BIN)/python scripts/stubs.py check
 
-# ---- what has threads under ThreadSanitizer, what has pointers under AddressSanitizer with UndefinedBehaviorSanitizer;
+# ---- ThreadSanitizer for code with threads, AddressSanitizer with UndefinedBehaviorSanitizer for code with pointers;
 # the proofs of schedules have neither, and would take minutes
 sanitize: $(VENV)/.dev
 	@echo "== C++ tests, thread sanitizer"
@@ -110,9 +110,10 @@ sanitize: $(VENV)/.dev
 	@echo "== C++ tests, address and undefined-behaviour sanitizers"
 	@scripts/ctest build-address 'common|kernels|transport|runtime' -DPYCOMM_SANITIZE=address
 
-# ---- on a machine with a GPU. No environment is made and nothing is fetched: its own Python must have NumPy, ml_dtypes,
-# torch, pybind11, CMake, pytest, pytest-benchmark, pytest-timeout, hypothesis and rich (CuPy too, to test it). The
-# modules are built into pycomm/, for the GPU that is there. OUT: where bench-gpu writes gpu.json and gpu.png.
+# ---- on a machine with a GPU. No environment is made and nothing is fetched: the machine's own Python must
+# have NumPy, ml_dtypes, torch, pybind11, CMake, pytest, pytest-benchmark, pytest-timeout, hypothesis and rich
+# (CuPy too, to test it). The modules are built into pycomm/, for the GPU of the machine. OUT: where bench-gpu
+# writes gpu.json and gpu.png.
 GPU_PYTHON := python3
 GPU_RUN := PYTHONPATH=$(CURDIR):$(CURDIR)/tests/gpu $(GPU_PYTHON)
 SANITIZED := places or mixed or residuals or fused or shared or topk

@@ -9,7 +9,7 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
 endif()
 
-# What was compiled before is not compiled again, where ccache is.
+# If ccache is installed, nothing is compiled twice.
 find_program(CCACHE ccache)
 mark_as_advanced(CCACHE)
 foreach(language CXX CUDA)
@@ -19,12 +19,12 @@ foreach(language CXX CUDA)
 endforeach()
 
 add_library(pycomm_settings INTERFACE)
-# Without contraction a * b + c has the same bits on every machine and for every instruction set.
+# Without contraction, a * b + c has the same bits on every machine and with every instruction set.
 target_compile_options(pycomm_settings INTERFACE -Wall -Wextra -ffp-contract=off)
-# Designated initialisers leave out what has a default: that is their point.
+# Designated initialisers may omit members that have defaults.
 target_compile_options(pycomm_settings INTERFACE -Wno-missing-field-initializers)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  target_compile_options(pycomm_settings INTERFACE -Wno-restrict)  # gcc 12 sees it in any "text" + std::string
+  target_compile_options(pycomm_settings INTERFACE -Wno-restrict)  # gcc 12 warns at any "text" + std::string
 endif()
 if(PYCOMM_WERROR)
   target_compile_options(pycomm_settings INTERFACE -Werror)
@@ -38,7 +38,7 @@ elseif(PYCOMM_SANITIZE)
   message(FATAL_ERROR "PYCOMM_SANITIZE=${PYCOMM_SANITIZE} is unknown: use thread, address, or leave it empty")
 endif()
 if(PYCOMM_SANITIZE)
-  # -O1: the checks are the same, and what they are put into compiles in half the time.
+  # -O1 keeps the checks and halves the time to compile.
   target_compile_options(pycomm_settings INTERFACE ${sanitizers} -fno-omit-frame-pointer -g1 -O1
                          $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # their checks mislead gcc's analysis
   target_link_options(pycomm_settings INTERFACE ${sanitizers})

@@ -1,13 +1,13 @@
-# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda. With PYCOMM_CUDA=ON alone, since they take
-# minutes to compile, and a machine without a GPU has no use for them.
-set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80,90 (those of our time that nvcc knows)")
+# The CUDA kernels, csrc/kernels/cuda/*.cu, as the object library pycomm_cuda. They are built only with
+# PYCOMM_CUDA=ON, since they take minutes to compile and a machine without a GPU does not need them.
+set(PYCOMM_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, as 80,90 (empty: current ones)")
 if(NOT PYCOMM_CUDA)
   return()
 endif()
 
 include(CheckLanguage)
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES OFF)  # named below, when the compiler's version is known
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # set below, once the compiler's version is known
 endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
@@ -22,12 +22,12 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4 OR NOT TARGET CUDA::cudart_stat
                       "${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
 
-if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # older CMakes do not know that nvcc has it
+if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # older versions of CMake do not know that nvcc has it
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
   set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
 endif()
 
-# Machine code for the data centre's GPUs, and PTX of the last for those to come.
+# Machine code for data-centre GPUs, and PTX of the last one for later GPUs.
 if(PYCOMM_CUDA_ARCHITECTURES)
   string(REPLACE "," ";" cuda_architectures "${PYCOMM_CUDA_ARCHITECTURES}")
 elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
@@ -45,7 +45,7 @@ target_include_directories(pycomm_cuda PRIVATE csrc)
 target_compile_definitions(pycomm_cuda PRIVATE PYCOMM_ISA=cuda)
 set_target_properties(pycomm_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
                       POSITION_INDEPENDENT_CODE ON CUDA_ARCHITECTURES "${cuda_architectures}")
-# Without contraction a * b + c has the same bits as on the CPU. --threads: architectures beside each other.
+# Without contraction, a * b + c has the same bits as on the CPU. --threads: in parallel.
 target_compile_options(pycomm_cuda PRIVATE -fmad=false --expt-relaxed-constexpr --threads=2
                        -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
 if(PYCOMM_WERROR)

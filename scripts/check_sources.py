@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 CSRC, TESTS = Path("csrc"), Path("tests/cpp")
-# What a layer may include besides itself. kernels, schedule and transport do not know each other.
+# The layers that a layer may include besides itself. kernels, schedule and transport are independent.
 MAY_INCLUDE = {
     "common": set[str](),
     "kernels": {"common"},
@@ -21,7 +21,7 @@ TESTED = re.compile(r"^// Tests: ([^.]+\.cc(?:, [\w/]+\.cc)*)\.$", re.MULTILINE)
 
 
 def wrong_includes() -> list[str]:
-    """Files that include a layer that stands beside or below their own."""
+    """Files that include a layer which their own may not include."""
     found = []
     for file in sorted(CSRC.rglob("*.*")):
         layer = file.relative_to(CSRC).parts[0]
@@ -34,9 +34,10 @@ def wrong_includes() -> list[str]:
 
 
 def untested() -> list[str]:
-    """Sources with no test of their name or their folder's, that no test says it tests.
+    """Sources that have no test by their name or their folder's and that no test names.
 
-    bindings/ is tested from Python; what is compiled for each instruction set, with what chooses among it.
+    bindings/ is tested from Python. The sources compiled for each instruction set are tested with the code
+    that chooses among them.
     """
     named = {
         source.strip()

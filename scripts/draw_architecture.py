@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg: the layers, and the way of comm.all_reduce(x) through them."""
+"""Draws docs/architecture.svg: the layers, and the path of comm.all_reduce(x) through them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 
 
 class Box(NamedTuple):
-    """A file, or a few, on the way; `x` in columns of the picture."""
+    """One or a few files on the path; `x` counts columns of the picture."""
 
     x: float
     text: str
@@ -49,7 +49,7 @@ LAYERS: list[tuple[str, list[Box]]] = [
     ),
     ("csrc/common/", [Box(3.0, "dtype.h, codec.h, error.h, env.h, log.h, ...")]),
 ]
-# From box to box, by layer and place in it; a label says when.
+# Arrows from box to box, which are given by layer and place in it; a label says when.
 FIRST, ALWAYS = "tab:blue", "tab:orange"
 WAY = [
     ((0, 0), (1, 0), ALWAYS, ""),

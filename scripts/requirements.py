@@ -1,4 +1,4 @@
-"""Print what pyproject.toml asks for: the build's requirements and those of the extras named as arguments."""
+"""Print the requirements in pyproject.toml: those of the build, and of the extras named as arguments."""
 
 import sys
 from pathlib import Path

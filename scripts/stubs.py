@@ -1,8 +1,8 @@
 """`stubs.py write` generates pycomm/_native.pyi from the module; `stubs.py check` says whether it is current.
 
-pybind11-stubgen finds names, defaults and docstrings. What it cannot know is added here: the types of the
-arguments of the fast-call methods, whose text signatures have none, and what such a method returns, which
-depends on its arguments.
+pybind11-stubgen finds names, defaults and docstrings. This script adds what it cannot know: the types of the
+arguments of fast-call methods, whose text signatures have none, and the type that such a method returns,
+which depends on its arguments.
 """
 
 import ast
@@ -15,7 +15,8 @@ from pathlib import Path
 
 STUB = Path(__file__).parent.parent / "pycomm" / "_native.pyi"
 
-# By the argument's name, where the module itself does not say; an argument whose default is None may be None.
+# The types of arguments by name, where the module does not say; an argument whose default is None may be
+# None.
 ARGUMENTS = {
     "algorithm": "str",
     "async_op": "bool",
@@ -33,20 +34,20 @@ ARGUMENTS = {
     "timeout": "float",
     "write": "collections.abc.Callable[[Builder, World], object]",
 }
-# By the function's name.
+# The types of results by the function's name.
 RETURNS = {"all_reduce_init": "PersistentOp", "exception": "BaseException | None"}
 REPLACED = {
-    # pybind11 takes whatever converts; a caller should pass the thing itself.
+    # pybind11 accepts anything that converts; a caller should pass the type itself.
     "typing.SupportsInt | typing.SupportsIndex": "int",
     "typing.SupportsFloat | typing.SupportsIndex": "float",
-    # What the tables above name; those that nothing needs are taken out again.
+    # Imports for the tables above; ruff removes those that are unused.
     "from __future__ import annotations": (
         "import collections.abc\nimport typing\nfrom pycomm.group import premul_sum"
     ),
     "__all__: list": ('T = typing.TypeVar("T")\nOp: typing.TypeAlias = typing.Literal[OPS]\n__all__: list'),
     "OPS: tuple": "OPS: tuple[str, ...]",
 }
-# By the method's name: what a blocking call returns. T: of the same type as `out`, or else as `x`.
+# What a blocking call returns, by the method's name. T: the type of `out`, or else of `x`.
 RESULTS = {
     "all_gather": "T",
     "all_reduce": "T",
@@ -77,7 +78,8 @@ def main(action: str) -> str | None:
 
 
 def generate() -> str:
-    # The exceptions show as pycomm's, which is where they would be imported from: but it has them from here.
+    # The exceptions claim to be pycomm's, and would be imported from there; but pycomm imports them from
+    # here.
     script = (
         "import pybind11_stubgen, sys, pycomm._native as native\n"
         "for value in vars(native).values():\n"
@@ -104,7 +106,7 @@ def annotate(module: ast.Module) -> ast.Module:
         if not isinstance(function, ast.FunctionDef):
             continue
         arguments = function.args
-        if function.name == "__call__":  # PersistentOp's: Python knows only that it can be called
+        if function.name == "__call__":  # PersistentOp's: its signature is unknown to Python
             arguments.vararg = arguments.kwarg = None
         positional = arguments.args
         defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
@@ -128,11 +130,11 @@ def annotate(module: ast.Module) -> ast.Module:
 
 
 def variants(method: ast.FunctionDef) -> list[ast.FunctionDef]:
-    """A method of the communicator, once for each type that it returns."""
+    """A method of the communicator as overloads, one for each type that it returns."""
     names = [argument.arg for argument in method.args.args + method.args.kwonlyargs]
     result = RESULTS[method.name]
     found = []
-    # Without `out`, with it, as Work, and with an async_op that is known only when the program runs.
+    # Without `out`, with it, asynchronous, and with an async_op that is known only at run time.
     if "x" in names and "out" in names and method.name != "send_recv":
         found.append(typed(method, result, x="T", out=None, async_op=False))
         found.append(typed(method, result, out="T", async_op=False))
@@ -150,8 +152,8 @@ def variants(method: ast.FunctionDef) -> list[ast.FunctionDef]:
 
 
 def typed(method: ast.FunctionDef, result: str, **types: str | bool | None) -> ast.FunctionDef:
-    """`method` with these types of its arguments: text is a type, other values are all that may be given.
-    None and False, which are given by default, alone keep their default."""
+    """`method` with these types of its arguments: a string is a type, any other value is the only one
+    allowed. An argument keeps its default only if its one value is None or False, which are the defaults."""
     variant = copy.deepcopy(method)
     variant.returns = expression(result)
     of = variant.args
