@@ -1,4 +1,4 @@
-"""Algorithms written in Python, of the same steps as the library's own: see docs/algorithms.md."""
+"""Algorithms written in Python, from the same steps as the library's own: see docs/algorithms.md."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _ROOTED = ("broadcast", "reduce", "gather", "scatter")
 
 
 class Algorithm(str):
-    """An algorithm for `collective` that `write(builder, world)` writes, one rank's steps a call.
+    """An algorithm for `collective`, written by `write(builder, world)`, which adds the steps of one rank per
+    call.
 
-    It is a string, its name, and from its construction on the name is known to every communicator of the
-    process, so that both `comm.all_reduce(x, algorithm=star)` and `algorithm="star"` run it. All ranks must
-    define it alike. `write` must be pure: the steps depend on its two arguments and on nothing else.
+    It is a string, its name. From its construction on every communicator of the process knows the name, so
+    that both `comm.all_reduce(x, algorithm=star)` and `algorithm="star"` run it. All ranks must define it
+    alike. `write` must be pure: the steps depend only on its two arguments.
 
-    A plan that it gives is proved before it first runs; a wrong one is a ValueError with the counterexample,
-    before any rank has moved. A second algorithm of the same name takes the place of the first.
+    Each of its plans is proved before it first runs; a wrong one is a ValueError with the counterexample,
+    before any rank has moved. A second algorithm of the same name replaces the first.
     """
 
     collective: str
@@ -53,9 +54,9 @@ class Algorithm(str):
     ) -> None:
         """Proves the plans for these worlds, element counts and placements, in place and not.
 
-        Without `roots`, and where the collective has one, the first rank, one inside and the last stand for
-        all. Raises ValueError with the call and the first counterexample in words: the rank, the step, what
-        is there and what should be. Nothing is run, and no other rank is needed.
+        Without `roots`, three stand for all if the collective has a root: the first rank, one in the middle
+        and the last. Raises ValueError with the call and the first counterexample in words: the rank, the
+        step, the value found and the value required. Nothing is run, and no other rank is needed.
         """
         for size, count, placement, in_place in itertools.product(sizes, counts, placements, (False, True)):
             inside = {0, size // 2, size - 1} if self.collective in _ROOTED else {0}
@@ -84,7 +85,7 @@ class Algorithm(str):
                 in_place=in_place,
                 write=self.write,
             )
-        except ValueError as error:  # steps that are no schedule at all
+        except ValueError as error:  # the steps are not a schedule at all
             return str(error)
 
 
@@ -94,7 +95,7 @@ _lock = threading.Lock()
 
 
 def introduce(comm: _native.Communicator) -> None:
-    """Makes the algorithms that there are, and those still to come, known to `comm`."""
+    """Makes all algorithms of this process, present and future, known to `comm`."""
     with _lock:
         _communicators.add(comm)
         for (collective, name), algorithm in _algorithms.items():

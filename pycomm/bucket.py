@@ -17,11 +17,11 @@ from pycomm.group import Communicator
 from pycomm.stats import Stats
 
 ID_BITS = 24
-_LINE = 64  # bytes of a cache line: where storage starts
+_LINE = 64  # bytes of a cache line, where storage starts
 
 
 class Segment(NamedTuple):
-    """A tensor's place in its bucket: elements [begin, end), and what its random bits depend on."""
+    """A tensor's place in its bucket, elements [begin, end), and the id that its random bits depend on."""
 
     begin: int
     end: int
@@ -29,20 +29,20 @@ class Segment(NamedTuple):
 
 
 class Bucket:
-    """A buffer with a place for each of several tensors; `comm.all_reduce(bucket)` reduces all of them.
+    """A buffer that holds several tensors; `comm.all_reduce(bucket)` reduces all of them.
 
-    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. Torch's
-    parameters stand for their gradients: pack() and unpack() copy the `.grad` that each has then, which
-    zero_grad() and backward() replace in every step. Pass x.detach() for a parameter's own values.
+    `tensors`: arrays or tensors of float32, float16, bfloat16 or float8, contiguous, of any shapes. A torch
+    parameter stands for its gradient: pack() and unpack() copy its current `.grad`, which zero_grad() and
+    backward() replace in every step. Pass x.detach() for a parameter's own values.
 
-    `dtype`: the buffer's element type; by default the tensors' own, if they have one in common. `comm`: puts
-    the buffer into that group's symmetric memory, so that packing is the copy into the window (a collective
-    call: ValueError, on all ranks, where one makes another bucket). `names`: of the tensors, which error
-    feedback keeps its residuals by; "0", "1", ... by default. `missing_as_zero`: a parameter whose `.grad` is
-    None gets one of zeros, where it is a ValueError otherwise; optimizers, which leave out what has no
-    gradient, do see it then.
+    `dtype`: the buffer's element type; by default that of the tensors, if they share one. `comm`: puts the
+    buffer into that group's symmetric memory, so that packing is the copy into the window (a collective call:
+    ValueError, on all ranks, if one makes another bucket). `names`: names of the tensors, by which error
+    feedback keeps its residuals; "0", "1", ... by default. `missing_as_zero`: gives a parameter whose `.grad`
+    is None a gradient of zeros, instead of raising ValueError; the optimizer, which skips parameters without
+    a gradient, then sees that one.
 
-    Every tensor starts at a multiple of 256 elements; what lies between is zero. All ranks' buckets in a call
+    Every tensor starts at a multiple of 256 elements; the gaps are zero. The buckets of all ranks in a call
     must have the same names and shapes in the same order: MismatchError otherwise.
     """
 
@@ -91,7 +91,7 @@ class Bucket:
 
     @property
     def data(self) -> Any:
-        """The whole buffer, 1-D: a tensor if all of the tensors are, else an array."""
+        """The whole buffer, 1-D: a torch tensor if all of `tensors` are, else an array."""
         return self._data
 
     @property
@@ -100,20 +100,20 @@ class Bucket:
 
     @property
     def __pycomm_signature__(self) -> str:
-        """What a call compares between ranks besides the buffer: names and shapes (pycomm.layouts)."""
+        """Names and shapes, which ranks compare in a call besides the buffer (pycomm.layouts)."""
         return self._signature
 
     def __pycomm_mismatch__(self, text: str) -> str:
-        """A MismatchError's text, with the first tensor that the ranks do not have alike."""
+        """A MismatchError's text, with the first tensor in which the ranks differ."""
         return text + layouts.first_difference(text, self._names, self._shapes)
 
     @property
     def segments(self) -> Sequence[Segment]:
-        """Each tensor's place.
+        """The places of the tensors.
 
-        An id is the first 24 bits of the name's BLAKE2b hash; where a name before it in this bucket has got
-        that one already, the next one that is free. So random bits depend on a tensor's name and not, but for
-        collisions, on what shares its bucket.
+        An id is the first 24 bits of the name's BLAKE2b hash, or the next free number if an earlier name in
+        this bucket has it. So random bits depend on a tensor's name and not, except in collisions, on the
+        other tensors of its bucket.
         """
         return tuple(self._segments)
 
@@ -123,21 +123,22 @@ class Bucket:
 
     @property
     def named(self) -> bool:
-        """Whether names were given, so that they tell these parameters from other buckets'."""
+        """Whether names were given, which distinguish these parameters from those of other buckets."""
         return self._named
 
     @property
     def views(self) -> Sequence[Any]:
-        """The tensors' places in the buffer, shaped like them: tensors where they are, else arrays.
+        """The places of the tensors in the buffer, in their shapes: as torch tensors where they are, else as
+        arrays.
 
-        `bucket.tensors = bucket.views` makes them the tensors, and pack and unpack copy nothing. In a bucket
-        of parameters, set each one's `.grad` to its view for that.
+        After `bucket.tensors = bucket.views`, pack and unpack copy nothing. In a bucket of parameters, set
+        the `.grad` of each to its view instead.
         """
         return tuple(self._views)
 
     @property
     def tensors(self) -> Sequence[Any]:
-        """What was given, parameters as such. May be set to others of the same shapes."""
+        """The tensors or parameters that were given. May be set to others of the same shapes."""
         return tuple(self._gradients.given)
 
     @tensors.setter
@@ -152,28 +153,28 @@ class Bucket:
         self._gradients = self._gradients_of(found)
 
     def pack(self, scale: float = 1.0) -> Stats:
-        """Copies the tensors to the buffer, each value times `scale`, cast to its type.
+        """Copies the tensors to the buffer, each value times `scale`, cast to the buffer's type.
 
-        Returns Stats of what was written: sum_squares, norm, max_abs, nans, infs, finite. Raises ValueError
-        for a parameter without a gradient, and for tensors that its parameter has dropped.
+        Returns Stats of the written values: sum_squares, norm, max_abs, nans, infs, finite. Raises ValueError
+        for a parameter without a gradient, and for a gradient that its parameter has dropped.
         """
         factor = checks.number(scale, "scale")
         return self._packing.pack(self._gradients.now(), factor)
 
     def unpack(self, scale: float = 1.0) -> Stats:
-        """Copies the buffer to the tensors, each value times `scale`, cast to theirs.
+        """Copies the buffer to the tensors, each value times `scale`, cast to their types.
 
-        Returns Stats of what was written: after an all_reduce the same on all ranks.
+        Returns Stats of the written values: the same on all ranks after an all_reduce.
         """
         factor = checks.number(scale, "scale")
         return self._packing.unpack(self._gradients.now(), factor)
 
     def check_unpack(self) -> None:
-        """Raises what unpack() would: for a tensor that is read-only, say, or overlaps another one."""
+        """Raises what unpack() would, for example for a tensor that is read-only or overlaps another."""
         self._packing.check_unpack(self._gradients.now())
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Bucket is memory with its tensors' places in it: make another one, do not copy it")
+        raise TypeError("a Bucket is memory that its tensors share and cannot be copied: make another one")
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -190,23 +191,23 @@ class Bucket:
 
 
 class Memory(Protocol):
-    """Where tensors and their bucket lie."""
+    """The memory that tensors and their bucket lie in."""
 
     def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        """A tensor's type and shape; TypeError or ValueError for what cannot be packed."""
+        """A tensor's type and shape; TypeError or ValueError if it cannot be packed."""
 
     def allocate(self, size: int, comm: Communicator | None) -> Any:
-        """Bytes, zero, at the begin of a cache line."""
+        """Zeroed bytes, from the start of a cache line on."""
 
     def typed(self, raw: Any, dtype: str, as_tensor: bool) -> Any:
         """The bytes `raw` as elements."""
 
     def packing(self, data: Any, offsets: list[int], counts: list[int]) -> Packing:
-        """The tensors' places in `data`, whichever tensors they are."""
+        """The places of tensors in `data`; pack and unpack get the tensors."""
 
 
 class Packing(Protocol):
-    """What copies tensors to their places and back; tensors come with each call."""
+    """Copies tensors to their places and back; each call passes the tensors."""
 
     def pack(self, tensors: list[Any], scale: float) -> Stats: ...
 
@@ -260,7 +261,7 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
         return _Host()
     if not all(on_gpu):
         raise TypeError(
-            f"`tensors[{on_gpu.index(False)}]` is not on a GPU, and others are: put them together"
+            f"`tensors[{on_gpu.index(False)}]` is not on a GPU, but others are: put all on one side"
         )
     if comm is not None:
         raise ValueError("`comm` is given for tensors on a GPU: symmetric memory is on the CPU only")
@@ -272,7 +273,7 @@ def _memory_of(tensors: list[Any], comm: Communicator | None) -> Memory:
 def _require_agreement(
     comm: Communicator, dtype: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> None:
-    """Collective: raises, on all ranks the same, where another rank makes another bucket."""
+    """Collective: raises the same error on all ranks if one makes another bucket."""
     tensors = [f"{name!r} of shape {shape}" for name, shape in zip(names, shapes, strict=True)]
     mine = [f"a buffer of {dtype}", *tensors]
     digests = comm.all_gather_object(hashlib.blake2b(repr(mine).encode()).hexdigest())
@@ -316,7 +317,7 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
     if len(set(found)) != count:
         seen: set[str] = set()
         twice = next(name for name in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"`names` holds {twice!r} twice: a name tells one tensor from another")
+        raise ValueError(f"`names` holds {twice!r} twice: each tensor needs its own name")
     return found
 
 
@@ -343,8 +344,8 @@ def _common_dtype(of_tensors: list[str]) -> str:
     if len(kinds) == 1:
         return kinds[0]
     if not kinds:
-        raise ValueError("`tensors` is empty: say with dtype= what the bucket would hold")
-    raise TypeError(f"`tensors` are {', '.join(kinds)}: say with dtype= what the bucket holds")
+        raise ValueError("`tensors` is empty: give the bucket's type as dtype=")
+    raise TypeError(f"`tensors` are {', '.join(kinds)}: give the bucket's type as dtype=")
 
 
 def _layout(counts: list[int]) -> tuple[list[int], int]:

@@ -1,11 +1,11 @@
-"""Jobs that no launcher started: what names them, so that two of them never mix.
+"""Jobs that no launcher started: how they are named, so that two of them never mix.
 
-Whoever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT by hand may start two jobs with the same ones. With
-torch.distributed rank 0 holds the port, and a rank of the other job may join it all the same. Here ranks are
-of one job if one process started them, with the same arguments and environment. What tells a rank from its
-siblings does not count: variables and options that name ranks and devices, and the terminal's own variables.
-PYCOMM_JOB, one word of the user's for all ranks, takes the place of all that. Where two parts of one job are
-taken for two jobs they wait in vain, and say why; where two jobs were taken for one they would be wrong.
+A user who sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT by hand may start two jobs with the same values.
+With torch.distributed rank 0 holds the port, and a rank of the other job may still join it. Here ranks belong
+to one job if the same process started them, with the same arguments and environment. Variables and options
+that differ between ranks (those that name ranks and devices, and the terminal's own variables) do not count.
+PYCOMM_JOB, a word that the user gives all ranks, replaces this rule. If two parts of one job are mistaken for
+two jobs, they wait in vain and say why; if two jobs were mistaken for one, their results would be wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-PLACE = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as other libraries name a job
+PLACE = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # how other libraries name a job
 _WARN_AFTER_S = 3.0
 _OF_A_RANK = re.compile(
     r"^((LOCAL|NODE|GROUP|ROLE|GLOBAL|WORLD|PROCESS)?_?RANK|RANK_?ID|DEVICE(_?ID)?|GPU(_?ID)?|GPUS|CARD"
@@ -37,7 +37,7 @@ class Start:
     parent: str
     arguments: tuple[str, ...]
     environ: Mapping[str, str]
-    command: tuple[str, ...] = field(compare=False)  # with the interpreter's own arguments
+    command: tuple[str, ...] = field(compare=False)  # including the interpreter's own arguments
 
     def name(self) -> str:
         variables = sorted(map("=".join, self.environ.items()))
@@ -45,7 +45,7 @@ class Start:
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def difference(self, other: Start) -> str:
-        """In words, by what the other one differs; empty if they look like ranks of one job."""
+        """In words, how the other one differs; empty if they look like ranks of one job."""
         names = sorted(
             (
                 name
@@ -63,16 +63,16 @@ class Start:
 
 
 def this_start() -> Start:
-    """How this process was started; what it has set in os.environ since does not count."""
+    """How this process was started; later changes to os.environ do not count."""
     pid = os.getpid()
     return _start(pid, _environ_of(pid) or os.environ, sys.argv)
 
 
 def parent_of(pid: int, rank_name: str) -> int:
     """The process that started a rank: the nearest ancestor that is not part of the rank itself, as a shell
-    between launcher and Python would be."""
+    between launcher and Python is."""
     parent = os.getppid() if pid == os.getpid() else 0
-    with contextlib.suppress(OSError):  # it has just ended, or there is no /proc
+    with contextlib.suppress(OSError):  # the process has just ended, or there is no /proc
         parent = _parent(pid)
         while parent > 1 and rank_name in (_environ_of(parent) or {}):
             parent = _parent(parent)
@@ -80,7 +80,7 @@ def parent_of(pid: int, rank_name: str) -> int:
 
 
 class Watch:
-    """While a rank waits for the others: warns, if that lasts, of whoever names the same place and is of
+    """If a rank waits long for the others, warns of processes that have the same address but belong to
     another job."""
 
     def __init__(self, rank: int) -> None:
@@ -116,7 +116,8 @@ class Watch:
 
 
 def stranger(own: Start) -> str:
-    """Says what tells a process from this one that names the same place and is of another job; or nothing."""
+    """Finds a process that has this one's address but belongs to another job, and says how it differs; else
+    ""."""
     with contextlib.suppress(OSError):
         for entry in filter(str.isdecimal, os.listdir("/proc")):
             pid, theirs = int(entry), _environ_of(int(entry))
@@ -152,7 +153,7 @@ def _without_rank(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _origin(parent: int) -> str:
-    """A process and nothing else: numbers are used again, and each pid namespace has its own."""
+    """Identifies a process: a pid alone does not, since pids are reused and each namespace has its own."""
     try:
         space = os.readlink("/proc/self/ns/pid")
         with open(f"/proc/{parent}/stat", "rb") as file:
@@ -162,7 +163,7 @@ def _origin(parent: int) -> str:
 
 
 def _environ_of(pid: int) -> dict[str, str] | None:
-    """The environment that a process of ours was started with."""
+    """The environment that a process of this user was started with."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             entries = file.read().decode("utf-8", "surrogateescape").split("\0")
@@ -187,5 +188,5 @@ def _is_python(pid: int) -> bool:
 
 def _parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name before it is in parentheses and may hold anything.
+        # The process name before it is in parentheses and may contain anything.
         return int(file.read().rpartition(b")")[2].split()[1])

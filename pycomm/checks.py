@@ -1,4 +1,4 @@
-"""Arguments that are numbers, and ones that are no buffers: a TypeError shows what was passed instead."""
+"""Checks of arguments that should be numbers or buffers: a TypeError shows what was passed instead."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LONGEST = 60  # letters of a value in a message
 
 
 def number(value: Any, name: str) -> float:
-    """`value` as a float: a number, or an array or tensor of no dimension."""
+    """`value` as a float. It may be a number, or an array or tensor without dimensions."""
     if not isinstance(value, (str, bytes)):
         try:
             return float(value)
         except OverflowError:
             return math.inf
-        except (TypeError, ValueError, RuntimeError):  # torch's own for tensors of several elements
+        except (TypeError, ValueError, RuntimeError):  # the last for torch's tensors of several elements
             pass
     raise TypeError(f"`{name}` is {shown(value)}: pass a number")
 
@@ -33,7 +33,7 @@ def integer(value: Any, name: str) -> int:
 
 
 def buffer(x: Any, name: str) -> None:
-    """Refuses what is often passed for an array or tensor: a gradient that is not there, and a number."""
+    """Refuses what is often passed instead of an array or tensor: a missing gradient, or a number."""
     if x is None:
         raise TypeError(
             f"`{name}` is None: no gradient? Leave out, on all ranks, what backward() does not reach, or pass"
@@ -42,12 +42,12 @@ def buffer(x: Any, name: str) -> None:
     if isinstance(x, (int, float, complex, np.generic)) and not isinstance(x, (str, bytes)):
         raise TypeError(
             f"`{name}` is {x!r}, a number: pass an array, which a result can be written to; a loss is"
-            ' averaged by `comm.all_reduce(np.array([loss]), op="avg")[0]`'
+            ' averaged with `comm.all_reduce(np.array([loss]), op="avg")[0]`'
         )
 
 
 def refuse(x: Any, name: str) -> NoReturn:
-    """What is no buffer: says what to pass in its place."""
+    """Raises for an object that is no buffer, and says what to pass instead."""
     buffer(x, name)
     if isinstance(x, Mapping):
         raise TypeError(f"`{name}` is a {type(x).__name__}: pass its arrays as a list, list(x.values())")
@@ -65,7 +65,7 @@ def refuse(x: Any, name: str) -> NoReturn:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, or what it is one of where it says too much."""
+    """A value for a message, or its type if the value is too long."""
     if hasattr(value, "shape"):
         return f"an array of shape {tuple(value.shape)}"
     text = repr(value)

@@ -1,4 +1,4 @@
-"""Which tensors a bucket copies now: a parameter's gradient is another tensor after every zero_grad()."""
+"""Which tensors a bucket copies now: zero_grad() replaces the gradient of a parameter by another tensor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _SHOWN = 3  # names in a message
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether `x` is torch's. Whoever passes one has imported torch; we need not."""
+    """Whether `x` is a torch tensor. Whoever passes one has imported torch, so this need not import it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
 def is_parameter(x: Any) -> bool:
-    """Whether `x` is what backward() gives a gradient: torch's Parameter, frozen or not, or another leaf."""
+    """Whether backward() gives `x` a gradient: it is a torch Parameter, frozen or not, or another leaf."""
     if not is_tensor(x):
         return False
     torch = sys.modules["torch"]
@@ -24,20 +24,21 @@ def is_parameter(x: Any) -> bool:
 
 
 def itself(x: Any) -> Any:
-    """`x` for a bucket that shall copy its elements, whatever it is."""
+    """`x` for a bucket that copies its own elements, even if it is a parameter."""
     return x.detach() if is_tensor(x) else x
 
 
 def _tells(x: Any) -> bool:
-    """Whether `x` tells how many hold it: the tensor, not its memory."""
+    """Whether `x` knows its number of references: those to the tensor, not to its memory."""
     return is_tensor(x) and hasattr(x, "_use_count")
 
 
 class Gradients:
-    """The tensors that a bucket was given, with the gradients in the parameters' places.
+    """The tensors of a bucket, in which the gradients take the place of the parameters.
 
-    Of a tensor that is no parameter torch tells how many hold it besides Python. If somebody did when the
-    bucket got it or in the last call, and nobody does now, it was a gradient that its parameter has dropped.
+    For a tensor that is no parameter, torch counts the references that it holds besides Python's. If there
+    were any when the bucket got the tensor or in the last call, and now there are none, it was a gradient
+    that its parameter has dropped.
     """
 
     def __init__(self, given: Sequence[Any], names: Sequence[str] | None, missing_as_zero: bool) -> None:
@@ -51,23 +52,23 @@ class Gradients:
         self._held = self._held_now()
 
     def now(self) -> list[Any]:
-        """What to copy from or to at this moment. Raises before anything has changed."""
+        """The tensors to copy from or to now. Raises before anything has changed."""
         missing = [i for i in self._parameters if self.given[i].grad is None]
         if missing:
             self._refuse_frozen()
             if not self._missing_as_zero:
                 raise ValueError(
-                    f"no gradient, `.grad` is None: {self._shown(missing)}; pack after backward(), leave out"
-                    " what takes no part in it, or make the Bucket with missing_as_zero=True (for parameters'"
-                    " own values make it of x.detach())"
+                    f"no gradient, `.grad` is None: {self._shown(missing)}; pack after backward(), leave them"
+                    " out, or make the Bucket with missing_as_zero=True (for parameters'"
+                    " own values, make it of x.detach())"
                 )
         held = self._held_now()
         dropped = sorted(self._held - held)
         if dropped:
             raise ValueError(
-                f"no parameter's gradient any more: {self._shown(dropped)}; zero_grad(), say, has dropped"
-                " what the bucket has. Make it from the parameters, Bucket(model.parameters()), which looks"
-                " for their gradients in every call, or set bucket.tensors to the tensors that are meant"
+                f"no longer a parameter's gradient: {self._shown(dropped)}; zero_grad(), for example, has"
+                " dropped it. Make the bucket from the parameters, Bucket(model.parameters()), to look"
+                " up their gradients in every call, or set bucket.tensors to the current tensors"
             )
         self._held = held
         for i in missing:
@@ -84,7 +85,7 @@ class Gradients:
         frozen = [i for i, x in indexed if x.grad is None and not x.requires_grad]
         if frozen:
             raise ValueError(
-                f"frozen, requires_grad=False, so without gradient: {self._shown(frozen)}; leave it out,"
+                f"frozen (requires_grad=False), hence without gradient: {self._shown(frozen)}; leave it out,"
                 " or pass x.detach() to pack a parameter's own values"
             )
 

@@ -1,4 +1,5 @@
-"""Imported before the native module, which would wait for ever in a subinterpreter: an ImportError there."""
+"""Imported before the native module, which would hang forever in a subinterpreter: raises ImportError
+there."""
 
 import sys
 
@@ -9,6 +10,4 @@ except ImportError:
     _is_main = True
 
 if not _is_main:
-    raise ImportError(
-        "pycomm works in a process's main interpreter alone: the lock that its threads take is that one's"
-    )
+    raise ImportError("pycomm works only in the main interpreter of a process, whose lock its threads take")

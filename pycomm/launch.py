@@ -1,8 +1,8 @@
-"""`pycomm run`: starts the ranks of a job on this machine, and sees to it that they end together.
+"""`pycomm run`: starts the ranks of a job on this machine, and ends them together.
 
-One loop, woken by the ranks' ends, their calls of init() and the signals that come here; what they print
-goes past it, through threads (pycomm.pipes). A rank is a process group of its own, so that a signal from the
-terminal reaches it once, through here, and what it started can be ended with it, if it does not end well.
+One loop handles the ends of ranks, their calls of init() and the signals to the launcher; threads pass on
+what they print (pycomm.pipes). A rank is a process group of its own. So a signal from the terminal reaches it
+once, through the launcher, and the processes that it started can be ended with it, if it does not end well.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ from pycomm.pipes import Output, Pump
 from pycomm.rollcall import Rollcall
 from pycomm.world import job_address
 
-NOTICE_S = (
-    3.0  # between a failure and SIGTERM: the other ranks get PeerLostError, and may save what they have
-)
-GRACE_S = 5.0  # between SIGTERM, or a signal that is passed on, and SIGKILL
-ECHO_S = 0.1  # timeout(1) and others send a signal to a process and to its group: that is one signal
+NOTICE_S = 3.0  # between a failure and SIGTERM: the other ranks get PeerLostError, and may save their state
+GRACE_S = 5.0  # between SIGTERM, or a forwarded signal, and SIGKILL
+ECHO_S = 0.1  # timeout(1) and others signal a process and its group: that counts as one signal
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORWARDED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)  # schedulers warn of a job's end by the last two
 
-_FILES = 64  # that the launcher opens beside those of the ranks, with room to spare
+_FILES = 64  # that the launcher opens besides those of the ranks, generously
 _FILES_OF_A_RANK = 3  # two streams, and a pidfd
 _COLORS = (36, 33, 35, 32, 34, 31)
 _PR_SET_PDEATHSIG = 1
 
 
 class StartError(RuntimeError):
-    """The ranks cannot be started here, with what would help."""
+    """The ranks cannot be started here; the message says what would help."""
 
 
 def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
@@ -59,7 +57,7 @@ def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
 
 
 def _check_limit(size: int) -> None:
-    files = "/proc/self/fd"  # not there where /proc is not mounted
+    files = "/proc/self/fd"  # missing if /proc is not mounted
     is_open = len(os.listdir(files)) if os.path.isdir(files) else 3
     needed = is_open + _FILES + _FILES_OF_A_RANK * size
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -72,12 +70,12 @@ def _check_limit(size: int) -> None:
 
 
 def split_cores(size: int) -> list[set[int]]:
-    """The CPUs of each rank: its own cores, next to each other; all of them if there are not enough."""
+    """The CPUs of each rank: neighbouring cores of its own, or all CPUs if there are not enough cores."""
     allowed = os.sched_getaffinity(0)
     cores: dict[tuple[int, int], list[int]] = {}
     for cpu in sorted(allowed):
         cores.setdefault(_place(cpu), []).append(cpu)
-    # Hardware threads of one core stay together, as long as there is a core for each rank.
+    # Hardware threads of one core stay together if there is a core for each rank.
     units = [cores[place] for place in sorted(cores)]
     if len(units) < size:
         units = [[cpu] for unit in units for cpu in unit]
@@ -105,17 +103,17 @@ class _Rank:
     rank: int
     process: subprocess.Popen[bytes]
     end: int  # a pidfd
-    calls: int = 0  # of init(), as far as they were heard
-    how: str = ""  # it ended
-    at_peace: bool = False  # it ended well, and what it started is left alone
+    calls: int = 0  # of init(), as far as they were reported
+    how: str = ""  # how it ended; empty while it runs
+    ended_well: bool = False  # so the processes that it started are left alone
 
 
 class _Job:
-    """The ranks, and the loop that waits for them. Leaving it leaves no rank behind, nor what a rank started
-    that did not end well by itself.
+    """The ranks, and the loop that waits for them. On exit no rank is left, nor any process that a rank
+    started, unless that rank ended well by itself.
 
-    Whoever has ended is not reaped before the job is over: a number that a dead leader holds is no
-    stranger's, so that its group can be signalled.
+    Ended ranks are not reaped before the job is over: while a dead leader holds its pid, no other process can
+    get it, and its group can be signalled.
     """
 
     def __init__(self, size: int, on_failure: str) -> None:
@@ -125,8 +123,8 @@ class _Job:
         self._running: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._failure = 0
-        self._ending = False  # the ranks are being ended
-        self._signalled: tuple[signal.Signals, float] | None = None  # the last that came here, and when
+        self._ending = False  # whether the ranks are being ended
+        self._signalled: tuple[signal.Signals, float] | None = None  # the last signal received, and when
         self._deadline = math.inf  # when `_next` is due
         self._next: Callable[[], None] = self._terminate
         self._over = False
@@ -154,7 +152,7 @@ class _Job:
             process = subprocess.Popen(
                 command,
                 bufsize=0,
-                # Else Python holds back what a rank prints to a pipe until there is much of it.
+                # Otherwise Python buffers what a rank prints to a pipe.
                 env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -163,8 +161,8 @@ class _Job:
             )
         except (OSError, subprocess.SubprocessError) as error:
             raise StartError(
-                f"rank {rank} cannot be started ({error}): start fewer ranks, or raise what limits the"
-                " processes (`ulimit -u`) and the memory here"
+                f"rank {rank} cannot be started ({error}): start fewer ranks, or raise the limits of"
+                " processes (`ulimit -u`) and memory"
             ) from None
         started = _Rank(rank, process, os.pidfd_open(process.pid))
         self._cleanup.callback(os.close, started.end)
@@ -179,7 +177,7 @@ class _Job:
             self._output.add(source, name, _prefix(rank, sink.isatty()))
 
     def run(self) -> int:
-        """Returns when all ranks have ended and what they printed is written, or the time for it is over."""
+        """Returns when all ranks have ended and their output is written, or the time for that is over."""
         self._output.start()
         while (self._running or self._pumps) and not self._over:
             left = self._deadline - time.monotonic()
@@ -192,7 +190,7 @@ class _Job:
         return self._failure
 
     def _after(self, seconds: float, do: Callable[[], None]) -> None:
-        """There is one next step at most: a later one takes its place."""
+        """Schedules the next step; a later call replaces it."""
         self._deadline, self._next = time.monotonic() + seconds, do
 
     def _printed(self, pump: Pump) -> None:
@@ -205,17 +203,17 @@ class _Job:
         code, rank.how = _end_of(rank.process.pid)
         if code and not (self._failure and self._ending):
             self._fail(code, f"rank {rank.rank} {rank.how}", self._on_failure == "end")
-        rank.at_peace = code == 0 and not self._ending
-        if not rank.at_peace:
-            os.killpg(rank.process.pid, signal.SIGTERM)  # what it may have started
-        self._hear()  # what it said before it ended
+        rank.ended_well = code == 0 and not self._ending
+        if not rank.ended_well:
+            os.killpg(rank.process.pid, signal.SIGTERM)  # the processes that it may have started
+        self._hear()  # calls that it reported before it ended
         if not self._running:
             self._output.no_more_to_say()
             self._after(GRACE_S, self._let_go)
 
     def _fail(self, code: int, text: str, end: bool) -> None:
         self._failure = self._failure or code
-        # Whoever was signalled through here has been told already, and has its time.
+        # Ranks that got a forwarded signal know already, and have their time to end.
         if self._running and not self._ending:
             text += f"; ending the others in {NOTICE_S:.0f} s" if end else "; the others go on"
             if end:
@@ -224,8 +222,8 @@ class _Job:
         self._output.say(text)
 
     def _hear(self) -> None:
-        """Ends the job if ranks wait in init() for one that has ended. (A rank that ends later in its life is
-        seen by the others, who have met it.)"""
+        """Ends the job if ranks wait in init() for one that has ended. (If a rank ends after init(), the
+        others notice it themselves.)"""
         for number, calls in self._rollcall.hear():
             if 0 <= number < len(self._started):
                 rank = self._started[number]
@@ -239,7 +237,7 @@ class _Job:
             which = f"its call {absent.calls + 1} of " if absent.calls else ""
             text = (
                 f"rank {absent.rank} {absent.how} before {which}pycomm.init(), in which rank {waiting.rank}"
-                " waits for it: all ranks make the same calls of it"
+                " waits for it: all ranks must make the same calls of init()"
             )
             self._fail(1, text, True)
 
@@ -268,7 +266,8 @@ class _Job:
         self._over = not self._running
 
     def _let_go(self) -> None:
-        """Of whoever still holds the ranks' streams; after a signal also of whoever does not read ours."""
+        """Stops waiting for processes that still hold the ranks' streams and, after a signal, for readers of
+        the launcher's output."""
         self._output.finish()
         self._over = self._signalled is not None
 
@@ -278,14 +277,14 @@ class _Job:
 
     def _kill_and_reap(self) -> None:
         for rank in self._started:
-            if not rank.at_peace:
+            if not rank.ended_well:
                 os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
 
 
 def _environment(size: int) -> dict[str, str]:
-    """What all ranks are told: pycomm's own variables, and those of torchrun, for scripts that use
-    torch.distributed as well."""
+    """The variables that all ranks get: pycomm's own, and torchrun's for scripts that also use
+    torch.distributed."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -305,12 +304,12 @@ def _numbers(rank: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[int]:
-    """A descriptor from which the numbers of the signals to forward can be read. What is ignored (nohup)
-    stays so."""
+    """A descriptor from which the numbers of the signals to forward can be read. Ignored signals (nohup) stay
+    ignored."""
     forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
     source, sink = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, _noted) for number in forwarded}
-    # Where it is ignored, the kernel reaps the ranks itself and keeps no exit code.
+    # If SIGCHLD is ignored, the kernel reaps the ranks itself and keeps no exit code.
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     wakeup = signal.set_wakeup_fd(sink)
     try:
@@ -324,17 +323,18 @@ def _caught_signals() -> Iterator[int]:
 
 
 def _noted(number: int, frame: FrameType | None) -> None:
-    """Its number has been written to the wakeup descriptor already."""
+    """Does nothing: the signal's number is already in the wakeup descriptor."""
 
 
 def _child_setup(launcher: int, cores: set[int]) -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl
 
     def setup() -> None:
-        # A group of its own, to be ended with what it started. Not a session: the kernel shares cores between
-        # sessions first, and ranks that wait for each other on one core would wait for their session's turn.
+        # A process group of its own, to be ended together with what the rank started. Not a session: the
+        # kernel shares cores between sessions first, and ranks that wait for each other on one core would
+        # wait for their session's turn.
         os.setpgid(0, 0)
-        # The kernel kills the rank when the launcher is gone, however it went.
+        # The kernel kills the rank when the launcher ends, however it ends.
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:
             os._exit(1)
@@ -344,8 +344,8 @@ def _child_setup(launcher: int, cores: set[int]) -> Callable[[], None]:
 
 
 def _end_of(pid: int) -> tuple[int, str]:
-    """The exit code of a process that has ended, as a shell counts it, and how it came about."""
-    end = cast(os.waitid_result, os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT))  # it stays to be reaped
+    """The exit code of an ended process, in a shell's numbering, and how it ended."""
+    end = cast(os.waitid_result, os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT))  # without reaping it
     if end.si_code == os.CLD_EXITED:
         return end.si_status, f"exited with code {end.si_status}"
     return 128 + end.si_status, f"was ended by signal {end.si_status} ({signal.strsignal(end.si_status)})"

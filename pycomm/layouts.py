@@ -1,8 +1,9 @@
-"""What is in a bucket, in a line short enough for ranks to compare, and what differs between two of them.
+"""The contents of a bucket in a line short enough for ranks to compare, and the difference between two such
+lines.
 
-The tag of a call holds some 200 characters. What fits is said in words, as in
-`of 2, #1a2b3c4d: 'w' (64, 32); 'b' (32,)`. Of more tensors there is a letter for each run of them,
-and each rank says in words what its own are.
+The tag of a call holds some 200 characters. A short list of tensors is written out, as in `of 2, #1a2b3c4d:
+'w' (64, 32); 'b' (32,)`. A longer one has a letter for each run of tensors, and each rank adds its own
+tensors in words.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
 
 
 def first_difference(text: str, names: Sequence[str], shapes: Sequence[Any]) -> str:
-    """Of the two buckets in a MismatchError's text, one of which has these names and shapes."""
+    """Finds where the two buckets in a MismatchError's text differ; one has these names and shapes."""
     found = _SIGNATURE.findall(text)
     if len(found) != 2 or found[0][1] == found[1][1]:
         return ""
@@ -43,7 +44,7 @@ def first_difference(text: str, names: Sequence[str], shapes: Sequence[Any]) -> 
         return f" The buckets have {count} and {other} tensors."
     run = _run(int(count))
     different = [i for i, (a, b) in enumerate(zip_longest(here, there)) if a != b]
-    if not different:  # by chance: two runs of tensors may have the same letter
+    if not different:  # two different runs of tensors may have the same letter
         return ""
     i = different[0]
     own = _tensors(names, shapes)[i * run : (i + 1) * run]
@@ -64,5 +65,5 @@ def _letters(names: Sequence[str], shapes: Sequence[Any]) -> str:
 
 
 def _run(count: int) -> int:
-    """So many tensors have a letter together."""
+    """How many tensors share a letter."""
     return max(1, -(-count // _LONGEST))

@@ -2,8 +2,8 @@
 
 What can be encoded: ``None``, ``bool``, ``int`` of any size, ``float`` (NaN and infinities included),
 ``str``, ``bytes``, ``list``, and ``dict`` with ``str`` keys: the types of JSON plus bytes, and exactly these.
-A subclass, a tuple or a NumPy scalar would come back as something else than it went in as, so it is a
-TypeError that names the type and the place, as in ``obj["a"][3]``.
+A subclass, a tuple or a NumPy scalar would come back as another type, so it is a TypeError that names the
+type and the place, as in ``obj["a"][3]``.
 
 Format: one byte for the type, then
 
@@ -16,8 +16,8 @@ Format: one byte for the type, then
 
 with lengths in base 128, low digits first, the top bit of a byte saying that more follow.
 
-`decode` may be given anything: it returns an object or raises ValueError, and what it allocates is bounded by
-the size of its input.
+`decode` accepts any bytes: it returns an object or raises ValueError, and the size of its input bounds what
+it allocates.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MAX_DEPTH = 100  # lists and dicts within each other
 
 
 def encode(obj: object) -> bytes:
-    """Raises TypeError for what cannot be encoded, ValueError for what is too deep."""
+    """Raises TypeError for objects that cannot be encoded, ValueError for those nested too deeply."""
     out = bytearray()
     _encode(obj, out, "obj", 0)
     return bytes(out)
 
 
 def decode(data: bytes) -> Object:
-    """Raises ValueError for whatever `encode` cannot have written."""
+    """Raises ValueError for bytes that `encode` cannot have written."""
     reader = _Reader(data)
     obj = reader.value(0)
     if reader.left():
@@ -97,7 +97,7 @@ def _check_depth(path: str, depth: int) -> None:
 
 
 def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # any str that Python holds comes back
+    return text.encode("utf-8", "surrogatepass")  # preserves any str, lone surrogates included
 
 
 def _put_length(out: bytearray, length: int) -> None:
@@ -146,10 +146,10 @@ class _Reader:
             for _ in range(self._length(item_bytes=2)):
                 key = self._text()
                 if key in pairs:
-                    raise ValueError(f"the key {key!r} comes twice")
+                    raise ValueError(f"the key {key!r} occurs twice")
                 pairs[key] = self.value(depth + 1)
             return pairs
-        raise ValueError(f"byte {self._at - 1}: {kind!r} is no type")
+        raise ValueError(f"byte {self._at - 1}: {kind!r} is not a type")
 
     def _take(self, count: int) -> bytes:
         if count > self.left():
@@ -158,7 +158,7 @@ class _Reader:
         return self._data[self._at - count : self._at]
 
     def _length(self, item_bytes: int) -> int:
-        """A length, believed only if so many items of at least `item_bytes` can follow."""
+        """Reads a length, and checks that as many items of at least `item_bytes` can follow."""
         length = 0
         for shift in range(0, 63, 7):
             digit = self._take(1)[0]

@@ -1,7 +1,7 @@
-"""What ranks print, on its way to the launcher's stdout and stderr: whole lines that start with a prefix.
+"""Passes on what ranks print to the launcher's stdout and stderr: whole lines that start with a prefix.
 
-A thread for each of the two does the reading and the writing. Hence a slow reader of ours slows whoever
-prints, since nothing is read before what came earlier is written, and never the loop that hears signals.
+One thread for each of the two reads and writes. It reads nothing before it has written what came earlier, so
+a slow reader of the launcher slows the ranks that print, but never the loop that handles signals.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import time
 from dataclasses import dataclass, field
 from typing import IO
 
-CHUNK = 1 << 16  # read at once; a line of up to so many bytes is held until it is whole
-PAUSE_S = 1.0  # a longer line is passed on in parts, and for so long others wait for the next part
+CHUNK = 1 << 16  # bytes read at once; a line of up to this size is held until it is complete
+PAUSE_S = 1.0  # how long other streams wait for the next part of a longer line, which is passed on in parts
 
 
 class Output:
-    """The ranks' streams, and what the launcher itself has to say among them."""
+    """The ranks' streams, and the launcher's own lines among them."""
 
     def __init__(self) -> None:
         self._own, self._say = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._say, False)  # where nobody reads us, this need not be heard either
+        os.set_blocking(self._say, False)  # if nobody reads the output, these lines may be lost as well
         sinks = sys.stdout.fileno(), sys.stderr.fileno()
-        # Where both lead to one file, two threads would tear each other's lines.
+        # If both lead to one file, two threads would split each other's lines.
         same = os.path.samestat(os.fstat(sinks[0]), os.fstat(sinks[1]))
         err = Pump(sinks[1])
         out = err if same else Pump(sinks[0], os.dup(self._say))
@@ -39,7 +39,7 @@ class Output:
         return set(self._pumps.values())
 
     def add(self, source: IO[bytes], name: str, prefix: bytes) -> None:
-        """All of them before `start`."""
+        """Adds a stream; all must be added before `start`."""
         self._pumps[name].add(source, prefix)
 
     def start(self) -> None:
@@ -56,7 +56,7 @@ class Output:
         self._say = -1
 
     def finish(self) -> None:
-        """What has been printed is still passed on, and then whoever holds a stream is left alone."""
+        """Still passes on what has been printed, then stops waiting for processes that hold a stream."""
         for pump in self.pumps:
             pump.finish()
 
@@ -65,25 +65,26 @@ class Output:
 class _Source:
     file: IO[bytes]
     prefix: bytes
-    held: bytearray = field(default_factory=bytearray)  # of a line that is not whole yet
+    held: bytearray = field(default_factory=bytearray)  # the start of an incomplete line
 
 
 class Pump:
-    """A thread that passes lines on from its sources to one sink, until all sources have ended."""
+    """A thread that passes on lines from its sources to one sink, until all sources have ended."""
 
     def __init__(self, sink: int, complaints: int | None = None) -> None:
-        """`complaints`: the descriptor to say on, once, that the sink takes nothing. Closed at the end."""
-        self.ended = os.eventfd(0, os.EFD_CLOEXEC)  # readable then
+        """`complaints`: the descriptor for one message that the sink cannot be written to. It is closed at
+        the end."""
+        self.ended = os.eventfd(0, os.EFD_CLOEXEC)  # becomes readable when the thread ends
         self._sink = sink
         self._complaints = complaints
         self._failed = False
         self._selector = selectors.DefaultSelector()
         self._finishing = os.eventfd(0, os.EFD_CLOEXEC)
         self._selector.register(self._finishing, selectors.EVENT_READ)
-        self._last: _Source | None = None  # whoever wrote last, and its last byte
+        self._last: _Source | None = None  # the source that was written last; `_tail` is its last byte
         self._tail = b"\n"
         self._patience = 0.0
-        # The process may end while it waits for a reader.
+        # A daemon: the process may end while the thread waits for a reader.
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, file: IO[bytes], prefix: bytes) -> None:
@@ -114,7 +115,7 @@ class Pump:
             os.eventfd_write(self.ended, 1)
 
     def _ready(self) -> list[_Source | None]:
-        """Whoever can be read; None among them means that there is no more to wait for."""
+        """The sources that can be read; None among them means that finish() was called."""
         if self._last and self._is_within_a_line:
             poll = select.poll()
             poll.register(self._last.file, select.POLLIN)
@@ -129,7 +130,7 @@ class Pump:
         if not data:
             self._end(source)
             return
-        # Only what is new is searched: a long line costs no more a byte than a short one.
+        # Only new bytes are searched, so a long line costs no more per byte than a short one.
         whole = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if whole:
             source.held += data[:whole]
@@ -150,8 +151,8 @@ class Pump:
         return self._tail not in b"\r\n"
 
     def _pass_on(self, source: _Source) -> None:
-        """What is held: whole lines, or a part of a long one. A progress bar ends its lines with a carriage
-        return."""
+        """Writes the held bytes: whole lines, or a part of a long one. A progress bar ends its lines with a
+        carriage return."""
         text = bytes(source.held)
         source.held.clear()
         lines = text.splitlines(keepends=True)
@@ -168,7 +169,7 @@ class Pump:
         while rest:
             try:
                 rest = rest[os.write(self._sink, rest) :]
-            except BlockingIOError:  # shared with a process that does not want to wait
+            except BlockingIOError:  # shared with a process that made it non-blocking
                 poll = select.poll()
                 poll.register(self._sink, select.POLLOUT)
                 poll.poll()
@@ -176,8 +177,8 @@ class Pump:
                 if self._complaints is not None and not self._failed:
                     _say(
                         self._complaints,
-                        f"stdout cannot be written ({error.strerror}): what cannot is dropped, and the ranks"
-                        " go on; end the job by Ctrl-C or SIGTERM",
+                        f"stdout cannot be written ({error.strerror}): its lines are dropped, and the ranks"
+                        " go on; end the job with Ctrl-C or SIGTERM",
                     )
                 self._failed = True
                 return

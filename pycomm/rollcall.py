@@ -1,5 +1,5 @@
-"""How the launcher knows which of its ranks have called init(): each says so, to a socket that is named after
-the job's address. Where another launcher started the ranks nobody listens, which is no error."""
+"""How the launcher knows which of its ranks have called init(): each reports to a socket that is named after
+the job's address. If another launcher started the ranks, nobody listens, which is no error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def report(address: str, rank: int, calls: int) -> None:
-    """Says that `rank` makes its call number `calls` of init(), counted from 1."""
+    """Reports that `rank` makes its call number `calls` of init(), counted from 1."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
         to.sendto(f"{rank} {calls}".encode(), _name(address))
 
 
 class Rollcall:
-    """The launcher's end."""
+    """The launcher's end of the socket."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -32,14 +32,14 @@ class Rollcall:
         self._socket.close()
 
     def hear(self) -> list[tuple[int, int]]:
-        """What ranks have reported since the last time: rank and calls."""
+        """The reports since the last time, as (rank, calls)."""
         heard: list[tuple[int, int]] = []
         while True:
             try:
                 data, credentials, _, _ = self._socket.recvmsg(64, socket.CMSG_SPACE(_CREDENTIALS.size))
             except BlockingIOError:
                 return heard
-            # Abstract names are everybody's: other users may send here, and are not heard.
+            # Any user may send to an abstract name: reports of other users are ignored.
             if [_CREDENTIALS.unpack(value)[1] for _, _, value in credentials] == [os.geteuid()]:
                 rank, calls = map(int, data.split())
                 heard.append((rank, calls))

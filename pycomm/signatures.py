@@ -1,7 +1,7 @@
-"""What is wrong with the arguments of a native function, in words.
+"""Says in words what is wrong with the arguments of a native function.
 
-pybind11 tells a caller only that the signature, which it shows in C++'s terms, does not fit. Here it is read,
-as the Python that it is, and compared with the call. Nothing of this runs unless a call has failed.
+pybind11 reports only that the call does not fit the signature, which it shows in C++'s terms. Here that
+signature is parsed as Python and compared with the call. None of this runs unless a call has failed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pycomm.checks import shown
 
 
 def wrong_arguments(text: str, args: Sequence[Any], keywords: dict[str, Any]) -> str:
-    """The message for a call with these arguments, `text` being pybind11's."""
+    """The message for a call with these arguments; `text` is pybind11's message."""
     function = _Function(text)
     takes = function.parameters[function.takes_self :]
-    values = args[1:] if function.takes_self or function.makes else args
+    values = args[1:] if function.takes_self or function.is_constructor else args
     positional = [each for each in takes if not each.keyword_only]
     if len(values) > len(positional):
         return (
@@ -48,10 +48,10 @@ def wrong_arguments(text: str, args: Sequence[Any], keywords: dict[str, Any]) ->
 
 
 def _out_of_range(function: str, given: dict[str, Any]) -> str:
-    """All are of the right kind: an integer has too many bits, or a sign."""
+    """For arguments that all have the right types: an integer is too large or negative."""
     integers = {name: int(value) for name, value in given.items() if _is_integer(value)}
     if not integers:
-        return f"{function}() cannot take these arguments: see help() of it"
+        return f"{function}() cannot take these arguments: see its help()"
     name = max(integers, key=lambda each: (integers[each] < 0, abs(integers[each])))
     return f"`{name}` is {integers[name]}: {'at least 0 is needed' if integers[name] < 0 else 'too large'}"
 
@@ -63,8 +63,8 @@ class _Function:
         self.name, _, rest = text.partition("(): incompatible ")
         line = next(line for line in rest.splitlines() if line.startswith("    1. "))[7:]
         written, _, signature = line.partition("(")
-        self.makes = bool(written)  # of a constructor the class is there, and no `self`
-        if self.makes:
+        self.is_constructor = bool(written)  # then the class is written, and no `self`
+        if self.is_constructor:
             self.name = written.rpartition(".")[2]
         self.parameters = _parameters("(" + signature)
         self.takes_self = bool(self.parameters) and self.parameters[0].name == "self"
@@ -106,13 +106,13 @@ def _alternatives(annotation: ast.expr | None) -> list[ast.expr]:
 
 
 def _word(annotation: ast.expr | None) -> str:
-    """`typing.SupportsInt`: SupportsInt; `collections.abc.Sequence[object]`: Sequence."""
+    """A type's bare name: `typing.SupportsInt`: SupportsInt; `collections.abc.Sequence[object]`: Sequence."""
     if isinstance(annotation, ast.Subscript):
         annotation = annotation.value
     return ast.unparse(annotation).rpartition(".")[2] if annotation else ""
 
 
-# What a value of each kind is asked for as.
+# The words that ask for a value of each type.
 _WORDS = {
     "int": "an integer",
     "SupportsInt": "an integer",

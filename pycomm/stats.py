@@ -1,4 +1,4 @@
-"""Statistics of packed gradients: what Bucket and the GPU's Packer say of the values that they wrote."""
+"""Statistics of packed gradients, which Bucket and the GPU's Packer return for the values that they wrote."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Stats(NamedTuple):
-    """Of the values that were written.
+    """Statistics of the written values.
 
-    Squares and magnitudes are of the scaled float32 values before they were rounded, NaNs left out; the
-    counts are of what was written. The bits do not depend on the instruction set or the device.
+    The squares and magnitudes are those of the scaled float32 values before rounding, without NaNs; the
+    counts are those of the written values. The bits do not depend on the instruction set or the device.
     """
 
     sum_squares: float
@@ -20,10 +20,10 @@ class Stats(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """The Euclidean norm, sqrt(sum_squares): to clip by."""
+        """The Euclidean norm, sqrt(sum_squares), to clip by."""
         return math.sqrt(self.sum_squares)
 
     @property
     def finite(self) -> bool:
-        """Whether there is no NaN and no infinity."""
+        """Whether the values hold no NaN and no infinity."""
         return self.nans == 0 and self.infs == 0

@@ -1,6 +1,6 @@
 """Finds the world: which rank this process is, of how many, and what names the job.
 
-A launcher tells its processes in the environment. The first one found here is believed::
+A launcher sets variables in its processes' environment. The first of these that is found counts::
 
     pycomm run   PYCOMM_RANK PYCOMM_SIZE PYCOMM_JOB
     torchrun     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
@@ -9,12 +9,13 @@ A launcher tells its processes in the environment. The first one found here is b
     MPICH        PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS
     Slurm        SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_NNODES SLURM_JOB_ID SLURM_STEP_ID
 
-RANK, WORLD_SIZE and MASTER_* may also be set by hand (pycomm.byhand says what names such a job). A process
-that none of them started is alone, a world of one. Variables that are incomplete or contradict each
-other are a ValueError, never a guess.
+RANK, WORLD_SIZE and MASTER_* may also be set by hand (pycomm.byhand says how such a job is named). A process
+that none of them started is alone, in a world of one. Variables that are incomplete or contradict each other
+are a ValueError; nothing is guessed.
 
-Children inherit the environment, but a rank is one process: the first that takes it writes so into its own
-environment, and a program that it starts is told. A child of fork() has its memory too, and is known by that.
+Children inherit the environment, but a rank is one process. The first process that takes a rank records that
+in its own environment, so a program that it starts can tell. A child of fork() also has its memory, which
+shows what it is.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from dataclasses import dataclass
 
 from pycomm.byhand import parent_of, this_start
 
-BY_HAND = "by hand"  # in the addresses of jobs that no launcher started
-TAKEN = "PYCOMM_TAKEN"  # the process that has taken the rank, and which one that is
-VARIABLES = ("PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", TAKEN)  # of pycomm itself
+BY_HAND = "by hand"  # marks the addresses of jobs that no launcher started
+TAKEN = "PYCOMM_TAKEN"  # the process that has taken the rank, and the rank
+VARIABLES = ("PYCOMM_RANK", "PYCOMM_SIZE", "PYCOMM_JOB", TAKEN)  # pycomm's own
 _OPEN_MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 
@@ -42,7 +43,7 @@ class World:
     launcher: str
 
 
-_taken = ""  # what this process, or one that it was forked from, has written there
+_taken = ""  # what this process, or one that it was forked from, has written to TAKEN
 
 
 def find_world(environ: Mapping[str, str] = os.environ) -> World:
@@ -53,33 +54,33 @@ def find_world(environ: Mapping[str, str] = os.environ) -> World:
     if place == _place(world) and taken != _taken and pid != str(os.getpid()):
         raise ValueError(
             f"process {pid} is rank {world.rank} of {world.size}, and this process (pid {os.getpid()}), which"
-            " it started, has only inherited what the launcher told it: to be alone start this program with"
-            " PYCOMM_RANK=0 and PYCOMM_SIZE=1, to have ranks of its own with `pycomm run`"
+            " it started, has only inherited what the launcher told it: start this program with"
+            " PYCOMM_RANK=0 and PYCOMM_SIZE=1 for a world of one, or with `pycomm run` for ranks of its own"
         )
     return world
 
 
 def take(world: World) -> None:
-    """This process is the rank that it found: programs that it starts are not."""
+    """Records that this process is the rank that it found, so that programs which it starts are not."""
     global _taken
-    if world.size == 1:  # a world of one can be had any number of times
+    if world.size == 1:  # any number of processes may have a world of one
         return
     _taken = f"{os.getpid()} {_place(world)}"
     os.environ[TAKEN] = _taken
 
 
 def job_address(job: str) -> str:
-    """Of a job of `pycomm run`."""
+    """The address of a job of `pycomm run`."""
     return f"pycomm run|{job}"
 
 
 def by_hand(world: World) -> bool:
-    """Whether nobody but the user says which job it is."""
+    """Whether only the user's settings name the job."""
     return BY_HAND in world.address or (world.launcher == "torchrun" and "|PYCOMM_JOB=" in world.address)
 
 
 def _place(world: World) -> str:
-    # Of a job started by hand without its name, which a program that a rank starts has not.
+    # Without the name of a job started by hand, since a program that a rank starts does not have it.
     return f"{world.rank}/{world.size} {world.address.partition(BY_HAND)[0]}"
 
 
@@ -98,7 +99,7 @@ def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
         return env.world(
             "Open MPI", rank, size, local_rank, local_size, lambda: env.job(_OPEN_MPI_JOBS, rank)
         )
-    # srun may speak PMI as well, but then says nothing of local ranks, which its own variables do.
+    # srun may set PMI variables, too, but not those of local ranks, for which its own are needed.
     if env.has("PMI_RANK", "PMI_SIZE") and (env.has("MPI_LOCALNRANKS") or not env.in_slurm_step()):
         local_rank, local_size = "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
         return env.world(
@@ -117,11 +118,11 @@ def _described_world(env: _Environment, environ: Mapping[str, str]) -> World:
 def _torch_job(env: _Environment) -> str:
     place = f"{env.text('MASTER_ADDR')}|{env.text('MASTER_PORT')}"
     if env.has("TORCHELASTIC_RUN_ID"):
-        # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same; a restarted
-        # attempt may reuse all but its count.
+        # torchrun holds MASTER_PORT itself, so no other live job on this machine has the same port; a
+        # restarted attempt may have everything the same but its count.
         attempt = [env.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT")]
         return "|".join([place, *attempt])
-    # A script between another launcher and Python may name the ranks as torchrun does.
+    # A script between another launcher and Python may set torchrun's variables.
     launchers = ["PYCOMM_JOB", *_OPEN_MPI_JOBS, "PMI_JOBID"]
     if env.in_slurm_step():
         launchers += ["SLURM_JOB_ID", "SLURM_STEP_ID"]
@@ -136,7 +137,7 @@ class _Environment:
         self._environ = environ
 
     def has(self, *names: str) -> bool:
-        """Whether any is set. All are asked for later, and one that is missing is named then."""
+        """Whether any is set. All are read later, and a missing one is reported then."""
         return any(name in self._environ for name in names)
 
     def get(self, name: str) -> str:
@@ -147,14 +148,14 @@ class _Environment:
         if not value.strip():
             what = f"{name}={value!r} is empty" if name in self._environ else f"{name} is not set"
             raise ValueError(
-                f"{what}, but it belongs to what describes the world, which is there in part: start the ranks"
-                " with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset it and those beside"
-                " it to be alone"
+                f"{what}, but other variables that describe the world are set: start the ranks"
+                " with `pycomm run`, torchrun, mpirun or srun, set it yourself, or unset the others as"
+                " well for a world of one"
             )
         return value
 
     def job(self, names: Sequence[str], rank_name: str) -> str:
-        """The first of these that is set, or what the ranks' common parent gives."""
+        """The first of these that is set, or the pid of the process that started the ranks."""
         named = next(filter(None, map(self._environ.get, names)), None)
         return named or f"pid {parent_of(os.getpid(), rank_name)}"
 
@@ -164,7 +165,7 @@ class _Environment:
             return int(value)
         except ValueError:
             raise ValueError(
-                f"{name}={value!r} is not a whole number: the launcher sets it, or set it right"
+                f"{name}={value!r} is not an integer: let the launcher set it, or correct it"
             ) from None
 
     def world(
@@ -176,8 +177,8 @@ class _Environment:
         local_size: str | None,
         job: Callable[[], str],
     ) -> World:
-        """Reads the variables of these names, and what names the job last. Without the local ones all ranks
-        are on this machine."""
+        """Reads the variables of these names, and calls `job` last. Without the local ones all ranks are on
+        this machine."""
         in_world = self._rank_and_size(rank, size)
         local = in_world
         if local_rank and local_size and self.has(local_rank, local_size):
@@ -189,12 +190,12 @@ class _Environment:
                 )
             if local[1] < in_world[1]:
                 raise _several_hosts(f"{local_size}={local[1]} is less than {size}={in_world[1]}")
-        # Whoever is alone meets nobody, and need not say where.
+        # A world of one meets nobody and needs no address of a job.
         address = f"{launcher}|{job()}" if in_world[1] > 1 else _nobody()
         return World(*in_world, *local, address=address, launcher=launcher)
 
     def in_slurm_step(self) -> bool:
-        # A batch script and an interactive shell see SLURM_PROCID and SLURM_NTASKS too, though srun started
+        # A batch script and an interactive shell see SLURM_PROCID and SLURM_NTASKS, too, though srun started
         # no ranks there: they have no step, or one of the reserved numbers at the end of the range.
         name = "SLURM_STEP_ID"
         return bool(self._environ.get(name)) and self.integer(name) < 0xFFFFFFF0
@@ -220,7 +221,7 @@ class _Environment:
 
 
 def _nobody() -> str:
-    """The address of a world of one: nobody else has it."""
+    """The address of a world of one, which no other process has."""
     return secrets.token_hex(16)
 
 

@@ -1,8 +1,8 @@
 """Gradient codecs: comm.all_reduce(x, codec="int8"), or codec=pycomm.codecs.Int8(rounding="nearest").
 
-What each does to values, its error and its bytes are in docs/codecs.md; the wire format and the arithmetic
-are in csrc/kernels/codec.h. Codecs carry sums and averages of float32, float16 and bfloat16 arrays and
-tensors. All ranks must pass the same codec, and end with the same bits.
+docs/codecs.md describes what each codec does to values, its error and its bytes; csrc/kernels/codec.h defines
+the wire format and the arithmetic. Codecs work for sums and averages of float32, float16 and bfloat16 arrays
+and tensors. All ranks must pass the same codec, and all end with the same bits.
 """
 
 from pycomm.codecs.feedback import ErrorFeedback, one_dimensional

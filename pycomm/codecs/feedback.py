@@ -1,4 +1,4 @@
-"""Error feedback: what a codec lost is added to what is encoded next."""
+"""Error feedback: what a codec lost is added to the next values that it encodes."""
 
 from __future__ import annotations
 
@@ -24,31 +24,30 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 
 
 def one_dimensional(name: str, shape: tuple[int, ...]) -> bool:
-    """The rule that exempts biases and the gains of norms: small, and sensitive to what a codec loses."""
+    """The rule that exempts biases and gains of norms: they are small, and sensitive to a codec's errors."""
     return len(shape) <= 1
 
 
 class ErrorFeedback:
-    """The residuals of one rank: what its encodes lost, kept for the next call, a parameter at a time.
+    """The residuals of one rank: what its encodes lost, kept for the next call, parameter by parameter.
 
-    Each encode of v = g + e sends Q(v) and leaves e = v - D(Q(v)), for every encode that the plan contains:
-    the ones of a rank's own values, an owner's of the average, a ring's hops. So the errors of many steps
-    cancel instead of adding up. (Seide et al., 1-bit stochastic gradient descent, Interspeech 2014;
+    Each encode of v = g + e sends Q(v) and leaves e = v - D(Q(v)). This holds for every encode of the plan:
+    those of a rank's own values, an owner's of the average, and those of a ring's hops. So the errors of many
+    steps cancel instead of adding up. (Seide et al., 1-bit stochastic gradient descent, Interspeech 2014;
     Karimireddy et al., Error feedback fixes signSGD, ICML 2019.)
 
-    `exempt(name, shape)` says which tensors of a bucket or list are reduced as they are, uncompressed and
-    without a residual: by default those of at most one dimension. A rule that also spares embeddings, whose
-    rows seldom have a gradient and would be sent residuals long after: `lambda name, shape: len(shape) < 2 or
-    "embed" in name`. It is asked by all_reduce alone, and not about an array by itself, which may well be
-    many parameters laid flat.
+    `exempt(name, shape)` says which tensors of a bucket or list are reduced uncompressed and without a
+    residual: by default those of at most one dimension. This rule also exempts embeddings, whose rows seldom
+    have a gradient and would get residuals long after: `lambda name, shape: len(shape) < 2 or "embed" in
+    name`. Only all_reduce asks it, and not for a single array, which may be many parameters in one.
 
-    Residuals are float32, of as many elements as the parameter, in units of the sum over ranks with the loss
-    scale divided out: set `scale` to the loss scale that the gradients of the next calls carry, whenever it
-    changes. They belong to one communicator; each rank has its own object.
+    Residuals are float32, with as many elements as the parameter, in units of the sum over ranks with the
+    loss scale divided out: whenever the loss scale changes, set `scale` to that of the next gradients.
+    Residuals belong to one communicator; each rank has its own object.
 
-    A call whose result holds NaN or Inf leaves them untouched. All ranks see the same result of an
-    all_reduce, so that all decide alike; a rank of a reduce_scatter sees its own part alone, so call skip()
-    on all ranks when one of them found such a value, as for every other step that the optimizer leaves out.
+    A call whose result holds NaN or Inf leaves them unchanged. All ranks see the same result of an
+    all_reduce, so all decide alike. A rank of a reduce_scatter sees only its own part, so call skip() on all
+    ranks when one of them found such a value, as for every other step that the optimizer skips.
     """
 
     def __init__(self, exempt: Rule = one_dimensional) -> None:
@@ -59,28 +58,28 @@ class ErrorFeedback:
         self._calls: dict[tuple[Places, int], CallResiduals] = {}
         self._where: dict[str, CallResiduals] = {}
         self._loaded: dict[str, Residual] = {}
-        self._to_watch = 0  # steps before what is left of these is thought to be misnamed
+        self._to_watch = 0  # steps until unused ones of these are reported
         self._of_torch = False
-        self._round: set[str] = set()  # parameters that this step has had a call for
+        self._round: set[str] = set()  # parameters that were in a call of this step
         self._of_round: list[CallResiduals] = []
         self._comm: weakref.ref[_native.Communicator] | None = None
 
     @property
     def scale(self) -> float:
-        """The loss scale that the gradients of the next calls carry, the same on all ranks."""
+        """The loss scale of the gradients in the next calls, the same on all ranks."""
         return self._scale
 
     @scale.setter
     def scale(self, scale: float) -> None:
         found = checks.number(scale, "scale")
         if not _LEAST <= found <= _MOST:
-            raise ValueError(f"`scale` is {found!r}: a loss scale is a positive number of float32's range")
+            raise ValueError(f"`scale` is {found!r}: a loss scale is a positive number in float32's range")
         self._scale = found
 
     def skip(self) -> None:
-        """Takes the last step's changes back: for a step whose result the optimizer does not use.
+        """Undoes the changes of the last step: for a step whose result the optimizer does not use.
 
-        A step is a round of calls in which no name comes twice. Called a second time it does nothing.
+        A step is a series of calls in which no name occurs twice. A second skip() does nothing.
         """
         for of_call in self._of_round:
             of_call.settle()
@@ -89,10 +88,10 @@ class ErrorFeedback:
         self._round.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals by name, copied, 1-D, float32. Waits for calls that are under way.
+        """This rank's residuals by name, as 1-D float32 copies. Waits for calls in progress.
 
-        They are arrays, or torch's tensors if a call was about tensors: numpy.savez and pickle take both, and
-        torch.load reads, by default, tensors alone.
+        They are NumPy arrays, or torch tensors if a call was made on tensors: numpy.savez and pickle accept
+        both, but torch.load by default reads only tensors.
         """
         for of_call in self._calls.values():
             of_call.settle()
@@ -105,14 +104,14 @@ class ErrorFeedback:
         return {name: torch.from_numpy(residual) for name, residual in found.items()}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Takes the place of all residuals: `state` is this rank's state_dict(), or a list of all old ranks'.
+        """Replaces all residuals: `state` is this rank's state_dict(), or a list of those of all old ranks.
 
-        The list is for another number of ranks: each of them gets the mean over the old ones, so that the
-        mean over ranks, which is what an average still owes, stays as it was. Raises ValueError, and leaves
-        all as it was, if the states of a list differ in names or lengths, or hold anything but finite 1-D
-        arrays; or if calls have been made, and a name is of none of their parameters, or a length not that
-        one's. Before the first call nobody knows of parameters: a name that no call is about in ten steps is
-        then a warning, and its residual waits.
+        The list is for another number of ranks: each rank gets the mean over the old ones, so that the mean
+        over ranks, which is what an average still owes, stays the same. Raises ValueError, and changes
+        nothing, if the states of a list differ in names or lengths, or hold anything but finite 1-D arrays;
+        or if, after calls have been made, a name or a length does not match their parameters. Before the
+        first call the parameters are unknown: a name that no call uses in ten steps is then a warning, and
+        its residual is kept.
         """
         states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
         for each in states:
@@ -154,21 +153,21 @@ class ErrorFeedback:
     # ---- for the calls, which are native ----
 
     def exempted(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[int]:
-        """Which of these tensors are reduced as they are."""
+        """Which of these tensors are reduced uncompressed."""
         return [i for i, each in enumerate(zip(names, shapes, strict=True)) if self.exempt(*each)]
 
     def residuals(
         self, comm: _native.Communicator, places: Places, count: int, of_torch: bool
     ) -> CallResiduals:
-        """The residuals for a call on `count` elements, of a tensor or array, with parameters at `places`.
+        """The residuals for a call on `count` elements of a tensor or array, with parameters at `places`.
 
-        Nothing has changed until the call is known to have begun.
+        Nothing changes before begun() is called.
         """
         owner = self._comm and self._comm()
         if owner is not None and owner is not comm:
             raise ValueError(
                 "this ErrorFeedback holds the residuals of another communicator: make one for each, on each"
-                " rank; state_dict() and load_state_dict() take residuals along"
+                " rank; state_dict() and load_state_dict() move residuals from one to the other"
             )
         of_call = self._calls.get((places, count))
         if of_call is None:
@@ -184,7 +183,7 @@ class ErrorFeedback:
         return of_call
 
     def begun(self, comm: _native.Communicator, of_call: CallResiduals) -> None:
-        """A call begins with these residuals: it is what skip() may take back from now on."""
+        """Records that a call begins with these residuals; skip() may undo it from now on."""
         self._comm = weakref.ref(comm)
         self._of_torch |= of_call.of_torch
         self._calls[of_call.key] = of_call
@@ -207,9 +206,10 @@ class ErrorFeedback:
         self._of_round.append(of_call)
 
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
-        """Counts steps; after some of them, residuals that were loaded and not used may be misnamed.
+        """Counts steps; after some, warns of loaded residuals that no call has used, since they may be
+        misnamed.
 
-        Before a call has begun: a warning may be an exception.
+        It runs before a call begins, since the warning may be raised as an exception.
         """
         if self._to_watch == 0 or self._round.isdisjoint(names):
             return
@@ -220,9 +220,9 @@ class ErrorFeedback:
         while sys._getframe(level).f_globals.get("__name__", "").startswith("pycomm."):
             level += 1
         warnings.warn(
-            f"the state that was loaded has residuals of {_some(self._loaded)}, which no call of the last"
-            f" {_WATCHED} steps has used, while calls were about {_some(self._round)}: if those parameters"
-            " have other names now, rename them in the state too, else delete them there. They are kept"
+            f"the loaded state has residuals of {_some(self._loaded)}, which no call of the last"
+            f" {_WATCHED} steps has used; these calls had {_some(self._round)}. If those parameters"
+            " have other names now, rename them in the state, else delete them there. They are kept"
             " meanwhile",
             stacklevel=level + 1,
         )
@@ -233,14 +233,14 @@ class ErrorFeedback:
         source = self._where.get(name)
         if source is None and name not in self._loaded:
             raise ValueError(
-                f"`state` holds a residual of {name!r}, which no call with this ErrorFeedback was about:"
+                f"`state` holds a residual of {name!r}, which no call with this ErrorFeedback has used:"
                 " leave it out, or load into a new ErrorFeedback"
             )
         known = self._loaded[name] if source is None else source.part(name)
         if known.size != size:
             raise ValueError(
-                f"`state`: {name!r} has {known.size} elements here, and its residual {size}: the name is used"
-                " twice"
+                f"`state`: {name!r} has {known.size} elements here, but its residual has {size}: the name is"
+                " used twice"
             )
 
     def _find(self, name: str, of_call: CallResiduals) -> Residual | None:
@@ -251,8 +251,8 @@ class ErrorFeedback:
         wanted = of_call.part(name).size
         if found is not None and found.size != wanted:
             raise ValueError(
-                f"{name!r} has {wanted} elements here, and its residual {found.size}: one name cannot stand"
-                " for two parameters, nor a state for two models"
+                f"{name!r} has {wanted} elements here, but its residual has {found.size}: a name belongs to"
+                " one parameter only, and a state to one model"
             )
         return found
 
@@ -264,7 +264,7 @@ def _some(names: Collection[str]) -> str:
 
 def _checked(name: str, residual: Any) -> Residual:
     if is_tensor(residual):
-        residual = residual.detach().cpu()  # torch.load may put it elsewhere
+        residual = residual.detach().cpu()  # torch.load may put it on another device
     try:
         with np.errstate(over="ignore"):
             found = np.asarray(residual, np.float32)
@@ -272,7 +272,7 @@ def _checked(name: str, residual: Any) -> Residual:
         found = np.empty((), np.float32)
     if found.ndim != 1:
         raise ValueError(
-            f"`state`: the residual of {name!r} is no 1-D array of numbers, as state_dict() gives"
+            f"`state`: the residual of {name!r} is not a 1-D array of numbers, as state_dict() gives"
         )
     if not np.isfinite(found).all():
         raise ValueError(f"`state`: the residual of {name!r} holds NaN or Inf, which no state_dict() gives")
@@ -287,7 +287,7 @@ class CallResiduals:
         self.key = places, count
         self.places = places
         self.of_torch = of_torch
-        self.holds = 0  # parameters whose residuals are here, and in no later object
+        self.holds = 0  # parameters whose latest residuals are in this object
         self._slices = {name: slice(begin, end) for name, begin, end in places}
         self._work: _native.Work | None = None
 
@@ -300,12 +300,12 @@ class CallResiduals:
         self._work = work
 
     def let_go(self) -> None:
-        """Of the work and its result, if it has ended."""
+        """Releases the work and its result, if it has ended."""
         if self._work is not None and self._work.is_completed():
             self._work = None
 
     def settle(self) -> None:
-        """Waits until no call is under way. An error is left to whoever asks for the result."""
+        """Waits until no call is in progress. An error is left to whoever asks for the result."""
         work, self._work = self._work, None
         if work is not None:
             with contextlib.suppress(_native.CommError):
@@ -315,7 +315,7 @@ class CallResiduals:
         self.residuals.take_back()
 
 
-# Residuals of codecs that have no ErrorFeedback of their own: a parameter's, whatever codec carries it.
+# Residuals for codecs without an ErrorFeedback of their own: they belong to a parameter, not to a codec.
 _kept: weakref.WeakKeyDictionary[_native.Communicator, ErrorFeedback] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 

@@ -254,7 +254,7 @@ def test_states_survive_torch_save(tmp_path: Path, how: str) -> None:
             loaded = again.state_dict()
             assert isinstance(loaded["w"], torch.Tensor) == (not hasattr(found, "files"))
             assert (np.asarray(loaded["w"]) == np.asarray(state["w"])).all()
-        with pytest.raises(ValueError, match="'w' is no 1-D array"):
+        with pytest.raises(ValueError, match="'w' is not a 1-D array"):
             again.load_state_dict({"w": x})
         again.load_state_dict([state, state])
         assert torch.equal(again.state_dict()["w"], state["w"])
