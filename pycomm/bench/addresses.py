@@ -1,8 +1,8 @@
-"""A sweep of addresses: what a call takes where its buffers begin so many bytes beyond a page.
+"""A sweep of addresses: the time of a call as a function of how many bytes beyond a page its buffers begin.
 
-All addresses of a size are measured in turn, each once a round, in an order shuffled anew. An address counts
-with the quartile of its fastest rounds. Its odd and its even rounds are two measurements of the same address:
-what lies between them is what the machine does, and no effect of the address.
+All addresses of a size are measured in turn, once per round, in an order that is shuffled for each round. The
+time of an address is the lowest quartile over its rounds. Its odd and even rounds are two measurements of the
+same address: their difference shows the noise of the machine, not an effect of the address.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pycomm.bench.rows import FORMS, Offsets, Options, percentile, significant
 from pycomm.bench.sets import RankSet
 from pycomm.bench.workers.data import numpy_dtype
 
-OFFSETS = (0, 4, 16, 32, 48, 60, 63)  # bytes beyond a page: aligned, NumPy's, and what slices have
+OFFSETS = (0, 4, 16, 32, 48, 60, 63)  # bytes beyond a page: aligned, NumPy's, and those of slices
 ROUNDS = 24
-BEST = 25  # percent of the rounds
+BEST = 25  # percentile over the rounds
 
 
 @dataclass
 class Address:
-    offsets: Offsets  # of in and out
+    offsets: Offsets  # those of in and out
     samples_us: list[float] = field(default_factory=list)
 
     @property
@@ -35,7 +35,7 @@ class Address:
 
     @property
     def halves_us(self) -> tuple[float, float]:
-        """Of the even rounds and of the odd ones."""
+        """The times of the even rounds and of the odd ones."""
         return percentile(self.samples_us[0::2], BEST), percentile(self.samples_us[1::2], BEST)
 
     @property
@@ -54,7 +54,7 @@ class Sweep:
     engine: str
     form: str
     addresses: list[Address]
-    wrong: int = 0  # elements, at all addresses together
+    wrong: int = 0  # wrong elements, over all addresses
 
     @property
     def best(self) -> Address:
@@ -70,7 +70,7 @@ class Sweep:
 
     @property
     def spread(self) -> float:
-        """The largest of one address: a ratio of two addresses that is no larger means nothing."""
+        """The largest spread of one address: a ratio of two addresses that is no larger is noise."""
         return max(address.spread for address in self.addresses)
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,14 +100,14 @@ class Sweep:
 
 
 def pairs(offsets: Sequence[int]) -> list[Offsets]:
-    """Equal ones of in and out, and each beside the first."""
+    """Pairs of offsets of in and out: equal ones, and each with the first."""
     first, *others = offsets
     unequal = [pair for other in others for pair in ((first, other), (other, first))]
     return [*((offset, offset) for offset in offsets), *unequal]
 
 
 def fitting(dtype: str, offsets: Sequence[int] = OFFSETS) -> list[int]:
-    """Those at which elements of this type may lie."""
+    """The offsets that are multiples of the type's alignment."""
     return [offset for offset in offsets if offset % numpy_dtype(dtype).itemsize == 0]
 
 
@@ -119,9 +119,9 @@ def sweep(
     peers: dict[Peer, RankSet],
     warn: Warn,
 ) -> Iterator[list[Sweep]]:
-    """For each size one for each engine and form."""
+    """Yields, for each size, a sweep for each engine and form."""
     engines = Engines(ours, peers, warn)
-    # In place there is but one address.
+    # In place there is only one address.
     ways = [
         variant(pair, options.huge, FORMS if pair[0] == pair[1] else FORMS[:1]) for pair in pairs(offsets)
     ]
@@ -158,13 +158,13 @@ def _measure(found: Mapping[str, Sequence[Form]], options: Options, engines: Eng
     order = random.Random(0)
 
     def calibrate(forms: Sequence[Form], name: str) -> Callable[[], None]:
-        """One address for all, so that all make as many calls."""
+        """Calibrates one address for all, so that all make the same number of calls."""
 
         def do() -> None:
             of = [form for form in forms if form.name == name]
             of[0].calibrate(options)
             for form in of:
-                # One sample a round, of a millisecond or more: short ones vary more than addresses do.
+                # One sample per round, of a millisecond or more: short samples vary more than addresses do.
                 longer = 3 if options.iterations is None and of[0].calls > 1 else 1
                 form.samples, form.calls = 1, of[0].calls * longer
                 form.warmup = max(1, form.calls // 10) if options.warmup is None else options.warmup

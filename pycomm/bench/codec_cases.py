@@ -1,4 +1,4 @@
-"""The codecs' encode, decode and decode-and-add of as many float32 elements as a model has."""
+"""Encode, decode and decode-and-add of the codecs, on as many float32 elements as a model has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What codecs do to a result: the error of one call, the drift of many, and the bytes that cross.
+"""How codecs change a result: the error of one call, the drift of many, and the bytes sent.
 
-vNMSE is |x' - x|^2 / |x|^2 of the averaged vector, the mean over the steps. Over the steps' sums S' and S,
-drift is |S' - S| / |S|, and bias the part of it along S, with its sign: (S' - S) . S / |S|^2.
+vNMSE is |x' - x|^2 / |x|^2 of the averaged vector, as the mean over the steps. With S' and S the sums over
+the steps, drift is |S' - S| / |S|, and bias is its signed part along S: (S' - S) . S / |S|^2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Kind = Callable[..., codecs.Codec]
 
 @dataclass(frozen=True)
 class Gradients:
-    """`values` is (steps, ranks, elements); `shapes` are the parameters whose elements they are, in order."""
+    """`values` is (steps, ranks, elements); `shapes` are those of the parameters, in the elements' order."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
@@ -57,14 +57,14 @@ class Row:
     codec: str
     ranks: int
     algorithm: str
-    bytes_per_element: float  # of one encode, block scales counted in
-    vnmse: dict[str, float]  # rounding -> error of a call
-    without: dict[str, Drift]  # rounding -> over all steps
+    bytes_per_element: float  # of one encode, including block scales
+    vnmse: dict[str, float]  # rounding -> error of one call
+    without: dict[str, Drift]  # rounding -> drift over all steps
     with_feedback: Drift | None
 
 
 def gaussian(count: int, steps: int, ranks: int) -> Gradients:
-    """A mean that stays and noise of its size that is every rank's and step's own, both normal."""
+    """A constant mean, and noise of the same size that differs by rank and step; both are normal."""
     rng = np.random.default_rng(0)
     kept = rng.standard_normal(count, np.float32)
     values = rng.standard_normal((steps, ranks, count), np.float32)
@@ -73,7 +73,7 @@ def gaussian(count: int, steps: int, ranks: int) -> Gradients:
 
 
 def recorded(path: str, steps: int) -> Gradients:
-    """What examples/record_gradients.py wrote. ValueError if it holds something else."""
+    """Reads a file of examples/record_gradients.py. ValueError if it contains something else."""
     try:
         with np.load(path) as file:
             values = file["gradients"][:steps]
@@ -83,9 +83,9 @@ def recorded(path: str, steps: int) -> Gradients:
         if values.dtype != np.float32 or values.ndim != 3 or not np.isfinite(values).all():
             raise ValueError("they are not finite float32 of (steps, ranks, elements)")
         if any(size < 1 for shape in shapes.values() for size in shape):
-            raise ValueError("a shape is not of positive sizes")
+            raise ValueError("a shape has sizes that are not positive")
         if sum(math.prod(shape) for shape in shapes.values()) != values.shape[2]:
-            raise ValueError("the shapes have another number of elements")
+            raise ValueError("the number of elements does not match the shapes")
     except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no gradients ({error}): examples/record_gradients.py records some"
@@ -117,7 +117,7 @@ def measure(data: Gradients, ranks: Sequence[int], algorithms: Sequence[str]) ->
 
 
 def cases(ranks: Sequence[int], algorithms: Sequence[str]) -> Iterator[tuple[int, str | None, str]]:
-    """Ranks, algorithm and name of each row; None where the codec is an all_reduce of its own."""
+    """Ranks, algorithm and name of each row; the algorithm is None if the codec brings its own all_reduce."""
     for size in ranks:
         for algorithm in algorithms:
             for name in KINDS:
@@ -130,7 +130,7 @@ def cases(ranks: Sequence[int], algorithms: Sequence[str]) -> Iterator[tuple[int
 
 
 def _has_levels(width: int, ranks: int) -> bool:
-    """Whether shared integers of so many bits carry so many ranks."""
+    """Whether shared integers of `width` bits have enough levels for `ranks` ranks."""
     return ((1 << (width - 1)) - 1) // ranks >= 7
 
 
@@ -168,11 +168,11 @@ def _fed(kind: Kind) -> codecs.Codec:
 
 
 def wire_bytes(codec: codecs.Codec, count: int) -> int:
-    """What one encode of `count` elements puts on the wire."""
+    """How many bytes one encode of `count` elements puts on the wire."""
     if isinstance(codec, codecs.TopK):
         return 16 + 8 * codec.kept(count)
     if isinstance(codec, codecs.SharedInt):
-        return codec.width // 8 * count + 4 * -(-count // 128)  # and the agreement about magnitudes
+        return codec.width // 8 * count + 4 * -(-count // 128)  # and the exchange of magnitudes
     assert isinstance(codec, codecs.BlockCodec)
     return codec.native().wire_bytes(count)
 
@@ -181,7 +181,7 @@ def _run(
     data: Gradients, size: int, algorithm: str | None, make: Callable[[], codecs.Codec]
 ) -> tuple[float, Drift]:
     def fn(comm: pycomm.Communicator) -> tuple[float, Drift] | None:
-        codec = make()  # one for each rank: residuals are a rank's own
+        codec = make()  # one for each rank, which has its own residuals
         parts = _split(data.values[0, comm.rank], data.shapes)
         bucket = pycomm.Bucket(parts, names=data.shapes)
         errors, got_sum, exact_sum = [], np.zeros(1), np.zeros(1)
@@ -248,7 +248,7 @@ def as_json(rows: Sequence[Row], machine: str, steps: int) -> str:
 
 
 def plot(rows: Sequence[Row], path: str, machine: str) -> None:
-    """vNMSE of a call and drift of all of them, without and with feedback, by codec."""
+    """Draws the vNMSE of one call and the drift over all, without and with feedback, by codec."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row.codec for row in rows))

@@ -1,7 +1,7 @@
-"""The GPU's kernels at sizes past its cache, and on real models' tensors, beside torch's ways.
+"""The GPU's kernels at sizes beyond its cache and on real models' tensors, compared with torch.
 
-Bytes are those read and written. Large arrays are past the cache by themselves; lists of tensors take turns
-among as many copies as are.
+Bytes are those read plus those written. A large array exceeds the cache by itself; lists of tensors rotate
+among enough copies to exceed it.
 """
 
 from __future__ import annotations

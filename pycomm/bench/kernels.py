@@ -1,9 +1,10 @@
-"""The inner loops, in turn with a copy of as many bytes by the same core and with others' ways to do it.
+"""The inner loops, measured in turn with a copy of as many bytes by the same core and with other
+implementations.
 
 A family of kernels is a module with `cases(device, workloads)`, named in FAMILIES. Within a repetition the
-copies, the kernel and its rivals have their turn, in an order that is shuffled anew, on the same memory. The
-minimum over repetitions counts: these loops wait for nobody, so that what makes one slower is not theirs. Of
-several copies, or rivals, the fastest counts.
+copies, the kernel and its rivals run in turn, in an order that is shuffled each time, on the same memory. The
+minimum over repetitions counts: these loops wait for nobody, so a slower run is due to something else. Of
+several copies or rivals the fastest counts.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ FAMILIES = {
     "topk": "pycomm.bench.topk_cases",
 }
 CUDA_FAMILIES = dict.fromkeys(("reduce", "pack", "codec", "topk"), "pycomm.bench.cuda_cases")
-CACHE_BYTES = 512 << 20  # more than any GPU's cache: buffers in rotation are as large together
-REPETITION_S = 0.004  # what a repetition of one turn takes at least
-CASE_S = 2.0  # after this long a case's fewest repetitions are enough
+CACHE_BYTES = 512 << 20  # more than any GPU's cache; buffers in rotation have this size together
+REPETITION_S = 0.004  # the least duration of one turn
+CASE_S = 2.0  # after this time a case ends with the least number of repetitions
 REPETITIONS = (11, 40)
 
 Call = Callable[[], object]
@@ -40,7 +41,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one size. `rivals`: other ways to the same result."""
+    """One kernel at one size. `rivals`: other implementations of the same."""
 
     family: str
     kernel: str
@@ -51,19 +52,19 @@ class Case:
 
 
 class Device(Protocol):
-    """Where kernels run: how its copies are made and its calls are timed."""
+    """Where kernels run: how it makes copies and times calls."""
 
     def describe(self) -> str: ...
 
     def copies(self, size: int) -> dict[str, Call]:
-        """Ways to read and write `size` bytes each; the fastest counts."""
+        """Several ways to read and write `size` bytes; the fastest counts."""
 
     def seconds(self, call: Call, calls: int) -> float:
-        """What so many calls in a row take."""
+        """The time of `calls` calls in a row."""
 
 
 class Cpu:
-    """One core: the process is pinned, and torch's threads are one."""
+    """One core: the process is pinned, and torch uses one thread."""
 
     def __init__(self) -> None:
         self._machine = machine()
@@ -89,21 +90,21 @@ class Cpu:
         }
 
     def seconds(self, call: Call, calls: int) -> float:
-        begin = time.thread_time()  # the core's time: others may want it as well
+        begin = time.thread_time()  # CPU time: others may use the core as well
         for _ in range(calls):
             call()
         return time.thread_time() - begin
 
 
 class Cuda:
-    """The current GPU, timed by its events. Copies go round among buffers that the cache does not hold."""
+    """The current GPU, timed by its events. Copies rotate among more buffers than the cache holds."""
 
     def __init__(self) -> None:
         import torch
 
         import pycomm.cuda.arrays
 
-        pycomm.cuda.arrays.native()  # says what is missing
+        pycomm.cuda.arrays.native()  # raises an error if something is missing
         self._torch = torch
         self._buffers = torch.empty(0, dtype=torch.uint8, device="cuda")
 
@@ -140,13 +141,13 @@ DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
 
 
 def families(device: str) -> dict[str, str]:
-    """Of the kernels that run on it, by name, the modules with their cases."""
+    """The families of kernels that run on it, by name, with their modules."""
     return {"cpu": FAMILIES, "cuda": CUDA_FAMILIES}[device]
 
 
 @dataclass(frozen=True)
 class Times:
-    """In microseconds for a call, over the repetitions."""
+    """Microseconds per call, over the repetitions."""
 
     min_us: float
     median_us: float
@@ -168,7 +169,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the copy's bandwidth."""
+        """The share of the copy's bandwidth."""
         return min(times.min_us for times in self.copies.values()) / self.times.min_us
 
     @property
@@ -177,7 +178,7 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
-        """The fastest rival's time over the kernel's."""
+        """The fastest rival's time divided by the kernel's."""
         name = self.fastest_rival
         return self.rivals[name].min_us / self.times.min_us if name else None
 
@@ -197,7 +198,7 @@ def measure(
     workloads: Sequence[str],
     modules: Mapping[str, str] | None = None,
 ) -> Iterator[Row]:
-    """`modules`: where the families' cases are; FAMILIES by default."""
+    """`modules`: the modules with the families' cases; FAMILIES by default."""
     for module in dict.fromkeys((modules or FAMILIES)[family] for family in families):
         for case in importlib.import_module(module).cases(device, workloads):
             if case.family in families:
@@ -210,7 +211,7 @@ def measure_case(device: Device, case: Case) -> Row:
     turns |= {("rival", name): call for name, call in case.rivals.items()}
     calls = {}
     for key, call in turns.items():
-        device.seconds(call, 1)  # the first is slow
+        device.seconds(call, 1)  # the first call is slow
         calls[key] = max(1, round(REPETITION_S / max(device.seconds(call, 1), 1e-7)))
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
     order = list(turns)

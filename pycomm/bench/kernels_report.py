@@ -1,4 +1,4 @@
-"""What `pycomm bench kernels` measured: a table, JSON, and a chart."""
+"""The results of `pycomm bench kernels`: a table, JSON, and a chart."""
 
 from __future__ import annotations
 

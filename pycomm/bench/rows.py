@@ -1,4 +1,4 @@
-"""What is asked for, what was found, and what it is worth: bandwidths, ratios, their means."""
+"""What is requested, what was measured, and what follows from it: bandwidths, ratios, their means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pycomm.bench.workers.data import ROOTED, WINDOW
 
 FORMS = ("out_of_place", "in_place")
 Offsets = tuple[int, int]
-# Calls that pass several messages; times are of one.
+# Calls that pass several messages; times are per message.
 MESSAGES = {"ping_pong": 2, "one_way": WINDOW, "two_way": WINDOW}
 BETTER_MPI = "better MPI"
 
@@ -23,21 +23,21 @@ class Options:
     sizes: Sequence[int]  # bytes of the larger buffer of a rank
     dtype: str = "float32"
     op: str = "sum"
-    iterations: int | None = None  # calls in a sample; by default as many as take long enough to be timed
+    iterations: int | None = None  # calls in a sample; by default enough to be timed
     warmup: int | None = None
     check: bool = True
     algorithms: Sequence[str | None] = (None,)
     buffers: Sequence[str] = ("plain",)
     persistent: bool = False
     codecs: Sequence[str | None] = (None,)
-    offsets: Offsets | None = None  # of the first byte of in and out beyond a page; None: wherever it is
+    offsets: Offsets | None = None  # bytes beyond a page of in and out; None: anywhere
     huge: bool = False
     cold: bool = False
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """What was asked for and could not be run: words that name it, and words that say why."""
+    """A request that could not be run: its name, and the reason."""
 
     what: str
     why: str
@@ -49,12 +49,12 @@ class NotRun:
 
 @dataclass
 class Times:
-    """Of one form, in microseconds. A sample is the time for a call, of as many calls in a row as take a good
-    part of a millisecond, by the slowest rank. Median, minimum and p99 are those of all samples."""
+    """Times of one form, in microseconds. A sample is the time per call of the slowest rank, over enough
+    calls in a row to take a good part of a millisecond. Median, minimum and p99 are those of all samples."""
 
     samples_us: list[float]
     wrong: int = 0
-    # Of calls that were timed one by one, after that; None for cold calls, whose samples are such.
+    # Those of calls timed one by one afterwards; None for cold calls, whose samples are single calls.
     call_median_us: float | None = None
     call_p99_us: float | None = None
     wait_us: float | None = None  # median of the last rank's entry - the first rank's entry
@@ -97,13 +97,13 @@ class Row:
     buffers: str
     persistent: bool
     forms: Forms
-    beside: dict[str, Forms] = field(default_factory=dict)  # by peer
+    beside: dict[str, Forms] = field(default_factory=dict)  # the peers' forms, by peer
     codec: str | None = None
-    forced: bool = False  # whether the algorithm was asked for
+    forced: bool = False  # whether the algorithm was requested
     default: bool = True  # whether it is the library's choice
     fastest: Sequence[str] = ()  # the forms in which no other algorithm was faster
     offsets: Offsets | None = None
-    cores: tuple[int, int] | None = None  # of two ranks, where pairs of cores are compared
+    cores: tuple[int, int] | None = None  # those of the two ranks, if pairs of cores are compared
 
     @property
     def pycomm_us(self) -> float:
@@ -124,7 +124,7 @@ class Row:
 
     @property
     def ratios(self) -> dict[str, dict[str, float]]:
-        """A peer's time over pycomm's, out of place over out of place and in place over in place."""
+        """Each peer's time divided by pycomm's, out of place by out of place and in place by in place."""
         return {
             peer: {
                 form: forms[form].median_us / us.median_us for form, us in self.forms.items() if form in forms
@@ -133,7 +133,7 @@ class Row:
         }
 
     def algbw(self, us: float) -> float:
-        """GB/s, as nccl-tests has it."""
+        """GB/s, as in nccl-tests."""
         return self.bytes / us / 1e3 if us else 0.0
 
     def busbw(self, us: float) -> float:
@@ -165,7 +165,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Geometric mean and minimum of one form's ratios over the sizes."""
+    """Geometric mean and minimum of the ratios of one form over the sizes."""
 
     geometric_mean: float
     min: float
@@ -173,8 +173,8 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row], mpis: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The ratios by what differs but the size, for each form on its own; where several MPIs
-    were measured also against the better of them at each size."""
+    """The ratios over all sizes, grouped by everything else and separately for each form; if several MPIs
+    were measured, also against the better of them at each size."""
     groups: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, ratios in with_better_mpi(row, mpis).items():
@@ -195,7 +195,7 @@ def summarize(rows: Sequence[Row], mpis: Sequence[str] = ()) -> list[dict[str, A
 
 
 def with_better_mpi(row: Row, mpis: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The row's ratios, and where there are several MPIs those to the better one in each form."""
+    """The row's ratios and, if there are several MPIs, those to the better one in each form."""
     ratios = dict(row.ratios)
     found = [ratios[name] for name in mpis if name in ratios]
     if len(found) > 1:
@@ -208,7 +208,7 @@ def with_better_mpi(row: Row, mpis: Sequence[str]) -> dict[str, dict[str, float]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest of the values that is no less than so many percent of them."""
+    """The smallest value that is not below `percent` percent of the values."""
     return sorted(values)[max(math.ceil(percent / 100 * len(values)), 1) - 1]
 
 

@@ -23,16 +23,16 @@ from pycomm.launch import split_cores
 WORKERS = Path(__file__).parent / "workers"
 ANSWER_S = 300.0
 PYCOMM = WORKERS / "engine_pycomm.py"
-Cpus = Sequence[Sequence[int]]  # of each rank
+Cpus = Sequence[Sequence[int]]  # those of each rank
 
 
 def _own_group() -> None:
-    """Not a session of its own, between which the kernel shares cores first: see pycomm.launch."""
+    """Makes a process group, no session: the kernel shares cores between sessions first (pycomm.launch)."""
     os.setpgid(0, 0)
 
 
 class RankSet:
-    """One engine's ranks. Every order goes to all of them; what they answer comes back in rank order."""
+    """The ranks of one engine. Every order goes to all of them; their answers come back in rank order."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class RankSet:
 
     @classmethod
     def of_pycomm(cls, size: int, engine: Path = PYCOMM, cpus: Cpus | None = None) -> RankSet:
-        """`cpus`: of each rank. By default each has a core, and more ranks than cores share them."""
+        """`cpus`: those of each rank. By default each rank has a core; more ranks than cores share them."""
         ranks = cls("pycomm", size)
         ranks._start(pycomm_commands(ranks._worker(sys.executable, engine, cpus), size, our_path()))
         return ranks
@@ -63,7 +63,7 @@ class RankSet:
             raise
         if peer.kind_name == "pycomm" and ranks.origin == pycomm.__file__:
             ranks.close()
-            raise SetError(f"{peer.root or peer.python} imports the very pycomm that is measured")
+            raise SetError(f"{peer.root or peer.python} imports the pycomm that it is compared with")
         if peer.root and Path(peer.root).resolve() not in Path(ranks.origin).resolve().parents:
             ranks.close()
             raise SetError(
@@ -85,7 +85,7 @@ class RankSet:
             raise SetError(f"it ended: {self._last_words()}") from None
 
     def close(self) -> None:
-        """Ends the ranks: what they wait for has an end. A rank that does not listen is killed."""
+        """Ends the ranks by closing their streams. A rank that does not react is killed."""
         for stream in self._streams:
             with contextlib.suppress(OSError):
                 stream.close()
@@ -93,7 +93,7 @@ class RankSet:
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
             link.close()
-        if not self._streams:  # they are still starting, and listen to nobody
+        if not self._streams:  # the ranks are still starting and read no orders
             for process in self._processes:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGTERM)
@@ -121,8 +121,9 @@ class RankSet:
         self.close()
 
     def _worker(self, python: str, engine: Path, cpus: Cpus | None, *, pinned: bool = True) -> list[str]:
-        """What a rank runs, its number left open. Engines of one thread are pinned to a core, so that none
-        wanders; those that pass data between threads of their own are slower if these share one."""
+        """The command of a rank, with its number left open. Ranks of single-threaded engines are pinned to a
+        core, so that they do not migrate; engines that pass data between threads are slower if these share a
+        core."""
         if cpus is None:
             places = split_cores(self.size)
             allowed = sorted(set().union(*places))
@@ -174,9 +175,7 @@ class RankSet:
                 if any(process.poll() is not None for process in self._processes):
                     raise SetError("a rank ended") from None
                 if time.monotonic() > deadline:
-                    late = (
-                        f"{len(found)} of {self.size} ranks came in the {limit:.0f} s that a start may take"
-                    )
+                    late = f"{len(found)} of {self.size} ranks started within {limit:.0f} s"
                     raise SetError(late) from None
                 continue
             link.settimeout(ANSWER_S)
@@ -188,8 +187,8 @@ class RankSet:
         self._streams = [found[rank] for rank in range(self.size)]
 
     def _last_words(self) -> str:
-        """The last line of what the ranks wrote that speaks of an error, or the last at all."""
+        """The last line of the ranks' output that mentions an error, else the last line."""
         text = (self._directory / "stderr").read_text(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip(" -*\t")]
         of_errors = [line for line in lines if "Error" in line]
-        return (of_errors or lines or ["no word of why"])[-1]
+        return (of_errors or lines or ["it gave no reason"])[-1]

@@ -1,4 +1,4 @@
-"""The tensors of real models, which kernels are measured and tested on: a table for each in bench/shapes/."""
+"""The tensors of real models, for measuring and testing kernels: each model has a table in bench/shapes/."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def parameters(model: str) -> list[Parameter]:
 
 
 def _folder() -> Path:
-    beside = Path(__file__).parent / "shapes"  # where CMake installs it
+    beside = Path(__file__).parent / "shapes"  # where CMake installs the tables
     return beside if beside.is_dir() else Path(__file__).parents[2] / "bench" / "shapes"

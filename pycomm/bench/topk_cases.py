@@ -1,4 +1,4 @@
-"""The largest hundredth of as many elements as a model has, beside torch.topk and a sampled threshold."""
+"""The top 1 % of as many elements as a model has, compared with torch.topk and a sampled threshold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pycomm.bench.kernels import Call, Case, Device
 from pycomm.bench.pack_cases import numbers
 from pycomm.bench.workers.memory import Array, plain
 
-SAMPLE = 0.01  # of the elements
+SAMPLE = 0.01  # part of the elements
 
 
 def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
@@ -39,7 +39,7 @@ def _rivals(x: Array, k: int) -> dict[str, Call]:
         return tensor[indices]
 
     def sampled() -> object:
-        """Deep Gradient Compression's: about k elements, above a threshold that a sample tells."""
+        """Deep Gradient Compression's method: about k elements above a threshold found from a sample."""
         magnitudes = tensor.abs()
         chosen = magnitudes[torch.randint(tensor.numel(), (int(tensor.numel() * SAMPLE),))]
         threshold = torch.topk(chosen, max(1, int(k * SAMPLE)), sorted=False).values.min()

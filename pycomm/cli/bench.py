@@ -1,4 +1,4 @@
-"""`pycomm bench`: measures the collectives, beside MPI, Gloo and other builds of pycomm where asked."""
+"""`pycomm bench`: measures the collectives, and on request MPI, Gloo and other builds of pycomm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--datatype",
         default="float32",
         metavar="TYPES",
-        help="element types, also as nccl-tests has them: float,half; or all (float32)",
+        help="element types, also by nccl-tests' names: float,half; or all (float32)",
     )
     parser.add_argument("-o", "--op", default="sum", help="operator of the reductions (sum)")
     parser.add_argument("-c", "--check", type=int, choices=(0, 1), default=1, help="check every element (1)")
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--algorithms",
         default="",
         metavar="NAMES",
-        help="all, or names, or your own as module:name; else the library's choice",
+        help="all, or names, or your own as module:name (the library's choice)",
     )
     parser.add_argument("--buffers", default="plain", metavar="KINDS", help="plain,symmetric,shared (plain)")
     options.add_memory(parser)
@@ -41,17 +41,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--codecs",
         default="none",
         metavar="NAMES",
-        help="as none,bf16,int8, or your own as module:name (none)",
+        help="such as none,bf16,int8, or your own as module:name (none)",
     )
     options.add_peers(parser)
     parser.add_argument(
         "--columns",
         metavar="NAMES",
-        help="of each form: time,min,p99 of the samples, call,call99 (median and p99 of single calls), wait,"
+        help="for each form: time,min,p99 of the samples, call,call99 (median and p99 of single calls), wait,"
         "algbw,busbw,ratio (time,algbw,busbw)",
     )
     output.add_options(parser, csv=True, markdown=True)
-    # nccl-tests' ways to say how many; to guess which is meant would be worse than to ask.
+    # nccl-tests' options for numbers of GPUs and threads; an error is better than a guess.
     parser.add_argument("-g", "--ngpus", help=argparse.SUPPRESS)
     parser.add_argument("-t", "--nthreads", help=argparse.SUPPRESS)
 
@@ -80,18 +80,18 @@ def run(args: argparse.Namespace) -> int:
         dtypes = options.dtypes(args.datatype, args.op, collectives)
         algorithms = options.algorithms(args.algorithms, collectives)
         if "all_reduce" not in collectives and args.persistent:
-            raise ValueError("--persistent: all_reduce alone has a persistent form")
+            raise ValueError("--persistent: only all_reduce has a persistent form")
         sizes = options.sizes(args)
         buffers = args.buffers.split(",")
         if not set(buffers) <= {"plain", "symmetric", "shared"}:
             raise ValueError(f"--buffers {args.buffers}: plain, symmetric, shared, or several of these")
         if buffers != ["plain"] and collectives == ["send_recv"]:
-            raise ValueError(f"--buffers {args.buffers}: send_recv is measured in plain buffers alone")
+            raise ValueError(f"--buffers {args.buffers}: send_recv is measured in plain buffers only")
         for option, given in ((f"--offset {args.offset}", args.offset), ("--huge", args.huge)):
             if given and buffers != ["plain"]:
                 raise ValueError(
-                    f"{option} and --buffers {args.buffers}: pycomm alone says where symmetric and shared"
-                    " buffers lie; measure plain ones with it"
+                    f"{option} and --buffers {args.buffers}: pycomm places symmetric and shared buffers itself;"
+                    " use plain ones with this option"
                 )
         codecs = options.codecs(args.codecs, collectives, dtypes, args.op)
         offsets = options.offsets(args.offset, dtypes)

@@ -22,12 +22,12 @@ def run(
     sizes: Sequence[int],
     peers: Sequence[Peer],
 ) -> int:
-    """ValueError for what does not go with a sweep."""
+    """Raises ValueError for options that a sweep cannot have."""
     for option in ("offset", "algorithms", "persistent", "csv", "plot", "columns"):
         if getattr(args, option):
-            raise ValueError(f"--offsets and --{option}: a sweep of addresses has no use for it")
+            raise ValueError(f"--offsets and --{option}: a sweep of addresses cannot use it")
     if args.buffers != "plain" or args.codecs != "none":
-        raise ValueError("--offsets: a sweep of addresses is one of plain buffers, without a codec")
+        raise ValueError("--offsets: a sweep of addresses uses plain buffers, without a codec")
     collectives = [name for name in collectives if name != "barrier"]
     if not collectives:
         raise ValueError("--offsets: a barrier has no buffers")

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gradients",
         metavar="PATH",
-        help="an .npz of examples/record_gradients.py, beside the Gaussian vectors",
+        help="an .npz of examples/record_gradients.py, in addition to the Gaussian vectors",
     )
     output.add_options(parser)
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         algorithms = args.algorithms.split(",")
         for name in algorithms:
             if name not in ALGORITHMS:
-                raise ValueError(f"--algorithms {name}: what is compared here is {' and '.join(ALGORITHMS)}")
+                raise ValueError(f"--algorithms {name}: this command compares {' and '.join(ALGORITHMS)}")
         data = [c.gaussian(args.count, args.steps, max(ranks))]
         if args.gradients:
             data.append(c.recorded(args.gradients, args.steps))
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return fail(str(error))
     except MemoryError:
-        return fail(f"--count {args.count}: that many, of every step and rank, do not fit into memory")
+        return fail(
+            f"--count {args.count}: so many elements, for every step and rank, do not fit into memory"
+        )
 
     console, errors = output.consoles(args, 160)
     console.print(about, highlight=False)

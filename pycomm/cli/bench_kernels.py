@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
         device = k.DEVICES[args.device]()
         about = device.describe()
     except ImportError:
-        return fail(f"pycomm bench kernels --device {args.device} needs torch, to have memory and a rival")
+        return fail(
+            f"pycomm bench kernels --device {args.device} needs torch, for its memory and for comparison"
+        )
     except (RuntimeError, ValueError) as error:
         return fail(str(error))
     console.print(about, highlight=False)

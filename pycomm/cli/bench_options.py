@@ -1,5 +1,5 @@
-"""The options that the commands of `pycomm bench` share, and what they mean. Every mistake is a ValueError
-that names the option and its value, before any rank is started."""
+"""The options that the commands of `pycomm bench` share. Every mistake is a ValueError that names the option
+and its value, before any rank is started."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ def add_sizes(parser: argparse.ArgumentParser, first: str, last: str) -> None:
         "-b", "--minbytes", default=first, metavar="SIZE", help=f"smallest size: 4, 1K, 64M, 1G ({first})"
     )
     parser.add_argument("-e", "--maxbytes", default=last, metavar="SIZE", help=f"largest size ({last})")
-    parser.add_argument("-f", "--stepfactor", type=int, metavar="N", help="from size to size (4)")
-    parser.add_argument(
-        "-i", "--stepbytes", metavar="SIZE", help="from size to size so many bytes more, in place of -f"
-    )
+    parser.add_argument("-f", "--stepfactor", type=int, metavar="N", help="factor between sizes (4)")
+    parser.add_argument("-i", "--stepbytes", metavar="SIZE", help="bytes between sizes, instead of -f")
 
 
 def add_calls(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +54,20 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
         "--vs",
         default="",
         metavar="PEERS",
-        help="mpi,gloo, or with the interpreters that have them: openmpi=/path/python,mpich=...,impi=...,"
+        help="mpi,gloo, or with the interpreters to run them in: openmpi=/path/python,mpich=...,impi=...,"
         "gloo=...,deepspeed=...; another build of pycomm by its interpreter or folder: pycomm=/path",
     )
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--huge", action="store_true", help="large buffers of every engine in huge pages")
+    parser.add_argument(
+        "--huge", action="store_true", help="put the large buffers of every engine into huge pages"
+    )
     parser.add_argument(
         "--offset",
         metavar="N[,M]",
-        help="the first byte of all buffers lies N bytes beyond a page (that of outputs M); else where the"
-        " allocator of an engine's users puts it",
+        help="the first byte of all buffers lies N bytes beyond a page (of outputs: M); else where the"
+        " engine's usual allocator puts it",
     )
     parser.add_argument(
         "--cold", action="store_true", help="flush the caches before each call, and time it alone"
@@ -79,13 +79,15 @@ def check_calls(args: argparse.Namespace) -> None:
     at_least(0, "-w", args.warmup_iters)
     for option, value in (("-n", args.iters), ("-w", args.warmup_iters)):
         if getattr(args, "cold", False) and value is not None:
-            raise ValueError(f"--cold and {option} {value}: a cold call is one, and nothing warms up for it")
+            raise ValueError(f"--cold and {option} {value}: cold calls are timed one by one, without warmup")
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
     if args.stepbytes is not None:
         if args.stepfactor is not None:
-            raise ValueError(f"-i {args.stepbytes} -f {args.stepfactor}: sizes grow by one of them")
+            raise ValueError(
+                f"-i {args.stepbytes} -f {args.stepfactor}: sizes grow by one of the two, not both"
+            )
         return size_range(args.minbytes, args.maxbytes, step=args.stepbytes)
     return size_range(args.minbytes, args.maxbytes, 4 if args.stepfactor is None else args.stepfactor)
 
@@ -93,13 +95,13 @@ def sizes(args: argparse.Namespace) -> list[int]:
 def size_range(low: str, high: str, factor: int = 2, step: str | None = None) -> list[int]:
     first, last = parse_size(low, "-b"), parse_size(high, "-e")
     if not 0 < first <= last:
-        raise ValueError(f"-b {low} -e {high}: sizes go from a positive one up")
+        raise ValueError(f"-b {low} -e {high}: the first size must be positive, and not above the last")
     if factor < 2:
-        raise ValueError(f"-f {factor}: sizes grow by a factor of 2 or more")
+        raise ValueError(f"-f {factor}: the factor must be at least 2")
     if step is not None:
         by = parse_size(step, "-i")
         if by < 1:
-            raise ValueError(f"-i {step}: sizes grow by a byte or more")
+            raise ValueError(f"-i {step}: the step must be at least a byte")
         if (last - first) // by >= MOST_SIZES:
             raise ValueError(f"-b {low} -e {high} -i {step}: more than {MOST_SIZES} sizes; take larger steps")
         return list(range(first, last + 1, by))
@@ -115,14 +117,14 @@ def world_sizes(text: str) -> list[int]:
     found = []
     for part in text.split(","):
         if not re.fullmatch(r"-?\d{1,20}", part):
-            raise ValueError(f"--ranks {text}: {part!r} is no number of ranks")
+            raise ValueError(f"--ranks {text}: {part!r} is not a number of ranks")
         check_ranks("--ranks", int(part))
         found.append(int(part))
     return list(dict.fromkeys(found))
 
 
 def dtypes(text: str, op: str, collectives: Sequence[str]) -> list[str]:
-    """-d float,half; all: those that the collectives have with this operator."""
+    """The types of -d float,half; `all` means those that the collectives support with this operator."""
     if text != "all":
         return list(dict.fromkeys(checked_dtype(name, op, collectives) for name in text.split(",")))
     found: list[str] = []
@@ -137,7 +139,7 @@ def dtypes(text: str, op: str, collectives: Sequence[str]) -> list[str]:
 
 
 def checked_dtype(name: str, op: str, collectives: Sequence[str]) -> str:
-    """What NumPy calls the type; it and the operator are such that all the collectives have them."""
+    """NumPy's name of the type. Raises ValueError if a collective does not support it with this operator."""
     try:
         dtype: str = numpy_dtype(dtype_name(name)).name
         _check_dtype(dtype, op, collectives)
@@ -147,7 +149,7 @@ def checked_dtype(name: str, op: str, collectives: Sequence[str]) -> str:
 
 
 def _check_dtype(dtype: str, op: str, collectives: Sequence[str]) -> None:
-    """TypeError or ValueError if the library has no such calls."""
+    """Raises TypeError or ValueError if the library has no such calls."""
     reducing = any(name in REDUCING for name in collectives)
     call = ("all_reduce", op) if reducing else ("all_gather", "sum")
     pycomm.run_local(lambda comm: comm.explain(call[0], 1, dtype, op=call[1]), 1)
@@ -167,14 +169,14 @@ def check_op(op: str) -> None:
 
 
 def algorithms(wanted: str, collectives: Sequence[str]) -> dict[str, list[str | None]]:
-    """Those of the wanted that each collective has; None is the library's choice."""
+    """The wanted algorithms that each collective has; None is the library's choice."""
     found = {name: chosen_algorithms(name, wanted) for name in collectives}
     for name in set(wanted.split(",")) - {"", "all"}:
         if not any(name in chosen for chosen in found.values()):
             if is_own(name):
-                raise ValueError(f"--algorithms {name}: is one for {own_algorithm(name).collective}")
+                raise ValueError(f"--algorithms {name}: is an algorithm for {own_algorithm(name).collective}")
             known = dict.fromkeys(known for name in collectives for known in _native.algorithms(name))
-            raise ValueError(f"--algorithms {name}: there are {', '.join(known)}")
+            raise ValueError(f"--algorithms {name}: unknown, use one of {', '.join(known)}")
     return found
 
 
@@ -193,7 +195,7 @@ def chosen_algorithms(collective: str, wanted: str) -> list[str | None]:
 
 @functools.cache
 def own_algorithm(text: str) -> pycomm.Algorithm:
-    """What its `write` raises is a ValueError that says so."""
+    """Loads a user's algorithm. An exception of its `write` becomes a ValueError."""
     found = load(text)
     if not isinstance(found, pycomm.Algorithm):
         raise ValueError(
@@ -204,7 +206,7 @@ def own_algorithm(text: str) -> pycomm.Algorithm:
     def named(builder: pycomm.algorithm.Builder, world: pycomm.algorithm.World) -> None:
         try:
             write(builder, world)
-        except ValueError:  # of the builder: it says what is wrong
+        except ValueError:  # from the builder: it already says what is wrong
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(f"{text}: write() raises {type(error).__name__}: {error}") from error
@@ -228,7 +230,7 @@ def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
         if collective not in ("all_reduce", "reduce_scatter", "all_gather"):
             raise ValueError(f"{collective} takes no codec")
         if codec in ("sign", "topk"):
-            raise ValueError("a call on its own is far off: see pycomm bench codecs")
+            raise ValueError("a single call has a large error: see pycomm bench codecs")
         own = load(codec) if is_own(codec) else codec
         if not isinstance(own, str | Codec):
             raise ValueError(f"is a {type(own).__name__}, not an object of pycomm.codecs")
@@ -237,17 +239,17 @@ def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
         pycomm.run_local(lambda comm: getattr(comm, collective)(x, codec=own, **options), 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--codecs {codec}: {error}") from None
-    except Exception as error:  # of a user's codec
+    except Exception as error:  # from a user's codec
         raise ValueError(f"--codecs {codec}: it raises {type(error).__name__}: {error}") from error
 
 
 def offsets(text: str | None, dtypes: Sequence[str]) -> tuple[int, int] | None:
-    """--offset 16, or with that of outputs --offset 16,48"""
+    """--offset 16, or, with another offset for outputs, --offset 16,48"""
     if text is None:
         return None
     found = numbers_beyond_a_page("--offset", text, dtypes)
     if len(found) > 2:
-        raise ValueError(f"--offset {text}: one number, or two: of inputs and of outputs")
+        raise ValueError(f"--offset {text}: give one number, or two: for inputs and for outputs")
     return found[0], found[-1]
 
 
@@ -255,13 +257,13 @@ def numbers_beyond_a_page(option: str, text: str, dtypes: Sequence[str]) -> list
     found = []
     for part in text.split(","):
         if not part.isdecimal() or int(part) >= 4096:
-            raise ValueError(f"{option} {text}: {part!r} is no number of bytes within a page, 0 to 4095")
+            raise ValueError(f"{option} {text}: {part!r} is not a number of bytes within a page, 0 to 4095")
         found.append(int(part))
     for dtype in dtypes:
         item = numpy_dtype(dtype).itemsize
         for offset in found:
             if offset % item:
                 raise ValueError(
-                    f"{option} {text}: {dtype} elements lie at multiples of {item}; -d uint8 lies anywhere"
+                    f"{option} {text}: {dtype} elements lie at multiples of {item}; -d uint8 may lie anywhere"
                 )
     return found

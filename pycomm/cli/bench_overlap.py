@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     found: list[overlap.Overlap] = []
     with session.measuring():
         for world, of_world in itertools.groupby(tables, lambda table: table[1].ranks):
-            # Not pinned to one core: threads that make progress have the rest of a rank's share.
+            # Ranks are not pinned to one core: their progress threads get the rest of their cores.
             shares = [sorted(share) for share in split_cores(world)]
             with session.sets(world, peers, shares) as (ours, theirs):
                 session.say(report.engines(world, session.versions))

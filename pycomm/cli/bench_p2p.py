@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_memory(parser)
     options.add_peers(parser)
-    parser.add_argument("--columns", metavar="NAMES", help="as of pycomm bench")
+    parser.add_argument("--columns", metavar="NAMES", help="as in pycomm bench")
     output.add_options(parser, csv=True, markdown=True)
 
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_matrix(args: argparse.Namespace, dtypes: Sequence[str]) -> None:
-    """A matrix is one of two patterns, each at one size and of one type."""
+    """Checks the options: a matrix shows two patterns, each at one size and with one type."""
     unused = {
         "-f": args.stepfactor,
         "-i": args.stepbytes,
@@ -99,8 +99,8 @@ def _check_matrix(args: argparse.Namespace, dtypes: Sequence[str]) -> None:
     for option, value in unused.items():
         if value is not None:
             raise ValueError(
-                f"--cores and {option} {value}: a matrix of cores has ping_pong at size -b and one_way at"
-                " size -e, of one type"
+                f"--cores and {option} {value}: a matrix of cores shows ping_pong at size -b and one_way at"
+                " size -e, with one type"
             )
 
 
@@ -113,5 +113,5 @@ def checked_cores(text: str) -> list[int]:
     if missing := [core for core in found if core not in allowed]:
         raise ValueError(f"--cores {text}: this process may not run on {', '.join(map(str, missing))}")
     if len(found) < 2:
-        raise ValueError(f"--cores {text}: a pair has two cores")
+        raise ValueError(f"--cores {text}: at least two cores are needed for a pair")
     return found

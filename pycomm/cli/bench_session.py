@@ -1,4 +1,5 @@
-"""Runs tables one after the other, prints rows as they are measured, and keeps them whatever ends the run."""
+"""Measures tables one after the other, prints rows as they are measured, and keeps them however the run
+ends."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Session:
         self.args = args
         self.console, errors = output.consoles(args, report.WIDTH)
         self._messages = self.console if self.console.is_terminal and errors.is_terminal else errors
-        # Drawn between cases alone: a thread that draws would take time from the ranks.
+        # Drawn only between cases: a drawing thread would take time from the ranks.
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -67,11 +68,11 @@ class Session:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM, SIGHUP, a reader that went away and whatever fails end the measuring, and nothing
-        else: what was found is still there to be written."""
+        """Ctrl-C, SIGTERM, SIGHUP, a reader that has gone and any failure only end the measuring: the rows
+        found so far are still written."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in before.items():
-            if handler != signal.SIG_IGN:  # as nohup has it
+            if handler != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, signal.default_int_handler)
         try:
             with self._progress:
@@ -92,7 +93,7 @@ class Session:
     def sets(
         self, size: int, peers: Sequence[Peer], cpus: Cpus | None = None
     ) -> Iterator[tuple[RankSet, dict[Peer, RankSet]]]:
-        """Our ranks, and those of the peers that come."""
+        """The ranks of pycomm, and of those peers that start."""
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(RankSet.of_pycomm(size, cpus=cpus))
             self.versions["pycomm"] = ours.version
@@ -113,7 +114,7 @@ class Session:
         self._unwritten += output.write(self.args, outputs)
 
     def failure(self, wrong: int, found: bool) -> str:
-        """Why the run failed; nothing if it did not. What an engine does not have is no failure."""
+        """Why the run failed, or "". A call that an engine does not have is no failure."""
         if self.ended.startswith("failed"):
             return self.ended
         failed = dict.fromkeys(of.what for of in self.not_run if of.failure)
@@ -122,7 +123,7 @@ class Session:
         return "; ".join(reasons) or "nothing was measured" * (not found)
 
     def close(self, wrong: int, found: bool) -> None:
-        """The last line."""
+        """Prints the last line."""
         if found or self.not_run:
             failed = bool(self.failure(wrong, found))
             not_run = list(dict.fromkeys(of.what for of in self.not_run))
@@ -131,7 +132,7 @@ class Session:
     def code(self, wrong: int, found: bool) -> int:
         unwritten = output.not_written([*self._unwritten, *output.lost(self.console)])
         if self.ended == "interrupted":
-            self.warn("interrupted: the outputs hold what was measured until then")
+            self.warn("interrupted: the outputs hold the results up to then")
             return 130
         failure = self.failure(wrong, found)
         return fail(failure) if failure else unwritten
@@ -142,7 +143,9 @@ def columns(text: str | None) -> list[str]:
     found = [] if text is None else text.split(",")
     for name in found:
         if name not in report.COLUMNS:
-            raise ValueError(f"--columns {text}: there is no column {name!r}: {', '.join(report.COLUMNS)}")
+            raise ValueError(
+                f"--columns {text}: there is no column {name!r}, only {', '.join(report.COLUMNS)}"
+            )
     return found
 
 
@@ -198,7 +201,7 @@ def _measure(
 
 
 def finish(session: Session, rows: Sequence[Row], mpis: Sequence[str]) -> None:
-    """Every output that was asked for, and the summary."""
+    """Writes the requested outputs and prints the summary."""
 
     def draw(path: str) -> None:
         if any(row.bytes for row in rows):

@@ -15,13 +15,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collective", help="all_reduce, broadcast, ...")
     parser.add_argument("count", help="elements (of one rank's block): 1000, 4K, 1M")
     parser.add_argument("dtype", nargs="?", default="float32", help="float32 if not given")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="of how many ranks (2)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of ranks (2)")
     parser.add_argument("--op", default="sum", help="operator of the reductions (sum)")
     parser.add_argument(
-        "--algorithm", metavar="NAME", help="this one, or your own as module:name; else the library's choice"
+        "--algorithm", metavar="NAME", help="a name, or your own as module:name (the library's choice)"
     )
-    parser.add_argument("--root", type=int, default=0, metavar="RANK", help="of broadcast, reduce, ... (0)")
-    parser.add_argument("--deterministic", action="store_true", help="sums in the same order at every size")
+    parser.add_argument(
+        "--root", type=int, default=0, metavar="RANK", help="root of broadcast, reduce, ... (0)"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="sum in the same order at every size")
 
 
 def run(args: argparse.Namespace) -> int:

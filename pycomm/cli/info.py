@@ -1,4 +1,4 @@
-"""`pycomm info`: what this machine and this installation have. Nothing heavy is imported to find out."""
+"""`pycomm info`: what this machine and this installation have. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pycomm.launch import split_cores
 from pycomm.world import VARIABLES
 
 OPTIONAL = ("mpi4py", "torch", "jax", "ml_dtypes", "rich", "matplotlib")
-SETTINGS = {  # of docs/environment.md, with what holds where they are not set
+SETTINGS = {  # those of docs/environment.md, with their defaults
     "PYCOMM_DEBUG": "WARN",
     "PYCOMM_ISA": "the best that the CPU has",
     "PYCOMM_SINGLE_COPY": "1",
@@ -35,10 +35,10 @@ SETTINGS = {  # of docs/environment.md, with what holds where they are not set
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--ranks", type=int, default=2, metavar="N", help="for how many ranks to show the cores (2)"
+        "--ranks", type=int, default=2, metavar="N", help="number of ranks to show the cores for (2)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="the same for programs, with more of the processor"
+        "--json", action="store_true", help="the same for programs, with more about the processor"
     )
 
 
@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
         check_ranks("--ranks", args.ranks)
         facts = _facts(args.ranks)
         processor = machine.as_dict()
-    except ValueError as error:  # also of a variable that is not understood
+    except ValueError as error:  # a variable has an invalid value
         return fail(str(error))
     if args.json:
         found = {"facts": dict(facts), "processor": processor, "settings": settings()}
@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
 
 
 def settings() -> dict[str, str]:
-    """Those that hold now. An empty variable counts as not set."""
+    """The settings in force. An empty variable counts as not set."""
     return {name: os.environ.get(name) or default for name, default in SETTINGS.items()}
 
 
@@ -89,7 +89,7 @@ def _facts(size: int) -> list[tuple[str, str]]:
 
 
 def ranges(numbers: set[int]) -> str:
-    """As the kernel writes sets of CPUs: "0-3,8"."""
+    """A set of CPUs in the kernel's notation: "0-3,8"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][-1] == number - 1:
@@ -126,8 +126,8 @@ def _caches(caches: Iterable[machine.Cache]) -> str:
 
 def _smt(threads: int) -> str:
     if threads == 1:
-        return "off: one hardware thread a core"
-    return f"{threads} hardware threads a core; ranks get cores of their own where there are enough"
+        return "off: one hardware thread per core"
+    return f"{threads} hardware threads per core; each rank gets a core of its own if there are enough"
 
 
 def _numa() -> str:
@@ -147,13 +147,13 @@ def _memory() -> str:
     )
     group = next((line[3:] for line in read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
     limit = read(f"/sys/fs/cgroup{group}/memory.max") or read("/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    if limit.isdecimal() and int(limit) < 1 << 60:  # the older cgroups have a huge number for none
+    if limit.isdecimal() and int(limit) < 1 << 60:  # without a limit, cgroups v1 show a huge number
         text += f", the cgroup's limit is {int(limit) / 2**30:.1f} GiB"
     return text
 
 
 def single_copy() -> str:
-    """Whether a process may read another one's memory through the kernel, as ranks do."""
+    """Whether a process may read another's memory through the kernel, as ranks do."""
     if settings()["PYCOMM_SINGLE_COPY"] == "0":
         return "no: PYCOMM_SINGLE_COPY=0"
     error = _read_a_child()
@@ -173,12 +173,12 @@ class _Vector(ctypes.Structure):
 
 
 def _read_a_child() -> int:
-    """0, or the error's number."""
+    """Returns 0 or the errno."""
     libc = ctypes.CDLL(None, use_errno=True)
     source, target = ctypes.create_string_buffer(b"memory"), ctypes.create_string_buffer(7)
     ready, end = os.pipe()
     child = os.fork()
-    if child == 0:  # it has the same memory at the same address, until it is told to go
+    if child == 0:  # it has the same memory at the same address, and lives until it is told to end
         os.close(end)
         os.read(ready, 1)
         os._exit(0)
@@ -193,7 +193,7 @@ def _read_a_child() -> int:
 
 
 def _huge_pages() -> str:
-    """For NumPy's arrays, and for symmetric memory and windows, with what mends the latter."""
+    """The settings for NumPy's arrays and for shared memory, with a remedy for the latter."""
     private, shared = machine.huge_pages("enabled"), machine.huge_pages("shmem_enabled")
     text = f"{private or 'not offered'} for arrays, {shared or 'not offered'} for shared memory"
     if shared in ("never", "deny"):
@@ -229,7 +229,7 @@ def _cuda() -> str:
     nvcc = shutil.which("nvcc")
     release = [line for line in _says(nvcc, "--version") if "release" in line] if nvcc else []
     compiler = release[0] if release else "no compiler (nvcc)"
-    # Not imported: that would look for the driver.
+    # Not imported, since that would look for the driver.
     built = importlib.util.find_spec("pycomm._cuda") is not None
     kernels = "kernels built" if built else "kernels not built (pip install -C cmake.define.PYCOMM_CUDA=ON .)"
     return f"{f'driver {driver[0]}' if driver else 'no driver'}, {compiler}, {kernels}"

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if " ".join(argv[:2]) in COMMANDS:
         argv[:2] = [" ".join(argv[:2])]
     parser = argparse.ArgumentParser(prog="pycomm", description="Collective communication for training.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """argparse's own has the text made before, and the launcher starts without the module that has it."""
+    """Makes the text only when asked, since the launcher starts without the module that has the version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         parser.exit(show(f"pycomm {pycomm.__version__}"))
 
 
 def show(text: str) -> int:
-    """On standard output. The exit code."""
+    """Prints to standard output. Returns the exit code."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -64,13 +64,13 @@ def show(text: str) -> int:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """One line on stderr, and the exit code: argparse's for what the user can mend."""
+    """Prints a line to stderr. Returns the exit code: argparse's, for an error of the user."""
     _say(f"error: {message}")
     return code
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
+    """Prints a line to stderr."""
     _say(f"warning: {message}")
 
 
@@ -82,14 +82,14 @@ def _say(message: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """What is still written to it is dropped, and Python's last flush does not fail."""
+    """Drops everything still written to the stream, so that Python's last flush does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _open_standard_streams() -> None:
-    """One that is closed leads nowhere: else the next file that is opened takes its number."""
+    """Opens closed streams to /dev/null: otherwise the next opened file takes their numbers."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             while os.open(os.devnull, os.O_RDWR) < number:

@@ -1,4 +1,4 @@
-"""Where the tables, files and charts of the bench commands go."""
+"""The destinations of the bench commands' tables, files and charts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def add_options(
     parser.add_argument(
         "--json",
         metavar="PATH",
-        help="- is standard output, which then holds nothing else; {processor} in a path is this one",
+        help="- is standard output, which then holds nothing else; {processor} in a path becomes its name",
     )
     if csv:
         parser.add_argument("--csv", metavar="PATH", help="likewise")
     if markdown:
-        parser.add_argument("--markdown", metavar="PATH", help="likewise; a table for documents")
+        parser.add_argument("--markdown", metavar="PATH", help="likewise, as a table for documents")
     if plot:
-        parser.add_argument("--plot", metavar="PATH", help="a PNG, or a PDF or SVG")
+        parser.add_argument("--plot", metavar="PATH", help="a chart, as PNG, PDF or SVG")
 
 
 def check(args: argparse.Namespace, command: str) -> None:
-    """Raises ValueError for what is missing: a package, or a place for a file."""
+    """Raises ValueError if a package or the place for a file is missing."""
     if not importlib.util.find_spec("rich"):
         raise ValueError(needs(command, "rich"))
     plot = getattr(args, "plot", None)
@@ -47,7 +47,7 @@ def check(args: argparse.Namespace, command: str) -> None:
     on_stdout = [f"--{option} -" for option in FILES if getattr(args, option, None) == "-"]
     if len(on_stdout) > 1:
         raise ValueError(
-            f"{' and '.join(on_stdout)}: standard output holds one of them; name a file for the other"
+            f"{' and '.join(on_stdout)}: standard output can hold only one of them; name a file for the other"
         )
     taken: dict[str, str] = {}
     for option in (*FILES, "plot"):
@@ -57,21 +57,21 @@ def check(args: argparse.Namespace, command: str) -> None:
         path = Path(named(given))
         says = f"--{option} {given}"
         if option == "plot" and path.suffix.lower() not in CHARTS:
-            raise ValueError(f"{says}: the name of a chart ends in {', '.join(CHARTS)}")
+            raise ValueError(f"{says}: the name of a chart must end in {', '.join(CHARTS)}")
         if not path.parent.is_dir():
             raise ValueError(f"{says}: there is no directory {path.parent}")
         if path.is_dir():
             raise ValueError(f"{says}: is a directory, name a file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{says}: may not be written, name another place")
+            raise ValueError(f"{says}: cannot be written, name another place")
         other = taken.setdefault(os.path.realpath(path), says)
         if other != says:
-            raise ValueError(f"{other} and {says}: are one file, name two")
+            raise ValueError(f"{other} and {says}: are the same file, name two")
 
 
 class Stream:
-    """Standard output or error, for a console. That nobody reads it any more, or that it has no room, is no
-    exception: `lost` says why, and the rest is dropped. What was measured is still to be written to files."""
+    """Standard output or error, for a console. If nobody reads it any more, or if there is no room, that is
+    no exception: `lost` says why, and the rest is dropped. The results can still be written to files."""
 
     def __init__(self, of: TextIO) -> None:
         self._of = of
@@ -96,14 +96,14 @@ class Stream:
 
 
 def console(stream: TextIO, width: int | None = None) -> Console:
-    """Text is what it says: names and errors have no markup, and no emoji."""
+    """A console that prints text as it is: names and errors contain no markup and no emoji."""
     from rich.console import Console
 
     return Console(file=cast(TextIO, Stream(stream)), width=width, markup=False, emoji=False)
 
 
 def consoles(args: argparse.Namespace, width: int) -> tuple[Console, Console]:
-    """The one for tables, `width` columns wide where nobody looks at it on a terminal, and stderr's."""
+    """The consoles for tables, `width` columns wide unless on a terminal, and for stderr."""
     errors = console(sys.stderr)
     taken = any(getattr(args, option, None) == "-" for option in FILES)
     to_terminal = errors.is_terminal if taken else sys.stdout.isatty()
@@ -111,14 +111,14 @@ def consoles(args: argparse.Namespace, width: int) -> tuple[Console, Console]:
 
 
 def lost(console: Console) -> list[str]:
-    """What could not be printed, and why."""
+    """What could not be printed and why."""
     why = cast(Stream, console.file).lost
     return [f"the tables: {why}"] if why else []
 
 
 def write(args: argparse.Namespace, outputs: Mapping[str, Callable[[str], None]]) -> list[str]:
-    """Calls, for each option that was given, what writes to its path. One that cannot be written keeps no
-    other from it; returns which they are, and why."""
+    """Calls the writer of each option that was given with its path. A failure does not keep the others from
+    being written; returns which failed and why."""
     failed = []
     for option, do in outputs.items():
         if given := getattr(args, option, None):
@@ -130,12 +130,12 @@ def write(args: argparse.Namespace, outputs: Mapping[str, Callable[[str], None]]
 
 
 def not_written(failed: list[str]) -> int:
-    """Says so. The exit code."""
+    """Reports what was not written. Returns the exit code."""
     return fail(f"not written: {'; '.join(failed)}", 1) if failed else 0
 
 
 def write_text(path: str, text: str) -> None:
-    """`-` is standard output."""
+    """Writes a file; `-` is standard output."""
     if path == "-":
         try:
             print(text.rstrip("\n"), flush=True)
@@ -147,7 +147,7 @@ def write_text(path: str, text: str) -> None:
 
 
 def named(path: str) -> str:
-    """{processor} in the name of a file is the processor: records of several machines lie side by side."""
+    """Replaces {processor} in a file's name by the processor, so that records of several machines coexist."""
     from pycomm.bench.machine import slug
 
     return path.replace("{processor}", slug()) if "{processor}" in path else path

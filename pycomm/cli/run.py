@@ -14,7 +14,7 @@ from pycomm.launch import GRACE_S, NOTICE_S, StartError, launch
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Each rank runs on its own cores where there are enough, reads nothing from stdin, and prints"
+        "Each rank runs on its own cores if there are enough, reads nothing from stdin, and prints"
         " lines that start with its number. When one fails the others have"
         f" {NOTICE_S:.0f} s to end by themselves, then get SIGTERM and, {GRACE_S:.0f} s later, SIGKILL; the"
         " exit code of the first that failed is this command's. SIGINT (Ctrl-C), SIGTERM and SIGHUP are"
@@ -22,19 +22,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     # The other names are those of mpirun, horovodrun and torchrun.
     names = ("-n", "-np", "--n", "--np", "--nproc-per-node", "--nproc_per_node")
-    parser.add_argument(*names, dest="size", type=int, metavar="N", help="how many ranks (needed)")
+    parser.add_argument(*names, dest="size", type=int, metavar="N", help="how many ranks (required)")
     parser.add_argument(
         "--on-failure",
         choices=("end", "wait"),
         default="end",
-        help="what becomes of the other ranks when one fails: they are ended, or left alone, to go on with"
+        help="what happens to the other ranks when one fails: they are ended, or left alone, to go on with"
         " shrink() (default: end)",
     )
     parser.add_argument(
         "-m", dest="module", action="store_true", help="SCRIPT names a module, as for python -m"
     )
     parser.add_argument("script", help="the Python file to run")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="what it gets as its arguments")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         after = next((arg for arg in args.args if re.fullmatch(r"(-n|-np|--n|--np)(=?\d+)?", arg)), None)
         right = f"pycomm run -n N {'-m ' if args.module else ''}{args.script}"
         if after:
-            return fail(f"`{after}` stands after the script, which gets it: write `{right}`")
+            return fail(f"`{after}` comes after the script and so is an argument of it: write `{right}`")
         return fail(f"how many ranks? Write `{right}`")
     try:
         check_ranks("-n", args.size)

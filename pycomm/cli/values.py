@@ -1,4 +1,4 @@
-"""What options mean, where several commands have them; a ValueError names the option and its value."""
+"""The values of options that several commands have; a ValueError names the option and its value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_size(text: str, option: str = "") -> int:
 
 
 def dtype_name(text: str) -> str:
-    """What the library calls the type; a TypeError lists the names."""
+    """The library's name of the type; a TypeError lists the names."""
     from pycomm import _native  # the launcher starts without it
 
     return _native.dtype_name(text)
@@ -39,7 +39,7 @@ def check_ranks(option: str, ranks: int) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers that a list such as "1-4,8" means."""
+    """The numbers in a list such as "1-4,8"."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -48,7 +48,7 @@ def numbers(text: str) -> list[int]:
         except ValueError:
             raise ValueError(f"{part!r} in {text!r} is neither a number nor a range such as 1-17") from None
         if low > high:
-            raise ValueError(f"{part!r} in {text!r}: a range goes up")
+            raise ValueError(f"{part!r} in {text!r}: a range must go up")
         if high - low >= MOST_NUMBERS:
             raise ValueError(f"{part!r} in {text!r}: a range has at most {MOST_NUMBERS} numbers")
         found += range(low, high + 1)

@@ -1,4 +1,4 @@
-"""`pycomm verify`: proves plans, and puts into words what is wrong with one that is not right."""
+"""`pycomm verify`: proves plans, and says in words what is wrong with an incorrect one."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _algorithms(collective: str, wanted: str) -> list[str]:
 def _cases(
     collective: str, algorithm: str, sizes: list[int], counts: list[int], dtype: str, op: str
 ) -> Iterator[Case]:
-    """For roots the first, one inside and the last stand for all."""
+    """The first root, one in the middle and the last stand for all roots."""
     for size in sizes:
         roots = sorted({0, size // 2, size - 1}) if collective in ROOTED else [0]
         for count in counts if collective != "barrier" else [0]:

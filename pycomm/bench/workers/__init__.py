@@ -1,1 +1,1 @@
-"""Run as scripts, by interpreters that need not have pycomm: worker.py with one of the engines."""
+"""Scripts for interpreters that need not have pycomm: worker.py runs with one of the engines."""

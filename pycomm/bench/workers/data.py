@@ -1,7 +1,7 @@
-"""What the ranks send, and how many elements of what they get are wrong. Needs NumPy alone.
+"""The data that ranks send, and a count of the wrong elements that they receive. Needs only NumPy.
 
-Every rank's data is a pattern of its own, of prime length, so that a chunk that landed elsewhere is seen. The
-values are integers so small that the result is exact in the type, in any order of the operations.
+Every rank's data is its own pattern of prime length, so that a misplaced chunk is detected. The values are
+integers so small that the result is exact in the type, in any order of the operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 PERIOD = 10_007
-TILES = 8  # periods that are compared at a time: what is made for the check stays in the cache
+TILES = 8  # periods that are compared at a time, so that the check's data stays in the cache
 
 # (elements of a rank's input, of its output) as multiples of the count, for n ranks
 SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
@@ -32,9 +32,9 @@ SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
     "send_recv": lambda n: (1, 1),
     **dict.fromkeys(("ping_pong", "one_way", "two_way"), lambda n: (1, 1)),
 }
-# Between two ranks: there and back, a window of messages to rank 1, and one each way at the same time.
+# Between two ranks: there and back; a window of messages to rank 1; and one in each direction at once.
 POINT_TO_POINT = ("ping_pong", "one_way", "two_way")
-WINDOW = 64  # messages that are on their way at once, as in the OSU benchmarks
+WINDOW = 64  # messages in flight at once, as in the OSU benchmarks
 REDUCING = ("all_reduce", "reduce_scatter", "reduce")
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
 OPS = {
@@ -51,7 +51,7 @@ OPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call to measure. `count`: elements of one rank's part (of the whole, where there are no parts)."""
+    """One call to measure. `count`: elements of one rank's part (of the whole, if there are no parts)."""
 
     collective: str
     count: int
@@ -75,25 +75,25 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             return found
         except ImportError:
             raise ValueError(
-                f"{name!r} is no type of NumPy's; for bfloat16 and float8: pip install ml_dtypes"
+                f"{name!r} is not a type of NumPy; for bfloat16 and float8: pip install ml_dtypes"
             ) from None
         except AttributeError:
             raise ValueError(f"{name!r} is a type of neither NumPy nor ml_dtypes") from None
 
 
 def fill(x: Array, case: Case, rank: int, size: int) -> None:
-    """Rank `rank`'s input."""
+    """Fills x with the input of rank `rank`."""
     _write(x, _pattern(case, rank, size), 0)
 
 
 def spoil(x: Array) -> None:
-    """So that what the call does not write is wrong."""
+    """Fills x with wrong values, so that elements which the call does not write are detected."""
     x.view(np.uint8)[:] = 0x7B
 
 
 def wrong(x: Array, out: Array, case: Case, rank: int, size: int, lossy: bool = False) -> int:
-    """How many elements of `out`, and of `x` if that is other memory, are not what they must be here: if
-    `lossy`, off by more than half the largest magnitude, which is what a misplaced chunk is in many."""
+    """How many elements of `out`, and of `x` if that is other memory, are wrong. With `lossy`, an element is
+    wrong if it is off by more than half the largest magnitude, as many are in a misplaced chunk."""
     count = 0
     if not np.may_share_memory(x, out):
         count += _differ(x, _pattern(case, rank, size), 0, case)
@@ -123,7 +123,7 @@ def wrong(x: Array, out: Array, case: Case, rank: int, size: int, lossy: bool = 
 
 def _pattern(case: Case, rank: int, size: int) -> Array:
     dtype = numpy_dtype(case.dtype)
-    exact = _largest_exact(dtype)  # no integer up to it is rounded
+    exact = _largest_exact(dtype)  # all integers up to it are exact
     if case.op == "prod":
         low, high = 1, 2 if size < 8 else 1
     elif dtype.kind == "b":
@@ -131,7 +131,7 @@ def _pattern(case: Case, rank: int, size: int) -> Array:
     else:
         high = min(100, exact // size)
         low = 0 if dtype.kind == "u" else -high
-    # Averages are whole numbers too.
+    # Averages are whole numbers, too.
     scale = size if case.op == "avg" and high >= size else 1
     values = np.random.default_rng(rank).integers(low // scale, high // scale + 1, PERIOD)
     return values * scale
@@ -142,7 +142,7 @@ def _largest_exact(dtype: np.dtype[Any]) -> int:
         return int(np.iinfo(dtype).max)
     if dtype.kind == "b":
         return 1
-    if dtype.isbuiltin == 1:  # not ml_dtypes', which have registered themselves
+    if dtype.isbuiltin == 1:  # not one that ml_dtypes has registered
         return int(2 ** (np.finfo(dtype).nmant + 1))
     import ml_dtypes
 

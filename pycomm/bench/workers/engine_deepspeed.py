@@ -1,4 +1,4 @@
-"""DeepSpeed's all_reduce over shared memory, which its users get on CPUs of one machine; Gloo joins ranks.
+"""DeepSpeed's all_reduce over shared memory, which its users get on one machine's CPUs; Gloo joins the ranks.
 
 Its extension is compiled when it is first loaded, which takes minutes: load it once before it is measured,
 `python -c "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as B; B().load()"`.
@@ -27,7 +27,7 @@ TYPES = ("float32", "float16", "bfloat16")
 class Engine(engine_gloo.Engine):  # type: ignore[misc]
     def __init__(self, rank: int, size: int, directory: str) -> None:
         super().__init__(rank, size, directory)
-        # Its memory has names made of these; nobody else has this directory.
+        # The names of its shared memory derive from these; the directory is unique.
         self.job = Path(directory).name
         os.environ |= {"LOCAL_SIZE": str(size), "MASTER_ADDR": self.job, "MASTER_PORT": "0"}
         extension = ShareMemCommBuilder().load()
@@ -53,6 +53,6 @@ class Engine(engine_gloo.Engine):  # type: ignore[misc]
 
     def close(self) -> None:
         self.barrier()
-        for left in Path("/dev/shm").glob(f"*{self.job}*"):  # it removes none
+        for left in Path("/dev/shm").glob(f"*{self.job}*"):  # DeepSpeed removes none of them
             left.unlink(missing_ok=True)
         super().close()

@@ -1,4 +1,4 @@
-"""Gloo through torch.distributed, on tensors over the same arrays."""
+"""Gloo through torch.distributed, on tensors that share the arrays' memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OPS = {
 
 class Engine:
     def __init__(self, rank: int, size: int, directory: str) -> None:
-        torch.set_num_threads(1)  # there is one core for each rank
+        torch.set_num_threads(1)  # each rank has one core
         dist.init_process_group("gloo", f"file://{directory}/gloo", rank=rank, world_size=size)
         self.rank = rank
         self.size = size
@@ -109,5 +109,5 @@ def _numpy(tensor: torch.Tensor, dtype: np.dtype[Any]) -> Array:
 
 
 def tensor(x: Array) -> torch.Tensor:
-    """Over the same memory, of the same type, bfloat16 and float8 too."""
+    """A tensor on the same memory with the same type, also for bfloat16 and float8."""
     return torch.from_numpy(x.view(np.uint8)).view(getattr(torch, x.dtype.name))

@@ -1,4 +1,4 @@
-"""MPI through mpi4py: the methods for buffers, on preallocated arrays with their MPI type named."""
+"""MPI through mpi4py: its methods for buffers, on preallocated arrays with explicit MPI types."""
 
 from __future__ import annotations
 
@@ -128,6 +128,6 @@ class Engine:
 
 
 def _typed(x: Array) -> list[Any]:
-    """With its MPI type. What MPI has no type for it moves as bytes."""
+    """x with its MPI type. Elements without an MPI type are moved as bytes."""
     kind = TYPES.get(x.dtype.name)
     return [x.view(np.uint8), MPI.BYTE] if kind is None else [x, kind]

@@ -52,7 +52,7 @@ class Engine:
         self.rank = self.comm.rank
         self.version = f"pycomm {pycomm.__version__}"
         self.origin = pycomm.__file__
-        self.own: dict[str, Any] = {}  # what the user wrote, by its "module:name"
+        self.own: dict[str, Any] = {}  # the user's own objects, by "module:name"
 
     def barrier(self) -> None:
         self.comm.barrier()
@@ -100,7 +100,7 @@ class Engine:
         return call, names
 
     def _found(self, name: str) -> Any:
-        """The name, or what it names, once: an algorithm is made once, and a codec keeps its state."""
+        """The name, or the object that it names, made once: a codec must keep its state."""
         if not is_own(name):
             return name
         if name not in self.own:
@@ -132,6 +132,6 @@ class Engine:
 
 
 def _more(case: Case) -> str:
-    """What is not as it is by default."""
+    """The arguments that differ from the defaults."""
     more = "" if case.op == "sum" else f", op={case.op!r}"
     return more + (f", root={case.root}" if case.root else "")

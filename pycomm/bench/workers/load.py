@@ -1,4 +1,4 @@
-"""A user's own object, by "module:name": an algorithm or a codec. Needs the standard library alone."""
+"""Loads a user's own algorithm or codec, by "module:name". Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def is_own(text: str) -> bool:
 
 
 def load(text: str) -> Any:
-    """The object that "module:name" names; modules of the current directory come first. ValueError if there
-    is no such thing, or if the module raises. What it prints goes to stderr: stdout may be a file of ours."""
+    """The object that "module:name" names; modules of the current directory come first. Raises ValueError if
+    it does not exist, or if the module raises. What the module prints goes to stderr, since stdout may be an
+    output file."""
     module, _, name = text.partition(":")
     if os.getcwd() in sys.path:
         sys.path.remove(os.getcwd())
@@ -26,17 +27,17 @@ def load(text: str) -> Any:
             found = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}; name a module that can be imported from here") from None
-    except (Exception, SystemExit) as error:  # of whatever the module does
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise ValueError(f"{text}: importing {module} raises {type(error).__name__}: {error}") from None
     _check_origin(text, module.partition(".")[0])
     try:
         return getattr(found, name)
     except AttributeError as error:
-        raise ValueError(f"{text}: {error}; name what is in it") from None
+        raise ValueError(f"{text}: {error}; name an object of the module") from None
 
 
 def _check_origin(text: str, package: str) -> None:
-    """A module that was imported before hides one of the same name: nobody asked for that one."""
+    """Raises ValueError if an already imported module hides the user's module of the same name."""
     here = PathFinder.find_spec(package, [os.getcwd()])
     if here is None or here.origin is None:
         return

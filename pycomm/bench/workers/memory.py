@@ -1,7 +1,8 @@
-"""The memory that is sent from and received into, and the caches that hold it. Needs NumPy alone.
+"""The memory that calls send from and receive into, and the caches that hold it. Needs only NumPy.
 
-A user's array begins where the allocator puts it: NumPy's large ones lie 16 bytes beyond a page, torch's on
-a cache line. Copies and vectors are faster at some addresses than others, so nothing is aligned unless asked.
+A user's array begins where the allocator puts it: NumPy's large arrays lie 16 bytes beyond a page, torch's on
+a cache line. Copies and vectors are faster at some addresses than at others, so nothing is aligned unless
+requested.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ HUGE_PAGE = 2 << 20
 
 
 def plain(count: int, dtype: np.dtype[Any], offset: int | None = None, huge: bool = False) -> Array:
-    """NumPy's own memory; with `offset` its first byte is so many bytes beyond a page.
+    """Memory from NumPy; with `offset` its first byte lies that many bytes beyond a page.
 
-    `huge`: large arrays lie in huge pages from end to end. NumPy asks for them too, but what it gets depends
-    on what was freed before."""
+    `huge`: large arrays lie entirely in huge pages. NumPy asks for them, too, but what it gets depends on
+    what was freed before."""
     size = count * dtype.itemsize
     if huge and size >= HUGE_PAGE:
         memory = mmap.mmap(-1, size + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -35,17 +36,17 @@ def plain(count: int, dtype: np.dtype[Any], offset: int | None = None, huge: boo
 
 
 def placed(whole: Array, count: int, dtype: np.dtype[Any], offset: int, page: int = PAGE) -> Array:
-    """The array in these bytes that begins `offset` bytes beyond a page."""
+    """The array in `whole` that begins `offset` bytes beyond a page."""
     start = -whole.ctypes.data % page + offset
     array: Array = whole[start : start + count * dtype.itemsize].view(dtype)
     return array
 
 
 class Caches:
-    """Flushes them: what was in a cache is in memory alone afterwards."""
+    """Flushes the caches: afterwards their contents are only in memory."""
 
     def __init__(self) -> None:
-        # Reading and writing twice the largest leaves nothing else in any; stores alone may bypass them.
+        # Reading and writing twice the largest cache replaces everything; stores alone may bypass caches.
         self._filler = np.zeros(2 * max(_sizes(), default=32 << 20), np.uint8)
 
     def flush(self) -> None:
@@ -55,6 +56,6 @@ class Caches:
 def _sizes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[int]:
     found = []
     for file in folder.glob("index*/size"):
-        if says := re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()):  # some kernels do not say
+        if says := re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip()):  # some kernels give none
             found.append(int(says[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[says[2]])
     return found

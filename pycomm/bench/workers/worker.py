@@ -1,9 +1,9 @@
 """One rank of a set that is measured: `python worker.py ENGINE SOCKET RANK SIZE CPUS`.
 
 ENGINE is the file of a class `Engine` (see its protocol below). The rank connects to the coordinator's socket
-and then does what it is told, a line of JSON at a time. Between orders it sleeps in a read, so that a set
-that is not measured takes no time from the one that is. Runs in any interpreter that has NumPy and what the
-engine needs.
+and then follows orders, each a line of JSON. Between orders it sleeps in a read, so that a set that is not
+measured takes no time from the one that is. It runs in any interpreter that has NumPy and the engine's
+packages.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ class Engine(Protocol):
     version: str
 
     def __init__(self, rank: int, size: int, directory: str) -> None:
-        """Joins the other ranks. MPI says the rank itself; `directory` is for files to meet by."""
+        """Joins the other ranks. MPI gives the rank itself; `directory` is for files by which ranks meet."""
 
     def barrier(self) -> None: ...
 
     def empty(self, count: int, dtype: np.dtype[Any]) -> Array:
-        """Memory as the engine's users have it."""
+        """Memory as the engine's users usually have it."""
 
     def symmetric(self, count: int, dtype: np.dtype[Any]) -> Array:
-        """Memory of its own, by the same call on every rank. Asked of pycomm alone."""
+        """The engine's own memory, allocated by all ranks together. Only pycomm is asked for it."""
 
     def shared(self, count: int, dtype: np.dtype[Any]) -> Array:
         """An array of pycomm.shared_arrays(). Asked of pycomm alone."""
 
     def in_place_part(self, case: Case) -> int:
-        """In which part of the larger buffer the smaller one lies, where a call is in place."""
+        """Which part of the larger buffer is the smaller one, in a call in place."""
 
     def bind(
         self, case: Case, form: str, variant: dict[str, Any], x: Array, out: Array
@@ -69,12 +69,12 @@ class Worker:
         self.calls: dict[tuple[int, str], tuple[timeit.Timer, timeit.Timer]] = {}
         self.moments: list[float] = []
         self.caches: Caches | None = None
-        self.units = 0  # of computation, in `compute`
+        self.units = 0  # units of computation in `compute`
         self.vector = np.ones(4096, np.float32)
 
     def open(self, case: dict[str, Any], variants: list[dict[str, Any]], check: bool) -> list[dict[str, Any]]:
-        """Binds a case in its variants. Says of each which forms it has, what ran and how much was wrong, or
-        what forbids it; `lacks` if there is no such call at all."""
+        """Binds a case in its variants. Returns for each which forms it has, what ran and how many elements
+        were wrong, or why it cannot run; `lacks` if there is no such call at all."""
         self.close()
         return [self._open(Case(**case), number, variant, check) for number, variant in enumerate(variants)]
 
@@ -89,7 +89,7 @@ class Worker:
                 text, names = bound
                 names["moment"] = self._moment
                 call = timeit.Timer(text, globals=names)
-                spoil(out)  # in place, what is not the input's part
+                spoil(out)  # in place: all but the input's part
                 fill(x, case, self.engine.rank, self.size)
                 self.engine.barrier()
                 call.timeit(1)
@@ -100,11 +100,11 @@ class Worker:
                 return {"error": f"has no {case.collective}", "lacks": True}
             chosen = self.engine.algorithm(case, {**variant, "algorithm": None})
             return {"forms": forms, "algorithm": self.engine.algorithm(case, variant), "default": chosen}
-        except Exception as error:  # of any engine: it is the answer
+        except Exception as error:  # from any engine: reported as the answer
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def open_overlap(self, case: dict[str, Any], variant: dict[str, Any], check: bool) -> dict[str, Any]:
-        """As open, and binds the first form's asynchronous call: alone, and with `compute` while it runs."""
+        """Like open; also binds the first form's asynchronous call, alone and with `compute` during it."""
         [answer] = self.open(case, [variant], check)
         if "error" in answer:
             return answer
@@ -134,12 +134,12 @@ class Worker:
         self.units = units
 
     def _compute(self) -> None:
-        """In the first cache: it neither needs nor disturbs what a call moves."""
+        """Computes in the first-level cache, so that it does not interfere with the call's data."""
         for _ in range(self.units):
             np.multiply(self.vector, self.vector, out=self.vector)
 
     def _buffers(self, case: Case, form: str, variant: dict[str, Any]) -> tuple[Array, Array]:
-        """x and out. In place the smaller is a part of the larger, as each collective has it."""
+        """x and out. In place, the smaller is a part of the larger, as the collective defines."""
         rank = self.engine.rank
         x, out = self._memory(case, variant)
         if form == "out_of_place":
@@ -153,7 +153,7 @@ class Worker:
         return x, x[mine] if x.size > out.size else x
 
     def _memory(self, case: Case, variant: dict[str, Any]) -> tuple[Array, Array]:
-        """Two separate buffers. All offsets share the same pages: nothing but the address differs."""
+        """Two separate buffers. All offsets share the same pages, so that only the address differs."""
         dtype, kind, offsets = numpy_dtype(case.dtype), str(variant["buffers"]), variant["offsets"]
         counts = case.elements(self.size)
         if kind in ("symmetric", "shared"):
@@ -184,14 +184,14 @@ class Worker:
         self.moments.append(clock())
 
     def time(self, number: int, form: str, samples: int, calls: int, warmup: int) -> list[float]:
-        """Seconds for each of `samples` times `calls` calls in a row, entered by all ranks together."""
+        """Seconds for each of `samples` samples of `calls` calls in a row, which all ranks enter together."""
         timer = self.calls[number, form][0]
         timer.timeit(warmup)
         self.engine.barrier()
         return [timer.timeit(calls) for _ in range(samples)]
 
     def time_cold(self, number: int, form: str) -> list[float]:
-        """Seconds for a call whose data no cache holds."""
+        """Seconds for a call whose data is in no cache."""
         if self.caches is None:
             self.caches = Caches()
         self.caches.flush()
@@ -199,7 +199,7 @@ class Worker:
         return [self.calls[number, form][0].timeit(1)]
 
     def trace(self, number: int, form: str, calls: int) -> list[list[float]]:
-        """When this rank entered and left each of `calls` calls, by the clock that all ranks share."""
+        """When this rank entered and left each of `calls` calls, by a clock that all ranks share."""
         self.moments.clear()
         self.engine.barrier()
         self.calls[number, form][1].timeit(calls)
@@ -212,7 +212,7 @@ class Worker:
 
 
 def _forget_our_modules() -> None:
-    """A user's data.py or load.py is then found under its name, as it is where no rank runs."""
+    """Makes a user's data.py or load.py importable under its name, as outside of a worker."""
     here = Path(__file__).parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here.resolve()]
     for file in here.glob("*.py"):
