@@ -2,9 +2,9 @@
 `pytest bench/test_bench_addresses.py --benchmark-only -k "all_reduce and 64KiB"`.
 
 The sweep of `pycomm bench all --offsets all -b 4K -e 16M -d uint8`: all addresses of a size in turn,
-shuffled, in each of the rounds. It is run once for a collective and size; what pytest-benchmark shows are its
-samples, a call's time by the slower of two ranks, for each address. `extra_info` has the best quartile, the
-same address measured as two halves, and the worst address over the best.
+shuffled, in each of the rounds. It runs once for a collective and size; pytest-benchmark shows its samples (a
+call's time by the slower of two ranks) for each address. `extra_info` has the lowest quartile, the same
+address measured as two halves, and the worst address over the best.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = [
 
 
 class Clock:
-    """Goes as far as the ranks say that a call took."""
+    """A clock that advances by the time that the ranks measured for a call."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,6 +1,6 @@
 """pytest-benchmark of the inner loops: `pytest bench/test_bench_kernels.py --benchmark-only -k resnet50`.
 
-The cases of `pycomm bench kernels` on the CPU, with torch's fastest way where torch can be imported.
+The cases of `pycomm bench kernels` on the CPU, with torch's fastest implementation if torch can be imported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALL = [(model, family, kernel) for model in MODELS for family, names in KERNELS.
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, dict[str, Case]]:
-    """Of one family and workload at a time: their memory is large."""
+    """The cases of one family and workload at a time, since their memory is large."""
     return {}
 
 

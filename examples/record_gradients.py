@@ -2,8 +2,8 @@
 
     python examples/record_gradients.py gradients.npz
 
-Trains the language model of lm/ in one process, as that many ranks would, each on its own rows of the batch,
-and writes each step's and rank's gradient: 300 steps of 8 ranks are 300 MB.
+Trains the language model of lm/ in one process, as `--ranks` ranks would, each on its own rows of the batch,
+and writes the gradient of each step and rank: 300 steps of 8 ranks are 300 MB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 
 def record(shape: Shape, steps: int, ranks: int) -> NDArray[np.float32]:
-    """(steps, ranks, parameters)."""
+    """Returns the gradients as (steps, ranks, parameters)."""
     text, _ = split_text(read_text())
     count = shape.count()
     mean = np.zeros(count, np.float32)
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     options = parser.parse_args()
     if options.path.suffix != ".npz" or not options.path.parent.is_dir():
-        parser.error(f"{options.path}: the path of an .npz file, in a folder that is there")
+        parser.error(f"{options.path}: give the path of an .npz file, in a folder that exists")
     if options.steps < 1 or options.hidden < 1:
-        parser.error("--steps and --hidden are 1 at least")
+        parser.error("--steps and --hidden must be at least 1")
     if options.ranks < 1 or GLOBAL_BATCH % options.ranks:
-        parser.error(f"--ranks {options.ranks}: the batch of {GLOBAL_BATCH} does not divide by it")
+        parser.error(f"--ranks {options.ranks}: it must divide the batch of {GLOBAL_BATCH}")
     shape = Shape(VOCABULARY, embedding=16, hidden=options.hidden)
     shapes = [[name, json.dumps(of)] for name, of in shape.parameters().items()]
     np.savez(options.path, gradients=record(shape, options.steps, options.ranks), shapes=shapes)

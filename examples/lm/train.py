@@ -1,10 +1,10 @@
-"""Data-parallel training with pycomm: what every rank does.
+"""Data-parallel training with pycomm: the program of every rank.
 
     cd examples && python -m pycomm run -n 2 -m lm.train
 
 Each rank computes the gradient on its share of the batch; one all_reduce averages the gradients; each rank
 then takes the same optimizer step on the same parameters, so that the replicas stay equal bit for bit.
-`train` is all there is to it. Rank 0 reports one JSON object a line.
+`train` is all of it. Rank 0 reports one JSON object per line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .model import Adam, Model, Shape
 
 SEED = 1
 STEPS = 400
-GLOBAL_BATCH = 960  # divides over 1 to 6 ranks, and 8
+GLOBAL_BATCH = 960  # divisible by 1 to 6, and by 8
 LEARNING_RATE = 4e-3
 
 Report = Callable[[dict[str, Any]], None]
@@ -35,16 +35,16 @@ Report = Callable[[dict[str, Any]], None]
 def train(
     comm: pycomm.Communicator, shape: Shape, text: Tokens, steps: int, report: Report, dtype: str = "float32"
 ) -> Model:
-    """Train a model on all ranks of `comm` together; rank 0's `report` hears of every step."""
-    # A shared array: backward writes the gradients where the other ranks can read them, and all_reduce copies
-    # nothing. One element more than there are parameters: the loss travels along.
+    """Trains a model on all ranks of `comm` together; rank 0 calls `report` for every step."""
+    # The gradients live in a shared array: backward writes them where the other ranks can read them, and
+    # all_reduce copies nothing. There is one element more than there are parameters, for the loss.
     n = shape.count()
     with pycomm.shared_arrays():
         bucket = np.empty(n + 1, dtype)
     model = Model(shape, np.empty(n, dtype), bucket[:n], seed=SEED)
     optimizer = Adam(model.params, model.grads)
-    comm.broadcast(model.params, root=0)  # the replicas start equal, whatever each of them drew
-    comm.barrier()  # and start together, so that the first step's wait is a step's wait
+    comm.broadcast(model.params, root=0)  # the replicas start equal, whatever each rank drew
+    comm.barrier()  # and start together, so that the first step's wait is typical
 
     for step in range(steps):
         begin = perf_counter()
@@ -62,7 +62,7 @@ def train(
                     "event": "step",
                     "loss": float(bucket[n]),
                     "seconds": perf_counter() - begin,
-                    "communicating": reduced - computed,  # the wait for a slower rank counted in
+                    "communicating": reduced - computed,  # including the wait for a slower rank
                 }
             )
     return model
@@ -74,7 +74,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def replicas_equal(comm: pycomm.Communicator, model: Model) -> bool:
-    """Whether every rank holds the same parameters, to the bit."""
+    """Whether every rank holds the same parameters, bit for bit."""
     mine = np.array([zlib.crc32(model.params)], np.uint32)
     return len(set(comm.all_gather(mine))) == 1
 

@@ -1,4 +1,4 @@
-"""Arrays of every type on both sides. Bits are compared, so arrays travel as bytes."""
+"""Arrays of every type on CPU and GPU. Tests compare bits, so arrays are transferred as bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def values(dtype: str, count: int, seed: int, any_bits: bool = False) -> np.ndar
 
 
 def to_gpu(x: np.ndarray[Any, Any], misplaced: int = 0) -> Any:
-    """A tensor of the same bytes, `misplaced` bytes after a multiple of 256."""
+    """A tensor with the same bytes, `misplaced` bytes after a multiple of 256."""
     memory = torch.full((misplaced + x.nbytes + 64,), 0xA5, dtype=torch.uint8, device="cuda")
     part = memory[misplaced : misplaced + x.nbytes]
     part.copy_(torch.from_numpy(np.ascontiguousarray(x).view(np.uint8).copy()))
@@ -55,7 +55,7 @@ def to_gpu(x: np.ndarray[Any, Any], misplaced: int = 0) -> Any:
 
 
 def to_cpu(x: Any) -> np.ndarray[Any, Any]:
-    """As bytes."""
+    """The array's bytes."""
     return x.contiguous().view(torch.uint8).cpu().numpy()
 
 

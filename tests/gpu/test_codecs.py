@@ -36,7 +36,7 @@ ALL = pytest.mark.parametrize(
 
 
 def gradients(dtype: str, count: int, seed: int) -> np.ndarray[Any, Any]:
-    """Of magnitudes that differ from block to block, with zeros, and a NaN and an Inf in two of them."""
+    """Values whose magnitudes differ from block to block, with zeros, and a NaN and an Inf in two blocks."""
     x = values(dtype, count, seed).astype(np.float32)
     rng = np.random.default_rng(seed)
     x *= np.repeat(np.exp2(rng.integers(-60, 30, -(-count // 64))), 64)[:count].astype(np.float32)
@@ -113,7 +113,7 @@ def test_a_graph_replays() -> None:
 
 @pytest.mark.parametrize("width", [8, 16, 32])
 def test_shared_integers(width: int) -> None:
-    """Two ranks' integers add to what the float sum is, within a step of each block's scale."""
+    """Two ranks' integers add up to the float sum, within a step of each block's scale."""
     xs = [values("float32", 50_001, j) for j in range(2)]
     on_gpu = [to_gpu(x) for x in xs]
     amax = [torch.empty(-(-50_001 // 128), device="cuda") for _ in xs]

@@ -26,7 +26,7 @@ def ops(dtype: str) -> tuple[str, ...]:
 
 
 def on_cpu(sources: list[np.ndarray[Any, Any]], op: str) -> np.ndarray[Any, Any]:
-    """What the ranks of a group get: one_shot sums as the balanced tree over the ranks."""
+    """The result of a group's ranks: one_shot sums as the balanced tree over the ranks."""
 
     def rank(comm: Any) -> np.ndarray[Any, Any]:
         return comm.all_reduce(sources[comm.rank].copy(), op=op, algorithm="one_shot")
@@ -80,7 +80,7 @@ def test_in_place_and_large() -> None:
 
 @pytest.mark.parametrize("dtype", [name for name in FLOATS if name != "float32"])
 def test_partial_sums(dtype: str) -> None:
-    """A float32 sum of two, then of that and a third, is the tree of three."""
+    """A float32 sum of two sources, then of that and a third, equals the tree of three."""
     sources = [values(dtype, 4099, j) for j in range(3)]
     on_gpu = [to_gpu(x) for x in sources]
     half = torch.empty(4099, dtype=torch.float32, device="cuda")
@@ -125,7 +125,7 @@ def test_cupy() -> None:
     cupy = pytest.importorskip("cupy")
     a, b = cupy.arange(1001, dtype=cupy.float32), cupy.ones(1001, cupy.float32)
     out = cupy.empty_like(a)
-    cupy.cuda.Device().synchronize()  # the next stream waits for nothing
+    cupy.cuda.Device().synchronize()  # the next stream does not wait for this one
     with cupy.cuda.Stream(non_blocking=True) as stream:
         pycomm.cuda.reduce([a, b], out)
         stream.synchronize()

@@ -1,4 +1,4 @@
-"""What the tests of `pycomm bench` share."""
+"""Shared by the tests of `pycomm bench`."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def bench(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> tupl
 
 
 def row(size: int, us: float, peers: dict[str, float], **changes: Any) -> Row:
-    """Twice as long out of place, for pycomm and for peers three times."""
+    """Out of place takes twice as long as in place for pycomm, and three times as long for peers."""
     fields = {"collective": "all_reduce", "count": size // 4, "dtype": "float32", "op": "sum", "ranks": 4}
     forms = {"out_of_place": Times([2 * us]), "in_place": Times([us])}
     fields |= {"algorithm": "ring", "buffers": "plain", "persistent": False, "forms": forms}

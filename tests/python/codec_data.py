@@ -1,4 +1,4 @@
-"""Vectors that ranks can make of each other's, and what tests of codecs compare."""
+"""Vectors that every rank can compute for all ranks, and comparisons for tests of codecs."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Every test that takes `ranks` runs twice: with rank threads and with real processes.
 
-Those marked `links` run with messages between nodes as well.
+Tests marked `links` also run with messages between nodes.
 """
 
 import gc
@@ -14,22 +14,22 @@ from hypothesis import settings
 
 import pycomm
 
-# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP, and the processes of
-# the tests would inherit that.
+# A shell starts background processes with SIGINT ignored, and nohup with SIGHUP ignored; the processes of the
+# tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# How long an example takes is no matter of right or wrong.
+# The time that an example takes is no error.
 settings.register_profile("pycomm", deadline=None)
 settings.load_profile("pycomm")
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: collections, those of forked ranks above all, need not look at it."""
+    """Freezes existing objects, so that garbage collections, above all in forked ranks, skip them."""
     gc.freeze()
 
 
-# How many nodes n rank threads are on; messages between them are late and overtake each other.
+# How many nodes n rank threads are on; messages between nodes are late and overtake each other.
 _NODES: dict[str, Callable[[int], int]] = {"two nodes": lambda n: min(n, 2), "apart": lambda n: n}
 
 

@@ -1,13 +1,13 @@
-"""Runs the Python blocks of a page in order and in one namespace, as its reader would: on each rank of
+"""Runs the Python blocks of a page in order and in one namespace, as a reader would, on each rank of
 `pycomm run -n 2 docs_blocks.py PAGE`.
 
-A comment before a block, which the rendered page does not show, says what the test has to know:
+A comment before a block, which the rendered page does not show, gives the test instructions:
 
-    <!-- setup           what a block that is only a part of a program stands in:
+    <!-- setup           the context of a block that is only part of a program:
     comm = ...           Python, run before it
     -->
-    <!-- needs torch -->         skip the next block (and its setup) where this module is missing
-    <!-- needs a GPU -->         the same without a GPU, or without the kernels for it
+    <!-- needs torch -->         skip the next block (and its setup) if this module is missing
+    <!-- needs a GPU -->         the same without a GPU, or without its kernels
     <!-- raises ValueError -->   the next block must end with this exception
 """
 
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """The blocks of a page with what its comments say about them."""
+    """The blocks of a page with the instructions of its comments."""
     setup: list[tuple[int, str]] = []
     needs: list[str] = []
     raises = None
@@ -54,7 +54,7 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def run(page: Path) -> None:
-    """Prints a line for each block that was left out; raises, with the page's own lines, what a block did."""
+    """Prints a line for each skipped block; raises a block's exceptions with the page's line numbers."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page.read_text()):
         missing = [need for need in block.needs if not _there(need)]

@@ -1,4 +1,4 @@
-"""Ranks as real processes. They are forked, which is cheap, and lets a test's own function run in them."""
+"""Ranks as real processes. They are forked, which is cheap and lets them run a test's own function."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ class Died(Exception):
 
 
 class Rank:
-    """A process that runs `fn(comm)` as one rank of a job, or whatever else is given to it."""
+    """A process that runs `fn(comm)` as one rank of a job, or another given function."""
 
     def __init__(self, body: Callable[[], Any], others: list["Rank"]) -> None:
         read, write = os.pipe()
@@ -38,7 +38,7 @@ class Rank:
         self.status: int | None = None
 
     def outcome(self, timeout: float = 60) -> Any:
-        """What `fn` returned; raises what it raised, or Died."""
+        """Returns the result of `fn`; raises its exception, or Died."""
         parts: list[bytes] = []
         deadline = time.monotonic() + timeout
         while True:
@@ -67,7 +67,7 @@ class Rank:
 
 
 class Gate:
-    """Where processes say that they have come so far."""
+    """A gate at which processes report that they have arrived."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -87,7 +87,7 @@ class Gate:
 
 @contextmanager
 def started(fn: Fn, size: int, timeout: float = 60) -> Iterator[list[Rank]]:
-    """`size` processes in which `fn(comm)` runs; none is left at the end."""
+    """Starts `size` processes that run `fn(comm)`; none is left at the end."""
     job = secrets.token_hex(8)
 
     def body(rank: int) -> Any:
@@ -119,7 +119,7 @@ def run(fn: Fn, size: int, timeout: float = 60) -> list[Any]:
 
 
 def outcomes_of(ranks: list[Rank], timeout: float = 60) -> list[Any]:
-    """What each returned or raised."""
+    """The result or exception of each."""
 
     def outcome(rank: Rank) -> Any:
         try:

@@ -1,8 +1,8 @@
-"""The codecs once more, in NumPy, written from the contracts in csrc/kernels/codec.h and topk.h alone.
+"""A reference of the codecs in NumPy, written only from the contracts in csrc/kernels/codec.h and topk.h.
 
 Slow and plain: a codec is anything with the attributes kind, rounding, seed, ceil_scale and hadamard. Where
-the contract decides bits, these are the bits; where it does not (the order of a block's sum for `sign`, of a
-rotation's for int4), float64 says what the bits must be near to.
+the contract decides bits, the reference has these bits. Where it does not (the order of summation in a block
+of `sign`, and in a rotation of int4), the reference computes in float64, and the bits must be close to that.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def philox(key: int, low: Array, high: int) -> Array:
     return np.stack(counters, axis=1).astype("<u4")
 
 
-@functools.lru_cache(maxsize=8)  # data of nearly one length need the same ones
+@functools.lru_cache(maxsize=8)  # data of similar lengths needs the same bits
 def _philox_again(key: int, packed_low: bytes, high: int) -> Array:
     return philox(key, np.frombuffer(packed_low, np.uint64), high)
 
 
 def random_bits(bits: int, seed: int, stream: tuple[int, int, int], places: Array) -> Array:
-    """`bits` (8 or 16) for each element, whose `places` are tensor << 40 | offset."""
+    """`bits` (8 or 16) random bits for each element, whose `places` are tensor << 40 | offset."""
     step, turn, rank = stream
     per_counter = 128 // bits
     groups, where = np.unique(places // np.uint64(per_counter), return_inverse=True)
@@ -95,7 +95,7 @@ def random_bits(bits: int, seed: int, stream: tuple[int, int, int], places: Arra
 
 
 def round_float(y: Array, dtype: Any, r: Array | None, bits: int = 8) -> Array:
-    """Finite float32 to the nearest value of a small float, or to one of its neighbours; saturates."""
+    """Rounds finite float32 to the nearest value of a small float, or to one of its neighbours; saturates."""
     info = ml_dtypes.finfo(dtype)
     largest = F32(info.max)
     if r is None:
@@ -121,7 +121,7 @@ def bfloat16_up(s: Array) -> Array:
 
 
 def block_scales(codec: Any, amax: Array) -> Array:
-    """Of blocks that are finite: 0 for those that decode to zeros."""
+    """The scales of finite blocks; 0 for those that decode to zeros."""
     kind = codec.kind
     top = F32(LARGEST[kind])
     if kind == "mxfp8":
@@ -145,7 +145,7 @@ def block_scales(codec: Any, amax: Array) -> Array:
 
 
 def hadamard(blocks: Array) -> Array:
-    """Rows of 32 times Sylvester's matrix, in float64: twice that is 32 times the rows."""
+    """Rows of 32 times Sylvester's matrix, in float64; applied twice it gives 32 times the rows."""
     rotated: Array = blocks.astype(np.float64) @ sylvester(32)
     return rotated
 
@@ -170,7 +170,7 @@ def encode(
     residual: Array | None = None,
     residual_scale: float = 1.0,
 ) -> Encoded:
-    """Elements [index, index + len(x)) of the data; `index` is a multiple of TILE."""
+    """Encodes elements [index, index + len(x)) of the data; `index` is a multiple of TILE."""
     kind, count, block = codec.kind, len(x), BLOCK[codec.kind]
     padded = -(-count // TILE) * TILE
     v, e = np.zeros(padded, F32), np.zeros(padded, F32)
@@ -181,7 +181,7 @@ def encode(
         with np.errstate(all="ignore"):
             v[:count] += k * e[:count]
 
-    # Each element's tensor and its offset there; what lies in no tensor counts as zero.
+    # Each element's tensor and its offset in it; elements outside of all tensors count as zero.
     position = np.arange(index, index + padded)
     tensor, begin = np.full(padded, -1), np.zeros(padded, np.int64)
     for first, last, name in [(0, index + count, 0)] if segments is None else segments:
@@ -198,8 +198,8 @@ def encode(
 
 
 def encode_beginnings(codec: Any, x: Array, *, step: int = 0) -> Iterator[tuple[Array, Encoded]]:
-    """x[:n] and what encode() makes of it, without a residual, for each n from 0 to len(x): only the last
-    block of each is encoded anew, since no block depends on another."""
+    """x[:n] and the result of encode() on it, without a residual, for each n from 0 to len(x): only the last
+    block of each is encoded anew, since blocks are independent."""
     kind, block, stream = codec.kind, BLOCK[codec.kind], (step, 0, 0)
     position = np.arange(-(-len(x) // TILE) * TILE)
     padded = np.zeros(len(position), F32)
@@ -317,7 +317,7 @@ def wire_bytes(kind: str, count: int) -> int:
 
 
 def decode(codec: Any, wire: Array, count: int) -> Array:
-    """float32; by the layout alone, so that it is a test of `encode` as well."""
+    """Decodes to float32 by the layout alone, so that it tests `encode` as well."""
     kind, block = codec.kind, BLOCK[codec.kind]
     tiles = -(-count // TILE)
     whole = np.zeros(tiles * wire_bytes(kind, TILE), np.uint8)
@@ -359,7 +359,7 @@ def topk_record_bytes(capacity: int) -> int:
 
 
 def topk(v: Array, k: int) -> Array:
-    """Indices, ascending, of the k largest of float32: NaN before Inf, ties to the lowest index."""
+    """The indices, ascending, of the k largest float32 values: NaN before Inf, ties to the lowest index."""
     keys = np.where(np.isnan(v), np.int64(1) << 40, (v.view(np.uint32) & 0x7FFFFFFF).astype(np.int64))
     return np.sort(np.argsort(-keys, kind="stable")[:k])
 
@@ -385,11 +385,11 @@ def shared_int(
     divisor: float = 1.0,
     segments: Segments | None = None,
 ) -> Array:
-    """What an all_reduce of all ranks' `xs` leaves, in float32."""
+    """The result of an all_reduce of the ranks' `xs`, in float32."""
     count, block = len(xs[0]), 128
     padded = -(-count // block) * block
     limit = (2 ** (width - 1) - 1) // len(xs)
-    levels = F32(limit)  # not beyond the limit, or sums could overflow
+    levels = F32(limit)  # rounded down if not exact, or sums could overflow
     levels = np.nextafter(levels, F32(0)) if int(levels) > limit else levels
     position = np.arange(padded)
     places, inside = np.zeros(padded, np.uint64), np.zeros(padded, bool)
@@ -419,13 +419,13 @@ def shared_int(
     return np.where(finite[:, None], decoded, NAN).ravel()[:count].astype(F32)
 
 
-# ---- routes: what the collectives make of it ----
+# ---- routes: the results of collectives ----
 
 
 def two_shot(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None) -> Array:
-    """The average: chunks' owners sum what the others encoded, and encode the average once.
+    """The average: the owners of chunks sum the others' encoded values, and encode the average once.
 
-    `feedback`, of a residual for each rank, is updated in place: in units of the sum.
+    `feedback`, with a residual for each rank, is updated in place, in units of the sum.
     """
     n, count = len(xs), len(xs[0])
     out = np.empty(count, F32)
@@ -457,7 +457,7 @@ def two_shot(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[A
 
 
 def ring(codec: Any, xs: Sequence[Array], *, step: int = 0, feedback: list[Array] | None = None) -> Array:
-    """The average: a partial sum is decoded, added to and encoded again on every hop."""
+    """The average: on every hop a partial sum is decoded, added to and encoded again."""
     n, count = len(xs), len(xs[0])
     out = np.empty(count, F32)
     for owner, chunk in enumerate(chunks(count, n)):

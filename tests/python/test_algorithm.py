@@ -1,4 +1,4 @@
-"""Algorithms written in Python: those of docs/algorithms.md, and what is said about wrong ones."""
+"""Algorithms written in Python: those of docs/algorithms.md, and the messages for wrong ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def write_chain(b: Builder, world: World) -> None:
-    """A reduce to rank 0: partial sums of each half walk down from the last rank."""
+    """A reduce to rank 0: partial sums of each half pass down from the last rank."""
     last = world.size - 1
 
     def shown(rank: int, half: Chunk) -> Ref:
@@ -43,7 +43,7 @@ def write_chain(b: Builder, world: World) -> None:
 
 
 def write_ring(b: Builder, world: World) -> None:
-    """An all_gather that hands blocks to the right, one at a time."""
+    """An all_gather that passes blocks to the right, one at a time."""
     n, left, right = world.size, (b.rank - 1) % world.size, (b.rank + 1) % world.size
     b.copy(b.out(Chunk(b.rank)), b.in_(Chunk(b.rank)))
     given = [Chunk((b.rank - step) % n) for step in range(n)]
@@ -152,13 +152,13 @@ def test_a_wrong_plan_never_runs() -> None:
         with pytest.raises(ValueError, match=words):
             comm.all_reduce(x, algorithm=algorithm)
         assert (x == 1).all()
-        return float(comm.all_reduce(x)[0])  # the group is whole
+        return float(comm.all_reduce(x)[0])  # the group is still usable
 
     assert pycomm.run_local(use, 2) == [2, 2]
 
 
 def test_steps_that_are_no_schedule() -> None:
-    def one_sided(b: Builder, world: World) -> None:  # offers what nobody uses
+    def one_sided(b: Builder, world: World) -> None:  # offers a chunk that nobody uses
         if b.rank == 1:
             b.offer(0, b.in_())
         b.copy(b.out(), b.in_())
@@ -180,7 +180,7 @@ def test_steps_that_are_no_schedule() -> None:
 
 
 def test_two_algorithms_of_one_name_do_not_meet() -> None:
-    def write_other_star(b: Builder, world: World) -> None:  # as right as the other, in another order
+    def write_other_star(b: Builder, world: World) -> None:  # as correct as the other, in another order
         if b.rank == 0:
             write_star(b, world)
             return

@@ -43,7 +43,7 @@ def test_many_in_flight_complete_in_order(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         xs = [np.full(1 + 37 * i, comm.rank + i, np.float32) for i in range(200)]
         works = [comm.all_reduce(x, async_op=True) for x in xs]
-        y = comm.all_reduce(np.ones(5))  # synchronous: behind them all
+        y = comm.all_reduce(np.ones(5))  # synchronous: runs after them all
         assert (y == comm.size).all()
         assert all(work.is_completed() for work in works)
         for i, x in enumerate(xs):
@@ -103,7 +103,7 @@ def test_buffers_live_as_long_as_their_call(ranks: Ranks) -> None:
             other.barrier()
             assert (comm.all_reduce(np.full(50_000, 1.0)) == 3).all()
             comm.all_reduce([np.ones(4), np.ones(5, np.float32)])
-        for _ in range(20):  # the thread that makes progress drops them when the call is over, if not at once
+        for _ in range(20):  # the progress thread drops them soon after the call has ended
             comm.barrier()
             time.sleep(0.001)
         gc.collect()
@@ -155,7 +155,7 @@ def test_errors_come_out_of_wait(ranks: Ranks) -> None:
         work = comm.all_reduce(np.ones(count), async_op=True)
         try:
             behind = comm.all_reduce(np.ones(3), async_op=True)
-        except pycomm.CommError:  # the first had failed by then
+        except pycomm.CommError:  # the first call had failed before
             behind = None
         with pytest.raises(pycomm.MismatchError, match="5.*6|6.*5"):
             work.wait()
@@ -196,7 +196,7 @@ def test_a_communicator_dropped_with_work_in_flight(ranks: Ranks) -> None:
 
 
 def test_several_threads_of_a_rank_wait(ranks: Ranks) -> None:
-    """Whoever comes first drives the queue; all get their results."""
+    """The first thread to wait drives the queue; all get their results."""
 
     def fn(comm: Communicator) -> None:
         works = [comm.all_reduce(np.full(3000, i, np.float32), async_op=True) for i in range(40)]
@@ -251,7 +251,7 @@ def test_timeouts_that_are_none() -> None:
 
 
 def test_polling_does_not_hold_calls_up(ranks: Ranks) -> None:
-    """Whoever polls has the interpreter's lock: calls end and begin without it. The bound is a hang's."""
+    """A polling thread holds the interpreter's lock: calls end and begin without it. Only a hang fails."""
 
     def fn(comm: Communicator) -> None:
         before = time.monotonic()
@@ -288,7 +288,7 @@ def test_a_done_callback_may_call(ranks: Ranks) -> None:
         over = threading.Event()
 
         def then(work: pycomm.Work) -> None:
-            seen.append(comm.all_reduce(work.result() * 10)[0])  # blocking, behind what was made before
+            seen.append(comm.all_reduce(work.result() * 10)[0])  # blocking, after the calls made before
             over.set()
 
         comm.all_reduce(np.ones(10), async_op=True).add_done_callback(then)
@@ -330,7 +330,7 @@ def test_what_a_done_callback_raises_is_unraisable(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_last_reference_goes_with_a_done_callback() -> None:
-    """The progress thread drops it, and cannot close the group itself."""
+    """The progress thread drops the last reference, and cannot close the group itself."""
     over = threading.Event()
     comms = [pycomm.init()]
 
@@ -359,7 +359,7 @@ def test_done_callbacks_of_a_codec(ranks: Ranks) -> None:
 
 
 def test_a_done_callback_cannot_close() -> None:
-    """The progress thread would wait for itself."""
+    """Otherwise the progress thread would wait for itself."""
     found: list[Any] = []
     over = threading.Event()
     comm = pycomm.init()

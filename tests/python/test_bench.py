@@ -1,4 +1,4 @@
-"""`pycomm bench`: the check, the ranks and peers, the figures."""
+"""`pycomm bench`: the check of results, the ranks and peers, the figures."""
 
 import math
 import runpy
@@ -19,7 +19,7 @@ from pycomm.bench.workers import data, memory
 from pycomm.bench.workers.data import SHAPES, Case
 from pycomm.cli.bench_options import size_range
 
-# What a rank's input and output become, said once more and in another way, with NumPy on whole arrays.
+# An independent definition of a rank's input and output, with NumPy on whole arrays.
 Arrays = list[np.ndarray[Any, Any]]
 
 
@@ -70,7 +70,7 @@ def test_the_check_counts_what_is_wrong(collective: str, dtype: str) -> None:
                 out[place] += 1
             assert data.wrong(x, out, case, rank, size) == 3
             out[[0, 17, received - 1]] -= 1
-            x[5] += 1  # the input must stay as it was
+            x[5] += 1  # the input must not change
             assert data.wrong(x, out, case, rank, size) == 1
 
 
@@ -127,7 +127,7 @@ def test_wrong_elements_of_any_rank_are_counted(tmp_path: Path) -> None:
 
 
 def test_peers_are_measured_beside_us() -> None:
-    """With pycomm as its own peer: what is compared is the same, so nothing but the bookkeeping is tested."""
+    """With pycomm as its own peer both sides are the same, so this tests only the bookkeeping."""
     [peer] = parse_peers("gloo")
     warnings: list[str] = []
     with RankSet.of_pycomm(2) as ours, RankSet.of_pycomm(2) as theirs:
@@ -159,7 +159,7 @@ def test_summary() -> None:
         row(1024, 2.0, {"openmpi": 4.0, "mpich": 16.0, "gloo": 200.0}),
         row(4096, 1.0, {"openmpi": 8.0, "mpich": 4.0, "gloo": 100.0}),
     ]
-    del rows[1].beside["gloo"]["out_of_place"]  # as Gloo, which has no such all_reduce
+    del rows[1].beside["gloo"]["out_of_place"]  # like Gloo, which has no such all_reduce
     summary = summarize(rows, mpis=["openmpi", "mpich"])
     found = {part["peer"]: part["forms"] for part in summary}
     assert list(found) == ["openmpi", "mpich", "gloo", "better MPI"]
@@ -172,7 +172,7 @@ def test_summary() -> None:
         "min_at_bytes": 1024,
     }
     assert found["better MPI"]["out_of_place"]["min"] == 3
-    assert math.isclose(found["gloo"]["out_of_place"]["geometric_mean"], 150)  # at the one size
+    assert math.isclose(found["gloo"]["out_of_place"]["geometric_mean"], 150)  # at the only size
     assert (summary[2]["from_bytes"], summary[2]["to_bytes"]) == (1024, 4096)
 
 
@@ -232,7 +232,7 @@ def test_ranks_that_are_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(peers, "START_S", (0.3, 0.0))
     engine = tmp_path / "late.py"
     engine.write_text("import time; time.sleep(60)")
-    with pytest.raises(SetError, match="0 of 3 ranks came in the 0 s that a start may take"):
+    with pytest.raises(SetError, match="0 of 3 ranks started within 0 s"):
         RankSet.of_pycomm(3, engine)
 
 
@@ -247,7 +247,7 @@ def test_addresses_are_where_they_were_asked_for() -> None:
 
 
 def test_the_first_byte_of_a_rank_set_is_where_it_was_asked_for(tmp_path: Path) -> None:
-    """The engine says what it was given: what the option means is tested where the call is made."""
+    """The engine reports what it was given; another test covers the meaning of the option."""
     engine = tmp_path / "strict.py"
     check = "assert (x.ctypes.data % 4096, out.ctypes.data % 4096) == tuple(variant['offsets'])"
     engine.write_text(LIAR.format(path=str(PYCOMM)).replace("text, names", f"{check}; text, names", 1))
@@ -267,12 +267,12 @@ def test_another_build_is_no_stranger() -> None:
     assert (other.name, other.python, other.root) == ("pycomm-other", "/some/python", "")
     assert (named.name, named.python, named.root) == ("pycomm-parent", sys.executable, "/")
     [ours] = parse_peers(f"pycomm={Path(__file__).parents[2]}")
-    with pytest.raises(SetError, match="the very pycomm that is measured"):
+    with pytest.raises(SetError, match="the pycomm that it is compared with"):
         RankSet.of_peer(ours, 1)
 
 
 class NamedMpi:
-    """Stands for mpi4py.MPI, whose constants are here their names."""
+    """Stands in for mpi4py.MPI; its constants are their own names."""
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(Waitall=None) if name == "Request" else name

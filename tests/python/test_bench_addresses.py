@@ -27,16 +27,16 @@ def test_an_address_counts_with_its_best_quartile() -> None:
     samples = [float(n) for n in range(1, 25)]
     random.Random(1).shuffle(samples)
     address = Address((0, 0), samples)
-    assert address.us == 6.0  # a quarter of 24 are no larger
+    assert address.us == 6.0  # a quarter of the 24 are not larger
     even, odd = sorted(samples[0::2]), sorted(samples[1::2])
-    assert address.halves_us == (even[2], odd[2])  # of twelve, the third
+    assert address.halves_us == (even[2], odd[2])  # the third of twelve
     assert address.spread == max(address.halves_us) / min(address.halves_us)
 
 
 def sweep(engine: str = "pycomm", size: int = 4096) -> Sweep:
     fast = Address((0, 0), [2.0] * 8)
     slow = Address((0, 16), [5.0] * 8)
-    unsteady = Address((16, 0), [2.0, 3.0] * 4)  # the same address, once 2 and once 3
+    unsteady = Address((16, 0), [2.0, 3.0] * 4)  # the same address, alternately 2 and 3
     return Sweep("all_reduce", size, "float32", 2, engine, "out_of_place", [fast, slow, unsteady])
 
 
@@ -62,7 +62,7 @@ def test_markdown() -> None:
 def test_wrong_elements_are_told_and_end_in_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
 ) -> None:
-    """Of pycomm's own ranks; those of peers are warned of."""
+    """Wrong elements of pycomm's own ranks are an error; those of peers are a warning."""
     found = replace(sweep(engine), wrong=7)
     monkeypatch.setattr(addresses, "sweep", lambda *_: iter([[found]]))
     path = tmp_path / "a.json"
@@ -78,7 +78,7 @@ def test_wrong_elements_are_told_and_end_in_an_error(
 def test_a_sweep_counts_the_wrong_elements_of_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ranks:
         def order(self, do: str, **order: Any) -> list[Any]:
-            """Two ranks; each has an element wrong in every form at every address."""
+            """Two ranks, each with one wrong element in every form at every address."""
             forms = [dict.fromkeys(way["forms"], 1) for way in order["variants"]]
             return [[{"forms": of, "algorithm": "a", "default": "a"} for of in forms]] * 2
 
@@ -124,9 +124,9 @@ def test_the_command(
     ("args", "words"),
     [
         (["--offsets", "2"], "--offsets 2: float32 elements lie at multiples of 4"),
-        (["--offsets", "x"], "'x' is no number of bytes within a page"),
+        (["--offsets", "x"], "'x' is not a number of bytes within a page"),
         (["--offsets", "all", "--csv", "a.csv"], "--offsets and --csv"),
-        (["--offsets", "all", "--buffers", "symmetric"], "a sweep of addresses is one of plain buffers"),
+        (["--offsets", "all", "--buffers", "symmetric"], "a sweep of addresses uses plain buffers"),
         (["barrier", "--offsets", "all"], "a barrier has no buffers"),
     ],
 )

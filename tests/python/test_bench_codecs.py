@@ -1,4 +1,4 @@
-"""`pycomm bench codecs`: what it prints is what the definitions give, and mistakes are named."""
+"""`pycomm bench codecs`: its figures follow the definitions, and mistakes are named."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_rows_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert main.main(["bench", "codecs", *options, f"--json={files[0]}", f"--plot={files[1]}"]) == 0
     assert "with feedback" in capsys.readouterr().out
     rows = json.loads(files[0].read_text())["rows"]
-    routes = 2 * len(bench.KINDS) - 3  # shared_int, twice, and topk have one of their own
+    routes = 2 * len(bench.KINDS) - 3  # shared_int, twice, and topk have only their own
     assert len(rows) == 2 * routes
     for row in rows:
         errors = [*row["vnmse"].values(), *(drift["drift"] for drift in row["without"].values())]
@@ -35,7 +35,7 @@ def test_rows_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 
 def test_drift_and_bias_are_what_they_are_said_to_be() -> None:
-    """Constants that lie between two numbers of float16 lose what is above the lower one, every time."""
+    """Constants between two float16 numbers are always rounded down to the lower one."""
     values = np.full((4, 2, 256), 1 + 2.0**-12, np.float32)
     error, drift = bench._run(
         bench.Gradients("x", {"x": (256,)}, values), 2, None, lambda: codecs.FP16(rounding="nearest")
@@ -69,12 +69,12 @@ def test_bytes(codec: codecs.Codec, size: int) -> None:
     [
         (["--ranks", "2,x"], "--ranks 2,x"),
         (["--ranks", "0"], "--ranks 0"),
-        (["--algorithms", "star"], "--algorithms star: what is compared here is two_shot and ring"),
+        (["--algorithms", "star"], "--algorithms star: this command compares two_shot and ring"),
         (["--steps", "0"], "--steps 0: at least 1"),
         (["--gradients", "no/such.npz"], "record_gradients.py"),
         (["--json", "no/such/place.json"], "there is no directory"),
         (["--json", "."], "--json .: is a directory"),
-        (["--plot", "chart.txt"], "--plot chart.txt: the name of a chart ends in .png"),
+        (["--plot", "chart.txt"], "--plot chart.txt: the name of a chart must end in .png"),
         (["--ranks", "99999"], "--ranks 99999: at most 64"),
         (["--count", "10000000000000"], "--count 10000000000000"),
     ],

@@ -85,7 +85,7 @@ def test_algorithms_persistent_and_files(capsys: pytest.CaptureFixture[str], tmp
     assert out.endswith("\n0 wrong: OK\n")
     rows = json.loads(files[0].read_text())["rows"]
     fastest = [form for row in rows if not row["persistent"] for form in row["fastest"]]
-    assert set(fastest) == {"in_place", "out_of_place"}  # of one row each, unless two are as fast
+    assert set(fastest) == {"in_place", "out_of_place"}  # one row each, unless two are equally fast
     ways = [(row["algorithm"], row["persistent"]) for row in rows]
     assert sorted(ways) == [("ring", False), ("ring", True), ("two_shot", False), ("two_shot", True)]
     with files[1].open() as file:
@@ -145,7 +145,7 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["-d", "float33", "barrier"], "float33"),
         (["-d", "object"], "-d object: dtype 'object' is not supported"),
         (["-d", "float", "-o", "band"], "op 'band' makes no sense on float32"),
-        (["all_reduce", "--algorithms", "ring,rign"], "--algorithms rign: there are one_shot"),
+        (["all_reduce", "--algorithms", "ring,rign"], "--algorithms rign: unknown, use one of one_shot"),
         (["--ranks", "0"], "--ranks 0: at least 1"),
         (["-n", "0"], "-n 0: at least 1"),
         (["-n", "-5"], "-n -5: at least 1"),
@@ -155,27 +155,27 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["barrier", "--plot", "a.png"], "nothing to draw"),
         (["-i", "0"], "-i 0"),
         (["-i", "4", "-f", "2"], "-i 4 -f 2"),
-        (["--ranks", "2,x"], "--ranks 2,x: 'x' is no number"),
+        (["--ranks", "2,x"], "--ranks 2,x: 'x' is not a number"),
         (["--offset", "2"], "--offset 2: float32 elements lie at multiples of 4"),
-        (["--offset", "4096"], "'4096' is no number of bytes within a page"),
+        (["--offset", "4096"], "'4096' is not a number of bytes within a page"),
         (["--offset", "0,4,8"], "one number, or two"),
         (["--offsets", "all", "--persistent"], "--offsets and --persistent"),
         (["--columns", "time,mean"], "there is no column 'mean'"),
         (["--algorithms", "no_such_module:star"], "no_such_module:star: No module named"),
         (["--algorithms", "math:pi"], "math:pi is a float, not a pycomm.Algorithm"),
         (["--codecs", "math:pi"], "--codecs math:pi: is a float"),
-        (["--csv", "-", "--json", "-"], "standard output holds one of them"),
+        (["--csv", "-", "--json", "-"], "standard output can hold only one of them"),
         (["--vs", "pycomm"], "say which other pycomm"),
         (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),
-        (["--csv", "a", "--json", "./a"], "--json ./a and --csv a: are one file"),
+        (["--csv", "a", "--json", "./a"], "--json ./a and --csv a: are the same file"),
         (["--csv", "no/{processor}/a.csv"], f"there is no directory no/{machine.slug()}"),
         (["--ranks", "99999999999999999999"], "--ranks 99999999999999999999: at most 4096"),
-        (["--ranks=--2"], "'--2' is no number of ranks"),
+        (["--ranks=--2"], "'--2' is not a number of ranks"),
         (["-i", "1", "-e", "100G"], "-b 4 -e 100G -i 1: more than 1000 sizes"),
         (["-b", "x"], "-b 'x' is not a size"),
         (["--cold", "-n", "5"], "--cold and -n 5"),
         (["--cold", "-w", "0"], "--cold and -w 0"),
-        (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers alone"),
+        (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers only"),
         (["p2p", "--cores", "0-99999999"], "at most 4096 numbers"),
         (["--buffers", "pinned"], "--buffers pinned"),
         (["send_recv", "--buffers", "shared"], "send_recv is measured in plain buffers alone"),
@@ -186,7 +186,7 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["--vs", "gloo,gloo"], "twice"),
     ],
 )
-def test_mistakes_are_named(  # of `bench p2p` too
+def test_mistakes_are_named(  # those of `bench p2p`, too
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], words: str
 ) -> None:
     monkeypatch.setattr(RankSet, "of_pycomm", None)  # nothing is started
@@ -269,7 +269,7 @@ gentle = pycomm.codecs.Int8(rounding="nearest")
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user's module in the current directory, of a name that no other test imports."""
+    """A user's module in the current directory, with a name that no other test imports."""
     name = f"own_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(STAR)
     monkeypatch.chdir(tmp_path)
@@ -287,7 +287,7 @@ def test_a_users_own_algorithm_and_codec(capsys: pytest.CaptureFixture[str], own
     assert [row["codec"] for row in rows] == [None, f"{own_module}:gentle"]
 
     _, err = bench(capsys, "broadcast", "--algorithms", f"{own_module}:star", code=2)
-    assert f"--algorithms {own_module}:star: is one for all_reduce" in err
+    assert f"--algorithms {own_module}:star: is an algorithm for all_reduce" in err
 
 
 def test_what_a_users_module_prints_is_no_part_of_an_output(
@@ -338,7 +338,7 @@ def test_offsets_and_cold_caches(capsys: pytest.CaptureFixture[str], monkeypatch
     [found] = json.loads(bench(capsys, *options)[0])["rows"]
     assert found["offsets"] == [4, 60] and found["wrong"] == 0
     [found] = json.loads(bench(capsys, *options, "--cold")[0])["rows"]
-    for times in found["forms"].values():  # a sample is one call, and no call is made beside them
+    for times in found["forms"].values():  # a sample is one call, and there are no other calls
         assert len(times["samples_us"]) == 2 and times["call_median_us"] is None
 
 

@@ -1,4 +1,4 @@
-"""`pycomm bench kernels`: what it makes of measurements, and its options."""
+"""`pycomm bench kernels`: its figures from measurements, and its options."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pycomm.cli import main
 
 
 class Clock:
-    """A device on which every call takes what it returns, in seconds."""
+    """A device on which every call takes as many seconds as it returns."""
 
     def describe(self) -> str:
         return "a clock"
@@ -46,7 +46,7 @@ def family(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shares_and_speedups(family: None) -> None:
     first, second = kernels.measure(Clock(), ["toy"], ["resnet50"])
-    assert first.share == pytest.approx(0.5)  # of the fast copy: a million bytes in a millisecond
+    assert first.share == pytest.approx(0.5)  # share of the fast copy: a million bytes in a millisecond
     assert first.gbps == pytest.approx(1)
     assert (first.fastest_rival, first.speedup) == ("b", pytest.approx(1.5))
     assert second.share == pytest.approx(1)
@@ -77,7 +77,7 @@ def test_the_command(family: None, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_cases_of_pack_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a small model; torch's ways, where there are any, run."""
+    """Runs on a small model, with torch's ways if torch is installed."""
     small = [shapes.Parameter("a", (300, 7)), shapes.Parameter("b", (5,)), shapes.Parameter("c", (1025,))]
     monkeypatch.setattr(shapes, "parameters", lambda model: small)
     count = 0

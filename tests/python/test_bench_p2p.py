@@ -77,7 +77,7 @@ def test_cores_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch: p
         checked_cores("0-x")
     with pytest.raises(ValueError, match="may not run on 100000"):
         checked_cores("100000-100001")
-    with pytest.raises(ValueError, match="a pair has two cores"):
+    with pytest.raises(ValueError, match="at least two cores are needed"):
         checked_cores(str(min(os.sched_getaffinity(0))))
     with pytest.raises(ValueError, match="at most 4096 numbers"):
         checked_cores("0-99999999")
@@ -92,10 +92,10 @@ def test_what_overlap_means() -> None:
     def found(together: float) -> Overlap:
         return Overlap("all_reduce", 64, "float32", 2, "pycomm", "in_place", 9.0, 10.0, 10.0, together, 0)
 
-    assert found(20.0).overlap == 0.0  # one after the other
+    assert found(20.0).overlap == 0.0  # the two ran one after the other
     assert found(10.0).overlap == 1.0  # the computation hid the call
     assert math.isclose(found(14.0).overlap, 0.6)
-    assert (found(35.0).overlap, found(9.0).overlap) == (-1.5, 1.0)  # in each other's way; noise
+    assert (found(35.0).overlap, found(9.0).overlap) == (-1.5, 1.0)  # they slowed each other down; noise
 
 
 def test_overlap_of_every_collective(

@@ -1,4 +1,4 @@
-"""What `pycomm bench` prints of its rows: tables, summaries, markdown and CSV."""
+"""How `pycomm bench` prints rows: tables, summaries, markdown and CSV."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def test_the_table_fits_and_cuts_no_number(
     lines = [*table.heading(), *table.lines([found])]
     assert max(map(len, lines)) <= width
     of_engines = table.lines([found])[-1 - len(peers) :]
-    assert len({len(line) for line in of_engines}) == 1  # the columns are under each other
+    assert len({len(line) for line in of_engines}) == 1  # the columns are aligned
     text = "\n".join(lines)
     for number in (str(size), "123456.8", "246913.6", *["7654321"] * bool(peers)):
         assert number in text.split() or f"{number}+" in text.split()

@@ -1,4 +1,4 @@
-"""Buckets against NumPy in float64, and what they refuse."""
+"""Buckets against NumPy in float64, and the arguments that they refuse."""
 
 import copy
 import itertools
@@ -55,7 +55,7 @@ def ordinary(dtype: np.dtype[Any], count: int, seed: int) -> Array:
 
 
 def scaled(x: Array, scale: float) -> Array:
-    """The float32 values before they are rounded to the bucket's type; their product is exact in float64."""
+    """The float32 values before rounding to the bucket's type; their products are exact in float64."""
     with np.errstate(all="ignore"):
         return (x.astype(np.float64) * np.float64(np.float32(scale))).astype(np.float32)
 
@@ -110,7 +110,7 @@ def test_every_pair_of_types(source: np.dtype[Any], target: np.dtype[Any]) -> No
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_list_of_tensors(data: st.DataObject) -> None:
-    """Lengths, alignments, types, scales and instruction sets as they come."""
+    """Random lengths, alignments, types, scales and instruction sets."""
     count = st.integers(0, 4099) | st.sampled_from([0, 1, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 2048])
     lengths = data.draw(st.lists(count, min_size=1, max_size=9))
     target = data.draw(st.sampled_from(DTYPES))
@@ -139,7 +139,7 @@ def test_any_list_of_tensors(data: st.DataObject) -> None:
         rest = codes(bucket.data).copy()
         for segment in bucket.segments:
             rest[segment.begin : segment.end] = 0
-        assert not rest.any()  # what lies between stays zero
+        assert not rest.any()  # the gaps stay zero
     assert len({repr(stats) for stats in found}) == 1
     check_stats(bucket.pack(scale), inputs, want, scale)
     returned = [cast(y, x.dtype, scale) for x, y in zip(inputs, want, strict=True)]
@@ -184,7 +184,7 @@ def test_special_values() -> None:
 
 @pytest.mark.parametrize("model", shapes.MODELS)
 def test_the_workloads_are_the_models(model: str) -> None:
-    """Their parameters, counted once more from what the papers say."""
+    """Counts their parameters independently, from the papers."""
     found = shapes.parameters(model)
     if model == "resnet50":
         total, tensors, width = 64 * 3 * 49 + 2 * 64, 3, 64
@@ -257,7 +257,7 @@ def _blake(name: bytes) -> bytes:
 
 def test_ids_that_collide_are_told_apart() -> None:
     seen: dict[int, str] = {}
-    for i in itertools.count():  # a pair is found after some thousands
+    for i in itertools.count():  # a colliding pair is found after some thousands
         first = seen.setdefault(segment_ids([str(i)])[0], str(i))
         if first != str(i):
             break
@@ -288,8 +288,8 @@ def test_tensors_that_are_their_views() -> None:
 def test_what_is_refused() -> None:
     f, h = np.ones(3, "f"), np.ones(3, np.float16)
     cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
-        (TypeError, "float32, float16: say with dtype=", lambda: Bucket([f, h])),
-        (ValueError, "empty: say with dtype=", lambda: Bucket([])),
+        (TypeError, "float32, float16: .* dtype=", lambda: Bucket([f, h])),
+        (ValueError, "empty: .* dtype=", lambda: Bucket([])),
         (TypeError, r"`tensors\[1\]` is int32: buckets hold float32", lambda: Bucket([f, np.ones(3, "i4")])),
         (TypeError, r"`tensors\[0\]` is float64", lambda: Bucket([np.ones(3)])),
         (TypeError, "`dtype` is int8", lambda: Bucket([f], "int8")),
@@ -353,7 +353,7 @@ def test_collectives_take_buckets(ranks: Ranks, symmetric: bool) -> None:
         assert comm.broadcast(bucket, root=1) is bucket
         part = comm.reduce_scatter(bucket.data[: 256 * n])
         assert part.size == 256
-        if symmetric and comm.num_nodes == 1:  # is how the group knows it
+        if symmetric and comm.num_nodes == 1:  # the group recognises it by that
             with pytest.raises(pycomm.MismatchError, match="symmetric"):
                 comm.all_reduce(bucket if comm.rank == 0 else np.zeros_like(bucket.data))
 
@@ -409,7 +409,7 @@ def test_symmetric_buckets_of_different_sizes(ranks: Ranks) -> None:
 
 
 def test_symmetric_buckets_that_differ_name_the_first_tensor_that_does(ranks: Ranks) -> None:
-    """On all ranks alike, and the group goes on."""
+    """All ranks raise the same error, and the group stays usable."""
 
     def fn(comm: Communicator) -> list[str]:
         a, b = np.zeros((4, 3), "f"), np.zeros((2, 6), "f")

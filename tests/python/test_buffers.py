@@ -1,4 +1,4 @@
-"""What may be communicated, and what is refused with a remedy before anything moves."""
+"""Which buffers are accepted, and which are refused, with a remedy, before anything moves."""
 
 import array
 import ctypes
@@ -18,7 +18,7 @@ Ranks = Callable[..., list[Any]]
 
 
 class OnlyDLPack:
-    """An array of some other framework, which offers nothing but DLPack."""
+    """An array of some other framework that offers only DLPack."""
 
     def __init__(self, x: Any) -> None:
         self.x = x
@@ -70,7 +70,7 @@ def test_everything_that_holds_numbers(ranks: Ranks) -> None:
 
 
 def test_a_part_of_an_array(ranks: Ranks) -> None:
-    """Rows of a matrix, at odd addresses, and nothing beside them."""
+    """Writes rows of a matrix, at odd addresses, and nothing else."""
 
     def fn(comm: Communicator) -> None:
         whole = np.full((7, 13), comm.rank + 1, np.float64)
@@ -188,13 +188,13 @@ def test_references_are_returned(ranks: Ranks) -> None:
                 with pytest.raises(TypeError):
                     comm.all_reduce(x, op=1)
             assert (sys.getrefcount(x), sys.getrefcount(getattr(x, "x", x))) == before, type(x)
-        buffers[1].extend(b"more")  # nobody holds its buffer any more
+        buffers[1].extend(b"more")  # nobody exports its buffer any more
 
     ranks(fn, 2)
 
 
 def test_formats_of_the_buffer_protocol() -> None:
-    """Sizes are the format's own: native ones, or with = and < the standard ones."""
+    """The sizes are those of the format: native or, with = and <, standard."""
     known = {
         "b": "int8", "B": "uint8", "c": "uint8", "h": "int16", "H": "uint16", "i": "int32", "I": "uint32",
         "l": "int64", "L": "uint64", "q": "int64", "Q": "uint64", "n": "int64", "N": "uint64", "?": "bool",

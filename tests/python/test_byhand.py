@@ -1,4 +1,4 @@
-"""Jobs whose RANK, WORLD_SIZE and MASTER_* somebody set by hand."""
+"""Jobs whose RANK, WORLD_SIZE and MASTER_* were set by hand."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def jobs() -> Iterator[Jobs]:
         rank.kill()
 
 
-# A shell of its own, as a terminal is.
+# A separate shell, like another terminal.
 SHELL = ("env", "-u", "RANK", "sh", "-c", 'rank=$0; shift 0; RANK=$rank "$@"; exit $?')
 
 

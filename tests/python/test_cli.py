@@ -277,7 +277,7 @@ hasty = pycomm.Algorithm("hasty", "all_reduce", write)
 def test_verify_looks_at_calls_in_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is wrong where `out` is the `in` that others read, in symmetric memory, and there alone."""
+    """An algorithm that is wrong only in place, in symmetric memory: `out` is the `in` that others read."""
     pytest.importorskip("rich")
     (tmp_path / "hasty_module.py").write_text(HASTY)
     monkeypatch.chdir(tmp_path)

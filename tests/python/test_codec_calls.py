@@ -1,4 +1,4 @@
-"""Calls with codecs: what they return, count, remember, keep alive and refuse."""
+"""Calls with codecs: their results, and what they count, remember, keep alive and refuse."""
 
 import gc
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def roundtrip(codec: codecs.BlockCodec, x: np.ndarray, **encoding: Any) -> np.nd
     return decoded
 
 
-# one_shot is the sum of what every rank's encode leaves, so the result is known to the bit.
+# one_shot sums the decoded values of every rank, so the result is known to the bit.
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_all_reduce_sums_what_encodes_leave(ranks: Ranks, dtype: str) -> None:
     def fn(comm: Communicator) -> None:
@@ -87,7 +87,7 @@ def test_steps_are_counted_where_none_is_given() -> None:
 
 
 def test_a_call_that_is_remembered_is_the_same_call(ranks: Ranks) -> None:
-    """The step of each run, given or counted, decides its random bits; nothing else of a call before does."""
+    """The step of each run, given or counted, decides its random bits; earlier calls do not."""
 
     def fn(comm: Communicator) -> None:
         codec: Any
@@ -116,7 +116,7 @@ def test_a_call_that_is_remembered_is_the_same_call(ranks: Ranks) -> None:
 
 
 def test_bound_calls_with_error_feedback(ranks: Ranks) -> None:
-    """They read what is owed, and exempt what is exempt, as the calls do that are made anew."""
+    """They add residuals and exempt tensors in the same way as new calls."""
 
     def fn(comm: Communicator) -> None:
         tensors = [noise(comm, 1000).reshape(10, 100), noise(comm, 7), noise(comm, 600).reshape(3, 200)]
@@ -141,7 +141,7 @@ def test_bound_calls_with_error_feedback(ranks: Ranks) -> None:
             assert all((states[0][name] == states[1][name]).all() for name in states[0])
             for feedback in feedbacks:
                 feedback.skip()
-                feedback.load_state_dict(states[0])  # in memory of its own
+                feedback.load_state_dict(states[0])  # in its own memory
             one.pack()
             other.pack()
             assert (op().data == comm.all_reduce(other, op="avg", codec=anew).data).all()
@@ -170,7 +170,7 @@ def test_work_keeps_residuals_alive(ranks: Ranks) -> None:
 def test_refused_before_anything_moves(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         x = noise(comm)
-        many: Any = comm  # whatever it is given
+        many: Any = comm  # accepts any arguments
         fed = codecs.Int8(error_feedback=codecs.ErrorFeedback())
         for error, words, call in (
             (TypeError, "float64", lambda: comm.all_reduce(x.astype("float64"), codec=INT8)),
@@ -196,11 +196,11 @@ def test_refused_before_anything_moves(ranks: Ranks) -> None:
             (ValueError, "did you mean 'int8'", lambda: comm.all_reduce_init(x, codec="INT8")),
             (ValueError, "tag=", lambda: comm.all_reduce_init(x, codec=fed)),
         ):
-            if comm.rank == 1:  # on one rank alone
+            if comm.rank == 1:  # on only one rank
                 with pytest.raises(error, match=words):
                     call()
         assert comm.codec_step == 0 and fed.error_feedback.state_dict() == {}
-        comm.all_reduce(x)  # and the group goes on
+        comm.all_reduce(x)  # the group stays usable
 
     ranks(fn, 2)
 

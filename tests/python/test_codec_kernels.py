@@ -1,6 +1,7 @@
 """Codecs as loops, bit by bit, against reference_codecs.py: all kinds, types, instruction sets and lengths.
 
-What codec.h leaves open is compared through float64: the last bit of `sign`'s mean, and of int4's rotation.
+Where codec.h leaves bits open, the comparison is in float64: the last bit of `sign`'s mean, and of int4's
+rotation.
 """
 
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ every_codec = pytest.mark.parametrize("codec", CODECS, ids=describe)
 
 
 def gradient(count: int, seed: int = 0, dtype: Any = F32) -> Array:
-    """Blocks of very different magnitude, with heavy tails."""
+    """Heavy-tailed values, with blocks of very different magnitudes."""
     rng = np.random.default_rng([seed, count])
     magnitude = np.repeat(np.exp(4 * rng.standard_normal(count // 100 + 1)), 100)[:count]
     return (rng.standard_t(3, count) * magnitude).astype(dtype)
@@ -98,7 +99,7 @@ def check(
     got = decoded(codec, wire, len(x))
     if codec.kind == "sign" or codec.hadamard:
         check_nearly(codec, x, got, want.decoded, *context)
-        same = reference.decode(codec, wire, len(x))  # what is on the wire decodes to what it says
+        same = reference.decode(codec, wire, len(x))  # the wire decodes to the reference's values
         np.testing.assert_allclose(got, same, rtol=1e-6, atol=np.nanmax(np.abs(same), initial=0) * 1e-6)
     else:
         same_bits(wire, want.wire, *context)
@@ -115,7 +116,7 @@ def check(
 
 
 def check_nearly(codec: Any, x: Array, got: Array, want: Array, *context: object) -> None:
-    """Equal but for the last bits, and for the few elements of a rotation that lie at a rounding's edge."""
+    """Equal except for last bits, and for the few elements of a rotation close to a rounding boundary."""
     same_bits(np.isnan(got), np.isnan(want), *context)
     good = ~np.isnan(want)
     near = np.abs(got[good] - want[good].astype(np.float64)) <= 1e-6 * np.abs(want[good]) + 1e-44
@@ -131,7 +132,7 @@ def check_nearly(codec: Any, x: Array, got: Array, want: Array, *context: object
     assert moved.sum() <= max(2, 0.05 * len(moved)), context
 
 
-# Every length to beyond a tile, then every one that is near a block's or a tile's end.
+# Every length up to more than a tile, then those close to the end of a block or a tile.
 LENGTHS = [*range(140), *range(250, 262), *range(1010, 1040), 2047, 2048, 2049, *range(4090, 4100)]
 
 
@@ -187,7 +188,7 @@ def test_any_values(codec: Any, data: st.DataObject) -> None:
 
 @every_codec
 def test_special_values(codec: Any) -> None:
-    """Each by itself, in a block of ones and in a block of zeros: NaN where it is not finite, never Inf."""
+    """Each value alone, in a block of ones and in a block of zeros: NaN if it is not finite, never Inf."""
     block = max(reference.BLOCK[codec.kind], 1)
     for value in SPECIAL:
         for others in (0.0, 1.0):
@@ -229,7 +230,7 @@ def test_the_error_does_not_depend_on_the_magnitude(codec: Any) -> None:
     for magnitude in (1e-30, 1e-20, 1e-5, 1e10, 1e30):
         scaled = (x * F32(magnitude)).astype(F32)
         got = decoded(codec, _native.encode(codec, scaled), len(x))
-        # Powers of two as scales: it matters how far below the next one a block's magnitude is.
+        # Scales are powers of two: the distance of a block's magnitude to the next one matters.
         slack = 1.25 if codec.kind == "mxfp8" else 1.05
         assert 1 / slack < reference.vnmse(got, scaled) / at_one < slack, magnitude
 
@@ -255,11 +256,11 @@ def test_residuals(codec: Any, isa: str) -> None:
 @every_codec
 @pytest.mark.parametrize("isa", ISAS)
 def test_segments(codec: Any, isa: str) -> None:
-    """A tensor's bits do not depend on where in a bucket it lies, nor on what lies about it."""
+    """A tensor's bits do not depend on its place in a bucket, nor on its neighbours."""
     lengths, ids = [1000, 1, 256, 0, 700, 2500], [5, 2**24 - 1, 0, 8, 9, 77]
     begins = np.cumsum([0, *(-(-n // 256) * 256 for n in lengths)])
     segments = [(int(b), int(b) + n, i) for b, n, i in zip(begins, lengths, ids, strict=False)]
-    x = gradient(int(begins[-1]), 2)  # between them lies rubbish, which must not matter
+    x = gradient(int(begins[-1]), 2)  # the gaps hold garbage, which must not matter
     check(codec, x, isa, step=9, segments=segments)
     check(codec, x, isa, gradient(len(x), 3), step=9, segments=segments)
     got = decoded(codec, _native.encode(codec, x, step=9, segments=segments, isa=isa), len(x))
@@ -270,7 +271,7 @@ def test_segments(codec: Any, isa: str) -> None:
     inside = np.zeros(len(x), bool)
     for begin, end, _ in segments:
         inside[begin:end] = True
-    if codec.kind != "sign":  # whose bits cannot say zero: a gap's are its block's mean
+    if codec.kind != "sign":  # its bits cannot represent zero: gaps decode to the block's mean
         assert (got[~inside] == 0).all() or codec.hadamard
 
 
@@ -301,12 +302,12 @@ def test_stochastic_rounding_has_no_bias(codec: Any) -> None:
         )
         - x
     )
-    # A mean of independent errors is within 5 deviations; 8 bits tell probabilities apart to 1/256, so that
-    # up to half of that remains, of the distance between neighbours.
+    # A mean of independent errors is within 5 deviations. 8 bits resolve probabilities to 1/256, so up to
+    # half of that remains, relative to the distance between neighbours.
     distance = np.ptp(errors, axis=0).reshape(-1, min(reference.BLOCK[codec.kind], 32)).max(axis=1)
     distance = np.repeat(distance, len(x) // len(distance)) if len(distance) < len(x) else distance.max()
     beyond = np.abs(errors.mean(axis=0)) > 5 * errors.std(axis=0) / np.sqrt(steps) + distance / 512
-    saturating = codec.kind == "mxfp8" and not codec.ceil_scale  # the largest of a block, on purpose
+    saturating = codec.kind == "mxfp8" and not codec.ceil_scale  # the largest of a block saturates on purpose
     assert beyond.sum() <= (len(x) // 20 if saturating else 0), np.flatnonzero(beyond)
 
 
@@ -329,7 +330,7 @@ def test_topk(isa: str, dtype: Any) -> None:
     for count in [0, 1, 2, 15, 16, 17, 1000, 4099, 100_003]:
         for x in (
             rng.standard_normal(count).astype(dtype),
-            rng.integers(-3, 4, count).astype(dtype),  # ties by the thousand
+            rng.integers(-3, 4, count).astype(dtype),  # thousands of ties
             np.zeros(count, dtype),
             (rng.standard_normal(count) * 10.0 ** rng.integers(-30, 5, count)).astype(dtype),
             np.where(rng.random(count) < 0.01, np.nan, np.where(rng.random(count) < 0.5, np.inf, -1)).astype(

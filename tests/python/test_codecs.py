@@ -18,7 +18,7 @@ Ranks = Callable[..., list[Any]]
 
 pytestmark = pytest.mark.links
 
-# Codec -> vNMSE of one encode, of two_shot on 2 and 8 ranks, of ring on 8. A test holds to 1.15 times that.
+# Codec -> vNMSE of one encode, of two_shot on 2 and 8 ranks, of ring on 8. Tests allow 1.15 times that.
 BOUNDS: dict[Any, tuple[float, float, float]] = {
     codecs.BF16(rounding="nearest"): (2.8e-6, 6e-6, 1.2e-5),
     codecs.BF16(): (5.5e-6, 1.1e-5, 2.5e-5),
@@ -64,7 +64,7 @@ def test_bounds_of_one_encode(codec: Any) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_two_shot_is_what_the_reference_makes_of_it(ranks: Ranks, size: int) -> None:
-    """Values, roundings and random bits: within the rounding of a float32 sum."""
+    """Values, roundings and random bits agree within the rounding of a float32 sum."""
 
     def fn(comm: Communicator) -> None:
         count = 5000
@@ -84,7 +84,7 @@ def test_two_shot_is_what_the_reference_makes_of_it(ranks: Ranks, size: int) -> 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_all_collectives_types_and_lengths(ranks: Ranks, size: int) -> None:
-    """Codecs that hardly lose anything give the sum; all ranks hold the same bits."""
+    """Codecs with small errors give the sum; all ranks hold the same bits."""
 
     def fn(comm: Communicator) -> None:
         for name in NAMES:
@@ -196,7 +196,7 @@ def test_shared_integers_of_any_magnitude(width: int, magnitude: float) -> None:
         xs = [gaussian(rank, 1000) * np.float32(magnitude) for rank in range(comm.size)]
         exact = np.sum(xs, axis=0, dtype=np.float64)
         got = comm.all_reduce(xs[comm.rank].copy(), codec=codecs.SharedInt(width=width)).astype(np.float64)
-        # A place of each rank's, as large as amax over the levels, or as the least normal number.
+        # Each rank may be off by amax over the number of levels, or by the least normal number.
         limit = (2 ** (width - 1) - 1) // comm.size
         place = max(max(np.abs(x).max() for x in xs) / limit, 1.2e-38)
         assert np.abs(got - exact).max() <= comm.size * place + 1e-6 * np.abs(exact).max()

@@ -14,7 +14,7 @@ import pycomm
 from pycomm import Communicator, _native
 
 SIZES = [1, 2, 3, 4, 5]
-# Less than a row for each rank, counts that do not divide, several trips of a window, several windows.
+# Fewer rows than ranks, counts that do not divide, several trips of a window, several windows.
 COUNTS = [0, 1, 2, 3, 7, 64, 1003, 70_001, 300_007]
 UNEVEN = [[3, 0, 5, 1, 2], [0, 0, 1, 0, 0], [1000, 1, 999, 0, 77], [0] * 5]
 
@@ -273,7 +273,7 @@ def test_a_list_is_one_call_for_each_type(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("async_op", [False, True])
 def test_large_items_of_a_list_lie_where_they_are(ranks: Ranks, async_op: bool) -> None:
-    """They are calls of their own, but where items share memory the result is that of one call."""
+    """They are separate calls, but if items share memory the result is that of one call."""
 
     def fn(comm: Communicator) -> None:
         def reduced(xs: list[np.ndarray], **more: Any) -> None:
@@ -291,7 +291,7 @@ def test_large_items_of_a_list_lie_where_they_are(ranks: Ranks, async_op: bool) 
         outs = [np.zeros_like(x), np.zeros(100_000)]
         reduced([x, x[100_000:]], out=outs)
         assert all((out == total).all() for out in outs) and (x == comm.rank + 1).all()
-        # The same memory twice, on one rank alone: both results are of what was there before.
+        # The same memory twice, on only one rank: both results use the values from before the call.
         y = x.copy() if comm.rank else x
         reduced([x, y])
         assert (x == total).all() and (y == total).all()
@@ -312,7 +312,7 @@ def test_large_items_of_a_list_lie_where_they_are(ranks: Ranks, async_op: bool) 
     ],
 )
 def test_lists_that_are_cut_differently(ranks: Ranks, mine: list[Any], theirs: list[Any]) -> None:
-    """As many elements in all, which would be added across parameters."""
+    """The totals are equal, so elements would be added across parameters."""
 
     def fn(comm: Communicator) -> str:
         shapes = mine if comm.rank == 0 else theirs
@@ -446,7 +446,7 @@ def test_help_shows_signatures() -> None:
 
 def test_an_algorithm_in_python(ranks: Ranks) -> None:
     def everything_at_zero(builder: Any, world: Any) -> None:
-        """Wrong on purpose: nobody but rank 0 gets the sum."""
+        """Wrong on purpose: only rank 0 gets the sum."""
         if builder.rank == 0:
             builder.combine([builder.out()], [builder.in_()], final=True)
 

@@ -1,4 +1,4 @@
-"""What the GPU kernels' Python face does where there is no GPU; tests/gpu has the rest."""
+"""The Python interface of the GPU kernels without a GPU; tests/gpu has the rest."""
 
 import subprocess
 import sys

@@ -29,7 +29,7 @@ def tiny_batch(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gradient_is_that_of_finite_differences(seed: int) -> None:
     model, (x, y) = tiny_model(seed), tiny_batch(11, seed)
-    model.params += 0.01  # biases off zero, where a relu has its kink
+    model.params += 0.01  # moves biases away from zero, the kink of relu
     model.backward(x, y)
     step = 1e-6
     measured = np.empty_like(model.params)

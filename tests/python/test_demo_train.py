@@ -27,7 +27,7 @@ STEPS = 30
 
 
 def losses(size: int, dtype: str = "float32") -> tuple[list[float], list[float]]:
-    """(the losses that rank 0 reports, each rank's checksum of what it learnt)."""
+    """Returns the losses that rank 0 reports, and each rank's checksum of its parameters."""
     text, reported = read_text(), []
 
     def run(comm: pycomm.Communicator) -> float:
@@ -51,7 +51,7 @@ def test_ranks_together_learn_what_one_learns_alone(size: int) -> None:
 
 
 def test_in_float64_the_curves_are_the_same() -> None:
-    """So what lies between them in float32 is rounding, and nothing else."""
+    """So in float32 they differ only by rounding."""
     np.testing.assert_allclose(losses(2, "float64")[0], losses(1, "float64")[0], rtol=1e-13)
 
 

@@ -1,4 +1,4 @@
-"""What exporters of DLPack may say, and what is refused: every field is made up, many times over.
+"""What DLPack exporters may export, and what is refused: every field is made up, in many examples.
 
 PYCOMM_FUZZ_ROUNDS: how many capsules are made, 20,000 by default.
 """
@@ -17,7 +17,7 @@ import pycomm
 from pycomm import Communicator, _native
 
 ROUNDS = int(os.environ.get("PYCOMM_FUZZ_ROUNDS", "20000"))
-BYTES = 512  # of the memory that made tensors have
+BYTES = 512  # of memory behind the made-up tensors
 
 
 class Tensor(ctypes.Structure):
@@ -56,7 +56,7 @@ new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Exporter:
-    """An object that exports a tensor of these fields, and keeps them."""
+    """An object that exports a tensor with these fields, and keeps them alive."""
 
     def __init__(self, name: bytes = b"dltensor_versioned", major: int = 1, flags: int = 0, **fields: Any):
         self.name = name
@@ -82,12 +82,12 @@ FLOAT32 = {"device_type": 1, "code": 2, "bits": 32, "lanes": 1}
 
 
 def exporter(x: Any, **changes: Any) -> Exporter:
-    """Of a float32 array, but for `changes`."""
+    """An exporter of a float32 array, with `changes` to its fields."""
     fields = {"data": x.ctypes.data, "ndim": x.ndim, "shape": list(x.shape), "strides": None, **FLOAT32}
     return Exporter(**{**fields, **changes})
 
 
-# The types that are known, by the letters of the array interface where it has them.
+# The known types, by the letters of the array interface if it has them.
 KNOWN = {
     (kind, 8 * size): name
     for kind, names in {
@@ -103,7 +103,7 @@ KNOWN = {
 
 
 def expected(name: bytes, major: int, shape: Any, strides: Any, fields: dict[str, Any]) -> Any:
-    """The type and shape that such a tensor must be taken for, or None: it must be refused."""
+    """The type and shape that must be recognised in such a tensor, or None if it must be refused."""
     dtype = KNOWN.get((fields["code"], fields["bits"]))
     if name not in (b"dltensor", b"dltensor_versioned") or (name == b"dltensor_versioned" and major != 1):
         return None
@@ -127,7 +127,7 @@ def expected(name: bytes, major: int, shape: Any, strides: Any, fields: dict[str
 
 
 def made_up(random: random.Random, memory: int) -> tuple[Exporter, Any, dict[str, Any]]:
-    """A tensor with most of its fields plausible, and what it must be taken for."""
+    """A tensor with mostly plausible fields, and the expected type and shape."""
 
     def choose(usual: Any, *others: Any) -> Any:
         return usual if random.random() < 0.9 else random.choice(others)
@@ -212,7 +212,7 @@ def test_marks_of_versioned_tensors() -> None:
                 with pytest.raises(ValueError, match=why):
                     call()
             assert comm.all_reduce(marked, out=np.zeros(4, np.float32)).tolist() == [1] * 4
-        assert comm.all_reduce(exporter(x, flags=4)) is not None  # a mark that takes nothing away
+        assert comm.all_reduce(exporter(x, flags=4)) is not None  # a flag without consequences
 
     pycomm.run_local(fn, 1)
 

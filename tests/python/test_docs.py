@@ -1,4 +1,4 @@
-"""The README and the docs: their Python blocks run, their links lead somewhere."""
+"""The README and the docs: their Python blocks run, their links exist."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_wrong_block_fails(tmp_path: Path) -> None:
     page.write_text("text\n\n<!-- setup\nx = 1\n-->\n<!-- raises KeyError -->\n```python\nx.y\n```\n")
     with pytest.raises(AttributeError) as caught:
         docs_blocks.run(page)
-    assert caught.traceback[-1].lineno == 7  # of the page, counted from 0
+    assert caught.traceback[-1].lineno == 7  # line of the page, counted from 0
     page.write_text("<!-- raises ValueError -->\n```python\nx = 1\n```\n")
     with pytest.raises(AssertionError, match="page.md:3 raises no ValueError"):
         docs_blocks.run(page)
@@ -88,7 +88,7 @@ def test_the_readme_of_a_package_index_has_no_dead_links() -> None:
 
 
 def public() -> dict[str, object]:
-    """By the name under which the reference has it."""
+    """The public objects by their names in the reference."""
     found = {f"pycomm.{name}": getattr(pycomm, name) for name in pycomm.__all__}
     for module in (found.pop("pycomm.codecs"), pycomm.cuda):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
@@ -135,10 +135,12 @@ ROOTS = {
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_calls_in_the_text_are_of_this_library(page: Path) -> None:
-    """Between backquotes, `comm.all_reduce(x, op="avg")` say: the names and the keywords exist."""
+    """In calls between backquotes, such as `comm.all_reduce(x, op="avg")`, names and keywords exist."""
     text = page.read_text()
     if page.name == "coming-from.md":
-        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)  # the first column is of other libraries
+        text = re.sub(
+            r"^\|[^|]*\|", "", text, flags=re.MULTILINE
+        )  # the first column belongs to other libraries
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
         try:
             tree = ast.parse(span)
@@ -160,7 +162,7 @@ def _parameters(called: object) -> set[str]:
 
 
 def _named(node: ast.expr) -> object:
-    """What `comm.x` or `pycomm.codecs.X` is; None for what hangs on another name."""
+    """The object that `comm.x` or `pycomm.codecs.X` names; None for names with another root."""
     if isinstance(node, ast.Name):
         return ROOTS.get(node.id)
     of = _named(node.value) if isinstance(node, ast.Attribute) else None

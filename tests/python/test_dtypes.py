@@ -61,13 +61,13 @@ def balanced(parts: list[Array], combine: Callable[[Array, Array], Array]) -> Ar
 def multiply(a: Array, b: Array) -> Array:
     if not np.iscomplexobj(a):
         return a * b
-    product = np.empty_like(a)  # written out: NumPy's own may fuse multiply and add
+    product = np.empty_like(a)  # explicit: NumPy's own may fuse multiply and add
     product.real = a.real * b.real - a.imag * b.imag
     product.imag = a.real * b.imag + a.imag * b.real
     return product
 
 
-# Those whose accumulator has no room for any sum of theirs.
+# Types whose accumulator may overflow in a sum.
 AVERAGES_SCALED = (np.float32, np.float64, ml_dtypes.bfloat16, np.complex64, np.complex128)
 
 COMBINE: dict[str, Callable[[Array, Array], Array]] = {
@@ -109,7 +109,7 @@ def bits(x: Array) -> Array:
 
 def same_bits(got: Array, expected: Array, *context: object) -> None:
     assert got.dtype == expected.dtype, context
-    differ = (bits(got) != bits(expected)).any(axis=-1)  # of a NaN only that it is one counts here
+    differ = (bits(got) != bits(expected)).any(axis=-1)  # all NaNs count as equal here
     wrong = np.flatnonzero(differ & ~(np.isnan(got) & np.isnan(expected)))
     assert wrong.size == 0, (*context, wrong[:5], got[wrong[:5]], expected[wrong[:5]])
 
@@ -138,7 +138,7 @@ def test_every_operator_on_every_type(ranks: Ranks, size: int) -> None:
 
 
 def test_every_algorithm_on_every_type(ranks: Ranks) -> None:
-    """Any order of summing is within rounding of the float64 sum, and all ranks have the same bits."""
+    """Every order of summation is within rounding of the float64 sum, and all ranks have the same bits."""
 
     def fn(comm: Communicator) -> None:
         for dtype in DTYPES:
@@ -154,7 +154,8 @@ def test_every_algorithm_on_every_type(ranks: Ranks) -> None:
                     same_bits(got, expectation(parts, "sum"), *context)
                 else:
                     info = ml_dtypes.finfo(dtype)
-                    # One rounding of the result, and those of the partial sums, which are float32 at least.
+                    # One rounding of the result, and those of partial sums, which have at least float32
+                    # precision.
                     slack = sum(abs(part.astype(exact_type)) for part in parts) * 2.0**-21
                     if dtype.itemsize >= 8 and dtype.type is not np.complex64:
                         slack = slack * 2.0**-29
@@ -243,7 +244,7 @@ def test_premul_sum(ranks: Ranks, size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_an_average_does_not_overflow_on_the_way(ranks: Ranks, size: int) -> None:
-    """Nor does its last bit differ from the sum's over the ranks where that does not overflow."""
+    """And if the sum does not overflow, the average equals the sum divided by the ranks, to the last bit."""
 
     def fn(comm: Communicator) -> None:
         for dtype in AVERAGES_SCALED:
@@ -277,7 +278,7 @@ def test_one_rank_scales_and_averages(ranks: Ranks) -> None:
 
 def test_nan_and_signed_zero(ranks: Ranks) -> None:
     nan, inf = np.nan, np.inf
-    at = [  # what three ranks hold, minimum, maximum
+    at = [  # the values of three ranks, minimum, maximum
         ([1, nan, -1], nan, nan),
         ([nan, 1, 2], nan, nan),
         ([1, 2, nan], nan, nan),
@@ -326,7 +327,7 @@ def test_overflow_follows_the_format(ranks: Ranks) -> None:
             x = np.full(33, most, kind)
             got = comm.all_reduce(x).astype(np.float64)
             assert np.array_equal(got, np.full(33, want), equal_nan=True), kind
-            # What does not overflow in the accumulator comes out whole: it is rounded once.
+            # A value that does not overflow in the accumulator is exact up to one rounding.
             x = np.full(33, most if comm.rank < 1 else -most if comm.rank < 2 else 1, kind)
             if kind in SMALL_FLOATS[:1] + SMALL_FLOATS[2:]:
                 assert (comm.all_reduce(x, deterministic=True) == np.asarray(1).astype(kind)).all(), kind
@@ -348,7 +349,7 @@ def test_sums_round_once(ranks: Ranks) -> None:
 
 
 def test_small_stacks(ranks: Ranks) -> None:
-    """Reductions with a scale, of many sources or with a codec run in threads of 128 KiB (musl's)."""
+    """Reductions with a scale, many sources or a codec run in threads with stacks of 128 KiB (as in musl)."""
 
     def fn(comm: Communicator) -> None:
         x, y = np.full(3000, 2.0, np.float32), np.full(3000, 2.0, np.float32)
@@ -362,7 +363,7 @@ def test_small_stacks(ranks: Ranks) -> None:
         thread.join()
         assert (x == comm.size).all() and (y == 2 * comm.size).all()
 
-    before = threading.stack_size(128 << 10)  # of threads that are made from now on
+    before = threading.stack_size(128 << 10)  # of threads created from now on
     try:
         ranks(fn, 3)
     finally:

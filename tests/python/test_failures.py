@@ -1,4 +1,4 @@
-"""Never a hang, never wrong, nothing left: what ranks see of each other's deaths, delays and mistakes."""
+"""Never a hang, never wrong, nothing left: how ranks learn of each other's deaths, delays and mistakes."""
 
 import contextlib
 import gc
@@ -26,7 +26,7 @@ Ranks = Callable[..., list[Any]]
 
 
 def sockets() -> set[str]:
-    """The sockets by which ranks meet that this process holds."""
+    """The sockets for ranks to meet that this process holds."""
     held = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
@@ -61,7 +61,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def work_until_told(comm: Communicator, calls: list[Callable[[int], object]]) -> tuple[str, str, float]:
-    """Calls until an error comes; returns its kind, its text and when it came."""
+    """Makes calls until one raises an error; returns its type, its text and the time."""
     try:
         for step in range(10**9):
             calls[step % len(calls)](step)
@@ -71,7 +71,7 @@ def work_until_told(comm: Communicator, calls: list[Callable[[int], object]]) ->
 
 
 def busy(comm: Communicator) -> tuple[str, str, float]:
-    """Collectives of many kinds, sizes and algorithms, and a symmetric one."""
+    """Calls collectives of many kinds, sizes and algorithms, one on symmetric memory."""
     x, big, shared = np.ones(100, np.float32), np.ones(300_000, np.float32), comm.empty(20_000)
     names = _native.algorithms("all_reduce")
     calls: list[Callable[[int], object]] = [
@@ -142,7 +142,7 @@ def test_a_rank_that_leaves_is_named(how: str) -> None:
 
 
 def test_death_while_the_others_sleep_and_in_a_pair() -> None:
-    """Blocked in one call for long, in recv, in the progress thread, in split and in empty."""
+    """The others block for long: in a collective, recv, the progress thread, split and empty."""
 
     def fn(comm: Communicator) -> list[str]:
         groups = [comm.split(0) for _ in range(5)]
@@ -178,7 +178,7 @@ def test_a_clean_exit_after_the_last_call_is_no_loss() -> None:
         if comm.rank == 0:
             os.kill(os.getpid(), 0)
             return float(x[0])
-        time.sleep(0.3)  # rank 0 has gone: what it had finished still counts
+        time.sleep(0.3)  # rank 0 has gone, but its finished calls still count
         return float(x[-1])
 
     assert processes.run(fn, 3) == [3, 3, 3]
@@ -223,7 +223,7 @@ def test_a_stopped_rank_is_named_at_the_deadline() -> None:
 
 
 def test_time_in_which_all_were_stopped_does_not_count() -> None:
-    """A job that was suspended, or whose machine slept, goes on."""
+    """A job that was suspended, or whose machine slept, continues."""
     gate, late = Gate(), Gate()
 
     def fn(comm: Communicator) -> None:
@@ -292,7 +292,7 @@ def test_interrupt_of_other_waits(wait: str) -> None:
                 comm.all_reduce(np.ones(1), async_op=True)
                 comm.barrier()
         except KeyboardInterrupt:
-            os._exit(77)  # at once: closing waits for what is queued
+            os._exit(77)  # at once, since closing waits for queued calls
         return None
 
     with started(fn, 2) as ranks:
@@ -374,7 +374,7 @@ def test_mismatches_name_ranks_and_values(ranks: Ranks, what: str) -> None:
 
     def fn(comm: Communicator) -> tuple[str, str]:
         with pytest.raises(pycomm.CommError) as caught:
-            comm.all_reduce(np.ones(7))  # a rank may still be in it when others find the difference
+            comm.all_reduce(np.ones(7))  # a rank may still be in this call when others find the difference
             (two if comm.rank == 1 else one)(comm)
             comm.barrier()
         with pytest.raises(pycomm.AbortedError):
@@ -410,7 +410,7 @@ def test_calls_queued_before_a_failure_raise_it() -> None:
 
 
 def test_a_call_inside_a_call() -> None:
-    """A signal handler runs in the middle of a call: what it calls is refused, and the outer call is left."""
+    """A signal handler runs during a call: its own call is refused, and the outer call is abandoned."""
     gate = Gate()
 
     def fn(comm: Communicator) -> str:
@@ -462,7 +462,7 @@ def test_interrupt_while_closing() -> None:
 
 @pytest.mark.links
 def test_one_call_more_than_the_others(ranks: Ranks) -> None:
-    """A root that needs nobody, and a rank that leaves without the call: the later one learns it."""
+    """A root that waits for nobody, and a rank that leaves without the call: the later one gets the error."""
 
     def fn(comm: Communicator) -> str:
         comm.barrier()
@@ -480,7 +480,7 @@ def test_one_call_more_than_the_others(ranks: Ranks) -> None:
 
 @pytest.mark.links
 def test_a_last_call_in_which_nobody_waits(ranks: Ranks) -> None:
-    """Two roots: neither needs the other, so that the later one learns it when it closes."""
+    """Two roots: neither waits for the other, so the later one gets the error when it closes."""
 
     def fn(comm: Communicator) -> str:
         comm.all_reduce(np.ones(3))
@@ -498,7 +498,7 @@ def test_a_last_call_in_which_nobody_waits(ranks: Ranks) -> None:
 @pytest.mark.links
 @pytest.mark.parametrize(("send", "recv"), [(3, 1), (1, 3), (0, 2), (2, 0), (5000, 300_000)])
 def test_uneven_counts_that_disagree(ranks: Ranks, send: int, recv: int) -> None:
-    """Of what passes between two ranks, only they know."""
+    """Only two ranks know the counts between them."""
 
     def fn(comm: Communicator) -> str:
         me = comm.rank
@@ -549,7 +549,7 @@ def test_a_child_of_fork(ranks: Ranks) -> None:
         assert len(texts) == 6
         for text in texts:
             assert text.startswith("CommError: ") and "fork" in text and "pycomm.init" in text, text
-        x[:] = 1  # the parent's group is whole
+        x[:] = 1  # the parent's group stays usable
         assert (comm.all_reduce(x) == comm.size).all()
         assert (op() == comm.size).all()
 
@@ -653,7 +653,7 @@ def test_processes_leave_no_descriptors_and_no_threads() -> None:
 
 
 def test_the_first_line_of_a_traceback_is_enough(tmp_path: Path) -> None:
-    """With the launcher: the job ends, and its output says which rank was lost."""
+    """Under the launcher the job ends, and its output says which rank was lost."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, numpy as np, pycomm\n"

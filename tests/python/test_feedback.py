@@ -1,4 +1,4 @@
-"""Error feedback: what is lost comes later, a parameter at a time, and what is refused changes nothing."""
+"""Error feedback: errors are added later, parameter by parameter, and refused calls change nothing."""
 
 import array
 import gc
@@ -23,9 +23,9 @@ Ranks = Callable[..., list[Any]]
 def drift(
     comm: Communicator, codec: Any, steps: int, algorithm: str | None = None, count: int = 4096
 ) -> float:
-    """|sum of the results - sum of the exact averages| / |the latter| after so many steps."""
+    """|sum of the results - sum of the exact averages| / |the latter| after `steps` steps."""
     got, exact = np.zeros(count), np.zeros(count)
-    bias = np.random.default_rng(99).standard_normal(count)  # gradients of a step are alike
+    bias = np.random.default_rng(99).standard_normal(count)  # the gradients of all steps are similar
     for step in range(steps):
         rng = np.random.default_rng(step)
         xs = [(bias + rng.standard_normal(count)).astype(F32) for _ in range(comm.size)]
@@ -45,7 +45,7 @@ def drift(
     ],
 )
 def test_error_feedback_keeps_the_drift_small(kind: Any, limit: float) -> None:
-    """A sum of 300 steps; without feedback, nearest rounding drifts further."""
+    """The sum of 300 steps; without feedback, rounding to nearest drifts further."""
 
     def fn(comm: Communicator) -> None:
         for algorithm in ("two_shot", "ring"):
@@ -87,7 +87,7 @@ def test_residuals_that_nobody_keeps_go_with_the_communicator() -> None:
 
 
 def test_residuals_are_what_was_not_sent(ranks: Ranks) -> None:
-    """The mean over ranks of what they owe is the difference between the exact average and the result."""
+    """The mean of the ranks' residuals is the difference between the exact average and the result."""
 
     def fn(comm: Communicator) -> None:
         for algorithm in ("two_shot", "ring"):
@@ -112,7 +112,7 @@ def test_residuals_are_what_was_not_sent(ranks: Ranks) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "all_gather"])
 def test_what_is_owed_arrives_wherever_it_is_encoded(collective: str, size: int, dtype: str) -> None:
-    """A world of one, and a rank's own block of a reduce_scatter, encode nothing: there it is added."""
+    """A world of one, and a rank's own block of a reduce_scatter, are not encoded: the residual is added."""
 
     def fn(comm: Communicator) -> None:
         count = 512 * size
@@ -142,7 +142,7 @@ def test_what_is_owed_arrives_wherever_it_is_encoded(collective: str, size: int,
         mine = (
             slice(comm.rank * 512, comm.rank * 512 + 512) if collective == "reduce_scatter" else slice(None)
         )
-        # float16 results of calls that encode are rounded once more, which nobody keeps.
+        # float16 results of calls that encode are rounded once more; no residual keeps that error.
         atol = 3e-5 if dtype == "float32" else calls_made * 4 * 2.0**-11 * 4
         np.testing.assert_allclose(total[mine], want[mine], atol=atol)
 
@@ -173,7 +173,7 @@ def test_steps_that_do_not_count_leave_residuals_alone(ranks: Ranks) -> None:
         assert np.abs(first["w"]).max() > 0
         assert np.isnan(step(1, broken=True)).any()
         assert (state()["w"] == first["w"]).all() and (state()["other"] != first["other"]).any()
-        feedback.skip()  # the whole step, of which one call was finite
+        feedback.skip()  # the whole step, of which only one call was finite
         assert all((state()[name] == first[name]).all() for name in first)
         feedback.skip()
         assert all((state()[name] == first[name]).all() for name in first)
@@ -190,7 +190,7 @@ def test_steps_that_do_not_count_leave_residuals_alone(ranks: Ranks) -> None:
 
 
 def test_asynchronous_calls_that_nobody_waits_for(ranks: Ranks) -> None:
-    """The next call about the same parameters comes after them, residuals and all."""
+    """The next call on the same parameters follows them, and uses their residuals."""
 
     def fn(comm: Communicator) -> None:
         def last(async_op: bool) -> Array:
@@ -281,7 +281,7 @@ def test_what_is_exempt_is_not_among_the_largest(ranks: Ranks) -> None:
 
 
 def test_many_tensors_take_no_longer_than_to_make_their_bucket() -> None:
-    """What is linear in their number is; a comparison of each with each takes four times as long."""
+    """Linear work passes; a comparison of each with each takes four times as long."""
 
     def fn(comm: Communicator) -> None:
         tensors = [np.ones((4,) if i % 2 else (2, 2), F32) for i in range(4000)]
@@ -319,7 +319,7 @@ def test_many_arrays_take_about_as_long_in_the_first_step_as_later() -> None:
 
 def test_ranks_that_exempt_other_tensors_do_not_reduce_them() -> None:
     def fn(comm: Communicator) -> None:
-        exempted = "ab" if comm.rank == 0 else "ac"  # of equal lengths
+        exempted = "ab" if comm.rank == 0 else "ac"  # with equal lengths
         feedback = codecs.ErrorFeedback(lambda name, shape: name in exempted)
         bucket = Bucket([np.ones(n, F32) for n in (300, 200, 200, 100)], names=list("abcd"))
         bucket.pack()
@@ -368,7 +368,7 @@ def test_residuals_go_with_the_parameter_and_not_with_the_bucket(ranks: Ranks) -
         reduce("c", "a")
         assert all((second[name] == other.state_dict()[name]).all() for name in shapes)
         shapes["a"] = (3, 3)
-        with pytest.raises(ValueError, match="'a' has 9 elements here, and its residual 600"):
+        with pytest.raises(ValueError, match="'a' has 9 elements here, but its residual has 600"):
             reduce("a")
 
     ranks(fn, 2)
@@ -390,7 +390,7 @@ def test_buckets_without_names_share_no_residuals(ranks: Ranks) -> None:
 
 
 def test_residuals_do_not_depend_on_the_codec_of_the_step(ranks: Ranks) -> None:
-    """A schedule of ratios or seeds goes on with what the steps before it have left."""
+    """A codec with a changed ratio or seed continues with the residuals of the steps before."""
 
     def fn(comm: Communicator) -> None:
         g = np.r_[10.0, np.ones(99)].astype(np.float32)
@@ -425,9 +425,9 @@ def test_what_is_refused_leaves_everything_as_it_was(ranks: Ranks) -> None:
                     comm.all_reduce(xs, out=out, codec=codec, tag="t", async_op=asynchronous)
         assert feedback.state_dict() == {} and comm.codec_step == 0
 
-        # The second of two buckets is refused, for its residual, before the first is reduced.
+        # The second of two buckets is refused because of its residual, before the first is reduced.
         feedback.load_state_dict({"t[1]": np.ones(7, np.float32)})
-        with pytest.raises(ValueError, match=r"'t\[1\]' has 300 elements here, and its residual 7"):
+        with pytest.raises(ValueError, match=r"'t\[1\]' has 300 elements here, but its residual has 7"):
             comm.all_reduce([x, x.astype(np.float16)], codec=codec, tag="t")
         assert comm.codec_step == 0 and list(feedback.state_dict()) == ["t[1]"]
         feedback.load_state_dict({})
@@ -452,7 +452,7 @@ def test_what_is_refused_leaves_everything_as_it_was(ranks: Ranks) -> None:
             comm.all_reduce(Bucket([np.ones(3, np.float32)], "float8_e4m3fn", names=["u"]), codec=codec)
         assert feedback.state_dict() == {}
 
-        # A step that was made can be taken back, whatever was refused after it.
+        # A completed step can be undone even if calls were refused after it.
         comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="q")
         with pytest.raises(ValueError, match="zz"):
             comm.all_reduce(gaussian(comm.rank, 300), codec=codec, tag="q", algorithm="zz")
@@ -501,7 +501,7 @@ def test_resharding_keeps_the_mean() -> None:
 
 
 def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
-    """At once, and with everything as it was, once calls have said which parameters there are."""
+    """They are refused at once, without changes, if calls have been made and the parameters are known."""
 
     def fn(comm: Communicator) -> None:
         feedback = codecs.ErrorFeedback()
@@ -513,8 +513,8 @@ def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
         for wrong, words in (
             ({"v": np.ones(300, F32)}, "residual of 'v', which no call"),
             ({"w": np.ones(300, F32), "v": np.ones(3, F32)}, "residual of 'v', which no call"),
-            ({"w": np.ones(299, F32)}, "'w' has 300 elements here, and its residual 299"),
-            ({"late": np.ones(41, F32)}, "'late' has 40 elements here, and its residual 41"),
+            ({"w": np.ones(299, F32)}, "'w' has 300 elements here, but its residual has 299"),
+            ({"late": np.ones(41, F32)}, "'late' has 40 elements here, but its residual has 41"),
             ([early, {**early, "v": np.ones(3, F32)}], "some of the old ranks have a residual of 'v'"),
             ({"w": np.full(300, np.nan, F32)}, "holds NaN or Inf"),
         ):
@@ -523,7 +523,7 @@ def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
             state = feedback.state_dict()
             assert state.keys() == before.keys()
             assert all((state[name] == before[name]).all() for name in before)
-        feedback.skip()  # which a refusal leaves to be done, too
+        feedback.skip()  # possible after a refusal, too
         assert (feedback.state_dict()["w"] == 1).all() and (before["w"] != 1).any()
         feedback.load_state_dict(before)
         assert (feedback.state_dict()["w"] == before["w"]).all()
@@ -533,7 +533,7 @@ def test_states_of_other_parameters_are_refused(ranks: Ranks) -> None:
 
 
 def test_names_of_no_parameter_are_told_after_some_steps() -> None:
-    """A new ErrorFeedback cannot know at once: a parameter may have been renamed since the checkpoint."""
+    """A new ErrorFeedback cannot tell at once: a parameter may have been renamed since the checkpoint."""
 
     def train(comm: pycomm.Communicator) -> dict[str, Any]:
         feedback = codecs.ErrorFeedback()
@@ -545,10 +545,10 @@ def test_names_of_no_parameter_are_told_after_some_steps() -> None:
         return feedback.state_dict()
 
     with pytest.warns(
-        UserWarning, match="residuals of 'old', 'older', which no call .* about 'new', 'w'"
+        UserWarning, match="residuals of 'old', 'older', which no call .* had 'new', 'w'"
     ) as told:
         states = pycomm.run_local(train, 2)
-    assert len(told) == 2  # once a rank
+    assert len(told) == 2  # once per rank
     assert all(each.filename == __file__ for each in told)
     for state in states:
         assert sorted(state) == ["new", "old", "older", "w"] and (state["old"] == 1).all()
@@ -568,7 +568,7 @@ def test_states_survive_savez_and_pickle(tmp_path: Path) -> None:
 
 
 def test_the_same_parameters_in_buckets_of_other_lengths(ranks: Ranks) -> None:
-    """What is exempt has no residual, but its place in the bucket."""
+    """An exempt tensor has no residual, but still its place in the bucket."""
 
     def fn(comm: Communicator) -> None:
         codec = codecs.Int8(error_feedback=codecs.ErrorFeedback())
@@ -588,7 +588,7 @@ def test_the_same_parameters_in_buckets_of_other_lengths(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("name", sorted(codecs.kinds.DEFAULTS))
 def test_what_lies_between_tensors_stays_zero(ranks: Ranks, name: str) -> None:
-    """Whatever a codec makes of a block that has an end of a tensor in it, NaN included."""
+    """Also if a codec turns a block with the end of a tensor into NaN."""
 
     def fn(comm: Communicator) -> None:
         for wrong in (1.0, np.nan):
@@ -618,7 +618,7 @@ def test_ranks_that_exempt_another_number_of_tensors(ranks: Ranks) -> None:
 
 
 def test_a_list_whose_result_is_finite_in_part(ranks: Ranks) -> None:
-    """Its calls, one for each type, are one call: all residuals stay, or none."""
+    """Its calls, one for each type, count as one: all residuals stay, or none."""
 
     def fn(comm: Communicator) -> None:
         feedback = codecs.ErrorFeedback()

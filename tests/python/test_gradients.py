@@ -19,7 +19,7 @@ Ranks = Callable[..., list[Any]]
 
 def model_of() -> Any:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-    generator = torch.Generator().manual_seed(0)  # rank threads share torch's own
+    generator = torch.Generator().manual_seed(0)  # rank threads share torch's default generator
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
     return model
@@ -32,12 +32,12 @@ def backward(model: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("made", ["before", "after", "in the buffer"])
 def test_replicas_stay_equal_under_zero_grad(ranks: Ranks, made: str) -> None:
-    """The loop that everybody writes, with zero_grad()'s default, which drops the gradients."""
+    """The usual loop, with the default zero_grad(), which drops the gradients."""
 
     def fn(comm: Communicator) -> Any:
         models = [model_of(), model_of()]
         optimizers = [torch.optim.SGD(each.parameters(), lr=0.01) for each in models]
-        model, alone = models  # the second sees both ranks' data by itself
+        model, alone = models  # the second sees the data of both ranks
         bucket = Bucket(model.parameters(), comm=comm) if made != "after" else None
         for step in range(4):
             for optimizer in optimizers:
@@ -109,7 +109,7 @@ def test_gradients_that_are_missing() -> None:
 
 
 def test_frozen_parameters_are_refused() -> None:
-    """Their values would be reduced for gradients, or decay by an optimizer that sees zeros."""
+    """Else their values would be reduced as gradients, or an optimizer that sees zeros would decay them."""
     model = model_of()
     model[0].bias.requires_grad_(False)
     for missing_as_zero in (False, True):
@@ -137,7 +137,7 @@ def test_gradients_that_a_parameter_has_dropped_are_refused(kept: bool) -> None:
         bucket.pack()
         bucket.unpack()
         model.zero_grad(set_to_none=set_to_none)
-    for again in (False, True):  # before backward() as after it
+    for again in (False, True):  # before backward(), and after it
         if again:
             backward(model, 2)
         for call in (bucket.pack, bucket.unpack, bucket.check_unpack):
@@ -150,12 +150,12 @@ def test_gradients_that_a_parameter_has_dropped_are_refused(kept: bool) -> None:
     model[1].bias.grad = None
     with pytest.raises(ValueError, match="any more: 'd'; zero_grad"):
         bucket.pack()
-    bucket.tensors = bucket.tensors  # the caller says so
+    bucket.tensors = bucket.tensors  # the caller confirms them
     bucket.pack()
 
 
 def test_views_that_a_parameter_has_dropped_are_refused() -> None:
-    """Given to the bucket before the parameters got them."""
+    """The bucket got the views before the parameters did."""
     model = model_of()
     bucket = Bucket([parameter.detach() for parameter in model.parameters()])
     bucket.tensors = bucket.views
@@ -179,7 +179,7 @@ def test_tensors_that_no_parameter_holds_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize("codec", [None, "bf16"])
 def test_lists_hold_what_is_in_them(ranks: Ranks, codec: str | None) -> None:
-    """Of parameters: their values, with a codec too. Gradients may be dropped before the result is there."""
+    """A list of parameters holds their values, with a codec, too. Gradients may be dropped meanwhile."""
 
     def fn(comm: Communicator) -> None:
         parameters = [
@@ -203,7 +203,7 @@ def test_lists_hold_what_is_in_them(ranks: Ranks, codec: str | None) -> None:
 
 
 def test_error_feedback_goes_by_name(ranks: Ranks) -> None:
-    """It keeps no tensor: gradients that were replaced have the residuals of those before them."""
+    """It keeps no tensor: replaced gradients get the residuals of those before them."""
 
     def fn(comm: Communicator) -> None:
         feedback = pycomm.codecs.ErrorFeedback()
@@ -229,7 +229,7 @@ def test_error_feedback_goes_by_name(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("how", ["bucket", "tag"])
 def test_states_survive_torch_save(tmp_path: Path, how: str) -> None:
-    """By torch.load as it is by default, which reads no arrays; and by savez and pickle."""
+    """With torch.load's defaults, which read no arrays; and with savez and pickle."""
 
     def fn(comm: Communicator) -> None:
         feedback = pycomm.codecs.ErrorFeedback()

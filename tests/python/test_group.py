@@ -10,7 +10,7 @@ from pycomm import _native
 
 
 class Store:
-    """What a store must be able to do, for the threads of one process."""
+    """A minimal store for the threads of one process."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}

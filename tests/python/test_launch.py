@@ -19,7 +19,7 @@ RUN = [sys.executable, "-m", "pycomm", "run"]
 
 
 def patient(notice_s: float, grace_s: float) -> list[str]:
-    """The launcher with other times."""
+    """The launcher with other waiting times."""
     code = (
         f"from pycomm import launch; launch.NOTICE_S, launch.GRACE_S = {notice_s}, {grace_s}\n"
         "from pycomm.cli.main import main; raise SystemExit(main())"
@@ -27,7 +27,7 @@ def patient(notice_s: float, grace_s: float) -> list[str]:
     return [sys.executable, "-c", code, "run"]
 
 
-HASTY = patient(0.5, 0.5)  # for what must outlast the times
+HASTY = patient(0.5, 0.5)  # for processes that must outlast the times
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def run(*args: str, code: int = 0, command: list[str] = RUN) -> subprocess.Compl
 def started(
     *args: str, ranks: int, command: list[str] = RUN
 ) -> Iterator[tuple["subprocess.Popen[str]", list[int]]]:
-    """A job whose ranks print their process ids first, and these."""
+    """Starts a job whose ranks first print their process ids; returns these."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*command, *args], **pipes, text=True) as job:
         assert job.stdout
@@ -67,7 +67,7 @@ def started(
 
 
 def state(pid: int) -> str:
-    """R, S, T, Z, ... as /proc has it; empty if there is none."""
+    """R, S, T, Z, ... as in /proc; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -217,7 +217,7 @@ def test_interrupt_of_ordinary_ranks(script: Callable[[str], str]) -> None:
         assert gone(pids, 0)
 
 
-# What a rank does before the signal comes, which then does not end it.
+# What a rank does before the signal arrives, so that the signal does not end it.
 STUBBORN = {
     "stopped": "",
     "handled": "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, lambda *_: None)",
@@ -305,7 +305,7 @@ def test_what_a_rank_started_ends_with_it_when_it_is_ended(script: Callable[[str
 
 @pytest.mark.parametrize("code", [0, 5])
 def test_what_a_rank_started_outlives_it_when_it_ends_well(script: Callable[[str], str], code: int) -> None:
-    """Whatever becomes of the job."""
+    """However the job ends."""
     text = f"if rank == 1: time.sleep(1); sys.exit({code})\n{CHILD}\nprint(child.pid)"
     child = int(run("-n", "2", script(text), code=code).stdout.split()[1])
     assert alive(child)
@@ -341,7 +341,7 @@ print("sum", int(comm.all_reduce(numpy.ones(1))[0]))
 @pytest.mark.parametrize("absent", [0, 2])
 @pytest.mark.parametrize("calls", [0, 1])
 def test_a_rank_that_ends_before_init(script: Callable[[str], str], absent: int, calls: int) -> None:
-    """Those who wait in it for that rank are not left to the deadline, be it before or after they came."""
+    """Ranks that wait for it in init() end before the deadline, if it ended before or after they came."""
     code = f"""
 import pycomm
 for call in range({calls}):
@@ -371,7 +371,7 @@ def test_who_else_reports_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(rollcall.Rollcall("test")) as heard:
         rollcall.report("test", 1, 2)
         assert heard.hear() == [(1, 2)]
-        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as another user's would look
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as if it were another user's
         rollcall.report("test", 1, 3)
         assert heard.hear() == []
     rollcall.report("test", 1, 3)  # nobody listens
@@ -464,7 +464,7 @@ def test_how_many_ranks_has_to_be_said_first(script: Callable[[str], str], after
     path = script("print('here')")
     error = run(path, *after, code=2).stderr
     assert f"rite `pycomm run -n N {path}`" in error
-    assert ("stands after the script" in error) == (after[:1] in (["-n"], ["--np=2"]))
+    assert ("comes after the script" in error) == (after[:1] in (["-n"], ["--np=2"]))
 
 
 def test_a_warning_signal_reaches_the_ranks_and_ends_nothing(script: Callable[[str], str]) -> None:
@@ -483,7 +483,7 @@ def test_a_warning_signal_reaches_the_ranks_and_ends_nothing(script: Callable[[s
 
 
 def test_ignored_children(script: Callable[[str], str]) -> None:
-    """As a daemon's children may find it: the kernel would keep no exit code of a rank."""
+    """SIGCHLD may be ignored, as under a daemon: the kernel would keep no exit code of a rank."""
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
         " os.execv(sys.executable, sys.argv[1:])"

@@ -1,4 +1,4 @@
-"""How a rank leaves: with an error on its way, in a child of fork, from a handler, as Python ends."""
+"""How a rank leaves: on an error, in a child of fork, from a handler, at the end of Python."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ PENDING = {
 
 @pytest.mark.parametrize("what", PENDING)
 def test_an_error_is_not_kept_waiting(what: str, ranks: Ranks) -> None:
-    """Not by calls that are under way; the others learn of it, whatever they wait for."""
+    """Calls in progress do not delay it; the others learn of it, whatever they wait for."""
 
     def fn(comm: Communicator) -> str:
         if comm.rank == 0:
@@ -98,14 +98,14 @@ def test_an_error_that_nobody_catches(tmp_path: Path) -> None:
 def test_an_error_of_close_is_run_locals() -> None:
     def fn(comm: Communicator) -> None:
         if comm.rank == 0:
-            comm.broadcast(np.ones(3))  # a root needs nobody
+            comm.broadcast(np.ones(3))  # a root waits for nobody
 
     with pytest.raises(pycomm.MismatchError, match="rank 0 called broadcast"):
         pycomm.run_local(fn, 2)
 
 
 def test_close_inside_a_call() -> None:
-    """In a handler, while its own thread drives what is queued: to wait for that would be for ever."""
+    """In a handler, while its own thread drives the queue: waiting for the queue would never end."""
     gate = Gate()
 
     def fn(comm: Communicator) -> str:
@@ -135,7 +135,7 @@ def test_close_inside_a_call() -> None:
 
 
 def in_child(body: Callable[[], str]) -> str:
-    """What it returns in a child of fork()."""
+    """The result of a function in a child of fork()."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -156,7 +156,7 @@ def in_child(body: Callable[[], str]) -> str:
 
 @pytest.mark.parametrize("count", [3, 1_000_000])
 def test_a_child_reads_symmetric_memory(count: int, ranks: Ranks) -> None:
-    """Of several arrays, also in a grandchild; what it writes is its own."""
+    """Several arrays, also in a grandchild, whose writes are private."""
 
     def fn(comm: Communicator) -> None:
         x, others = comm.empty(count), [comm.empty(5, "int8")]
@@ -190,7 +190,7 @@ def test_a_child_waits_for_nothing() -> None:
             assert text.startswith("CommError: ") and "pycomm.init" in text
         gate.arrive()
         done = work.wait()
-        assert in_child(lambda: str(work.wait().sum())) == "3.0"  # what has completed may be asked
+        assert in_child(lambda: str(work.wait().sum())) == "3.0"  # completed work may be asked for its result
         assert (done == 1).all()
 
     with started(fn, 2) as job:
@@ -233,7 +233,7 @@ EXITS = {
 
 @pytest.mark.parametrize("what", EXITS)
 def test_exit_in_the_middle(what: str, tmp_path: Path) -> None:
-    """The interpreter ends while calls are under way: no crash, no hang."""
+    """The interpreter ends while calls are in progress: no crash, no hang."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import threading, time, numpy as np, pycomm\ncomm = pycomm.init(timeout=20)\n{EXITS[what]}\n"

@@ -122,7 +122,7 @@ def test_every_codec_gives_the_bits_of_one_node(nodes: list[int]) -> None:
         for count in (3, 1030, 70_001):
             x = np.random.default_rng(comm.rank).normal(size=count).astype("f")
             for codec in DEFAULTS:
-                for _ in range(2):  # some keep what they lost under a name
+                for _ in range(2):  # some codecs keep residuals under a name
                     found.append(comm.all_reduce(x.copy(), codec=codec, tag=f"{codec} {count}").tobytes())
             for codec in ("int8", "fp8_e4m3"):
                 found.append(comm.all_gather(x, codec=codec, step=3).tobytes())
@@ -212,7 +212,7 @@ def test_a_rank_that_differs_is_named(nodes: list[int]) -> None:
 
 
 def test_a_child_can_drop_its_parents_groups() -> None:
-    """What delivers late messages is a thread of the parent's."""
+    """The thread that delivers late messages exists only in the parent."""
     kept: list[Communicator] = []
 
     def fn(comm: Communicator) -> None:

@@ -1,5 +1,5 @@
-"""Lists of buffers, made up many times over: what is taken is reduced exactly, and nothing else is written;
-what is refused changes nothing.
+"""Lists of buffers, made up in many examples: accepted lists are reduced exactly and nothing else is written;
+refused lists change nothing.
 
 PYCOMM_FUZZ_ROUNDS: how many lists are made, 2,000 by default.
 """
@@ -17,11 +17,14 @@ from pycomm import Communicator
 
 ROUNDS = int(os.environ.get("PYCOMM_FUZZ_ROUNDS", "2000"))
 DTYPES = ["f4", "f8", "f2", "i4", "u1", "i8", "c8"]
-SMALL, LARGE = 3 << 10, 600 << 10  # bytes of the memory that items lie in; some are above what goes alone
+SMALL, LARGE = (
+    3 << 10,
+    600 << 10,
+)  # bytes of the items' memory; some items are large enough for calls of their own
 
 
 class Item(NamedTuple):
-    """A place in that memory, the same on all ranks."""
+    """An item's place in that memory, the same on all ranks."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,31 +70,29 @@ def spans(items: Sequence[Item]) -> list[tuple[int, int]]:
 
 
 def lie_apart(items: Sequence[Item]) -> bool:
-    """Save that a tensor may come twice."""
+    """Whether the items lie apart; the same tensor may occur twice."""
     found = sorted(set(spans(items)))
     return all(a[1] <= b[0] for a, b in pairwise(found))
 
 
 def one(comm: Communicator, rng: random.Random) -> str:
-    """What became of one list; the ranks draw alike."""
+    """Tries one list; all ranks draw the same."""
     room = LARGE if rng.random() < 0.02 else SMALL
     items, collective, root = (
         make_items(rng, room),
         rng.choice(["all_reduce", "broadcast"]),
         rng.randrange(comm.size),
     )
-    if collective == "broadcast":  # the root alone may read what is marked
+    if collective == "broadcast":  # only the root may read items marked as read-only
         items = [item._replace(frozen=False) for item in items]
-    others = rng.random() < 0.3  # into `out`, of its own memory
+    others = rng.random() < 0.3  # into `out`, which has its own memory
     seed, asynchronous = rng.getrandbits(32), rng.random() < 0.2
     wrong_out = others and bool(items) and rng.random() < 0.03
     memories = [
         np.random.default_rng([seed, rank]).integers(0, 2, room, np.uint8) for rank in range(comm.size)
     ]
     for rank, memory in enumerate(memories):
-        for (
-            item
-        ) in items:  # sums are exact in every type; where items share memory, the last one's values stay
+        for item in items:  # sums are exact in every type; if items share memory, the last one's values stay
             values = np.arange(np.prod(item.shape, dtype=int)).reshape(item.shape) + item.begin
             np.copyto(item._replace(frozen=False).within(memory), (values + rank) % 5, casting="unsafe")
     inputs = [[item.within(memory).copy() for item in items] for memory in memories]

@@ -1,4 +1,4 @@
-"""Shared memory goes back: of closed groups, of their pairs, of symmetric arrays, also where ranks die."""
+"""Shared memory is given back: that of closed groups, pairs and symmetric arrays, also if ranks die."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from pycomm import Communicator
 
 
 def shared_bytes() -> int:
-    """Of this process's nodes."""
+    """The shared memory of this process's nodes."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -26,7 +26,7 @@ def shared_bytes() -> int:
 
 
 def use(comm: Communicator) -> None:
-    """All that a group has memory for."""
+    """Uses everything that a group has memory for."""
     x = comm.empty(100_000)
     x[:] = 1
     assert comm.all_reduce(x)[0] == comm.size
@@ -83,7 +83,7 @@ def test_groups_and_arrays_leave_nothing(turn: Any) -> None:
 
 
 def test_pairs_of_a_group_leave_nothing() -> None:
-    """Whoever opened the channel and whoever did not."""
+    """The rank that opened the channel, and the one that did not."""
 
     def fn(comm: Communicator) -> None:
         taken = []
@@ -91,7 +91,7 @@ def test_pairs_of_a_group_leave_nothing() -> None:
             for _ in range(20):
                 with comm.split(0) as group:
                     if group.rank == 0:
-                        group.send(np.ones(3), 1)  # goes without a receiver
+                        group.send(np.ones(3), 1)  # needs no receiver
                     group.barrier()
                     if group.rank == 1:
                         group.recv(np.empty(3), 0)
@@ -129,7 +129,7 @@ def test_ranks_that_die_keep_nothing(when: str) -> None:
             left = comm.shrink()
             comm.close()
             comm = left
-        for _ in range(2):  # what the last one to die has not given back is found by the next to take or give
+        for _ in range(2):  # the next rank to reserve or release finds the memory of the last one that died
             split(comm)
             comm.barrier()
         return shared_bytes()

@@ -26,7 +26,7 @@ OBJECTS = st.recursive(
 
 
 def same(a: object, b: object) -> bool:
-    """Equal, of the same types, with floats compared by their bits."""
+    """Whether two objects are equal, with the same types; floats are compared by their bits."""
     if type(a) is not type(b):
         return False
     if isinstance(a, float) and isinstance(b, float):

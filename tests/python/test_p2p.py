@@ -26,7 +26,7 @@ def test_messages_arrive_in_order(ranks: Ranks) -> None:
                     if comm.rank == source != target:
                         x = np.arange(count, dtype=np.float64) + 1000 * source + i
                         assert comm.send(x, target) is None
-                        x[:] = -1  # it may be used again
+                        x[:] = -1  # the buffer may be reused
                     elif comm.rank == target != source:
                         y = np.full(count, -2.0)
                         assert comm.recv(y, src=source) is y
@@ -50,14 +50,14 @@ def test_both_directions_at_once(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
-COUNTS = (1, 10_000, 2_000_001)  # the last one is far beyond what a pair's window holds
+COUNTS = (1, 10_000, 2_000_001)  # the last one far exceeds a pair's window
 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("first", ["send", "recv"])
 @pytest.mark.parametrize("background", ["both", "first"])
 def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str, count: int) -> None:
-    """As everybody writes it: start one, do the other, wait."""
+    """The usual pattern: start one, do the other, wait."""
 
     def fn(comm: Communicator) -> None:
         other = 1 - comm.rank
@@ -82,7 +82,7 @@ def test_messages_that_face_each_other(ranks: Ranks, first: str, background: str
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
-    """Again and again with the same buffers, and with others: both are remembered."""
+    """Repeatedly with the same buffers, and with others: both are remembered."""
 
     def fn(comm: Communicator) -> None:
         me, right, left = comm.rank, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
@@ -91,11 +91,11 @@ def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
                 for turn in range(3):
                     x[:], y[:] = 10 * me + turn, -1
                     assert comm.send_recv(x, right, y, left) is y
-                    x[:] = -2  # it may be used again
+                    x[:] = -2  # the buffer may be reused
                     assert (y == 10 * left + turn).all()
         if size == 1:
             return
-        received = np.empty(3, np.int64)  # a message each way may be of another type and length
+        received = np.empty(3, np.int64)  # the two messages may differ in type and length
         if me == 0:
             comm.send_recv(b"words", 1, received, src=size - 1, tag=None, timeout=60)
             assert (received == size - 1).all()
@@ -109,7 +109,7 @@ def test_send_recv_along_a_ring(ranks: Ranks, size: int) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_send_recv_beside_what_is_queued(ranks: Ranks, count: int) -> None:
-    """It takes its turn behind messages of the pair, and joins the queue when another thread makes a call."""
+    """It follows earlier messages of the pair, and joins the queue if another thread makes a call."""
 
     def fn(comm: Communicator) -> None:
         other = 1 - comm.rank
@@ -217,7 +217,7 @@ def test_messages_and_collectives_do_not_wait_for_each_other(ranks: Ranks) -> No
 
 
 def test_threads_of_a_rank_may_wait_for_each_other(ranks: Ranks) -> None:
-    """One thread receives; what it receives comes only after what another thread sends."""
+    """One thread receives a message that is sent only after another thread has sent."""
 
     def fn(comm: Communicator) -> None:
         x, y = np.zeros(400_000), np.zeros(3)
@@ -236,7 +236,7 @@ def test_threads_of_a_rank_may_wait_for_each_other(ranks: Ranks) -> None:
 
 
 def test_large_messages_that_only_send_are_late_not_stuck(ranks: Ranks) -> None:
-    """Blocking sends that both come first wait for each other, as in MPI."""
+    """Two ranks that both send first, blocking, wait for each other, as in MPI."""
 
     def fn(comm: Communicator) -> None:
         with pytest.raises((pycomm.CommTimeoutError, pycomm.AbortedError)):
@@ -246,7 +246,7 @@ def test_large_messages_that_only_send_are_late_not_stuck(ranks: Ranks) -> None:
 
 
 def test_a_ring_of_small_messages(ranks: Ranks) -> None:
-    """A short message is gone before it is received, so everybody may send first."""
+    """A short send ends before it is received, so all ranks may send first."""
 
     def fn(comm: Communicator) -> None:
         n, me = comm.size, comm.rank

@@ -71,7 +71,7 @@ def test_keeps_its_buffers_and_its_group(ranks: Ranks) -> None:
         del op
         gc.collect()
         assert sys.getrefcount(x) == references
-        op = comm.all_reduce_init(bytearray(b"\1\2"))  # and what only the call refers to
+        op = comm.all_reduce_init(bytearray(b"\1\2"))  # and a buffer that only the call refers to
         assert op() == b"\2\4"
 
     ranks(fn, 2)

@@ -82,7 +82,7 @@ def test_bytes_that_are_no_text(script: Callable[[str], str]) -> None:
 
 
 def test_carriage_returns(script: Callable[[str], str]) -> None:
-    """A progress bar is shown as it moves; the end of a line as Windows has it is one, also in two parts."""
+    """A progress bar is shown as it moves; a Windows line end counts as one, also in two parts."""
     code = r"os.write(1, b'1%\r2%\r3%\r'); time.sleep(0.3); os.write(1, b'\nwindows\r\nend\n')"
     assert output_of("-n", "1", script(code)) == b"[0] 1%\r[0] 2%\r[0] 3%\r\n[0] windows\r\n[0] end\n"
 
@@ -96,7 +96,7 @@ def test_both_streams_into_one(script: Callable[[str], str]) -> None:
 
 
 def test_a_slow_reader_slows_the_ranks(script: Callable[[str], str], tmp_path: Path) -> None:
-    """They are stopped by it after what fits into the pipes, and get on when it reads."""
+    """They stop once the pipes are full, and continue when it reads."""
     counter = tmp_path / "counter"
     code = f"""
 for i in range(20_000):
@@ -128,14 +128,14 @@ def test_a_reader_that_does_not_read_does_not_hold_up_a_signal(
     with subprocess.Popen([*HASTY, "-n", "2", script(code)], **pipes) as job:
         assert job.stderr
         job.stderr.readline()
-        time.sleep(1)  # until nothing moves any more
+        time.sleep(1)  # until everything is blocked
         job.send_signal(number)
         # Python's traceback waits for the same reader.
         assert job.wait(30) in (128 + number, 128 + signal.SIGKILL)
 
 
 def test_a_reader_that_comes_late_finds_all(script: Callable[[str], str]) -> None:
-    """However long after the ranks have ended."""
+    """Even long after the ranks have ended."""
     with subprocess.Popen([*HASTY, "-n", "1", script("print('x' * 200_000)")], stdout=subprocess.PIPE) as job:
         assert job.stdout
         time.sleep(3)
@@ -163,7 +163,7 @@ def test_an_output_that_does_not_wait(script: Callable[[str], str]) -> None:
     [("| head -1", "Broken pipe"), ("> /dev/full", "No space left on device"), (">&-", "")],
 )
 def test_an_output_that_cannot_be_written(script: Callable[[str], str], where: str, why: str) -> None:
-    """It is dropped, with one warning, and the job goes on to its end and its code."""
+    """The output is dropped, with one warning, and the job continues to its end and its exit code."""
     code = "for i in range(50_000): print(i)\nprint('end', file=sys.stderr)\nsys.exit(3)"
     line = f"{' '.join(RUN)} -n 1 {script(code)} {where}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)

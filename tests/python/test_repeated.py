@@ -1,4 +1,4 @@
-"""Calls made before are known and run without checks: whatever a call depends on may have changed since."""
+"""Repeated calls are known and skip checks: everything that a call depends on may have changed since."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ Ranks = Callable[..., list[Any]]
 
 
 def again(comm: Communicator, x: npt.NDArray[Any], **keywords: Any) -> None:
-    """Makes the call a known one."""
+    """Repeats the call, so that it is known."""
     for _ in range(3):
         comm.all_reduce(x, **keywords)
 
@@ -223,7 +223,7 @@ def test_keywords_are_not_taken_for_others_that_lay_there_before() -> None:
     comm = pycomm.init()
     x = np.ones(4)
     for i in range(100):
-        comm.all_reduce(x, timeout=float(30 + i))  # freed at once, and the next number may lie there
+        comm.all_reduce(x, timeout=float(30 + i))  # freed at once, so the next number may have its address
         with pytest.raises(ValueError, match="timeout"):
             comm.all_reduce(x, timeout=float(-1 - i))
         comm.all_reduce(x, op="".join(("s", "um")))
@@ -286,7 +286,7 @@ COUNT = 1 << 16
 
 
 def plain_at(address: int) -> npt.NDArray[np.float32]:
-    """Ordinary memory at this address."""
+    """An ordinary array at this address."""
     got = libc.mmap(
         address, 4 * COUNT, mmap.PROT_READ | mmap.PROT_WRITE,
         mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0,
@@ -381,7 +381,7 @@ def test_failed_groups() -> None:
 
 
 def test_threads_that_call_at_once() -> None:
-    """More calls than can be known, short ones and those that give the interpreter's lock up."""
+    """More calls than can be known: short ones, and ones that release the interpreter's lock."""
     comm = pycomm.init()
     errors: list[BaseException] = []
 
@@ -439,10 +439,10 @@ def test_keywords_are_let_go_with_the_group() -> None:
 
 
 def test_threads_of_a_rank_lose_no_references() -> None:
-    """What a known call returns is counted under the interpreter's lock, which others have meanwhile."""
+    """A known call counts references to its result under the interpreter's lock, which others also take."""
 
     def fn(comm: Communicator) -> None:
-        # Long enough to give the lock up, short enough for many.
+        # Long enough to release the lock, short enough for many calls.
         x, y = np.ones(1 << 14, np.float32), np.empty(1 << 14, np.float32)
         into = np.empty_like(x)
 

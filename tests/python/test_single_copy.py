@@ -1,5 +1,5 @@
-"""Large all_gathers and all_to_alls, whose inputs peers read where they lie if they can: the same bits as
-through windows."""
+"""Large all_gathers and all_to_alls, whose inputs peers read in place if they can: the same bits as through
+windows."""
 
 import hashlib
 import mmap
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 def empty(count: int, dtype: type = np.uint8) -> np.ndarray:
-    """In huge pages: recycled memory of the process is often in small ones, which go through windows."""
+    """Memory in huge pages: recycled memory is often in small pages, which are sent through windows."""
     memory = mmap.mmap(-1, count * np.dtype(dtype).itemsize + 2 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, count)
@@ -38,7 +38,7 @@ def gathered(counts: list[int], salt: int = 0) -> np.ndarray:
     return np.concatenate([pattern(rank, count, salt) for rank, count in enumerate(counts)])
 
 
-# Equal, odd, very unequal, and of ranks that have nothing to give.
+# Equal, odd and very unequal counts, and ranks without elements.
 @pytest.mark.parametrize(
     "counts",
     [[8 * MIB] * 2, [8 * MIB + 1, 4 * MIB - 3], [9 * MIB + 7, 0], [0, 5, 12 * MIB + 1], [4 * MIB] * 3],
@@ -52,7 +52,7 @@ def test_blocks_of_all_sizes(ranks: Ranks, counts: list[int]) -> None:
             out = empty(total + shift)[shift:]
             x[:] = pattern(comm.rank, mine, salt)
             comm.all_gather(x, out=out, counts=counts)
-            x[:] = 255  # at once: nobody reads it any more
+            x[:] = 255  # at once, since nobody reads it any more
             assert (out == gathered(counts, salt)).all()
             out[:] = 0
             slot = out[before : before + mine]
@@ -67,7 +67,7 @@ def test_blocks_of_all_sizes(ranks: Ranks, counts: list[int]) -> None:
 
 @pytest.mark.parametrize("shifts", [(0, 16), (16, 0), (4, 67), (1, 64)])
 def test_input_and_output_at_any_distance(ranks: Ranks, shifts: tuple[int, int]) -> None:
-    """Where the kernel would copy slowly, windows take over: on all ranks or on none."""
+    """If the kernel would copy slowly, windows are used instead: on all ranks or on none."""
 
     def fn(comm: Communicator) -> None:
         shift_in, shift_out = shifts if comm.rank else (0, 0)  # only some ranks' addresses are slow ones
@@ -82,7 +82,7 @@ def test_input_and_output_at_any_distance(ranks: Ranks, shifts: tuple[int, int])
 
 
 def test_all_to_all_where_some_ranks_call_in_place(ranks: Ranks) -> None:
-    """Whoever calls in place writes over what others would read: then all go through windows."""
+    """A call in place overwrites the input that others would read: then all ranks use windows."""
 
     def fn(comm: Communicator) -> None:
         block = 3 * MIB + 5
@@ -94,7 +94,7 @@ def test_all_to_all_where_some_ranks_call_in_place(ranks: Ranks) -> None:
                 x[peer * block : (peer + 1) * block] = pattern(comm.rank, block, salt + 5 * peer)
             result = comm.all_to_all(x, out=x if in_place else out)
             if not in_place:
-                x[:] = 255  # at once: nobody reads it any more
+                x[:] = 255  # at once, since nobody reads it any more
             for peer in range(comm.size):
                 received = result[peer * block : (peer + 1) * block]
                 assert (received == pattern(peer, block, salt + 5 * comm.rank)).all()
@@ -109,7 +109,7 @@ def test_an_input_belongs_to_its_caller_after_the_call(ranks: Ranks) -> None:
         for step in range(30):
             x.fill(100 * step + comm.rank)
             if step % 3 == comm.rank:
-                time.sleep(0.002)  # the others are late by turns
+                time.sleep(0.002)  # the others take turns to be late
             comm.all_gather(x, out=out)
             x.fill(-1)
             rows = out.reshape(comm.size, -1)
@@ -119,7 +119,7 @@ def test_an_input_belongs_to_its_caller_after_the_call(ranks: Ranks) -> None:
 
 
 def test_among_other_calls(ranks: Ranks) -> None:
-    """Large and small, of all kinds, in groups and pairs, queued and not, drawn alike on all ranks."""
+    """Large and small calls of all kinds, in groups and pairs, queued or not; all ranks draw the same."""
 
     def fn(comm: Communicator) -> None:
         choice = random.Random(5)

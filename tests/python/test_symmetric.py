@@ -160,7 +160,7 @@ def test_memory_that_is_not_there(ranks: Ranks) -> None:
 
 
 def reserved() -> int:
-    """Bytes that the shared memory of this process's groups takes."""
+    """The bytes that the shared memory of this process's groups occupies."""
     total = 0
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -170,7 +170,7 @@ def reserved() -> int:
 
 
 def test_freed_memory_is_given_back(ranks: Ranks) -> None:
-    """By the last rank to let go, without a call of the others."""
+    """The last rank to release it gives it back, without a call of the others."""
 
     def fn(comm: Communicator) -> None:
         comm.barrier()

@@ -58,7 +58,7 @@ def test_parameters_and_gradients(ranks: Ranks) -> None:
 
 
 def gather(comm: Communicator, tensors: list[Any]) -> list[list[Any]]:
-    """Every rank's tensors, by way of NumPy alone."""
+    """The tensors of all ranks, gathered through NumPy only."""
     parts = [comm.all_gather(t.numpy().reshape(1, *t.shape)) for t in tensors]
     return [[part[rank] for part in parts] for rank in range(comm.size)]
 
@@ -155,7 +155,7 @@ def test_a_store_of_torch_distributed(tmp_path: Path) -> None:
 
 
 def test_deferred_negation_and_conjugation(ranks: Ranks) -> None:
-    """On every way in, and where the memory is that of a call which is known already."""
+    """In every kind of call, and also if the memory belongs to a known call."""
 
     def fn(comm: Communicator) -> None:
         real, whole, complex_ = torch.ones(4), torch.ones(4, dtype=torch.int32), torch.ones(2) * 1j
@@ -165,7 +165,7 @@ def test_deferred_negation_and_conjugation(ranks: Ranks) -> None:
                 comm.all_reduce(x, op="max" if x is not complex_ else "sum")
         moved = one.conj().imag.clone()
         comm.all_reduce(moved)
-        moved.data = one.conj().imag  # the same object, of other memory and with a lazy bit
+        moved.data = one.conj().imag  # the same object, with other memory and a lazy bit
         with pytest.raises(ValueError, match="negation"):
             comm.all_reduce(moved)
         negations = [torch._neg_view(real), torch._neg_view(whole), torch._neg_view(complex_)]
@@ -272,13 +272,13 @@ def test_memory_that_is_replaced_under_a_bound_call(ranks: Ranks) -> None:
                 with pytest.raises(ValueError, match=f"`{name}` had 8 elements .*bind the call again"):
                     op()
             assert other() is out
-            comm.all_reduce(x)  # what is bound at the call site is as the tensor is now
+            comm.all_reduce(x)  # the call site is bound to the tensor as it is now
 
     ranks(fn, 2)
 
 
 def test_memory_that_is_replaced_under_a_started_call(ranks: Ranks) -> None:
-    """The call goes on in the memory that it began with, which nobody else gets meanwhile."""
+    """The call continues in the memory that it began with, which nobody else gets meanwhile."""
 
     def fn(comm: Communicator) -> None:
         count = 1 << 16
@@ -309,7 +309,7 @@ def test_memory_that_is_replaced_under_a_started_call(ranks: Ranks) -> None:
 
 
 def test_autograd_is_not_written_behind_its_back(ranks: Ranks) -> None:
-    """It keeps results to compute gradients of, and would not see a change."""
+    """Autograd keeps results to compute gradients from, and would not notice a change."""
 
     def fn(comm: Communicator) -> None:
         weight = torch.ones(3, requires_grad=True)

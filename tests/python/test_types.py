@@ -1,4 +1,4 @@
-"""What the stubs promise, what dir() shows, and how objects show themselves."""
+"""The types in the stubs, the names in dir(), and the repr of objects."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""What errors say to whoever meets pycomm for the first time: the value, and what to write in its place."""
+"""What errors tell a new user: the value, and what to write instead."""
 
 import inspect
 import math
@@ -128,7 +128,7 @@ def test_a_list_is_broadcast(ranks: Ranks) -> None:
         assert [float(x.ravel()[0]) for x in xs] == [1, 1, 1.5]
         if comm.rank == 0:
             for x in xs:
-                x.flags.writeable = False  # the root's are only read
+                x.flags.writeable = False  # the root's buffers are only read
         comm.broadcast(xs)
         outs = tensors()
         assert comm.broadcast(tensors(), root=1, out=outs, async_op=True).wait() is outs
@@ -236,7 +236,7 @@ def bound() -> list[Any]:
     """All functions, methods and classes of the native module."""
     found = [_native, *(each for each in vars(_native).values() if inspect.isclass(each))]
     members = [getattr(owner, name) for owner in found for name in vars(owner) if name[0] != "_"]
-    kept = ("close", "abandon", "leave")  # would end the group
+    kept = ("close", "abandon", "leave")  # these would end the group
     return [each for each in members if callable(each) and getattr(each, "__name__", "") not in kept]
 
 

@@ -94,7 +94,7 @@ def test_a_launcher_within_another() -> None:
     assert find_world({**SLURM, **OPEN_MPI, **TORCHRUN, **PYCOMM}).launcher == "pycomm run"
     assert find_world({**SLURM, **OPEN_MPI, **TORCHRUN}).launcher == "torchrun"
     assert find_world({**SLURM, **MPICH}).launcher == "MPICH"
-    # srun that speaks PMI itself
+    # an srun that sets PMI variables
     assert find_world({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "4"}).launcher == "Slurm"
 
 
@@ -151,7 +151,7 @@ def test_several_hosts_are_refused(environ: dict[str, str], evidence: str) -> No
 
 
 def test_a_shell_between_launcher_and_rank() -> None:
-    """MPICH names no job: its ranks share the process that started them, whatever lies between."""
+    """MPICH has no name of a job: its ranks share the process that started them, whatever is in between."""
     code = "from pycomm.world import find_world; print(find_world().address)"
     direct = [sys.executable, "-c", code]
     in_shell = ["sh", "-c", '"$@"; true', "sh", *direct]
@@ -170,7 +170,7 @@ START = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c',
 
 
 def outcomes_of_ranks(*codes: str) -> list["subprocess.CompletedProcess[str]"]:
-    """Of programs that torchrun might have started: what holds for its ranks holds for any launcher's."""
+    """Outcomes of programs as if torchrun had started them; other launchers' ranks behave in the same way."""
     names = ("RANK", "LOCAL_RANK")
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(codes)))
     job = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"test {os.getpid()}"}

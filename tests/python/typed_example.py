@@ -1,4 +1,4 @@
-"""What the stubs say of a caller's code: `mypy --strict` passes it (test_types.py), nothing runs it."""
+"""A caller's code to check the stubs: `mypy --strict` passes it (test_types.py), nothing runs it."""
 
 from typing import TYPE_CHECKING, Any
 
