@@ -14,17 +14,17 @@ namespace {
 
 // Rank threads share a process, so each thread has its own rank; threads without one log as the rank that
 // joined last.
-struct Who {
+struct LogRank {
   int rank = -1, size = -1;
 };
-thread_local Who this_thread;
+thread_local LogRank this_thread;
 std::mutex mutex;
-Who last_joined;
+LogRank last_joined;
 
 void write_line(const std::string& text) {
-  const Who who = this_thread.rank >= 0 ? this_thread : last_joined;
+  const LogRank log_rank = this_thread.rank >= 0 ? this_thread : last_joined;
   const auto word = [](int n) { return n < 0 ? std::string("-") : std::to_string(n); };
-  const std::string line = "pycomm [" + word(who.rank) + "/" + word(who.size) + "] " + text + "\n";
+  const std::string line = "pycomm [" + word(log_rank.rank) + "/" + word(log_rank.size) + "] " + text + "\n";
   while (write(STDERR_FILENO, line.data(), line.size()) < 0 && errno == EINTR) continue;
 }
 

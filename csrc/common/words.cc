@@ -25,9 +25,9 @@ size_t distance(std::string_view a, std::string_view b) {
 }
 
 size_t near(std::string_view a, std::string_view b) {
-  constexpr size_t kTelling = 3;  // two words may share a shorter beginning by chance
+  constexpr size_t kLeastPrefix = 3;  // two words may share a shorter beginning by chance
   const size_t common = std::min(a.size(), b.size());
-  const bool begins = common >= kTelling && a.substr(0, common) == b.substr(0, common);
+  const bool begins = common >= kLeastPrefix && a.substr(0, common) == b.substr(0, common);
   return begins && a.size() != b.size() ? 1 : distance(a, b);
 }
 

@@ -184,16 +184,16 @@ class Transcoder {
     }
     const uint8_t* random = stochastic_ ? random_.draw(pieces_, v) : nullptr;
     if (n_ == kTile && args_.num_dsts == 1) {
-      wire_written(v, random, static_cast<uint8_t*>(here(args_.dsts[0], Format::wire)));
+      encode_tile(v, random, static_cast<uint8_t*>(here(args_.dsts[0], Format::wire)));
       return;
     }
-    wire_written(v, random, wire_.bytes);
+    encode_tile(v, random, wire_.bytes);
     const auto bytes = static_cast<size_t>(wire_bytes(args_.codec->kind, n_));
     for (int d = 0; d < args_.num_dsts; ++d)
       copy_bytes(here(args_.dsts[d], Format::wire), wire_.bytes, bytes, false, isa_);
   }
 
-  void wire_written(const float* v, const uint8_t* random, uint8_t* wire) {
+  void encode_tile(const float* v, const uint8_t* random, uint8_t* wire) {
     const Encoding& encoding = args_.encoding;
     kernels_.encode[code_][stochastic_](v, pieces_.counts, random, wire);
     if (!encoding.next_residual) return;

@@ -30,7 +30,7 @@ struct Line {
     for (int i = 0; i < kVectors; ++i) line.x[i] = load<Words>(from + i * sizeof(Words));
     return line;
   }
-  PYCOMM_INLINE void leave(char* to) const {
+  PYCOMM_INLINE void store_past(char* to) const {
     for (int i = 0; i < kVectors; ++i) stream(to + i * sizeof(Words), x[i]);
   }
 };
@@ -42,10 +42,10 @@ PYCOMM_INLINE void copy_lines_past(char* to, const char* from, size_t lines) {
   Line line = Line::load_from(from);
   for (size_t i = kLine; i < lines * kLine; i += kLine) {
     const Line next = Line::load_from(from + i);
-    line.leave(to + i - kLine);
+    line.store_past(to + i - kLine);
     line = next;
   }
-  line.leave(to + (lines - 1) * kLine);
+  line.store_past(to + (lines - 1) * kLine);
 }
 
 // How many bytes lie before the first whole line.

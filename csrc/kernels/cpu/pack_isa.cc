@@ -115,17 +115,17 @@ class Stream {
   void put(size_t bytes, bool last) {
     held_ += bytes;
     const size_t lines = (phase_ + held_) / kLine * kLine;
-    const size_t leaves = last ? held_ : lines > phase_ ? lines - phase_ : 0;
-    if (leaves == 0) return;
-    leave(staged_ + phase_, leaves);
-    to_ += leaves;
-    held_ -= leaves;
-    std::memmove(staged_, staged_ + phase_ + leaves, held_);
+    const size_t ready = last ? held_ : lines > phase_ ? lines - phase_ : 0;
+    if (ready == 0) return;
+    write_past(staged_ + phase_, ready);
+    to_ += ready;
+    held_ -= ready;
+    std::memmove(staged_, staged_ + phase_ + ready, held_);
     phase_ = 0;
   }
 
  private:
-  void leave(const char* from, size_t bytes) {
+  void write_past(const char* from, size_t bytes) {
     size_t head = (kLine - phase_) % kLine;
     if (head > bytes) head = bytes;
     const size_t lines = (bytes - head) / kLine, end = head + lines * kLine;

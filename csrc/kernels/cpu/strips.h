@@ -175,7 +175,7 @@ template <class F>
 inline constexpr int kToFill = sizeof(float) / sizeof(typename F::Raw);
 template <bool kNumbers, bool kPast, class F>
 PYCOMM_INLINE void encode_full(char* to, const Floats* x, F) {
-  const auto leave = [=](auto codes) PYCOMM_LAMBDA {
+  const auto store_full = [=](auto codes) PYCOMM_LAMBDA {
     if constexpr (kPast) {
       stream(to, codes);
     } else {
@@ -187,15 +187,15 @@ PYCOMM_INLINE void encode_full(char* to, const Floats* x, F) {
     for (int i = 0; i < 4; ++i) {
       codes[i] = F::round_magnitude(Lane<Words>::to_bits(x[i]) & 0x7fffffff) & (F::kSign - 1);
     }
-    leave(narrow_four(codes, x));
+    store_full(narrow_four(codes, x));
   } else if constexpr (kToFill<F> == 4) {
     Words codes[4];
     for (int i = 0; i < 4; ++i) codes[i] = F::encode_word(Lane<Words>::to_bits(x[i]));
-    leave(narrow_four(codes));
+    store_full(narrow_four(codes));
   } else if constexpr (kToFill<F> == 2) {
-    leave(encoded_two<kNumbers>(x, F{}));
+    store_full(encoded_two<kNumbers>(x, F{}));
   } else {
-    leave(kNumbers ? x[0] : encoded(x[0], F{}));
+    store_full(kNumbers ? x[0] : encoded(x[0], F{}));
   }
 }
 

@@ -172,8 +172,8 @@ struct Pack {
   }
 
   // The first thread of a team writes the chunk's statistics.
-  PYCOMM_DEVICE static void tell(const PackCall& call, const Tile& tile, int team_size, int thread,
-                                 Shared& shared) {
+  PYCOMM_DEVICE static void write_stats(const PackCall& call, const Tile& tile, int team_size, int thread,
+                                        Shared& shared) {
     const int team = thread / team_size;
     const int64_t begin = tile.begin + team * kStatsChunk;
     if (thread % team_size != 0 || begin >= tile.count) return;
@@ -181,14 +181,14 @@ struct Pack {
     double sums[kHalf];  // the first step of fold()
     PYCOMM_UNROLL
     for (int i = 0; i < kHalf; ++i) sums[i] = shared.lanes[team][i] + shared.lanes[team][i + kHalf];
-    ChunkStats told{};
-    told.sum_squares = fold(sums, kHalf);
+    ChunkStats stats{};
+    stats.sum_squares = fold(sums, kHalf);
     for (int t = thread; t < thread + team_size; ++t) {
-      if (shared.max_magnitude[t] > told.max_magnitude) told.max_magnitude = shared.max_magnitude[t];
-      told.nans = static_cast<uint16_t>(told.nans + shared.nans[t]);
-      told.infs = static_cast<uint16_t>(told.infs + shared.infs[t]);
+      if (shared.max_magnitude[t] > stats.max_magnitude) stats.max_magnitude = shared.max_magnitude[t];
+      stats.nans = static_cast<uint16_t>(stats.nans + shared.nans[t]);
+      stats.infs = static_cast<uint16_t>(stats.infs + shared.infs[t]);
     }
-    call.chunks[tile.first_chunk + begin / kStatsChunk] = told;
+    call.chunks[tile.first_chunk + begin / kStatsChunk] = stats;
   }
 
   template <class F>
@@ -250,7 +250,7 @@ struct Pack {
       block.sync();
       if (call.chunks) {
         const int team = kStatsLanes / pack_vector(sizeof(typename B::Raw), item_size(dtype));
-        block.each([&](int thread) { tell(call, tile, team, thread, shared); });
+        block.each([&](int thread) { write_stats(call, tile, team, thread, shared); });
         block.sync();
       }
     }
