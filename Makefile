@@ -134,7 +134,7 @@ bench-gpu: build-gpu-modules
 	@$(GPU_RUN) -m pycomm bench kernels --device cuda --json $(OUT)/gpu.json --plot $(OUT)/gpu.png
 
 build-gpu-modules:
-	@echo "== build, for the GPU that is there"
+	@echo "== build, for the GPU of this machine"
 	@cmake -S . -B build-gpu -DCMAKE_BUILD_TYPE=Release -DPYCOMM_CUDA=ON \
 	  -DPYCOMM_CUDA_ARCHITECTURES=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .) \
 	  -DPython_EXECUTABLE=$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)') \

@@ -1,4 +1,4 @@
-// How fast the interpreted, proved plan is beside loops written by hand: all_reduce(float32, sum).
+// How fast the interpreted, proved plan is, compared with loops written by hand: all_reduce(float32, sum).
 //
 //   build/bench_bound [--ranks 2|4] [--max BYTES]         one JSON line per size
 //

@@ -1,5 +1,5 @@
-// How fast encodes and packs are, on one core, beside loops that move the same bytes and compute next to
-// nothing.
+// How fast encodes and packs are, on one core, compared with loops that move the same bytes and compute next
+// to nothing.
 //
 //   build/bench_bound_kernels [MIB]         reads MIB (default: 100) MiB of float32; one JSON line per wire
 // width

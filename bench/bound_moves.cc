@@ -1,5 +1,5 @@
-// How fast the other collectives are beside loops written by hand: float32, sum, plain buffers from NumPy's
-// allocator.
+// How fast the other collectives are, compared with loops written by hand: float32, sum, plain buffers from
+// NumPy's allocator.
 //
 // build/bench_bound_moves [--ranks 2|4] [--min BYTES] [--max BYTES] [COLLECTIVE ...]
 //

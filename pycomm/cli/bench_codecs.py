@@ -1,4 +1,4 @@
-"""`pycomm bench codecs`: measures what gradient codecs lose, and what they send."""
+"""`pycomm bench codecs`: measures the errors of gradient codecs and the bytes that they send."""
 
 from __future__ import annotations
 

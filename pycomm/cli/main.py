@@ -13,11 +13,11 @@ import pycomm
 
 COMMANDS = {
     "run": "start the ranks of a job on this machine",
-    "bench": "measure the collectives, beside MPI and Gloo where they are installed",
+    "bench": "measure the collectives, compared with MPI and Gloo if installed",
     "bench p2p": "measure latency and bandwidth between two ranks, and between all pairs of cores",
     "bench overlap": "measure how much of an asynchronous call runs while a rank computes",
-    "bench kernels": "measure the inner loops against the bandwidth of a copy, beside torch's ways",
-    "bench codecs": "measure what gradient codecs lose, and what they send",
+    "bench kernels": "measure the inner loops against the bandwidth of a copy, and against torch",
+    "bench codecs": "measure the errors of gradient codecs and the bytes that they send",
     "verify": "prove that the plans of an algorithm are right",
     "explain": "say which plan a call would run, and why",
     "info": "say what this machine and this installation have",

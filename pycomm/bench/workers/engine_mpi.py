@@ -99,7 +99,7 @@ class Engine:
         if case.op not in OPS:
             raise TypeError(f"MPI has no operation {case.op}")
         if case.collective in REDUCING and x.dtype.name not in TYPES:
-            raise TypeError(f"MPI has no type {x.dtype.name}, and cannot reduce what it does not know")
+            raise TypeError(f"MPI has no type {x.dtype.name}, and cannot reduce types that it does not know")
         source, target, size = _typed(x), _typed(out), self.comm.size
         return call, {
             "comm": self.comm,
