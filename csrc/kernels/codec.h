@@ -2,8 +2,7 @@
 // common/codec.h defines the layout of the bytes on the wire.
 //
 //   codec               block  scale      element
-//   fp16, bf16              -  -          2 bytes; NaN and Inf pass; too large values become the largest
-// finite
+//   fp16, bf16              -  -          2 bytes; NaN and Inf pass; overflow gives the largest finite
 //   fp8_e4m3, fp8_e5m2    256  float32    1 byte: x / s, s = amax / 448 (57344)
 //   mxfp8                  32  E8M0       1 byte of e4m3: OCP Microscaling Formats v1.0,
 //                                         s = 2^(floor(log2 amax) - 8), or the least power of two with
