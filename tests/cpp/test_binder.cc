@@ -297,5 +297,10 @@ TEST(explain_tells_what_would_run) {
     const std::string text = comm.explain(r);
     CHECK(text.find("algorithm  ring") != std::string::npos);
     CHECK(text.find("combine") != std::string::npos);
+    CHECK(text.find("shared arrays") == std::string::npos);  // so few bytes are not asked about
+    std::vector<int64_t> many(10000);
+    const std::string of_many =
+        comm.explain(request(comm, Collective::all_reduce, 10000, many.data(), many.data()));
+    CHECK(of_many.find("all ranks' buffers are shared arrays: two_shot") != std::string::npos);
   });
 }
