@@ -18,7 +18,7 @@ namespace pycomm::runtime {
 // All ranks must find the same. A rank's own slot of the other buffer lies elsewhere on every rank; what
 // only the root has (gather, scatter, the output of reduce), and empty blocks, may lie anywhere: these are
 // plain.
-Binder::Sides Binder::sides_in_reach(const schedule::Call& call) const {
+Binder::Sides Binder::sides_in_reach(const schedule::Call& call, bool in_place) const {
   const schedule::Traits& traits = call.world.traits();
   if (size() == 1 || call.coded() || traits.between_two() || call.ragged || (traits.rooted && !traits.one_block())) {
     return {};
@@ -27,7 +27,7 @@ Binder::Sides Binder::sides_in_reach(const schedule::Call& call) const {
   const bool all_empty = empty == static_cast<std::ptrdiff_t>(call.counts.size());
   using schedule::Content;
   const auto reach = [&](const Content& side) {
-    return side.holds == Content::Holds::own ? !call.in_place && empty == 0 : !all_empty;
+    return side.holds == Content::Holds::own ? !in_place && empty == 0 : !all_empty;
   };
   return {reach(traits.in), reach(traits.out) && traits.out.on != Content::On::root};
 }
@@ -63,7 +63,7 @@ Bound Binder::bind(Request& request) {
     call.world.size = size();
     call.world.nodes = domain_.nodes();
     if (!heap_.empty()) {
-      const auto [in_reach, out_reach] = sides_in_reach(call);
+      const auto [in_reach, out_reach] = sides_in_reach(call, call.in_place);
       const auto item = static_cast<int64_t>(size_of(call.dtype));
       if (in_reach) in = heap_.find(request.in, schedule::in_elements(call, rank()) * item);
       if (out_reach) out = heap_.find(request.out, schedule::out_elements(call, rank()) * item);
@@ -97,9 +97,12 @@ Bound Binder::bind(Request& request) {
   if (call.ragged && size() > 1) agree_on_counts(bound);
   const bool alone = bound.src >= 0;
   // Parts of another call are about memory of the library's own.
-  const Sides told = alone || request.part_of ? Sides{} : sides_to_tell(call);
+  const bool asks = !alone && !request.part_of && sides_to_tell(call, false).any();
   auto reading = alone ? nullptr : prepare_reading(call, request.algorithm, plan_rank);
-  if (told.in || told.out || reading) agree_on_places(bound, request.algorithm, told, std::move(reading));
+  if (asks || reading) {
+    const Sides told = asks ? sides_to_tell(call, call.in_place) : Sides{};
+    agree_on_places(bound, request.algorithm, told, std::move(reading));
+  }
   if (request.coding) bound.set_step(request.coding->step);
   return bound;
 }
@@ -167,10 +170,10 @@ std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& ca
   return prepared->reachable ? prepared : nullptr;
 }
 
-// Which plain buffers of a call are worth a word.
-Binder::Sides Binder::sides_to_tell(const schedule::Call& call) const {
+// Which plain buffers of a call are worth a word. Ranks may differ in working in place, but not in asking.
+Binder::Sides Binder::sides_to_tell(const schedule::Call& call, bool in_place) const {
   if (!domain_.nodes().empty()) return {};
-  Sides sides = sides_in_reach(call);
+  Sides sides = sides_in_reach(call, in_place);
   sides.in = sides.in && call.in == schedule::Placement::plain;
   sides.out = sides.out && call.out == schedule::Placement::plain;
   // The same on all ranks, since none of these collectives has a root with a buffer of another size.
@@ -395,7 +398,7 @@ std::string Binder::explain(const Request& request) {
             std::to_string(reading->program(rank()).steps.size()) +
             " steps that read them through the kernel, with one copy and no window\n";
   }
-  if (const Sides told = sides_to_tell(call); told.in || told.out) {
+  if (const Sides told = sides_to_tell(call, call.in_place); told.any()) {
     if (told.in) call.in = schedule::Placement::told;
     if (told.out) call.out = schedule::Placement::told;
     const auto instead = plans_.prepare(call, request.algorithm, rank());

@@ -38,10 +38,11 @@ class Binder {
   };
   struct Sides {
     bool in = false, out = false;
+    bool any() const { return in || out; }
   };
   struct Places;
-  Sides sides_in_reach(const schedule::Call& call) const;
-  Sides sides_to_tell(const schedule::Call& call) const;
+  Sides sides_in_reach(const schedule::Call& call, bool in_place) const;
+  Sides sides_to_tell(const schedule::Call& call, bool in_place) const;
   BoundPlan exchange(const CallRecord& record, Collective kind, Agreement& words);
   void agree_on_counts(Bound& bound);
   std::shared_ptr<const Prepared> prepare_reading(const schedule::Call& call, const std::string& algorithm,

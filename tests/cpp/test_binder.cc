@@ -289,6 +289,31 @@ TEST(ranks_that_differ_in_place_use_windows) {
   });
 }
 
+// Rank 0's output is its own part of its symmetric input, rank 1's lies apart.
+TEST(ranks_that_differ_in_place_ask_alike) {
+  run_threads(2, [](Communicator& comm) {
+    Patience patience;
+    constexpr int64_t kCount = 20000;
+    const auto memory = comm.allocate(2 * kCount * 8, patience);
+    auto* const in = reinterpret_cast<int64_t*>(memory->data());
+    const auto apart = shared_array(kCount);
+    const Bound asked = comm.bind(request(comm, Collective::all_reduce, kCount, apart.get(), apart.get()));
+    for (int i = 0; i < 3; ++i) calls_of(comm, asked);  // from now on ranks ask
+    int64_t* const out = comm.rank() == 0 ? in : apart.get();
+    for (int i = 0; i < 3; ++i) {
+      std::fill_n(in, 2 * kCount, comm.rank() + 1);
+      Request r = request(comm, Collective::reduce_scatter, kCount, in, out);
+      r.call.in_place = comm.rank() == 0;
+      const Bound bound = comm.bind(r);
+      CHECK(bound.record.in == schedule::Placement::symmetric);
+      CHECK_EQ(calls_of(comm, bound), 2U);
+      CHECK_EQ(out[kCount - 1], total(2));
+      std::vector<int64_t> meet(1);
+      all_reduce(comm, meet);  // the input is refilled
+    }
+  });
+}
+
 TEST(explain_tells_what_would_run) {
   run_threads(2, [](Communicator& comm) {
     std::vector<int64_t> a(100);
