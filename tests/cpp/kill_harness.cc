@@ -79,6 +79,7 @@ struct Case {
   std::string title() const {
     return algorithm + ", " + std::to_string(size) + " ranks, " + std::to_string(count) + " elements, " +
            (placement == Placement::symmetric ? "symmetric"
+            : placement == Placement::told    ? "told"
             : gathers()                       ? "reachable"
                                               : "plain");
   }
@@ -139,11 +140,18 @@ class Rank {
     calls_.emplace(*domain_);
     register_for_fences();
     policy_ = wait_policy(c.size, static_cast<int>(std::thread::hardware_concurrency()));
-    if (c.placement == Placement::symmetric) {
+    if (schedule::in_reach(c.placement)) {
       allocation_ = std::make_shared<Heap>(node_)->open(board.symmetric.load(), bytes, ranks, rank);
       data_ = reinterpret_cast<float*>(allocation_->data());
-      buffers_.in_distance = buffers_.out_distance =
-          Heap::extent_bytes(bytes, 2) - Heap::extent_bytes(bytes, 1);
+      const int64_t distance = Heap::extent_bytes(bytes, 2) - Heap::extent_bytes(bytes, 1);
+      if (c.placement == Placement::told) {
+        for (int r = 0; r < 2 * c.size; ++r) {
+          told_.push_back(allocation_->data() + (r % c.size - rank) * distance);
+        }
+        buffers_.told = told_.data();
+      } else {
+        buffers_.in_distance = buffers_.out_distance = distance;
+      }
     } else {
       plain_.resize(c.elements());
       data_ = plain_.data();
@@ -226,6 +234,7 @@ class Rank {
   std::shared_ptr<Allocation> allocation_;
   std::vector<float> plain_;
   float *data_ = nullptr, *in_ = nullptr;
+  std::vector<char*> told_;
   Buffers buffers_;
   WaitPolicy policy_;
   std::optional<Sequence> calls_;
@@ -330,7 +339,7 @@ std::vector<Case> cases() {
                                        .payload_bytes = schedule::kPayloadBytes};
   for (const std::string& algorithm : schedule::algorithm_names(Collective::all_reduce)) {
     for (int size = 2; size <= kMaxRanks; ++size) {
-      for (const Placement placement : {Placement::plain, Placement::symmetric}) {
+      for (const Placement placement : {Placement::plain, Placement::symmetric, Placement::told}) {
         for (const int64_t count : {1001, 12345}) {
           Case c{algorithm, size, placement, count, {}};
           for (int rank = 0; rank < size; ++rank) {
