@@ -309,7 +309,7 @@ def test_what_is_refused() -> None:
         (TypeError, "`tensors` is a int: pass a list", lambda: Bucket(3)),  # type: ignore[arg-type]
         (TypeError, "`names` is a int: pass a list", lambda: Bucket([f], names=5)),  # type: ignore[arg-type]
         (ValueError, "surrogate", lambda: Bucket([f], names=["\ud800"])),
-        (TypeError, "do not copy it", lambda: copy.deepcopy(Bucket([f]))),
+        (TypeError, "cannot be copied", lambda: copy.deepcopy(Bucket([f]))),
         (TypeError, "`comm` is a int", lambda: Bucket([f], comm=3)),  # type: ignore[arg-type]
         (ValueError, "overlap", lambda: Bucket([f, f[1:]]).unpack()),
     ]
