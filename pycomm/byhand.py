@@ -116,8 +116,8 @@ class Watch:
 
 
 def stranger(own: Start) -> str:
-    """Finds a process that has this one's address but belongs to another job, and says how it differs; else
-    ""."""
+    """Finds a process that has this one's address but belongs to another job. Returns how it differs, or ""
+    if there is none."""
     with contextlib.suppress(OSError):
         for entry in filter(str.isdecimal, os.listdir("/proc")):
             pid, theirs = int(entry), _environ_of(int(entry))

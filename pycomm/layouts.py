@@ -1,9 +1,9 @@
 """The contents of a bucket in a line short enough for ranks to compare, and the difference between two such
 lines.
 
-The tag of a call holds some 200 characters. A short list of tensors is written out, as in `of 2, #1a2b3c4d:
-'w' (64, 32); 'b' (32,)`. A longer one has a letter for each run of tensors, and each rank adds its own
-tensors in words.
+The tag of a call holds some 200 characters. A short list of tensors is written out, as in
+`of 2, #1a2b3c4d: 'w' (64, 32); 'b' (32,)`. A longer one has a letter for each run of tensors, and each rank
+adds its own tensors in words.
 """
 
 from __future__ import annotations

@@ -37,9 +37,10 @@ class ErrorFeedback:
     Karimireddy et al., Error feedback fixes signSGD, ICML 2019.)
 
     `exempt(name, shape)` says which tensors of a bucket or list are reduced uncompressed and without a
-    residual: by default those of at most one dimension. This rule also exempts embeddings, whose rows seldom
-    have a gradient and would get residuals long after: `lambda name, shape: len(shape) < 2 or "embed" in
-    name`. Only all_reduce asks it, and not for a single array, which may be many parameters in one.
+    residual: by default those of at most one dimension. A rule that also exempts embeddings, whose rows
+    seldom have a gradient and would get residuals long after:
+    `lambda name, shape: len(shape) < 2 or "embed" in name`. Only all_reduce calls `exempt`, and not for a
+    single array, which may be many parameters in one.
 
     Residuals are float32, with as many elements as the parameter, in units of the sum over ranks with the
     loss scale divided out: whenever the loss scale changes, set `scale` to that of the next gradients.
