@@ -14,7 +14,7 @@
 
 namespace pycomm::kernels::PYCOMM_ISA {
 
-inline constexpr int kAccess = 16;  // bytes that a thread reads or writes at once, at a multiple of them
+inline constexpr int kAccess = 16;  // bytes of a full access, whose address must be a multiple of it
 
 // The type that an access of 1, 2, 4, 8 or 16 bytes moves.
 template <int kBytes>
