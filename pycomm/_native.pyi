@@ -15,6 +15,7 @@ T = typing.TypeVar("T")
 Op: typing.TypeAlias = typing.Literal["sum", "prod", "min", "max", "avg", "band", "bor", "bxor"]
 __all__: list[str] = [
     "AbortedError",
+    "Array",
     "Builder",
     "Chunk",
     "Codec",
@@ -992,6 +993,33 @@ class Builder:
     @property
     def rank(self) -> int: ...
 
+class Array:
+    """
+    The elements of an array or tensor, while that lives: where they are, and what.
+    """
+
+    def require_writable(self, what: str) -> None:
+        """
+        Raises ValueError for what is read-only, or what a result would be lost in.
+        """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def device(self) -> int:
+        """
+        A CUDA device's number; -1: the host.
+        """
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def writable(self) -> bool: ...
+
 class Packing:
     """
     Tensors' places in a bucket; offsets and counts in its elements.
@@ -1118,9 +1146,9 @@ def decode(
     Into `out`, or added to it.
     """
 
-def describe_buffer(x: typing.Any, what: str, writable: bool = False) -> tuple[str, list[int]]:
+def describe_buffer(x: typing.Any, what: str, on_gpu: bool = False) -> Array:
     """
-    The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be communicated.
+    The elements of one on the CPU, or on a GPU. Raises TypeError or ValueError if it cannot be communicated.
     """
 
 def dtype_name(dtype: typing.Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, cast
@@ -62,16 +61,16 @@ class Bucket:
             raise TypeError(f"`comm` is a {type(comm).__name__}: pass a pycomm.Communicator")
         found = _tensors(tensors)
         self._memory = _memory_of(found, comm)
-        described = [self._memory.describe(x, f"tensors[{i}]") for i, x in enumerate(found)]
+        described = [self._described(x, i) for i, x in enumerate(found)]
         self._named = names is not None
         self._names = _checked_names(names, len(found))
         self._missing_as_zero = bool(missing_as_zero)
         self._gradients = self._gradients_of(found)
         if dtype is None:
-            dtype = _common_dtype([name for name, _ in described])
+            dtype = _common_dtype([x.dtype for x in described])
         self._dtype, self._itemsize = _native.packable_dtype(dtype)
-        self._shapes = [tuple(shape) for _, shape in described]
-        self._counts = [math.prod(shape) for shape in self._shapes]
+        self._shapes = [x.shape for x in described]
+        self._counts = [x.count for x in described]
         self._offsets, total = _layout(self._counts)
         ends = [offset + count for offset, count in zip(self._offsets, self._counts, strict=True)]
         self._segments = [
@@ -147,7 +146,7 @@ class Bucket:
         if len(found) != len(self._counts):
             raise ValueError(f"`tensors` has {len(found)} tensors where the bucket has {len(self._counts)}")
         for i, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
-            _, has = self._memory.describe(x, f"tensors[{i}]")
+            has = self._described(x, i).shape
             if has != shape:
                 raise ValueError(f"`tensors[{i}]` has shape {has} where the bucket has {shape}")
         self._gradients = self._gradients_of(found)
@@ -182,6 +181,12 @@ class Bucket:
     def __repr__(self) -> str:
         return f"<pycomm.Bucket of {len(self)} tensors, {sum(self._counts)} elements of {self._dtype}>"
 
+    def _described(self, x: Any, i: int) -> _native.Array:
+        """A tensor that can be packed. Raises TypeError or ValueError for others."""
+        found = _native.describe_buffer(x, f"tensors[{i}]", self._memory.on_gpu)
+        _native.packable_dtype(found.dtype, f"tensors[{i}]")
+        return found
+
     def _gradients_of(self, tensors: list[Any]) -> Gradients:
         return Gradients(tensors, self._names if self._named else None, self._missing_as_zero)
 
@@ -193,8 +198,7 @@ class Bucket:
 class Memory(Protocol):
     """The memory that tensors and their bucket lie in."""
 
-    def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        """A tensor's type and shape; TypeError or ValueError if it cannot be packed."""
+    on_gpu: bool
 
     def allocate(self, size: int, comm: Communicator | None) -> Any:
         """Zeroed bytes, from the start of a cache line on."""
@@ -217,10 +221,7 @@ class Packing(Protocol):
 
 
 class _Host:
-    def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        dtype, shape = _native.describe_buffer(x, name)
-        _native.packable_dtype(dtype, name)
-        return dtype, tuple(shape)
+    on_gpu = False
 
     def allocate(self, size: int, comm: Communicator | None) -> npt.NDArray[np.uint8]:
         if comm is not None:

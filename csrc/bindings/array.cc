@@ -1,14 +1,14 @@
 #include "bindings/array.h"
 
-#include <bit>
 #include <cstring>
 #include <optional>
-#include <string_view>
 #include <unordered_map>
 #include <utility>
 
 #include "bindings/dlpack.h"
 #include "bindings/exit.h"
+#include "bindings/formats.h"
+#include "bindings/interface.h"
 #include "bindings/kinds.h"
 #include "bindings/numpy.h"
 #include "bindings/python.h"
@@ -81,11 +81,6 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
   return PyTypeNum_ISUSERDEF(descr->type_num) ? from_user_type(descr) : std::nullopt;
 }
 
-[[noreturn]] void strided(const char* name, const char* remedy, const std::string& view = "") {
-  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + view + remedy +
-                   " and copy the result back");
-}
-
 // Of elements that are masked out the memory holds something, and nothing in it tells them from the others.
 bool has_mask(PyArrayObject* array) {
   const py::handle object(reinterpret_cast<PyObject*>(array));
@@ -108,37 +103,53 @@ bool read_array(PyArrayObject* array, Array& buffer) {
   return true;
 }
 
-Array from_array(PyArrayObject* array, const char* name) {
-  if (Array buffer; read_array(array, buffer)) return buffer;
-  if (has_mask(array)) {
-    throw ValueError(std::string("`") + name +
-                     "` has a mask, which would be ignored: pass x.filled(0), or x.data for all elements");
-  }
+[[noreturn]] void refuse_array(PyArrayObject* array, const char* name) {
+  if (has_mask(array)) refuse_masked(name, "x.filled(0), or x.data for all elements");
   if (!from_numpy(PyArray_DESCR(array))) {
-    throw TypeError(std::string("`") + name + "` has dtype " +
-                    py::str(reinterpret_cast<PyObject*>(PyArray_DESCR(array))).cast<std::string>() +
-                    ", which cannot be communicated: convert it to a float, integer, complex or bool type");
+    refuse_dtype(name, reinterpret_cast<PyObject*>(PyArray_DESCR(array)));
   }
   if (!(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS)) {
     const std::span<const int64_t> shape(PyArray_DIMS(array), PyArray_NDIM(array));
     const std::string view = dense_view(shape, PyArray_STRIDES(array), "transpose", PyArray_ITEMSIZE(array));
-    strided(name, "numpy.ascontiguousarray(x)", view);
+    refuse_strided(name, "numpy.ascontiguousarray(x)", view);
   }
-  throw ValueError(std::string("`") + name + "` is byte-swapped: pass x.astype(x.dtype.newbyteorder('='))");
+  refuse_swapped(name, "x.astype(x.dtype.newbyteorder('='))");
 }
 
-dlpack::Elements read_on_host(const dlpack::Tensor& tensor, const char* name) {
-  if (tensor.device_type != dlpack::kCpu) {
-    throw TypeError(std::string("`") + name + "` is not in CPU memory (DLPack device type " +
-                    std::to_string(tensor.device_type) +
-                    "): this group communicates CPU buffers, pass x.cpu()");
-  }
-  return dlpack::read(tensor, name);
+Array from_array(PyArrayObject* array, const char* name) {
+  Array buffer;
+  if (!read_array(array, buffer)) refuse_array(array, name);
+  return buffer;
 }
 
-Array from_elements(const dlpack::Elements& elements, const char* name) {
+// Where a call needs its buffers.
+enum class Side { host, gpu };
+
+// Array's `device`. Throws for memory on the other side.
+int device_number(const dlpack::Device& device, Side needed, const char* name) {
+  const auto refuse = [&](const std::string& where) {
+    needed == Side::host ? refuse_device(name, where) : refuse_outside_gpu(name, where);
+  };
+  if (device.type == dlpack::kCpu) {
+    if (needed == Side::gpu) refuse("in CPU memory");
+    return kHost;
+  }
+  if (device.type != dlpack::kCuda && device.type != dlpack::kCudaManaged) {
+    refuse("neither in plain CPU memory nor on a CUDA device (DLPack device type " +
+           std::to_string(device.type) + ")");
+  }
+  if (needed == Side::host) {
+    refuse((device.type == dlpack::kCuda ? "on CUDA device " : "in managed memory of CUDA device ") +
+           std::to_string(device.id));
+  }
+  if (device.id < 0) malformed(name, std::to_string(device.id) + " for a CUDA device's number");
+  return device.id;
+}
+
+// `copy` and `transpose`: how its library makes a contiguous copy, and permutes axes.
+Array from_elements(const Elements& elements, const char* copy, const char* transpose, const char* name) {
   if (!elements.contiguous) {
-    strided(name, "x.contiguous()", dense_view(elements.shape, elements.strides, "permute"));
+    refuse_strided(name, copy, dense_view(elements.shape, elements.strides, transpose, elements.stride_unit));
   }
   Array buffer;
   buffer.data = elements.data;
@@ -148,32 +159,57 @@ Array from_elements(const dlpack::Elements& elements, const char* name) {
   return buffer;
 }
 
-Array from_exchange(const Kind& kind, PyObject* object, const char* name) {
+Array from_tensor(const dlpack::Tensor& tensor, Side side, const char* name) {
+  const int device = device_number(tensor.device, side, name);
+  Array buffer = from_elements(dlpack::read(tensor, name), "x.contiguous()", "permute", name);
+  buffer.device = device;
+  return buffer;
+}
+
+[[noreturn]] void not_dense(PyObject* object, Side side, const char* name) {
+  const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
+  const std::string layout = py::str(py::getattr(object, "layout", py::str("torch.strided")));
+  if (layout != "torch.strided") {
+    throw TypeError(std::string("`") + name + "` is not a dense tensor (" + layout + "): pass x.to_dense()");
+  }
+  throw TypeError(std::string("`") + name + "` is not a dense tensor in " +
+                  (side == Side::host ? "CPU" : "GPU") + " memory: " + why.substr(0, why.find('\n')));
+}
+
+Array from_exchange(const Kind& kind, PyObject* object, Side side, const char* name) {
   if (kind.unmade) {
     throw ValueError(std::string("`") + name +
                      "` has no elements yet, as a parameter of a lazy module: run the module once before");
   }
   dlpack::Tensor tensor{};
-  if (kind.exchange->tensor_from_object(object, &tensor) != 0) {
-    const std::string why = py::str(py::error_already_set().value()).cast<std::string>();
-    throw TypeError(std::string("`") + name +
-                    "` is not a dense tensor in CPU memory: " + why.substr(0, why.find('\n')));
-  }
-  const dlpack::Elements elements = read_on_host(tensor, name);
-  Array buffer = from_elements(elements, name);
+  if (kind.exchange->tensor_from_object(object, &tensor) != 0) not_dense(object, side, name);
+  Array buffer = from_tensor(tensor, side, name);
   buffer.in_graph = is_in_graph(kind, object);
   buffer.writable = !kind.immutable && !buffer.in_graph;
-  require_computed(kind, object, elements, name);
+  require_computed(kind, object, buffer.dtype, name);
   return buffer;
 }
 
-Array from_dlpack_method(const Kind& kind, PyObject* object, const char* name) {
-  dlpack::Export given = dlpack::export_of(object, false, name);
-  const dlpack::Elements elements = read_on_host(*given.tensor, name);
-  Array buffer = from_elements(elements, name);
-  buffer.writable = !given.read_only && !given.copied && !kind.immutable;
+Array from_dlpack_method(const Kind& kind, PyObject* object, Side side, const char* name) {
+  // Only exporters on a device know streams, so this is asked first. On the host the tensor itself says it.
+  if (side == Side::gpu) device_number(dlpack::device_of(object, name), side, name);
+  dlpack::Export given = dlpack::export_of(object, side == Side::gpu, name);
+  Array buffer = from_tensor(*given.tensor, side, name);
+  buffer.in_graph = is_in_graph(kind, object);
+  buffer.writable = !given.read_only && !given.copied && !kind.immutable && !buffer.in_graph;
   buffer.copied = given.copied;
   buffer.exported = keep_alive(std::move(given.capsule));
+  if (kind.of_torch) require_computed(kind, object, buffer.dtype, name);
+  return buffer;
+}
+
+Array from_interface(const Kind& kind, PyObject* object, const py::object& given, const char* name) {
+  const Interface found = read_interface(object, given, name);
+  Array buffer = from_elements(found.elements, "a contiguous copy", "transpose", name);
+  const int number = found.device ? *found.device : device_at(buffer.data, name);
+  buffer.device = device_number({dlpack::kCuda, number}, Side::gpu, name);
+  buffer.writable = !found.read_only && !kind.immutable;
+  buffer.exported = found.extents;
   return buffer;
 }
 
@@ -188,59 +224,6 @@ Array from_attribute(PyObject* object, const char* name) {
   buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
   if (!buffer.exported) buffer.exported = keep_alive(std::move(inner));
   return buffer;
-}
-
-// The element types of the buffer protocol: the struct module's, with NumPy's for complex numbers.
-struct StructFormat {
-  std::string_view code;
-  dlpack::Code kind;
-  size_t native, standard;  // bytes; 0: the format has none
-};
-constexpr StructFormat kFormats[] = {
-    {"b", dlpack::kInt, 1, 1},
-    {"h", dlpack::kInt, sizeof(short), 2},
-    {"i", dlpack::kInt, sizeof(int), 4},
-    {"l", dlpack::kInt, sizeof(long), 4},
-    {"q", dlpack::kInt, sizeof(long long), 8},
-    {"n", dlpack::kInt, sizeof(Py_ssize_t), 0},
-    {"B", dlpack::kUint, 1, 1},
-    {"c", dlpack::kUint, 1, 1},  // a byte as a character of bytes
-    {"H", dlpack::kUint, sizeof(unsigned short), 2},
-    {"I", dlpack::kUint, sizeof(unsigned int), 4},
-    {"L", dlpack::kUint, sizeof(unsigned long), 4},
-    {"Q", dlpack::kUint, sizeof(unsigned long long), 8},
-    {"N", dlpack::kUint, sizeof(size_t), 0},
-    {"?", dlpack::kBool, sizeof(bool), 1},
-    {"e", dlpack::kFloat, 2, 2},
-    {"f", dlpack::kFloat, 4, 4},
-    {"d", dlpack::kFloat, 8, 8},
-    {"Zf", dlpack::kComplex, 8, 8},
-    {"Zd", dlpack::kComplex, 16, 16},
-    {"F", dlpack::kComplex, 8, 8},  // Python's own since 3.14
-    {"D", dlpack::kComplex, 16, 16},
-};
-
-DType from_format(const char* given, Py_ssize_t item, const char* name) {
-  const std::string_view format = given ? given : "B";  // what no format means
-  const auto what = [&] {
-    return std::string("`") + name + "` has the buffer format \"" + std::string(format) + "\" of " +
-           std::to_string(item) + " bytes";
-  };
-  const char order = format.empty() ? '@' : format.front();
-  const bool has_order = std::string_view("@^=<>!").find(order) != std::string_view::npos;
-  const bool native = !has_order || order == '@' || order == '^';
-  constexpr bool kLittle = std::endian::native == std::endian::little;
-  const bool swapped = kLittle ? order == '>' || order == '!' : order == '<';
-  const std::string_view code = format.substr(has_order && !format.empty() ? 1 : 0);
-  for (const StructFormat& known : kFormats) {
-    if (code != known.code) continue;
-    const size_t size = native ? known.native : known.standard;
-    const auto dtype = dlpack::dtype_of(known.kind, static_cast<uint32_t>(8 * size), 1);
-    if (!dtype || item != static_cast<Py_ssize_t>(size)) break;
-    if (swapped && size > 1) throw ValueError(what() + ", byte-swapped: pass a copy in this machine's order");
-    return *dtype;
-  }
-  throw TypeError(what() + ", which cannot be communicated: pass a NumPy array of what the bytes mean");
 }
 
 Array from_protocol(PyObject* object, const char* name) {
@@ -259,10 +242,10 @@ Array from_protocol(PyObject* object, const char* name) {
     if (PyObject_GetBuffer(object, view.get(), PyBUF_FORMAT | PyBUF_STRIDES) != 0)
       throw py::error_already_set();
   }
-  if (!PyBuffer_IsContiguous(view.get(), 'C')) strided(name, "bytearray(x)");
+  if (!PyBuffer_IsContiguous(view.get(), 'C')) refuse_strided(name, "bytearray(x)");
   Array buffer;
   buffer.data = view->buf;
-  buffer.dtype = from_format(view->format, view->itemsize, name);
+  buffer.dtype = dtype_of_format(view->format, view->itemsize, name);
   buffer.count = view->len / view->itemsize;
   buffer.shape = {view->shape, static_cast<size_t>(view->ndim)};
   buffer.writable = writable;
@@ -284,11 +267,27 @@ void import_numpy() {
 Array get_array(PyObject* object, const char* name) {
   if (PyArray_Check(object)) return from_array(reinterpret_cast<PyArrayObject*>(object), name);
   const Kind& kind = kind_of(Py_TYPE(object));
-  if (kind.exchange) return from_exchange(kind, object, name);
-  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, name);
+  if (kind.exchange) return from_exchange(kind, object, Side::host, name);
+  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, Side::host, name);
   if (PyObject_HasAttrString(object, "__pycomm_buffer__")) return from_attribute(object, name);
   if (PyObject_CheckBuffer(object) && !is_number(object)) return from_protocol(object, name);
+  if (!interface_of(object).is_none()) {
+    const std::optional<int> device = told_device(object);
+    refuse_device(name, device ? "on CUDA device " + std::to_string(*device) : "on a CUDA device");
+  }
   refuse(object, name);
+}
+
+Array get_gpu_array(PyObject* object, const char* name) {
+  const Kind& kind = kind_of(Py_TYPE(object));
+  if (kind.exchange) return from_exchange(kind, object, Side::gpu, name);
+  // Torch's tensors from before the table have an interface without float8, which refuses parameters.
+  const py::object interface = kind.of_torch ? py::none() : interface_of(object);
+  if (!interface.is_none()) return from_interface(kind, object, interface, name);
+  if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, Side::gpu, name);
+  throw TypeError(std::string("`") + name + "` is a " + Py_TYPE(object)->tp_name +
+                  ": pass a CuPy array, a torch tensor on a CUDA device, or anything with "
+                  "__cuda_array_interface__ or DLPack");
 }
 
 bool peek_array(PyObject* object, Array& buffer) {
@@ -296,7 +295,7 @@ bool peek_array(PyObject* object, Array& buffer) {
   const Kind& kind = kind_of(Py_TYPE(object));
   if (!kind.exchange) return false;
   try {
-    buffer = from_exchange(kind, object, "");
+    buffer = from_exchange(kind, object, Side::host, "");
     return true;
   } catch (const TypeError&) {
   } catch (const ValueError&) {
@@ -337,7 +336,7 @@ void require_writable(const Array& buffer, const char* name) {
   if (buffer.copied) {
     throw ValueError(std::string("`") + name +
                      "` exports a copy of its elements, and the result would be lost in it: pass out=, or an "
-                     "array of NumPy's");
+                     "array of NumPy or CuPy");
   }
   if (buffer.in_graph) {
     throw ValueError(std::string("`") + name +
@@ -365,6 +364,10 @@ py::object numpy_dtype(DType dtype) {
     default:
       return py::module_::import("numpy").attr("dtype")(name);
   }
+}
+
+std::optional<DType> dtype_of_numpy(PyObject* dtype) {
+  return from_numpy(reinterpret_cast<PyArray_Descr*>(dtype));
 }
 
 DType dtype_from_python(PyObject* object) {

@@ -1,6 +1,15 @@
-// What Python objects hold: a contiguous run of elements, from NumPy's C API (with ml_dtypes' types by name),
-// the DLPack exchange table of the object's type (torch), `__dlpack__`, the attribute `__pycomm_buffer__` of
-// one that has its elements in another (pycomm.Bucket), or the buffer protocol, in this order.
+// What Python objects hold: a contiguous run of elements, on the host or on a GPU. This is the one reader, of
+// all modules and both kinds of memory, so that what is refused, and in which words, is the same everywhere.
+//
+// On the host the elements come, in this order, from NumPy's C API (with ml_dtypes' types by name), the
+// DLPack exchange table of the object's type (torch), `__dlpack__`, the attribute `__pycomm_buffer__` of one
+// that has its elements in another (pycomm.Bucket), or the buffer protocol. On a GPU they come from the
+// exchange table, `__cuda_array_interface__` or `__dlpack__`. No stream is synchronised with another there:
+// which one a call runs on is its caller's business (pycomm/cuda/arrays.py).
+//
+// The reader is in pycomm._native alone. pycomm._cuda gets addresses from Python, so it needs neither NumPy
+// nor a second copy of all this. What only CUDA knows, the device that an address belongs to, is asked of it
+// by way of Python, and only where the object does not say it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,6 +24,8 @@
 
 namespace pycomm::bindings {
 
+inline constexpr int kHost = -1;  // a device
+
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -23,6 +34,7 @@ struct Array {
   bool writable = true;
   bool copied = false;    // by whoever exported it: what is written to it is lost
   bool in_graph = false;  // of autograd's
+  int device = kHost;     // or a CUDA device's number
   std::shared_ptr<void>
       exported;           // keeps what a protocol handed out; the object itself is kept by the caller
   std::string signature;  // what ranks compare besides, of an object that has its elements in another
@@ -36,10 +48,12 @@ struct Array {
   int64_t bytes() const { return count * static_cast<int64_t>(size_of(dtype)); }
 };
 
-// `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, not on the CPU) or
+// `name` is the argument's, for messages. Throws TypeError (no buffer, an unknown type, on a GPU) or
 // ValueError (strided, byte-swapped) that says what to do.
 Array get_array(PyObject* object, const char* name);
-// The same for arrays and tensors, which hand out nothing that must be kept; nothing for other objects, and
+// The same for what is on a GPU, and for that alone. Managed memory is on the device that it belongs to.
+Array get_gpu_array(PyObject* object, const char* name);
+// get_array for arrays and tensors, which hand out nothing that must be kept; nothing for other objects, and
 // where get_array would throw.
 bool peek_array(PyObject* object, Array& buffer);
 void require_writable(const Array& buffer, const char* name);
@@ -56,7 +70,8 @@ void require_unmoved(const Array& was, const Array& now, const char* name);
 pybind11::object new_array(PyObject* like, const Array& buffer, const std::vector<int64_t>& shape);
 // NumPy's dtype of this name, ml_dtypes' included. Throws TypeError if ml_dtypes is needed and missing.
 pybind11::object numpy_dtype(DType dtype);
-DType dtype_from_python(PyObject* object);  // a name, a NumPy dtype or a scalar type
+std::optional<DType> dtype_of_numpy(PyObject* dtype);  // of NumPy's own object, in either byte order
+DType dtype_from_python(PyObject* object);             // a name, a NumPy dtype or a scalar type
 std::string shape_text(std::span<const int64_t> shape);
 
 void import_numpy();

@@ -149,17 +149,6 @@ void copy(const py::object& out, const py::object& x, bool stream) {
 void add_bucket(py::module_& module) {
   module.attr("SEGMENT_ALIGN") = kSegmentAlign;
   module.def(
-      "describe_buffer",
-      [](const py::object& x, const std::string& what, bool writable) {
-        const Array buffer = get_array(x.ptr(), what.c_str());
-        if (writable) require_writable(buffer, what.c_str());
-        const std::vector<int64_t> shape(buffer.shape.begin(), buffer.shape.end());
-        return std::pair(std::string(name(buffer.dtype)), shape);
-      },
-      py::arg("x"), py::arg("what"), py::arg("writable") = false,
-      "The element type and the shape of a tensor. Raises TypeError or ValueError if it cannot be "
-      "communicated.");
-  module.def(
       "packable_dtype",
       [](const py::object& dtype, const std::string& what) {
         const DType found = dtype_from_python(dtype.ptr());

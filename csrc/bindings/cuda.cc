@@ -1,4 +1,5 @@
-// pycomm._cuda: the GPU kernels, on addresses. pycomm/cuda/ knows arrays, tensors and streams.
+// pycomm._cuda: the GPU kernels, on addresses. pycomm/cuda/ knows streams, and has arrays and tensors read by
+// pycomm._native (bindings/array.h).
 #include "kernels/cuda.h"
 
 #include <pybind11/pybind11.h>
@@ -7,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "bindings/dlpack.h"
 #include "bindings/gil.h"
 #include "common/error.h"
 
@@ -220,17 +220,6 @@ void topk_decode_add(const Where& where, uintptr_t record, size_t capacity, uint
   });
 }
 
-// ---- DLPack ----
-
-// (address, type, elements, whether they are contiguous in C order, whether they may be written to). Its
-// memory is kept by the caller, who holds the object that it came from.
-py::tuple read_dlpack(const py::object& x, const std::string& what) {
-  const dlpack::Export given = dlpack::export_of(x.ptr(), true, what.c_str());
-  const dlpack::Elements elements = dlpack::read(*given.tensor, what.c_str());
-  return py::make_tuple(reinterpret_cast<uintptr_t>(elements.data), std::string(name(elements.dtype)),
-                        elements.count, elements.contiguous, !given.read_only && !given.copied);
-}
-
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -284,8 +273,12 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("topk_decode_add", &topk_decode_add, py::arg("where"), py::arg("record"), py::arg("capacity"),
              py::arg("sum"), py::arg("count"));
   module.def("read_stats", &read_stats, py::arg("where"), py::arg("workspace"));
-  module.def("read_dlpack", &read_dlpack, py::arg("x"), py::arg("what"));
-  module.def("device_of", [](uintptr_t address) { return cuda::device_of(pointer(address), "x"); });
+  module.def(
+      "device_of",
+      [](uintptr_t address, const std::string& what) {
+        return cuda::device_of(pointer(address), what.c_str());
+      },
+      py::arg("address"), py::arg("what"));
   module.def("device_count", [] {
     const char* reason = "";
     const int count = cuda::device_count(&reason);

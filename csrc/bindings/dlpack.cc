@@ -1,7 +1,7 @@
 #include "bindings/dlpack.h"
 
-#include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "bindings/gil.h"
@@ -13,7 +13,6 @@ namespace pycomm::bindings::dlpack {
 
 namespace {
 
-constexpr int32_t kMaxDims = 64;  // as many as NumPy and torch have
 constexpr uint64_t kReadOnly = 1, kIsCopied = 2;
 
 std::string quoted(const char* name) { return std::string("`") + name + "`"; }
@@ -24,68 +23,49 @@ std::string quoted(const char* name) { return std::string("`") + name + "`"; }
                   std::to_string(tensor.lanes) + "): convert it to a float, integer, complex or bool type");
 }
 
-[[noreturn]] void malformed(const char* name, const std::string& what) {
-  throw ValueError(quoted(name) + " comes through DLPack with " + what +
-                   ": no tensor has that, so pass a copy, as a NumPy array say");
-}
-
-int64_t count_of(const Tensor& tensor, int64_t item, const char* name) {
-  if (tensor.ndim < 0 || tensor.ndim > kMaxDims) malformed(name, std::to_string(tensor.ndim) + " dimensions");
-  if (tensor.ndim > 0 && !tensor.shape) malformed(name, "dimensions and no shape");
-  int64_t count = 1, bytes = 0;  // of the extents that are not 0: others multiply some of them
-  bool empty = false, too_many = false;
-  for (int32_t d = 0; d < tensor.ndim; ++d) {
-    const int64_t extent = tensor.shape[d];
-    if (extent < 0) malformed(name, "an extent of " + std::to_string(extent));
-    empty |= extent == 0;
-    too_many |= __builtin_mul_overflow(count, extent == 0 ? 1 : extent, &count);
-  }
-  too_many |= __builtin_mul_overflow(count, item, &bytes);
-  if (too_many) malformed(name, "more bytes than 63 bits count");
-  return empty ? 0 : count;
-}
-
-bool is_contiguous(const Tensor& tensor) {
-  int64_t expected = 1;
-  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
-    expected *= tensor.shape[d];
-  }
-  return true;
-}
-
 [[noreturn]] void refuse_export(const char* name, const std::string& why) {
-  throw TypeError(quoted(name) + " cannot be read: its __dlpack__() " + why +
-                  "; pass a NumPy array or a CPU tensor of the same values");
+  throw TypeError(quoted(name) + " cannot be read: its " + why +
+                  "; pass the same values as an array of NumPy or CuPy, or as a tensor");
 }
 
-// __dlpack__(max_version=...), which exporters from before DLPack 1.0 do not know.
-py::object call_export(PyObject* object, bool on_gpu, const char* name) {
-  const py::object method = py::handle(object).attr("__dlpack__");
+// Calls a method of an exporter, which often is Python's own code.
+py::object call_method(const py::object& method, const py::dict& keywords) {
   const py::tuple nothing;
-  py::dict keywords;
-  if (on_gpu) keywords["stream"] = -1;
-  const auto call = [&] {  // often Python's own code
-    PyObject* capsule =
-        outlive_interpreter([&] { return PyObject_Call(method.ptr(), nothing.ptr(), keywords.ptr()); });
-    if (!capsule) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(capsule);
-  };
+  PyObject* result =
+      outlive_interpreter([&] { return PyObject_Call(method.ptr(), nothing.ptr(), keywords.ptr()); });
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// call(), where `method` is the name of what it calls. What that raises is a TypeError that says so.
+template <class F>
+py::object call_or_refuse(const char* method, const char* name, const F& call) {
   try {
-    try {
-      keywords["max_version"] = py::make_tuple(1, 3);
-      return call();
-    } catch (py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw;
-    }
-    keywords.attr("pop")("max_version");
     return call();
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
     const std::string text = py::str(error.value()).cast<std::string>();
-    refuse_export(name, "raised " + py::str(error.type().attr("__name__")).cast<std::string>() + ": " +
+    refuse_export(name, std::string(method) + "() raised " +
+                            py::str(error.type().attr("__name__")).cast<std::string>() + ": " +
                             text.substr(0, text.find('\n')));
   }
+}
+
+// __dlpack__(max_version=...), which exporters from before DLPack 1.0 do not know.
+py::object call_export(PyObject* object, bool on_gpu, const char* name) {
+  py::dict keywords;
+  if (on_gpu) keywords["stream"] = -1;
+  return call_or_refuse("__dlpack__", name, [&] {
+    const py::object method = py::handle(object).attr("__dlpack__");
+    try {
+      keywords["max_version"] = py::make_tuple(1, 3);
+      return call_method(method, keywords);
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+    }
+    keywords.attr("pop")("max_version");
+    return call_method(method, keywords);
+  });
 }
 
 }  // namespace
@@ -135,21 +115,26 @@ std::optional<DType> dtype_of(uint8_t code, uint32_t bits, uint16_t lanes) {
 Elements read(const Tensor& tensor, const char* name) {
   const auto dtype = dtype_of(tensor.code, tensor.bits, tensor.lanes);
   if (!dtype) unknown_type(tensor, name);
-  const auto item = static_cast<int64_t>(size_of(*dtype));
-  const int64_t count = count_of(tensor, item, name);
-  const std::span<const int64_t> shape(tensor.shape, static_cast<size_t>(tensor.ndim));
-  if (count == 0) return {tensor.data, *dtype, 0, shape, nullptr, true};
-  if (!tensor.data) {
-    throw TypeError(quoted(name) +
-                    " has no memory behind its elements (as meta, fake and wrapper tensors, and ones whose "
-                    "storage was freed): pass a plain tensor");
+  if (tensor.ndim < 0) malformed(name, std::to_string(tensor.ndim) + " dimensions");
+  if (tensor.ndim > 0 && !tensor.shape) malformed(name, "dimensions and no shape");
+  const Elements described{.data = tensor.data,
+                           .dtype = *dtype,
+                           .shape = {tensor.shape, static_cast<size_t>(tensor.ndim)},
+                           .strides = tensor.strides};
+  return checked(described, tensor.byte_offset, name);
+}
+
+Device device_of(PyObject* object, const char* name) {
+  const py::object found = call_or_refuse("__dlpack_device__", name, [&] {
+    return call_method(py::handle(object).attr("__dlpack_device__"), py::dict());
+  });
+  try {
+    const auto [type, id] = found.cast<std::pair<int32_t, int32_t>>();
+    return {type, id};
+  } catch (const py::cast_error&) {
+    refuse_export(name, "__dlpack_device__() returned " + py::repr(found).cast<std::string>() +
+                            ", not a type and a number of a device");
   }
-  uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data), end = 0;
-  if (__builtin_add_overflow(address, tensor.byte_offset, &address) ||
-      __builtin_add_overflow(address, static_cast<uint64_t>(count * item), &end))
-    malformed(name, "an end beyond all addresses");
-  const bool contiguous = !tensor.strides || is_contiguous(tensor);
-  return {reinterpret_cast<void*>(address), *dtype, count, shape, tensor.strides, contiguous};
 }
 
 Export export_of(PyObject* object, bool on_gpu, const char* name) {
@@ -157,7 +142,7 @@ Export export_of(PyObject* object, bool on_gpu, const char* name) {
   const char* kind = PyCapsule_CheckExact(capsule.ptr()) ? PyCapsule_GetName(capsule.ptr()) : nullptr;
   if (!kind) {
     PyErr_Clear();
-    refuse_export(name, std::string("returned a ") + Py_TYPE(capsule.ptr())->tp_name +
+    refuse_export(name, std::string("__dlpack__() returned a ") + Py_TYPE(capsule.ptr())->tp_name +
                             ", not a capsule that holds a tensor");
   }
   const std::string_view holds(kind);
@@ -167,12 +152,12 @@ Export export_of(PyObject* object, bool on_gpu, const char* name) {
   }
   if (holds != "dltensor_versioned") {
     refuse_export(name,
-                  "returned a capsule \"" + std::string(holds) +
+                  "__dlpack__() returned a capsule \"" + std::string(holds) +
                       "\": one that holds a tensor is a \"dltensor\", and one that somebody took is not");
   }
   const auto* managed = static_cast<const ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kind));
   if (managed->version.major != 1) {
-    refuse_export(name, "returned a tensor of DLPack " + std::to_string(managed->version.major) +
+    refuse_export(name, "__dlpack__() returned a tensor of DLPack " + std::to_string(managed->version.major) +
                             ", where 1 was asked for");
   }
   return {std::move(capsule), &managed->tensor, (managed->flags & kReadOnly) != 0,

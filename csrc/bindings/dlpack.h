@@ -1,21 +1,23 @@
-// Tensors of other libraries as DLPack describes them, for the host's buffers and the GPU's alike: read only
-// where every field is known, since to guess at one is to read another's memory.
+// Tensors of other libraries as DLPack describes them, on the host and on devices.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <optional>
-#include <span>
 
+#include "bindings/elements.h"
 #include "common/dtype.h"
 
 namespace pycomm::bindings::dlpack {
 
 // DLPack 1.3's structures, as far as they are read here.
+struct Device {
+  int32_t type, id;
+};
 struct Tensor {
   void* data;
-  int32_t device_type, device_id;
+  Device device;
   int32_t ndim;
   uint8_t code, bits;
   uint16_t lanes;
@@ -57,21 +59,15 @@ enum Code : uint8_t {
   kE4M3FN = 10,
   kE5M2 = 12
 };
-inline constexpr int32_t kCpu = 1;  // a device type
+inline constexpr int32_t kCpu = 1, kCuda = 2, kCudaManaged = 13;  // device types
 
 std::optional<DType> dtype_of(uint8_t code, uint32_t bits, uint16_t lanes);
 
-struct Elements {
-  void* data;
-  DType dtype;
-  int64_t count;
-  std::span<const int64_t> shape;
-  const int64_t* strides;  // of elements; null: in C order
-  bool contiguous;         // in C order
-};
-// Throws TypeError for an element type that is not known and for elements without memory, ValueError for what
-// no tensor looks like. `name` is the argument's.
+// Checked; throws TypeError besides for an element type that is not known. `name` is the argument's.
 Elements read(const Tensor& tensor, const char* name);
+
+// What `object.__dlpack_device__()` says, before the object is asked to export anything. Throws TypeError.
+Device device_of(PyObject* object, const char* name);
 
 // What `object.__dlpack__()` exports. The capsule owns the tensor until somebody takes it; nobody does.
 struct Export {

@@ -76,7 +76,8 @@ const Kind& kind_of(PyTypeObject* type) {
   if (auto found = known.find(type); found != known.end()) return found->second;
   Kind kind;
   kind.exchange = exchange_of(type);
-  if (kind.exchange) {
+  kind.of_torch = is_a(type, "torch", "Tensor");
+  if (kind.exchange || kind.of_torch) {
     kind.is_conj = attribute(type, "is_conj");
     kind.is_neg = attribute(type, "is_neg");
     if (PyObject* property = attribute(type, "requires_grad")) {
@@ -99,17 +100,16 @@ bool is_in_graph(const Kind& kind, PyObject* object) {
   return requires_grad.ptr() == Py_True && !py::getattr(object, "grad_fn", py::none()).is_none();
 }
 
-void require_computed(const Kind& kind, PyObject* object, const dlpack::Elements& elements,
-                      const char* name) {
+void require_computed(const Kind& kind, PyObject* object, DType dtype, const char* name) {
   // Asked every time: x.data = y changes the answer, and y may lie where x did.
-  const bool complex = elements.dtype == DType::complex64 || elements.dtype == DType::complex128;
+  const bool complex = dtype == DType::complex64 || dtype == DType::complex128;
   const auto deferred = [&](const char* what, const char* remedy) {
     throw ValueError(std::string("`") + name + "` is " + what + " that has not been computed yet: pass x." +
                      remedy + "()");
   };
   if (complex && says_yes(kind.is_conj, object)) deferred("a conjugate", "resolve_conj");
   if (says_yes(kind.is_neg, object)) deferred("a negation", "resolve_neg");
-  require_own_dtype(object, elements.dtype, name);
+  require_own_dtype(object, dtype, name);
 }
 
 }  // namespace pycomm::bindings

@@ -225,6 +225,7 @@ PYBIND11_MODULE(_native, module) {
            "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
   add_collectives(module, communicator);
   add_schedules(module);
+  add_arrays(module);
   add_bucket(module);
   add_codecs(module);
   add_coding(module, communicator);

@@ -67,6 +67,7 @@ std::shared_ptr<void> keep_alive(pybind11::object object);
 
 void add_collectives(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);
 void add_schedules(pybind11::module_& module);
+void add_arrays(pybind11::module_& module);
 void add_bucket(pybind11::module_& module);
 
 }  // namespace pycomm::bindings

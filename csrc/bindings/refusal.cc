@@ -112,6 +112,34 @@ void refuse(PyObject* object, const char* name) {
   throw TypeError(std::string("`") + name + "` is no buffer");
 }
 
+void refuse_masked(const char* name, const char* remedy) {
+  throw ValueError(std::string("`") + name + "` has a mask, which would be ignored: pass " + remedy);
+}
+
+void refuse_dtype(const char* name, py::handle dtype) {
+  throw TypeError(std::string("`") + name + "` has dtype " + py::str(dtype).cast<std::string>() +
+                  ", which cannot be communicated: convert it to a float, integer, complex or bool type");
+}
+
+void refuse_swapped(const char* name, const char* remedy) {
+  throw ValueError(std::string("`") + name + "` is byte-swapped: pass " + remedy);
+}
+
+void refuse_strided(const char* name, const char* remedy, const std::string& view) {
+  throw ValueError(std::string("`") + name + "` is not contiguous in C order: pass " + view + remedy +
+                   " and copy the result back");
+}
+
+void refuse_device(const char* name, const std::string& where) {
+  throw TypeError(std::string("`") + name + "` is " + where +
+                  ": this group communicates CPU buffers, pass a copy in CPU memory, as x.cpu()");
+}
+
+void refuse_outside_gpu(const char* name, const std::string& where) {
+  throw TypeError(std::string("`") + name + "` is " + where +
+                  ": pycomm.cuda takes arrays and tensors on an NVIDIA GPU, move it there, as x.cuda()");
+}
+
 void require_made(PyObject* self) {
   if (refuse_unmade(self)) throw py::error_already_set();
 }

@@ -11,6 +11,16 @@ namespace pycomm::bindings {
 
 // Throws TypeError with what to pass in place of this object, which is no buffer (pycomm/checks.py).
 [[noreturn]] void refuse(PyObject* object, const char* name);
+// Throw for a buffer that cannot be taken as it is, with the remedy.
+[[noreturn]] void refuse_masked(const char* name, const char* remedy);
+[[noreturn]] void refuse_dtype(const char* name, pybind11::handle dtype);
+[[noreturn]] void refuse_swapped(const char* name, const char* remedy);
+// `view`: of dense_view.
+[[noreturn]] void refuse_strided(const char* name, const char* remedy, const std::string& view = "");
+// For one that is elsewhere than on the host, where a group needs it, and than on a GPU, where pycomm.cuda does.
+[[noreturn]] void refuse_device(const char* name, const std::string& where);
+[[noreturn]] void refuse_outside_gpu(const char* name, const std::string& where);
+
 // A NumPy scalar, whose buffer nothing can be written to.
 bool is_number(PyObject* object);
 // Throws TypeError for an object of a class of pybind11's whose __init__ has not been called.

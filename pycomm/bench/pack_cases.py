@@ -69,7 +69,7 @@ class TorchWays:
         self.torch = torch
         self.tensors = [torch.from_numpy(x) for x in bucket.tensors]
         self.outs = [torch.from_numpy(x) for x in outs]
-        name = _native.describe_buffer(bucket.data, "data")[0]
+        name = _native.describe_buffer(bucket.data, "data").dtype
         self.dtype = getattr(torch, name)
         self.flat = torch.from_numpy(bucket.data.view(np.uint8)).view(self.dtype)
         self.views = [self.flat[segment.begin : segment.end] for segment in bucket.segments]

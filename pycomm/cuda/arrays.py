@@ -1,13 +1,13 @@
-"""Arrays on a GPU as the kernels need them, the streams that calls go to, and whether there is a GPU."""
+"""The arguments of a call on a GPU, the streams that calls go to, and whether there is a GPU."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import math
 import sys
-from dataclasses import dataclass
 from typing import Any
+
+from pycomm import _native
 
 
 def is_available() -> bool:
@@ -47,109 +47,9 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-@dataclass(frozen=True)
-class Array:
-    """What a kernel needs to know of an argument."""
-
-    address: int
-    dtype: str
-    count: int
-    device: int
-    writable: bool = True
-
-
-_CPU, _CUDA, _MANAGED = 1, 2, 13  # DLPack's device types
-
-
-def describe(x: Any, name: str = "x") -> Array:
-    """Address, type, elements and device of an array. Raises TypeError or ValueError that says what to do."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
-        if x.device.type != "cuda":
-            raise TypeError(f"`{name}` is on {x.device}: pass a tensor on a CUDA device, x.cuda()")
-        return _from_torch(x, name)
-    interface = getattr(x, "__cuda_array_interface__", None)
-    if interface is not None:
-        return _from_interface(x, interface, name)
-    if hasattr(x, "__dlpack__"):
-        return _from_dlpack(x, name)
-    raise TypeError(
-        f"`{name}` is a {type(x).__name__}: pass a CuPy array, a torch tensor on a CUDA device, or anything "
-        "with __cuda_array_interface__ or DLPack"
-    )
-
-
-def _from_torch(x: Any, name: str) -> Array:
-    if str(x.layout) != "torch.strided":
-        raise TypeError(f"`{name}` is not a dense tensor ({x.layout}): pass x.to_dense()")
-    for deferred, remedy in (("is_conj", "resolve_conj"), ("is_neg", "resolve_neg")):
-        if getattr(x, deferred)():
-            raise ValueError(f"`{name}` has not been computed yet ({deferred}()): pass x.{remedy}()")
-    if not x.is_contiguous():
-        raise ValueError(f"`{name}` is not contiguous: pass x.contiguous() and copy the result back")
-    found = Array(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.numel(), x.device.index)
-    _require_memory(found, name)
-    return found
-
-
-def _require_memory(found: Array, name: str) -> None:
-    if found.count > 0 and found.address == 0:
-        raise TypeError(f"`{name}` has no memory behind its elements: pass a plain array or tensor")
-
-
-def _from_interface(x: Any, interface: dict[str, Any], name: str) -> Array:
-    import numpy as np
-
-    if interface.get("mask") is not None:
-        raise ValueError(f"`{name}` has a mask, which would be ignored: pass an array without")
-    dtype = getattr(x, "dtype", None)
-    by_letters = np.dtype(interface["typestr"])
-    try:  # the interface's type strings have no name for bfloat16 and float8: the object's own dtype does
-        described = np.dtype(dtype if dtype is not None else by_letters)
-    except TypeError:
-        described = by_letters
-    if described.itemsize != by_letters.itemsize:
-        raise TypeError(f"`{name}` has dtype {described}, and its interface says {by_letters}: pass a copy")
-    if not by_letters.isnative:
-        raise ValueError(f"`{name}` is byte-swapped: pass a copy in this machine's order")
-    address, read_only = interface["data"]
-    shape, strides = interface["shape"], interface.get("strides")
-    if any(extent < 0 for extent in shape):
-        raise ValueError(f"`{name}` has shape {tuple(shape)}: extents are 0 or more")
-    count = math.prod(shape)
-    expected = described.itemsize
-    for extent, stride in zip(reversed(shape), reversed(strides or ()), strict=bool(strides)):
-        if count > 0 and extent != 1 and stride != expected:
-            raise ValueError(
-                f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
-            )
-        expected *= extent
-    device = getattr(getattr(x, "device", None), "id", None)  # CuPy's
-    if not isinstance(device, int):
-        device = native().device_of(address) if address else 0
-    found = Array(address or 0, described.name, count, device, not read_only and not _is_of_jax(x))
-    _require_memory(found, name)
-    return found
-
-
-def _from_dlpack(x: Any, name: str) -> Array:
-    kind, device = x.__dlpack_device__()
-    if kind not in (_CUDA, _MANAGED):
-        where = "in CPU memory" if kind == _CPU else f"on a device of another kind (DLPack's {int(kind)})"
-        raise TypeError(
-            f"`{name}` is {where}: pycomm.cuda takes arrays and tensors on an NVIDIA GPU, move it there"
-        )
-    address, dtype, count, contiguous, writable = native().read_dlpack(x, name)
-    if not contiguous:
-        raise ValueError(
-            f"`{name}` is not contiguous in C order: pass a contiguous copy, copy the result back"
-        )
-    return Array(address, dtype, count, device, writable and not _is_of_jax(x))
-
-
-def _is_of_jax(x: Any) -> bool:
-    """Whether `x` is immutable, which neither protocol says of JAX's arrays."""
-    return type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
+def describe(x: Any, name: str = "x") -> _native.Array:
+    """What an array on a GPU holds. Raises TypeError or ValueError that says what to do."""
+    return _native.describe_buffer(x, name, on_gpu=True)
 
 
 def stream_handle(stream: Any, like: Any, device: int) -> int:
@@ -194,11 +94,11 @@ def new_bytes(size: int, like: Any, device: int, stream: int) -> Any:
 
 
 class Call:
-    """The arguments of one call: all on one device, and where it runs."""
+    """The arguments of one call, each read once: all on one device, and where it runs."""
 
     def __init__(self, stream: Any, blocks: int, **arrays: Any) -> None:
         self.module = native()
-        self.found: dict[str, list[Array]] = {}
+        self.found: dict[str, list[_native.Array]] = {}
         self.device: int | None = None
         for name, value in arrays.items():
             values = value if isinstance(value, list) else [] if value is None else [value]
@@ -211,9 +111,9 @@ class Call:
         """Refuses what the call could not, or must not, write to."""
         for name in names:
             for x in self.found[name]:
-                require_writable(x, name)
+                x.require_writable(name)
 
-    def _enter(self, x: Any, name: str) -> Array:
+    def _enter(self, x: Any, name: str) -> _native.Array:
         found = describe(x, name)
         if self.device is None:
             self.device = found.device
@@ -223,19 +123,17 @@ class Call:
             )
         return found
 
-    def one(self, name: str) -> Array:
+    def one(self, name: str) -> _native.Array:
         return self.found[name][0]
 
     def address(self, name: str) -> int:
         return self.found[name][0].address if self.found[name] else 0
 
-    def new_bytes(self, size: int) -> Any:
-        return new_bytes(size, self.like, self.device or 0, self.stream)
-
-
-def require_writable(x: Array, name: str) -> None:
-    if not x.writable:
-        raise ValueError(f"`{name}` is read-only and the result would be written to it: pass a writable copy")
+    def make(self, name: str, size: int) -> Any:
+        """New bytes for an argument that was not given."""
+        memory = new_bytes(size, self.like, self.device or 0, self.stream)
+        self.found[name] = [self._enter(memory, name)]
+        return memory
 
 
 def require(condition: bool, message: str) -> None:

@@ -18,13 +18,10 @@ class Gpu:
     Statistics lie on the device until they are asked for: pack and unpack do not wait.
     """
 
+    on_gpu = True
+
     def __init__(self, like: Any) -> None:
         self._like = like
-
-    def describe(self, x: Any, name: str) -> tuple[str, tuple[int, ...]]:
-        dtype = arrays.describe(x, name).dtype
-        _native.packable_dtype(dtype, name)
-        return dtype, tuple(x.shape)
 
     def allocate(self, size: int, comm: Communicator | None) -> Any:
         device = arrays.describe(self._like).device
@@ -65,7 +62,8 @@ class GpuPacking:
     def _list_of(self, tensors: list[Any]) -> Packing:
         """The tensors as they are now: made anew when one of them has moved."""
         found = [arrays.describe(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
-        if self._list is not None and found == self._key:
+        key = [(x.address, x.dtype, x.count, x.writable) for x in found]
+        if self._list is not None and key == self._key:
             return self._list
         whole = arrays.describe(self._data)
         item = _native.packable_dtype(whole.dtype)[1]
@@ -78,5 +76,5 @@ class GpuPacking:
                 raise ValueError(
                     f"`tensors[{i}]` lies in the bucket's memory, but not in its place: pass views[{i}]"
                 )
-        self._list, self._key = Packing(tensors, self._offsets, self._data), found
+        self._list, self._key = Packing(tensors, self._offsets, self._data), key
         return self._list

@@ -81,13 +81,13 @@ def _element_type(names: Iterable[str]) -> str:
 class DeviceStats:
     """Statistics that lie on the device. The first question waits for the stream; so does read()."""
 
-    def __init__(self, where: Any, workspace: Any) -> None:
-        self._where, self._workspace = where, workspace
+    def __init__(self, where: Any, workspace: Any, address: int) -> None:
+        self._where, self._workspace, self._address = where, workspace, address
         self._read: Stats | None = None
 
     def read(self) -> Stats:
         """Those of the last pack or unpack that has run, a graph's replay as well."""
-        return Stats(*native().read_stats(self._where, describe(self._workspace).address))
+        return Stats(*native().read_stats(self._where, self._address))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -123,6 +123,7 @@ class Packing:
         self._keep = (bucket, list(tensors))
         self.call = call
         self._workspace: Any = None
+        self._address = 0
 
     def pack(
         self, scale: float = 1.0, *, stats: bool = False, stream: Any = None, blocks: int = 0
@@ -147,5 +148,6 @@ class Packing:
             return None
         if self._workspace is None:
             self._workspace = new_bytes(self._list.workspace_bytes, like, self._device, handle)
-        method(where, scale, describe(self._workspace).address)
-        return DeviceStats(where, self._workspace)
+            self._address = describe(self._workspace).address
+        method(where, scale, self._address)
+        return DeviceStats(where, self._workspace, self._address)

@@ -134,7 +134,7 @@ def test_cupy() -> None:
 
 def test_errors() -> None:
     a = torch.zeros(8, device="cuda")
-    with pytest.raises(TypeError, match="on cpu"):
+    with pytest.raises(TypeError, match="in CPU memory"):
         pycomm.cuda.reduce([a, a.cpu()], a)
     with pytest.raises(ValueError, match="contiguous"):
         pycomm.cuda.reduce([a[::2], a[:4]], a[:4])

@@ -327,3 +327,40 @@ def test_autograd_is_not_written_behind_its_back(ranks: Ranks) -> None:
         comm.broadcast([weight])
 
     ranks(fn, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_on_a_gpu() -> None:
+    """Fake ones, which say where they are and have no memory: empty ones need none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def on_gpu(x: Any) -> _native.Array:
+        return _native.describe_buffer(x, "x", on_gpu=True)
+
+    with FakeTensorMode():
+        for dtype in DTYPES:
+            found = on_gpu(torch.empty((0, 3), dtype=dtype, device="cuda:2"))
+            assert f"torch.{found.dtype}" == str(dtype) and found.writable
+            assert (found.count, found.shape, found.device) == (0, (0, 3), 2)
+        parameter = torch.empty(0, device="cuda", requires_grad=True)
+        assert on_gpu(parameter).device == 0
+        with pytest.raises(TypeError, match=r"`x` is on CUDA device 0: .*CPU memory, as x.cpu\(\)"):
+            _native.describe_buffer(parameter, "x")
+        with pytest.raises(ValueError, match=r"conjugate .*x.resolve_conj\(\)"):
+            on_gpu(torch.empty(0, dtype=torch.complex64, device="cuda").conj())
+        with pytest.raises(ValueError, match=r"negation .*x.resolve_neg\(\)"):
+            on_gpu(torch._neg_view(torch.empty(0, device="cuda")))
+        with pytest.raises(TypeError, match="`x` has no memory behind its elements"):
+            on_gpu(torch.empty(4, device="cuda"))
+        with pytest.raises(TypeError, match="nor on a CUDA device .*as x.cuda"):
+            on_gpu(torch.empty(4, device="mps"))
+    with pytest.raises(TypeError, match=r"`x` is in CPU memory: .*as x.cuda\(\)"):
+        on_gpu(torch.ones(3))
+    with pytest.raises(TypeError, match="`x` is not a dense tensor in GPU memory: .*meta"):
+        on_gpu(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match="no elements yet.*run the module once"):
+        on_gpu(torch.nn.LazyLinear(3).weight)
+    for x in (torch.ones(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        for describe in (on_gpu, lambda x: _native.describe_buffer(x, "x")):
+            with pytest.raises(TypeError, match=r"`x` is not a dense tensor \(torch.sparse_.*x.to_dense\(\)"):
+                describe(x)
