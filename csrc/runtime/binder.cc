@@ -20,7 +20,8 @@ namespace pycomm::runtime {
 // plain.
 Binder::Sides Binder::sides_in_reach(const schedule::Call& call, bool in_place) const {
   const schedule::Traits& traits = call.world.traits();
-  if (size() == 1 || call.coded() || traits.between_two() || call.ragged || (traits.rooted && !traits.one_block())) {
+  if (size() == 1 || call.coded() || traits.between_two() || call.ragged ||
+      (traits.rooted && !traits.one_block())) {
     return {};
   }
   const auto empty = std::count(call.counts.begin(), call.counts.end(), 0);
@@ -156,8 +157,8 @@ void Binder::agree_on_counts(Bound& bound) {
 // The plan that reads inputs where they lie; null if there is none, or it does not pay.
 std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& call,
                                                         const std::string& algorithm, int rank) {
-  if (!fabric_.single_copy || call.coded() ||
-      call.in != schedule::Placement::plain || !single_copy_pays(call, fabric_.profile))
+  if (!fabric_.single_copy || call.coded() || call.in != schedule::Placement::plain ||
+      !single_copy_pays(call, fabric_.profile))
     return nullptr;
   schedule::Call other = call;
   other.in = schedule::Placement::reachable;
