@@ -106,9 +106,9 @@ void compare(size_t max_bytes) {
     };
     const runtime::Prepared plain_plan = prepare(Placement::plain),
                             symmetric_plan = prepare(Placement::symmetric);
-    const runtime::Buffers plain_buffers{pages.data, pages.data};
+    const runtime::Bases plain_buffers{pages.data, pages.data};
     char* const own = rig->shared(rank);
-    const runtime::Buffers symmetric_buffers{own, own, rig->slice, rig->slice};
+    const runtime::Bases symmetric_buffers{own, own, rig->slice, rig->slice};
     const auto times = rig->times(
         {[&] { bytes <= kOneShotBytes ? hand.one_shot(plain, bytes) : hand.two_shot(plain, bytes); },
          [&] { rig->call(plain_plan, plain_buffers); }, [&] { hand.symmetric(symmetric, bytes); },

@@ -110,8 +110,8 @@ class Rig {
   }
 
   // Does what a persistent call does below the language binding.
-  void call(const runtime::Prepared& prepared, const runtime::Buffers& buffers) {
-    calls_->complete(prepared, buffers, policy_, 600, patience_);
+  void call(const runtime::Prepared& prepared, const runtime::Bases& bases) {
+    calls_->complete(prepared, bases, policy_, 600, patience_);
   }
   const runtime::Profile& profile() const { return profile_; }
   runtime::Prepared prepare(const schedule::Call& call) const {

@@ -41,14 +41,14 @@ Bound Binder::bind(Request& request) {
   }
   Bound bound;
   bound.timeout_s = request.timeout_s < 0 ? timeout_s_ : request.timeout_s;
-  bound.buffers = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
+  bound.bases = {static_cast<const char*>(request.in), static_cast<char*>(request.out), 0, 0};
   schedule::Call& call = request.call;
   if (request.coding) {
     check_coding(request);
     call.codec = request.coding->codec;
     call.codec.seed = 0;
     bound.coding = request.coding;
-    bound.buffers.coding = bound.coding.get();
+    bound.bases.coding = bound.coding.get();
   }
   int plan_rank = rank();
   Heap::Place in, out;
@@ -70,8 +70,8 @@ Bound Binder::bind(Request& request) {
       if (out_reach) out = heap_.find(request.out, schedule::out_elements(call, rank()) * item);
       if (in.distance) call.in = schedule::Placement::symmetric;
       if (out.distance) call.out = schedule::Placement::symmetric;
-      bound.buffers.in_distance = in.distance;
-      bound.buffers.out_distance = out.distance;
+      bound.bases.in_distance = in.distance;
+      bound.bases.out_distance = out.distance;
     }
   }
   bound.prepared = plans_.prepare(call, request.algorithm, plan_rank);
@@ -188,9 +188,9 @@ namespace {
 // that, else 1 and where in a page the two buffers begin.
 constexpr int64_t kPageBits = 12, kPage = int64_t{1} << kPageBits;
 
-int64_t word_of(bool fit, const Buffers& buffers) {
-  const auto in = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffers.in) % kPage);
-  const auto out = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffers.out) % kPage);
+int64_t word_of(bool fit, const Bases& bases) {
+  const auto in = static_cast<int64_t>(reinterpret_cast<uintptr_t>(bases.in) % kPage);
+  const auto out = static_cast<int64_t>(reinterpret_cast<uintptr_t>(bases.out) % kPage);
   return fit ? 1 | in << 1 | out << (1 + kPageBits) : 0;
 }
 
@@ -208,7 +208,7 @@ struct Binder::Places {
   }
 
   const Sides sides;
-  const Buffers buffers;
+  const Bases bases;
   const int64_t in_bytes, out_bytes;
   const bool in_place;
   const std::string algorithm;
@@ -216,13 +216,13 @@ struct Binder::Places {
   Agreement words{std::vector<int64_t>(kWords), {}};
   std::unique_ptr<BoundPlan> exchange, reading;     // apart: most calls need none of these
   std::array<std::unique_ptr<BoundPlan>, 4> plans;  // by the sides that are told
-  std::vector<char*> bases;                         // Buffers::told
+  std::vector<char*> everyones;                     // Bases::told
 
   // Where this rank's buffer lies in its arena; -1: not there, or not to be told.
   int64_t offset(Word side) const {
     const transport::Arena* const arena = transport::Arena::if_any();
     if (!arena || !arena->used() || !(side == in ? sides.in : sides.out)) return -1;
-    return side == in ? arena->offset_of(buffers.in, in_bytes) : arena->offset_of(buffers.out, out_bytes);
+    return side == in ? arena->offset_of(bases.in, in_bytes) : arena->offset_of(bases.out, out_bytes);
   }
   int64_t word(int rank, Word which) const { return words.all[rank * kWords + which]; }
   // All ranks have told, and work in place or not alike: so are plans proved.
@@ -279,7 +279,7 @@ void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides t
   const auto item = static_cast<int64_t>(size_of(call.dtype));
   const auto places =
       std::make_shared<Places>(Places{.sides = told,
-                                      .buffers = bound.buffers,
+                                      .bases = bound.bases,
                                       .in_bytes = schedule::in_elements(call, rank()) * item,
                                       .out_bytes = schedule::out_elements(call, rank()) * item,
                                       .in_place = call.in_place,
@@ -303,10 +303,10 @@ void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides t
     };
   }
   prelude.before = [this, places, kept] {
-    const bool fit = kept && domain_.node().fit_to_read(places->buffers.in, places->in_bytes);
+    const bool fit = kept && domain_.node().fit_to_read(places->bases.in, places->in_bytes);
     int64_t in = places->offset(Places::in), out = places->offset(Places::out);
     if ((in >= 0 || out >= 0) && !reaches_arenas()) in = out = -1;
-    places->words.mine = {word_of(fit, places->buffers), Places::told(in, places->in_place),
+    places->words.mine = {word_of(fit, places->bases), Places::told(in, places->in_place),
                           Places::told(out, places->in_place)};
   };
   bound.conclude = [this, places](const BoundPlan& own) -> const BoundPlan& {
@@ -337,16 +337,16 @@ const BoundPlan& Binder::use_told(const BoundPlan& own, Places& places, bool in,
       if (in) call.in = schedule::Placement::told;
       if (out) call.out = schedule::Placement::told;
       plan = std::make_unique<BoundPlan>(instead_of(own, plans_.prepare(call, places.algorithm, rank())));
-      places.bases.resize(2 * static_cast<size_t>(size()));
+      places.everyones.resize(2 * static_cast<size_t>(size()));
     }
-    const Buffers& buffers = own.buffers;
+    const Bases& bases = own.bases;
     for (int r = 0; r < size(); ++r) {
-      places.bases[r] = in ? arenas_[r] + (places.word(r, Places::in) >> 1)
-                           : const_cast<char*>(buffers.in) + (r - rank()) * buffers.in_distance;
-      places.bases[size() + r] = out ? arenas_[r] + (places.word(r, Places::out) >> 1)
-                                     : buffers.out + (r - rank()) * buffers.out_distance;
+      places.everyones[r] = in ? arenas_[r] + (places.word(r, Places::in) >> 1)
+                               : const_cast<char*>(bases.in) + (r - rank()) * bases.in_distance;
+      places.everyones[size() + r] = out ? arenas_[r] + (places.word(r, Places::out) >> 1)
+                                         : bases.out + (r - rank()) * bases.out_distance;
     }
-    plan->buffers.told = places.bases.data();
+    plan->bases.told = places.everyones.data();
     return *plan;
   } catch (const std::exception& error) {
     domain_.fail(FailureKind::aborted, "rank " + std::to_string(rank()) +

@@ -13,7 +13,7 @@
 
 namespace pycomm::runtime {
 
-// Buffers have been checked for size, contiguity and overlap.
+// Bases have been checked for size, contiguity and overlap.
 struct Request {
   schedule::Call call;  // its placement is found when it is bound
   const void* in = nullptr;
@@ -29,7 +29,7 @@ struct Request {
 
 struct BoundPlan {
   std::shared_ptr<const Prepared> prepared;
-  Buffers buffers;
+  Bases bases;
   CallRecord record;
 };
 

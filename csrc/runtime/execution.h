@@ -50,7 +50,7 @@ inline void Execution::start_plan() {
   } else if (bound_->conclude) {
     plan = &bound_->conclude(*bound_);
   }
-  sequence_->start(*plan->prepared, plan->buffers, plan->record);
+  sequence_->start(*plan->prepared, plan->bases, plan->record);
   pending_ = sequence_->pending(bound_->timeout_s);
 }
 

@@ -29,7 +29,7 @@ Prepared::Prepared(schedule::Plan p, int rank) : plan(std::move(p)) {
   std::strncpy(record.algorithm, plan.algorithm.c_str(), sizeof record.algorithm - 1);
 }
 
-void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
+void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, uint64_t call,
                 const CallRecord& record, bool wait_for_entries) {
   if (domain_ != &domain) links_of_bank_ = {domain.links(0), domain.links(1)};
   domain_ = &domain;
@@ -38,9 +38,9 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   call_ = call;
   fingerprint_ = record.fingerprint;
   links_ = links_of_bank_[call & 1].data();
-  find_buffers(schedule::Space::in, const_cast<char*>(buffers.in), buffers.in_distance, buffers.told);
-  find_buffers(schedule::Space::out, buffers.out, buffers.out_distance,
-               buffers.told ? buffers.told + domain.size() : nullptr);
+  find_buffers(schedule::Space::in, const_cast<char*>(bases.in), bases.in_distance, bases.told);
+  find_buffers(schedule::Space::out, bases.out, bases.out_distance,
+               bases.told ? bases.told + domain.size() : nullptr);
   next_entry_ = wait_for_entries ? 0 : domain.local_ranks().size();
   loop_ = 0;
   iteration_ = -1;
@@ -48,7 +48,7 @@ void Run::start(Domain& domain, const Prepared& prepared, const Buffers& buffers
   mismatched_ = -1;
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;
-  coding_ = buffers.coding;
+  coding_ = bases.coding;
   if (!domain.messages()) return;
   sent_earlier_ = std::move(sent_before_);
   sent_before_.resize(static_cast<size_t>(domain.size()) * kChannels);

@@ -34,7 +34,7 @@ struct Prepared {
 };
 
 // The caller's buffers: its own, and where they are symmetric those of all ranks of its node.
-struct Buffers {
+struct Bases {
   const char* in = nullptr;
   char* out = nullptr;
   // Symmetric: from the buffer of one of the node's ranks to that of the next one. 0: plain.
@@ -76,7 +76,7 @@ class Run {
   // Call number `call` on `domain`. `wait_for_entries`: the call before was no full exchange. `record` is
   // published once all have entered the call before (earlier, it would replace the record of a call that a
   // slow rank is still in), and must live as long as the run.
-  void start(Domain& domain, const Prepared& prepared, const Buffers& buffers, uint64_t call,
+  void start(Domain& domain, const Prepared& prepared, const Bases& bases, uint64_t call,
              const CallRecord& record, bool wait_for_entries);
 
   // True when the program has ended. Throws nothing; a peer that called something else stops it: see

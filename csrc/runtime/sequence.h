@@ -23,8 +23,8 @@ class Sequence {
   bool last_exchanged() const { return last_exchanged_; }
 
   // Begins the next call; `prepared` and `record` must live until finish(). The call before has finished.
-  void start(const Prepared& prepared, const Buffers& buffers, const CallRecord& record) {
-    run_.start(*domain_, prepared, buffers, ++calls_, record, !last_exchanged_);
+  void start(const Prepared& prepared, const Bases& bases, const CallRecord& record) {
+    run_.start(*domain_, prepared, bases, ++calls_, record, !last_exchanged_);
     last_exchanged_ = prepared.plan.full_exchange;
   }
   // To advance until it says that the program has ended.
@@ -33,9 +33,9 @@ class Sequence {
 
   Pending pending(double timeout_s) const { return {domain_, &run_, timeout_s}; }
   // The whole of a call whose record is its plan's.
-  void complete(const Prepared& prepared, const Buffers& buffers, const WaitPolicy& policy, double timeout_s,
+  void complete(const Prepared& prepared, const Bases& bases, const WaitPolicy& policy, double timeout_s,
                 Patience& patience) {
-    start(prepared, buffers, prepared.record);
+    start(prepared, bases, prepared.record);
     Pending waiting = pending(timeout_s);
     Pending* const one = &waiting;
     while (!run_.advance(policy.polls())) wait({&one, 1}, policy, patience);

@@ -150,15 +150,15 @@ class Rank {
         }
         buffers_.told = told_.data();
       } else {
-        buffers_.in_distance = buffers_.out_distance = distance;
+        bases_.in_distance = bases_.out_distance = distance;
       }
     } else {
       plain_.resize(c.elements());
       data_ = plain_.data();
     }
     in_ = c.gathers() ? data_ + rank * c.count : data_;
-    buffers_.in = reinterpret_cast<char*>(in_);
-    buffers_.out = reinterpret_cast<char*>(data_);
+    bases_.in = reinterpret_cast<char*>(in_);
+    bases_.out = reinterpret_cast<char*>(data_);
   }
 
   void play(const Death& death) {
@@ -200,7 +200,7 @@ class Rank {
     Board::Report uncounted = {};
     const Killer killer{&board_, number == 2 ? &report_ : &uncounted, &again, kill_at};
     const Prepared& prepared = *case_.plans[rank_];
-    calls_->start(prepared, buffers_, prepared.record);
+    calls_->start(prepared, bases_, prepared.record);
     Patience patience;
     Pending pending = calls_->pending(30);
     Pending* const one = &pending;
@@ -235,7 +235,7 @@ class Rank {
   std::vector<float> plain_;
   float *data_ = nullptr, *in_ = nullptr;
   std::vector<char*> told_;
-  Buffers buffers_;
+  Bases bases_;
   WaitPolicy policy_;
   std::optional<Sequence> calls_;
 };

@@ -52,7 +52,7 @@ TEST(large_inputs_are_read_where_they_lie_if_all_are_fit) {
           }
           // Whether reading pays depends on how the addresses lie to each other, but an unfit one forbids it.
           const auto said =
-              static_cast<const int64_t*>(static_cast<const void*>(bound.preludes[0].plan.buffers.out));
+              static_cast<const int64_t*>(static_cast<const void*>(bound.preludes[0].plan.bases.out));
           const bool fit = unfit < 0 && said[0] == 1 && said[kWords] == 1;
           const auto placement = fit ? schedule::Placement::reachable : schedule::Placement::plain;
           CHECK(bound.conclude(bound).record.in == placement);

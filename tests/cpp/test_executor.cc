@@ -198,36 +198,36 @@ class Rank {
     const int64_t ins = schedule::in_elements(call, rank_), outs = schedule::out_elements(call, rank_);
     Memory in_memory, out_memory;
     in_memory.make(*this, call.in, s.in_extent, s.bytes(schedule::in_elements), ins * item, call.world.size);
-    Buffers buffers;
+    Bases bases;
     char *in = in_memory.data, *out = nullptr;
     const bool in_inside = call.in_place && own_slot_in(kind) && outs > 0;
     const bool out_inside = call.in_place && !own_slot_in(kind) && ins > 0;
     if (out_inside) {
       out = in + (own_slot_out(kind) ? before(call, rank_) * item : 0);
-      buffers.out_distance = call.out == Placement::symmetric ? in_memory.distance : 0;
+      bases.out_distance = call.out == Placement::symmetric ? in_memory.distance : 0;
     } else {
       out_memory.make(*this, call.out, s.out_extent, s.bytes(schedule::out_elements), outs * item,
                       call.world.size);
       out = out_memory.data;
-      buffers.out_distance = out_memory.distance;
+      bases.out_distance = out_memory.distance;
       if (in_inside) in = out + before(call, rank_) * item;
     }
     if (!out_inside) std::memset(out, kUntouched, static_cast<size_t>(outs * item));
     for (int64_t i = 0; i < ins; ++i) put(call.dtype, in, i, value(rank_, i, s.salt));
-    buffers.in = in;
-    buffers.out = out;
-    buffers.in_distance = in_memory.distance;
+    bases.in = in;
+    bases.out = out;
+    bases.in_distance = in_memory.distance;
     Coding coding = s.coding;
-    buffers.coding = &coding;
+    bases.coding = &coding;
     std::vector<char*> told;
     for (int r = 0; r < call.world.size; ++r) told.push_back(r == rank_ ? in : in_memory.base_of(r));
     for (int r = 0; r < call.world.size; ++r) {
       told.push_back(r == rank_ ? out : (out_inside ? in_memory : out_memory).base_of(r));
     }
-    if (call.in == Placement::told || call.out == Placement::told) buffers.told = told.data();
+    if (call.in == Placement::told || call.out == Placement::told) bases.told = told.data();
 
     const Prepared& prepared = *s.plans[rank_];
-    calls_->complete(prepared, buffers, policy_, 60, patience_);
+    calls_->complete(prepared, bases, policy_, 60, patience_);
     // What is its caller's again may be used at once.
     if (call.in == Placement::reachable && !call.in_place) {
       for (int64_t i = 0; i < ins; ++i) put(call.dtype, in, i, 28 - value(rank_, i, s.salt));
