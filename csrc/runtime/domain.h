@@ -146,6 +146,8 @@ class Domain {
 
   Member& member(int rank) const { return *members_[rank]; }
   Member& self() const { return *members_[rank_]; }
+  // The cells of two ranks of this node for a call.
+  Cell* cells(int reader, int writer, uint64_t call) const;
   // By rank, for the calls of a bank; nothing for those on other nodes.
   std::vector<Link> links(uint64_t call) const;
   // Where on this node the domain for send and recv from one rank to another lies; 0: not yet made, by
@@ -235,7 +237,6 @@ class Domain {
   void publish_own();
   void end_messages();
   static void wake(Member& waker);
-  Cell* cells(int reader, int writer, uint64_t call) const;
 
   std::shared_ptr<transport::Node> node_;
   std::vector<int> node_ranks_, display_ranks_;

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pycomm import _native
-from pycomm.cuda.arrays import Call, describe, native, require
+from pycomm.cuda.arrays import Call, describe, native, new_bytes, require, stream_handle
 
 
 def _segments(segments: Sequence[tuple[int, int, int]] | None) -> list[tuple[int, int, int]]:
@@ -57,9 +57,9 @@ def transcode(
     """The sum of the sources, each decoded or converted to float32, to `out`: encoded, or as floats.
 
     uint8 arrays hold wire bytes; the others floats (`formats` and `out_format`: raw, partial or final, wire).
-    `out`: None makes an array of wire bytes. `count`: elements, where there are wire bytes alone.
+    `count`: elements, where there are wire bytes alone.
     """
-    outs = list(out) if isinstance(out, (list, tuple)) else [] if out is None else [out]
+    outs = list(out) if isinstance(out, (list, tuple)) else [out]
     host, device_codec = _codec(codec)
     call = Call(stream, blocks, srcs=list(srcs), out=outs, residual=residual, next_residual=next_residual)
     call.writes("out", "next_residual")
@@ -68,8 +68,6 @@ def transcode(
     if count is None:
         require(bool(floats), "there are wire bytes alone: say with count= how many elements they are of")
         count = floats[0].count
-    if out is None:
-        out = call.make("out", host.wire_bytes(count))
     for a in arrays:
         want, what = (host.wire_bytes(count), "bytes") if a.dtype == "uint8" else (count, "elements")
         require(a.count == want, f"an array has {a.count} {what} where {count} elements take {want}")
@@ -114,6 +112,10 @@ def transcode(
 
 def encode(codec: Any, x: Any, out: Any = None, *, stream: Any = None, **options: Any) -> Any:
     """`x` encoded: uint8, `out` or a new array. For the options see transcode()."""
+    if out is None:
+        found = describe(x)
+        size = _codec(codec)[0].wire_bytes(found.count)
+        out = new_bytes(size, x, found.device, stream_handle(stream, x, found.device))
     return transcode(codec, [x], out, stream=stream, **options)
 
 

@@ -129,8 +129,9 @@ def test_an_array_interface_whose_array_has_a_dtype() -> None:
     assert describe(made("<f4", "of another library")).dtype == "float32"
     with pytest.raises(TypeError, match="`x` has dtype float64, and its interface says float32: pass a copy"):
         describe(made("<f4", np.dtype("float64")))
-    with pytest.raises(ValueError, match="`x` is byte-swapped"):
-        describe(made("<f4", np.dtype(">f4")))
+    for letters, own in (("<f4", ">f4"), (">f4", "<f4")):
+        with pytest.raises(ValueError, match="`x` is byte-swapped"):
+            describe(made(letters, np.dtype(own)))
     for unknown in (np.dtype("M8[s]"), np.dtype(ml_dtypes.float8_e4m3fnuz)):
         with pytest.raises(TypeError, match=f"`x` has dtype {re.escape(str(unknown))}, which cannot be"):
             describe(made(unknown.str, unknown))
@@ -315,7 +316,7 @@ def test_calls_that_are_refused_reach_no_kernel(kernels: Kernels) -> None:
         (lambda: pycomm.cuda.reduce([a, a], read_only), ValueError, "`out` is read-only"),
         (lambda: pycomm.cuda.reduce([a, marked], out), ValueError, "`srcs` has a mask"),
         (lambda: pycomm.cuda.reduce([a, host], out), TypeError, "`srcs` is in CPU memory.*x.cuda"),
-        (lambda: pycomm.cuda.encode("int8", host), TypeError, "`srcs` is in CPU memory"),
+        (lambda: pycomm.cuda.encode("int8", host), TypeError, "`x` is in CPU memory"),
         (lambda: pycomm.cuda.encode("int8", a, read_only), ValueError, "`out` is read-only"),
         (lambda: pycomm.cuda.decode("int8", a, host, add=True), TypeError, "`out` is in CPU memory"),
         (lambda: pycomm.cuda.topk_encode(a, 1, bytes_(9, 0x5000)), TypeError, "memory .*pass it yourself"),
@@ -349,7 +350,8 @@ def test_new_bytes_come_from_the_library_of_the_arrays(
         made.append((size, like, device, stream))
         return bytes_(size, 0x10000 * len(made))
 
-    monkeypatch.setattr(pycomm.cuda.arrays, "new_bytes", new_bytes)
+    for module in (pycomm.cuda.arrays, pycomm.cuda.codecs):
+        monkeypatch.setattr(module, "new_bytes", new_bytes)
     a = floats(1024, 0x1000)
     wire = pycomm._native.Codec("int8").wire_bytes(1024)
     assert pycomm.cuda.encode("int8", a, stream=7).interface["data"][0] == 0x10000
