@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         for option, given in ((f"--offset {args.offset}", args.offset), ("--huge", args.huge)):
             if given and buffers != ["plain"]:
                 raise ValueError(
-                    f"{option} and --buffers {args.buffers}: pycomm places symmetric and shared buffers itself;"
-                    " use plain ones with this option"
+                    f"{option} and --buffers {args.buffers}: pycomm places symmetric and shared buffers"
+                    " itself; use plain ones with this option"
                 )
         codecs = options.codecs(args.codecs, collectives, dtypes, args.op)
         offsets = options.offsets(args.offset, dtypes)

@@ -148,7 +148,7 @@ class Rank {
         for (int r = 0; r < 2 * c.size; ++r) {
           told_.push_back(allocation_->data() + (r % c.size - rank) * distance);
         }
-        buffers_.told = told_.data();
+        bases_.told = told_.data();
       } else {
         bases_.in_distance = bases_.out_distance = distance;
       }
