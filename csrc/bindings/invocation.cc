@@ -102,19 +102,8 @@ void take_common(Request& request, const Arguments& args) {
 
 void check_premul(const Request& request) {
   if (request.call.prescale == 1.0) return;
-  switch (request.call.dtype) {
-    case DType::float32:
-    case DType::float64:
-    case DType::float16:
-    case DType::bfloat16:
-    case DType::float8_e4m3fn:
-    case DType::float8_e5m2:
-    case DType::complex64:
-    case DType::complex128:
-      return;
-    default:
-      throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
-  }
+  if (supports(request.call.dtype, Op::avg)) return;  // which takes what can be scaled
+  throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
 }
 
 // ---- buffers: checks, and the collectives by the shape of what they move ----

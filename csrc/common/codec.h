@@ -14,6 +14,7 @@
 
 namespace pycomm {
 
+// A new one is a row of the table in codec.cc as well, in the same place.
 enum class CodecKind : uint8_t { none, fp16, bf16, fp8_e4m3, fp8_e5m2, mxfp8, int8, int4, sign };
 inline constexpr int kNumCodecs = 9;
 enum class Rounding : uint8_t { nearest, stochastic };

@@ -10,18 +10,45 @@ namespace pycomm {
 namespace {
 
 struct TypeInfo {
+  enum class Of : uint8_t { floats, integers, bools, complex_numbers };
+  DType dtype;
   const char* name;
   size_t size;
+  Of of;
 };
 
-constexpr TypeInfo kTypes[kNumDTypes] = {
-    {"float32", 4},     {"float64", 8},     {"float16", 2}, {"bfloat16", 2}, {"float8_e4m3fn", 1},
-    {"float8_e5m2", 1}, {"int8", 1},        {"int16", 2},   {"int32", 4},    {"int64", 8},
-    {"uint8", 1},       {"uint16", 2},      {"uint32", 4},  {"uint64", 8},   {"bool", 1},
-    {"complex64", 8},   {"complex128", 16},
-};
+// In the order of the enumerators.
+constexpr auto kTypes = [] {
+  using enum TypeInfo::Of;
+  return std::to_array<TypeInfo>({
+      {DType::float32, "float32", 4, floats},
+      {DType::float64, "float64", 8, floats},
+      {DType::float16, "float16", 2, floats},
+      {DType::bfloat16, "bfloat16", 2, floats},
+      {DType::float8_e4m3fn, "float8_e4m3fn", 1, floats},
+      {DType::float8_e5m2, "float8_e5m2", 1, floats},
+      {DType::int8, "int8", 1, integers},
+      {DType::int16, "int16", 2, integers},
+      {DType::int32, "int32", 4, integers},
+      {DType::int64, "int64", 8, integers},
+      {DType::uint8, "uint8", 1, integers},
+      {DType::uint16, "uint16", 2, integers},
+      {DType::uint32, "uint32", 4, integers},
+      {DType::uint64, "uint64", 8, integers},
+      {DType::bool_, "bool", 1, bools},
+      {DType::complex64, "complex64", 8, complex_numbers},
+      {DType::complex128, "complex128", 16, complex_numbers},
+  });
+}();
+static_assert(kTypes.size() == kNumDTypes && [] {
+  for (size_t i = 0; i < kTypes.size(); ++i) {
+    if (static_cast<size_t>(kTypes[i].dtype) != i) return false;
+  }
+  return true;
+}());
 
-constexpr const char* kOps[kNumOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
+constexpr auto kOps = std::to_array<const char*>({"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"});
+static_assert(kOps.size() == kNumOps);
 
 // Other names of the types: those of C, torch and nccl-tests ("float" is 32 bits, unlike Python's own type
 // float), of JAX, and of the papers that define the formats.
@@ -68,9 +95,9 @@ constexpr Meant kMeant[] = {
 
 const TypeInfo& info(DType dtype) { return kTypes[static_cast<size_t>(dtype)]; }
 
-bool is_complex(DType dtype) { return dtype == DType::complex64 || dtype == DType::complex128; }
-bool is_float(DType dtype) { return dtype <= DType::float8_e5m2; }
-bool is_integer(DType dtype) { return dtype >= DType::int8 && dtype <= DType::uint64; }
+bool is_complex(DType dtype) { return info(dtype).of == TypeInfo::Of::complex_numbers; }
+bool is_float(DType dtype) { return info(dtype).of == TypeInfo::Of::floats; }
+bool is_integer(DType dtype) { return info(dtype).of == TypeInfo::Of::integers; }
 
 // "a, b, c": the operators of a type, or the types of an operator.
 template <class Each, class Wanted>
@@ -165,9 +192,21 @@ Average average(DType dtype, int num_ranks) {
       const double scale = 1.0 / static_cast<double>(std::bit_ceil(static_cast<unsigned>(num_ranks)));
       return {scale, num_ranks * scale};
     }
-    default:
-      return {1.0, static_cast<double>(num_ranks)};
+    case DType::float16:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
+    case DType::int8:
+    case DType::int16:
+    case DType::int32:
+    case DType::int64:
+    case DType::uint8:
+    case DType::uint16:
+    case DType::uint32:
+    case DType::uint64:
+    case DType::bool_:
+      break;
   }
+  return {1.0, static_cast<double>(num_ranks)};
 }
 
 }  // namespace pycomm

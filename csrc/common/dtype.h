@@ -19,6 +19,7 @@
 
 namespace pycomm {
 
+// A new one is a row of the table in dtype.cc as well, in the same place.
 enum class DType : uint8_t {
   float32,
   float64,

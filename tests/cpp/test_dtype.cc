@@ -1,4 +1,5 @@
 #include <functional>
+#include <iterator>
 #include <string>
 #include <utility>
 
@@ -92,12 +93,13 @@ TEST(which_pairs_make_sense) {
   //                              sum prod min max avg band bor bxor
   const char* const floats = "11111000";
   const char* const integers = "11110111";
-  const char* const expected[kNumDTypes] = {
+  const char* const expected[] = {
       floats,     floats,     floats,   floats,   floats,   floats,  // float32 .. float8_e5m2
       integers,   integers,   integers, integers, integers, integers, integers, integers,  // int8 .. uint64
       "00110111",                                                                          // bool
       "11001000", "11001000",                                                              // complex
   };
+  static_assert(std::size(expected) == kNumDTypes);
   for (int d = 0; d < kNumDTypes; ++d) {
     for (int o = 0; o < kNumOps; ++o) {
       const auto dtype = static_cast<DType>(d);

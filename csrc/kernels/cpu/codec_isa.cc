@@ -306,6 +306,7 @@ PYCOMM_INLINE auto round_four(const Floats* x, const Words* random, C) {
 
 template <class C, bool kStochastic>
 void encode_blocks(const float* tile, const int32_t*, const uint8_t* random, uint8_t* wire) {
+  static_assert(C::kBits == 8 || C::kBits == 4, "pack and unpack elements of other sizes here");
   constexpr int kBlocks = kElements / C::kBlock;
   alignas(64) uint32_t amax[kBlocks];
   alignas(64) float factors[kBlocks];
@@ -565,7 +566,7 @@ void shared_widen(int32_t* q, int width, const void* from, size_t n) {
 }  // namespace
 
 #define PYCOMM_BLOCKS(...) {encode_blocks<__VA_ARGS__, false>, encode_blocks<__VA_ARGS__, true>}
-const CodecKernels codec_kernels = {
+constexpr CodecKernels codec_kernels = {
     .stream_align = kStreamAlign,
     .sum_load = sum_load,
     .sum = sum,
@@ -595,5 +596,14 @@ const CodecKernels codec_kernels = {
     .shared_narrow = shared_narrow,
     .shared_widen = shared_widen,
 };
+static_assert(
+    [] {
+      for (int code = 0; code < kNumTileCodes; ++code) {
+        const auto& encodes = codec_kernels.encode[code];
+        if (!encodes[0] || !encodes[1] || !codec_kernels.sum_decode[code]) return false;
+      }
+      return true;
+    }(),
+    "a TileCode has no kernel");
 
 }  // namespace pycomm::kernels::PYCOMM_ISA
