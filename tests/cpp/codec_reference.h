@@ -184,24 +184,36 @@ inline Scale scale_of(const Codec& c, const Floats& x, int64_t counted) {
 }
 
 inline uint32_t element(const Codec& c, float v, const Scale& s, const uint32_t* random) {
-  const Table& table = *table_of(c.kind == CodecKind::fp16       ? DType::float16
-                                 : c.kind == CodecKind::bf16     ? DType::bfloat16
-                                 : c.kind == CodecKind::fp8_e5m2 ? DType::float8_e5m2
-                                                                 : DType::float8_e4m3fn);
-  if (layout(c.kind).scale_bits == 0) {
-    if (!std::isfinite(v)) return table.encode(v);
-    return table_code(table, v, random, c.kind == CodecKind::bf16 ? 16 : 8);
-  }
+  const auto plain = [&](DType dtype, int random_bits) {
+    const Table& table = *table_of(dtype);
+    return std::isfinite(v) ? table_code(table, v, random, random_bits) : table.encode(v);
+  };
+  if (c.kind == CodecKind::fp16) return plain(DType::float16, 8);
+  if (c.kind == CodecKind::bf16) return plain(DType::bfloat16, 16);
   if (!(s.value > 0)) return 0;
-  if (c.kind == CodecKind::sign) return v < 0;
   const double t = narrow(double{v} * narrow(1 / double{s.value}));
-  if (c.kind == CodecKind::int8 || c.kind == CodecKind::int4) {
-    const double most = c.kind == CodecKind::int8 ? 127 : 7;
+  const auto integer = [&](double most, uint32_t mask) {
     const double q = random ? std::floor(t + (2.0 * *random + 1) / 512) : std::nearbyint(t);
-    return static_cast<uint32_t>(static_cast<int32_t>(std::clamp(q, -most, most))) &
-           (c.kind == CodecKind::int8 ? 0xff : 0xf);
+    return static_cast<uint32_t>(static_cast<int32_t>(std::clamp(q, -most, most))) & mask;
+  };
+  switch (c.kind) {
+    case CodecKind::none:
+    case CodecKind::fp16:
+    case CodecKind::bf16:
+      break;
+    case CodecKind::fp8_e4m3:
+    case CodecKind::mxfp8:
+      return table_code(*table_of(DType::float8_e4m3fn), t, random, 8);
+    case CodecKind::fp8_e5m2:
+      return table_code(*table_of(DType::float8_e5m2), t, random, 8);
+    case CodecKind::int8:
+      return integer(127, 0xff);
+    case CodecKind::int4:
+      return integer(7, 0xf);
+    case CodecKind::sign:
+      return v < 0;
   }
-  return table_code(table, t, random, 8);
+  return 0;
 }
 
 inline void put_bits(uint8_t* to, int64_t bit, int bits, uint32_t value) {

@@ -47,6 +47,7 @@ struct Table {
   }
 };
 
+// Null for what is no small float.
 inline const Table* table_of(pycomm::DType dtype) {
   using pycomm::DType;
   static const Table float16(5, 10, 0x7c00, 0x7e00), bfloat16(8, 7, 0x7f80, 0x7fc0);
@@ -60,7 +61,20 @@ inline const Table* table_of(pycomm::DType dtype) {
       return &e4m3;
     case DType::float8_e5m2:
       return &e5m2;
-    default:
-      return nullptr;
+    case DType::float32:
+    case DType::float64:
+    case DType::int8:
+    case DType::int16:
+    case DType::int32:
+    case DType::int64:
+    case DType::uint8:
+    case DType::uint16:
+    case DType::uint32:
+    case DType::uint64:
+    case DType::bool_:
+    case DType::complex64:
+    case DType::complex128:
+      break;
   }
+  return nullptr;
 }

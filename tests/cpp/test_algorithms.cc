@@ -25,10 +25,7 @@ using Kind = ScheduleStep::Kind;
 
 constexpr int kWorlds[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 24, 32, 64};
 
-bool rooted(Collective c) {
-  return c == Collective::broadcast || c == Collective::reduce || c == Collective::gather ||
-         c == Collective::scatter || c == Collective::send_recv;
-}
+bool rooted(Collective c) { return traits(c).rooted || traits(c).between_two(); }
 
 // The worlds to try an algorithm in: all roots (send_recv: all pairs) of small ones, some of large ones.
 std::vector<World> worlds_of(Collective collective, int n, int all_roots_up_to) {

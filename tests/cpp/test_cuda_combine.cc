@@ -38,9 +38,7 @@ struct Emulate {
   }
 };
 
-bool is_floating(DType d) {
-  return d <= DType::float8_e5m2 || d == DType::complex64 || d == DType::complex128;
-}
+bool is_floating(DType d) { return d < DType::int8 || d == DType::complex64 || d == DType::complex128; }
 
 // Moderate numbers for most, and any bits for some: NaN, Inf and subnormal ones among them.
 void fill(DType dtype, Byte* p, size_t bytes) {

@@ -23,6 +23,7 @@
 #include "check.h"
 #include "common/error.h"
 #include "runtime/bootstrap.h"
+#include "schedule/lower/layout.h"
 
 using namespace pycomm;
 using namespace pycomm::runtime;
@@ -151,22 +152,7 @@ struct Call {
     call.world = {.collective = kind, .size = n, .root = root};
     call.dtype = dtype;
     call.op = op;
-    switch (kind) {
-      case Collective::all_to_all:
-        call.counts.assign(static_cast<size_t>(n) * n, count);
-        break;
-      case Collective::all_gather:
-      case Collective::gather:
-      case Collective::scatter:
-      case Collective::reduce_scatter:
-        call.counts.assign(n, count);
-        break;
-      case Collective::barrier:
-        call.counts = {0};
-        break;
-      default:
-        call.counts = {count};
-    }
+    call.counts = schedule::uniform_counts(call.world, count);
     in.resize(static_cast<size_t>(count * n) * size_of(dtype) + 1);
     out.resize(in.size());
     request.in = in.data();
