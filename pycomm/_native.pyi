@@ -17,16 +17,19 @@ __all__: list[str] = [
     "AbortedError",
     "Array",
     "Builder",
+    "COLLECTIVES",
     "Chunk",
     "Codec",
     "CommError",
     "CommTimeoutError",
     "Communicator",
+    "DTYPES",
     "MismatchError",
     "OPS",
     "Packing",
     "PeerLostError",
     "PersistentOp",
+    "ROOTED",
     "Ref",
     "Residuals",
     "SEGMENT_ALIGN",
@@ -1250,6 +1253,38 @@ def verify(
     Proves the plan of this call on all ranks; returns the first counterexample in words, or None. `write`: a function (builder, world) that writes the program, instead of a known algorithm's.
     """
 
+COLLECTIVES: tuple[str, ...] = (
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "barrier",
+    "send_recv",
+)
+DTYPES: tuple[str, ...] = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex64",
+    "complex128",
+)
 OPS: tuple[str, ...] = ("sum", "prod", "min", "max", "avg", "band", "bor", "bxor")
+ROOTED: tuple[str, ...] = ("broadcast", "reduce", "gather", "scatter")
 SEGMENT_ALIGN: int = 256
 version: str = "0.1.0"

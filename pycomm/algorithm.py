@@ -12,8 +12,6 @@ from pycomm._native import Builder, Chunk, Ref, World
 
 __all__ = ["Algorithm", "Builder", "Chunk", "Ref", "World"]
 
-_ROOTED = ("broadcast", "reduce", "gather", "scatter")
-
 
 class Algorithm(str):
     """An algorithm for `collective`, written by `write(builder, world)`, which adds the steps of one rank per
@@ -59,7 +57,7 @@ class Algorithm(str):
         step, the value found and the value required. Nothing is run, and no other rank is needed.
         """
         for size, count, placement, in_place in itertools.product(sizes, counts, placements, (False, True)):
-            inside = {0, size // 2, size - 1} if self.collective in _ROOTED else {0}
+            inside = {0, size // 2, size - 1} if self.collective in _native.ROOTED else {0}
             for root in sorted(inside) if roots is None else roots:
                 wrong = self._counterexample(size, count, dtype, op, root, placement, in_place)
                 if wrong:

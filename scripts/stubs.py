@@ -45,7 +45,7 @@ REPLACED = {
         "import collections.abc\nimport typing\nfrom pycomm.group import premul_sum"
     ),
     "__all__: list": ('T = typing.TypeVar("T")\nOp: typing.TypeAlias = typing.Literal[OPS]\n__all__: list'),
-    "OPS: tuple": "OPS: tuple[str, ...]",
+    **{f"{name}: tuple": f"{name}: tuple[str, ...]" for name in ("COLLECTIVES", "DTYPES", "OPS", "ROOTED")},
 }
 # What a blocking call returns, by the method's name. T: the type of `out`, or else of `x`.
 RESULTS = {
@@ -120,6 +120,9 @@ def annotate(module: ast.Module) -> ast.Module:
                 argument.annotation = expression(annotation or "typing.Any")
         if is_vague(function.returns):
             function.returns = expression(RETURNS.get(function.name, "typing.Any"))
+            starts_work = any(argument.arg == "async_op" for argument in arguments.kwonlyargs)
+            if starts_work and function.name not in RESULTS:
+                sys.exit(f"scripts/stubs.py: RESULTS does not say what {function.name}() returns")
     for body in (each.body for each in module.body if isinstance(each, ast.ClassDef)):
         body[:] = [
             variant

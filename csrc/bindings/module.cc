@@ -146,9 +146,17 @@ PYBIND11_MODULE(_native, module) {
   register_errors(module);
   close_at_exit();
   module.attr("version") = PYCOMM_VERSION;
-  py::tuple ops(kNumOps);
-  for (int op = 0; op < kNumOps; ++op) ops[op] = name(static_cast<Op>(op));
-  module.attr("OPS") = ops;
+  py::list ops, dtypes, collectives, rooted;
+  for (int op = 0; op < kNumOps; ++op) ops.append(name(static_cast<Op>(op)));
+  for (int dtype = 0; dtype < kNumDTypes; ++dtype) dtypes.append(name(static_cast<DType>(dtype)));
+  for (const schedule::Traits& each : schedule::kTraits) {
+    collectives.append(each.name);
+    if (each.rooted) rooted.append(each.name);
+  }
+  module.attr("OPS") = py::tuple(ops);
+  module.attr("DTYPES") = py::tuple(dtypes);
+  module.attr("COLLECTIVES") = py::tuple(collectives);
+  module.attr("ROOTED") = py::tuple(rooted);  // those of them that have a root
 
   py::class_<PyCommunicator> communicator(module, "Communicator",
                                           "A group of ranks, as one of them sees it.");

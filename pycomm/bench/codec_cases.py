@@ -12,8 +12,9 @@ from pycomm.bench import shapes
 from pycomm.bench.kernels import Case, Device
 from pycomm.bench.pack_cases import numbers
 from pycomm.bench.workers.memory import plain
+from pycomm.codecs.kinds import DEFAULTS, BlockCodec
 
-KINDS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "sign")
+KINDS = tuple(name for name, codec in DEFAULTS.items() if isinstance(codec, BlockCodec))
 
 
 def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:

@@ -13,12 +13,12 @@ from typing import Any
 import pycomm.cuda
 from pycomm import _native
 from pycomm.bench import shapes
+from pycomm.bench.codec_cases import KINDS
 from pycomm.bench.kernels import CACHE_BYTES, Call, Case, Device
 
 SIZE = 256 << 20  # bytes of the arrays
 SCALE = 0.125
 TOPK_ELEMENTS, TOPK_SHARE = 25_000_000, 100
-CODECS = ("fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "sign")
 
 
 def cases(device: Device, workloads: Sequence[str]) -> Iterator[Case]:
@@ -113,7 +113,7 @@ def _codecs() -> Iterator[Case]:
 
     count = SIZE // 4
     x, out = _randn(count), torch.zeros(count, device="cuda")
-    for kind in CODECS:
+    for kind in KINDS:
         for rounding in ("nearest", "stochastic")[: 1 if kind == "sign" else 2]:
             codec = _native.Codec(kind, rounding=rounding, seed=1)
             wire = pycomm.cuda.encode(codec, x)

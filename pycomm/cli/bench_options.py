@@ -20,11 +20,6 @@ from pycomm.cli.values import at_least, check_ranks, dtype_name, parse_size
 from pycomm.codecs import Codec
 
 MOST_SIZES = 1000
-DTYPES = (  # what `all` means
-    *("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-    *("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
-    *("bool", "complex64", "complex128"),
-)
 
 
 def add_sizes(parser: argparse.ArgumentParser, first: str, last: str) -> None:
@@ -129,7 +124,7 @@ def dtypes(text: str, op: str, collectives: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(checked_dtype(name, op, collectives) for name in text.split(",")))
     found: list[str] = []
     missing: list[str] = []
-    for name in DTYPES:
+    for name in _native.DTYPES:
         with contextlib.suppress(TypeError, ValueError):
             _check_dtype(name, op, collectives)
             (found if _numpy_has(name) else missing).append(name)

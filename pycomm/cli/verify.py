@@ -17,18 +17,8 @@ from pycomm.cli.bench_options import own_algorithm
 from pycomm.cli.main import fail
 from pycomm.cli.values import check_ranks, needs, numbers
 
-COLLECTIVES = (
-    "all_reduce",
-    "reduce_scatter",
-    "all_gather",
-    "broadcast",
-    "reduce",
-    "gather",
-    "scatter",
-    "all_to_all",
-    "barrier",
-)
-ROOTED = ("broadcast", "reduce", "gather", "scatter")
+# send_recv is proved with its pairs of ranks by the tests.
+COLLECTIVES = tuple(name for name in _native.COLLECTIVES if name != "send_recv")
 
 
 @dataclass(frozen=True)
@@ -143,7 +133,7 @@ def _cases(
 ) -> Iterator[Case]:
     """The first root, one in the middle and the last stand for all roots."""
     for size in sizes:
-        roots = sorted({0, size // 2, size - 1}) if collective in ROOTED else [0]
+        roots = sorted({0, size // 2, size - 1}) if collective in _native.ROOTED else [0]
         for count in counts if collective != "barrier" else [0]:
             for root in roots:
                 for placement, in_place in itertools.product(("plain", "symmetric"), (False, True)):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from bench_rows import row
 
+from pycomm import _native
 from pycomm.bench import measure, peers
 from pycomm.bench.peers import SetError, parse_peers
 from pycomm.bench.rows import Options, Times, percentile, summarize
@@ -21,6 +22,11 @@ from pycomm.cli.bench_options import size_range
 
 # An independent definition of a rank's input and output, with NumPy on whole arrays.
 Arrays = list[np.ndarray[Any, Any]]
+
+
+def test_no_collective_is_left_out() -> None:
+    assert set(SHAPES) - set(data.POINT_TO_POINT) == set(_native.COLLECTIVES)
+    assert set(data.ROOTED) == set(_native.ROOTED)
 
 
 def run_collective(case: Case, xs: Arrays, outs: Arrays) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pycomm import _native
+from pycomm.codecs.kinds import DEFAULTS, BlockCodec
 
 Array = np.ndarray[Any, Any]
 F32 = np.float32
@@ -51,6 +52,11 @@ def codecs() -> Iterator[Any]:
 
 
 CODECS = list(codecs())
+
+
+def test_no_codec_is_left_out() -> None:
+    known = [name for name, codec in DEFAULTS.items() if isinstance(codec, BlockCodec)]
+    assert known == reference.KINDS
 
 
 def describe(codec: Any) -> str:

@@ -34,7 +34,7 @@ BOUNDS: dict[Any, tuple[float, float, float]] = {
     codecs.Int4(): (1.9e-2, 3.8e-2, 8.7e-2),
     codecs.Sign(error_feedback=False): (0.36, 0.65, 0.68),
 }
-NAMES = ["fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "int8", "int4", "shared_int", "sign", "topk"]
+NAMES = [*DEFAULTS]
 
 
 @pytest.mark.parametrize("route", ["two_shot 2", "two_shot 8", "ring 8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import docs_blocks
 import pytest
 
 import pycomm
-from pycomm import codecs
+from pycomm import _native, codecs
+from pycomm.codecs.kinds import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 HELLO = ROOT / "examples" / "hello.py"
@@ -85,6 +87,30 @@ def test_the_readme_of_a_package_index_has_no_dead_links() -> None:
     assert not re.findall(r"\]\((?!https?:).*?\)", text)
     assert "<!--" not in text
     assert "docs/architecture.md has the rest on a page" in text  # the words stay
+
+
+def what_there_is(page: str) -> list[list[str]]:
+    """The rows of the first table under this heading, cell by cell."""
+    text = (ROOT / "docs" / page).read_text().split("## What there is", 1)[1]
+    rows = itertools.takewhile(bool, text[text.index("|") :].splitlines())
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in itertools.islice(rows, 2, None)]
+
+
+def test_every_algorithm_is_in_the_docs() -> None:
+    found: dict[str, list[str]] = {}
+    collectives: list[str] = []
+    for collective, algorithm, *_ in what_there_is("algorithms.md"):
+        collectives = collective.split(", ") if collective else collectives  # empty: that of the row above
+        for each in collectives:
+            found.setdefault(each, []).append(algorithm.strip("`"))
+    for collective in _native.COLLECTIVES:
+        assert sorted(found[collective]) == sorted(_native.algorithms(collective)), collective
+
+
+def test_every_codec_is_in_the_docs() -> None:
+    names = [name for row in what_there_is("codecs.md") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(names) == sorted(DEFAULTS)
+    assert {type(codec).__name__ for codec in DEFAULTS.values()} <= set(codecs.__all__)
 
 
 def public() -> dict[str, object]:

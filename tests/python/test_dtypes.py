@@ -29,6 +29,10 @@ OPS = ["sum", "prod", "min", "max", "avg", "band", "bor", "bxor"]
 COUNT = 4099
 
 
+def test_no_type_is_left_out() -> None:
+    assert {dtype.name for dtype in DTYPES} == set(_native.DTYPES)
+
+
 def makes_sense(dtype: np.dtype[Any], op: str) -> bool:
     if dtype.type in FLOATS:
         return op in ("sum", "prod", "min", "max", "avg")
