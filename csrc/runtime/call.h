@@ -13,7 +13,7 @@
 
 namespace pycomm::runtime {
 
-// Bases have been checked for size, contiguity and overlap.
+// Its buffers have been checked for size, contiguity and overlap.
 struct Request {
   schedule::Call call;  // its placement is found when it is bound
   const void* in = nullptr;
@@ -33,9 +33,9 @@ struct BoundPlan {
   CallRecord record;
 };
 
-// A plan that runs ahead of a call's own, so that ranks can agree on something. If `wanted` is set, it says for
-// the number that the plan would have in its sequence which one to run in the place of `plan`. Where it says
-// null, on all ranks alike, neither this nor what comes after it runs, up to the call's own plan.
+// A plan that runs before a call's own, so that ranks can agree on something. If `wanted` is set, it gets the
+// number that this plan would have in its sequence, and returns the plan to run instead. If it returns null,
+// as it then must on all ranks, the run goes on with the call's own plan.
 struct Prelude {
   std::function<const BoundPlan*(uint64_t call)> wanted = nullptr;
   std::function<void()> before = nullptr;  // if set, finds what this rank says
@@ -51,8 +51,8 @@ struct Bound : BoundPlan {
   std::shared_ptr<Coding> coding;
   std::function<void()> before;  // before anything moves
   std::vector<Prelude> preludes;
-  // Host work on what the preludes brought. Returns the plan to run: its argument, or another one that it
-  // keeps.
+  // Host work on the results of the preludes. Returns the plan to run: its argument, or another one that it
+  // keeps alive.
   std::function<const BoundPlan&(const BoundPlan& own)> conclude;
   std::function<void()> then;         // after success
   std::shared_ptr<void> keeps_alive;  // asynchronous calls: the caller's buffers

@@ -72,9 +72,9 @@ using Composite = std::variant<std::monostate, TopK, SharedInt>;
 
 // A codec takes these elements and this operator. Throws TypeError that names `codec`.
 void check_floats(const schedule::Call& call, const std::string& codec);
-// All that can be said of a request with `coding` before it has a plan. Throws TypeError, ValueError.
+// The checks of a request with `coding` that need no plan. Throws TypeError, ValueError.
 void check_coding(const Request& request);
-// Tells the record how the call encodes, and adds what no plan does; the rest of `bound` is there. Throws
+// Completes a bound call: writes the codec into its record, and adds the host work that no plan does. Throws
 // ValueError.
 void finish_coding(const Request& request, int rank, Bound& bound);
 
@@ -86,8 +86,8 @@ void keep_gaps(const Request& request, Bound& bound);
 // Makes each run of a call with residuals begin and end them.
 void keep_residuals(Bound& bound);
 
-// Ranks that encode in other ways do not make the same call: `codec` is told and compared. `steps`: so is
-// the step, see Bound::set_step.
+// Writes `codec` into the record: ranks that encode differently do not make the same call. `steps`: the step
+// is compared as well, see Bound::set_step.
 void tell(CallRecord& record, const std::string& codec, bool steps);
 std::string codec_words(const Codec& codec);
 // ", error feedback", with its scale; empty without.

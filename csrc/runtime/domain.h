@@ -5,9 +5,9 @@
 //   Cell        one per (reader, writer, bank, index): the signals of a plan
 //   windows     two banks per rank
 //
-// Ranks of the group on other nodes have a domain of their own there, which this rank maps nothing of.
-// Messages join them, and what the ranks publish beside these: a copy of their Member, and the group's
-// failure. So each rank has a Member for each other one, its own or the last copy.
+// Ranks of the group on another node share a domain there, of which this rank maps nothing. Messages join
+// the nodes, and a status that each rank publishes: its Member and the group's failure. So a rank has a
+// Member of each other rank: the shared one on its own node, and a copy, as last published, of the others.
 //
 // Calls of a domain are numbered from 1. Call c uses bank c mod 2 and a rank enters c only when all of its
 // node have entered c - 1, so a record of call c - 1 and one of call c are all that anybody can ask for.
@@ -47,7 +47,7 @@ inline uint64_t cell_word(uint64_t call, int64_t value) {
 }
 inline uint64_t call_of(uint64_t word) { return word >> kValueBits; }
 
-// What a rank calls, in words enough for an error message. Plain bytes, copied word by word into shared
+// What a rank calls, in enough detail for an error message. Plain bytes, copied word by word into shared
 // memory.
 struct CallRecord {
   uint64_t fingerprint = 0;
@@ -86,7 +86,7 @@ struct Member {
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
   std::atomic<uint32_t> shrinking;  // has called shrink
-  std::atomic<uint32_t> stopped;    // has nothing under way, and knows of the failure: starts nothing more
+  std::atomic<uint32_t> stopped;    // knows of the failure: has no call under way and will start none
   std::atomic<uint64_t> heartbeat;  // grows during a long wait
   alignas(kApart) std::atomic<uint32_t> sleeping;
   std::atomic<int32_t> cpu;        // 1 + where it last waited
@@ -102,21 +102,21 @@ struct Failure {
   std::atomic<char> text[1000];
 };
 
-// How a rank reaches one of its node, itself included, in the calls of a bank: a cache line.
+// How a rank reaches a rank of its node (or itself) in the calls of one bank; all in one cache line.
 struct alignas(64) Link {
-  std::array<char*, 5> bases{};  // its memory, by schedule::Space; the caller's is for a run to fill in
+  std::array<char*, 5> bases{};  // its memory, by schedule::Space; a run fills in the caller's buffers
   Cell *outgoing = nullptr, *incoming = nullptr;
   Member* waker = nullptr;  // Domain::waker's
 };
 
-// Which group: the same for all of its ranks, and unlike all others of the world.
+// Identifies a group: the same on all of its ranks, and different from every other group of the world.
 using GroupKey = uint64_t;
 
 // What a group keeps in the shared memory of a node, where one of its ranks has reserved it. In this order:
 // Failure, Members, Cells, channel offsets, who has let go, from which call on ranks tell, windows.
 class Domain {
  public:
-  // Of `local` ranks of a group of `size`.
+  // The bytes for the `local` ranks of a group of `size` that are on one node.
   static int64_t bytes(int local, int size, int64_t bank_bytes = kBankBytes);
 
   // `node_ranks[i]` is the node's rank of group rank i. The extent at `offset` is zeroed or holds the domain
@@ -138,9 +138,9 @@ class Domain {
   int64_t bank_bytes() const { return bank_bytes_; }
   // By rank of the group; empty: all map each other's memory, and there are no messages.
   const std::vector<int>& nodes() const { return nodes_; }
-  // With those on other nodes; null if there are none.
+  // With ranks on other nodes; null if there are none.
   transport::Messages* messages() const { return messages_.get(); }
-  // The group's ranks on this node, ascending, and which of these a rank is.
+  // The group's ranks on this node, ascending, and a rank's index among them (-1: on another node).
   const std::vector<int>& local_ranks() const { return local_ranks_; }
   int place_of(int rank) const { return places_[rank]; }
 
@@ -148,17 +148,18 @@ class Domain {
   Member& self() const { return *members_[rank_]; }
   // The cells of two ranks of this node for a call.
   Cell* cells(int reader, int writer, uint64_t call) const;
-  // By rank, for the calls of a bank; nothing for those on other nodes.
+  // By rank, for the calls of a bank; empty for ranks on other nodes.
   std::vector<Link> links(uint64_t call) const;
-  // Where on this node the domain for send and recv from one rank to another lies; 0: not yet made, by
-  // whoever of the two comes first. At least one of them is on it. (rank, rank): the domain that rank made
-  // in shrink.
+  // Where on this node the domain lies for send and recv from one rank to another, at least one of which is
+  // on this node; 0: not made yet (the first of the two to need it makes it). (rank, rank): the domain that
+  // rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
   char* bank(int rank, uint64_t call) const {
     return windows_ + (2 * places_[rank] + (call & 1)) * bank_bytes_;
   }
 
-  // Publishes the record of call c (bank rule: c - 1 entered by all is the caller's business), then c itself.
+  // Publishes the record of call c, then c itself. The caller has seen that all ranks of the node have
+  // entered c - 1.
   void enter(uint64_t call, const CallRecord& record);
   std::optional<CallRecord> record_of(int rank, uint64_t call) const;
   // Where the rank's reachable input of a call lies: told before it enters, asked after a signal of it.
@@ -173,18 +174,17 @@ class Domain {
     return member(rank).entries[call & 1].words[0].load(std::memory_order_acquire);
   }
 
-  // Whether ranks tell each other, before this call of the group, where its buffers lie; the same on all ranks
-  // (binder.h). Asked before the rank enters it, when it has left the call before: then all have entered the
-  // one before that. So all know what a rank wished for before it entered that one, which is for calls from
-  // two beyond it on, and what they may not know of yet is for later calls only.
+  // Whether, before this call, the ranks tell each other where its buffers lie (binder.h). The answer is the
+  // same on all ranks: a rank asks when it has left call - 1, hence after all have entered call - 2; so it
+  // knows every wish that was made before somebody entered call - 2, which is every wish for this call.
   bool tells(uint64_t call) const {
     const uint64_t from = told_from_->load(std::memory_order_relaxed);
     return from != 0 && from <= call;
   }
-  // This rank, which is about to enter `call`, wishes that.
+  // This rank, which is about to enter `call`, wishes so for the calls from call + 2 on.
   void wish_to_tell(uint64_t call) const;
 
-  // The words by which a rank is woken: those of its group, since it sleeps for all its calls at once.
+  // The Member whose doorbell wakes the rank: its group's, since it sleeps for all its calls at once.
   Member& waker(int rank) const { return *wakers_[rank]; }
   // Wakes the rank of this node if it sleeps.
   static void ring(Member& waker) {
@@ -192,20 +192,18 @@ class Domain {
   }
   void ring_all() const;
 
-  // For ranks on other nodes: tells them what this one's Member and Failure hold, of the group and all of its
-  // pairs; hears what they have told. Any thread may call.
+  // Publishes this rank's Member and Failure, of the group and all of its pairs, to ranks on other nodes;
+  // takes in what those have published. Any thread may call.
   void publish();
   void hear();
-  // Whether all that this rank has sent to others on other nodes has been received there, by those that are
-  // there still.
+  // Whether all that this rank has sent to other nodes has been received by the ranks that are still there.
   bool all_received();
 
   bool failed() const { return failure_->state.load(std::memory_order_acquire) != 0; }
   // Makes this the group's error unless there is one already, and tells all.
   void fail(FailureKind kind, const std::string& text);
-  // After a failure, before a call of this rank that peers may have been told the buffers of gives them back:
-  // they go to nobody else (transport::Arena) until no peer can touch them any more, since it has stopped,
-  // closed or ended.
+  // After a failure, before a call returns whose buffers peers may have been told: keeps the arena's blocks
+  // from being handed out again until every peer has stopped, closed or ended and so can touch none.
   void hold_told();
   // After a failure, with no call of the group under way on this rank.
   void stop() const { self().stopped.store(1, std::memory_order_release); }

@@ -33,13 +33,13 @@ struct Prepared {
   const schedule::Program& program(int rank) const { return plan.programs[rank]; }
 };
 
-// The caller's buffers: its own, and where they are symmetric those of all ranks of its node.
+// Where the caller's buffers lie, and those of the other ranks of its node where they are symmetric or told.
 struct Bases {
   const char* in = nullptr;
   char* out = nullptr;
   // Symmetric: from the buffer of one of the node's ranks to that of the next one. 0: plain.
   int64_t in_distance = 0, out_distance = 0;
-  // Told: where every rank's `in` lies here, then every rank's `out`, also those that are not told.
+  // Told: by rank, the address here of each rank's `in`, then of each rank's `out`.
   char* const* told = nullptr;
   Coding* coding = nullptr;  // of a call with a codec
 };

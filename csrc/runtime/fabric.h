@@ -1,5 +1,5 @@
-// What the ranks of a group have found out together about the machine that joins them. They must choose
-// alike, so that all of it but the policies is the same on every rank.
+// What the ranks of a group have found out together about the machine that joins them. All but the policies
+// is the same on every rank, since ranks must choose alike.
 #pragma once
 
 #include "common/caches.h"

@@ -1,5 +1,5 @@
-// Symmetric memory: allocations that every rank of a group has, in one place for all ranks of a node, and the
-// search for them by address.
+// Symmetric memory: allocations that all ranks of a group make together, those of a node's ranks at equal
+// distances, and the search for them by address.
 //
 // Freed lazily: each rank drops its own handle at any time; the pages go back when all ranks have dropped
 // theirs.
@@ -45,8 +45,8 @@ class Heap : public std::enable_shared_from_this<Heap> {
   std::shared_ptr<Allocation> open(int64_t offset, int64_t bytes, std::vector<int> ranks, int me);
 
   // Where a buffer lies: `distance` bytes from one rank's to the next one's on the node; 0 if it is not
-  // wholly in one allocation. `offset` names the place, the same on every rank of the group: among all bytes
-  // that were ever allocated.
+  // wholly in one allocation. `offset`, the same on every rank of the group, counts the bytes of all
+  // allocations ever made before it.
   struct Place {
     int64_t distance = 0, offset = -1;
   };

@@ -1,5 +1,5 @@
-// What is chosen for calls whose callers leave it to the library, as data: rules and sizes. There is a
-// built-in one; a tuner can put another in its place.
+// The library's choices for calls that name no algorithm, as data: rules and sizes. There is a built-in
+// profile; a tuner can replace it.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace pycomm::runtime {
 
 using schedule::Geometry;
 
-// What a call must be for its algorithm; what is left empty is any.
+// The calls that an algorithm is chosen for: a field that is empty matches all.
 struct Rule {
   std::optional<schedule::Collective> collective = std::nullopt;
   std::optional<bool> nodes = std::nullopt;   // several of them
@@ -37,14 +37,15 @@ struct Profile {
   // (Placement::reachable), from blocks of so many bytes on.
   std::vector<schedule::Collective> single_copy;
   int64_t single_copy_bytes = INT64_MAX;
-  // From so many bytes of a rank's larger buffer on, ranks ask whether all have them in shared arrays
-  // (Placement::told), once one of them has.
+  // Once one rank uses shared arrays, calls whose larger buffer has at least so many bytes begin with the
+  // question whether all ranks' buffers are such (Placement::told).
   int64_t told_bytes = INT64_MAX;
   int64_t trip_bytes = 0;  // Geometry's
   Caches caches{};         // what outputs must be larger than to be stored past them
 };
 
-// The rule of this processor's kind. Pure in the caches: ranks that exchange must use the same.
+// The profile for a processor with these caches, and a function of nothing else: ranks of a group must use
+// the same caches.
 Profile built_in_profile(const Caches& found);
 
 // How `ranks` ranks cut data, and from where on they store it past their caches.

@@ -82,8 +82,8 @@ class Queue {
   // interrupt fails what is queued, and is left in `interrupted`. Throws CommError on the progress thread.
   bool stop(Patience& patience, std::exception_ptr& interrupted);
 
-  // The token, if it was free or is waited for. Whoever waits for it hears when it is free again, and what
-  // has completed under it is told to those who asked.
+  // Holds the token: if it was free, or after waiting for it. Its end wakes threads that wait for the token,
+  // and runs the callbacks of works that have completed under it.
   class Holding {
    public:
     enum Wait { wait };

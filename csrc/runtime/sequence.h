@@ -1,5 +1,5 @@
-// The calls that a rank makes on one domain, one after the other: numbers them, and keeps what one call
-// leaves to the next. Sequences of a group (its collectives; the messages of each pair, one way) are
+// The calls that a rank makes on one domain, one after the other: numbers them, and keeps the state that one
+// call leaves to the next. Sequences of a group (its collectives; the messages of each pair, one way) are
 // independent.
 #pragma once
 
@@ -58,7 +58,7 @@ class Sequences {
   // Of the messages from one rank of the group to another; {-1, -1}: of the collectives. The first use of a
   // pair makes its domain, or opens the one that the other rank has made; throws OutOfMemoryError.
   Sequence& of(std::pair<int, int> pair) { return pair.first < 0 ? collectives_ : messages(pair); }
-  // Domain::all_received of all.
+  // Domain::all_received, for the group and all of its pairs.
   bool all_received();
 
  private:

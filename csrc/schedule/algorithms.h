@@ -20,12 +20,12 @@ struct Algorithm {
   AlgorithmFn write;
   // Sums associate as the balanced binary tree over ranks, so `deterministic=True` may choose it.
   bool balanced;
-  // Whether plans of it are proved with codecs, and with each element encoded at most once by a rank, which
+  // Whether its plans are proved with codecs; `any_once`: each rank encodes an element at most once, which
   // error feedback needs.
   enum class Codecs : uint8_t { none, any, any_once };
   Codecs codecs;
-  bool wire = false;   // whether they are proved with codecs on message links alone
-  bool ragged = true;  // takes an all_to_all with a count for each pair, as far as it takes all_to_alls
+  bool wire = false;   // whether they are proved with codecs on message links only
+  bool ragged = true;  // if it is for all_to_all: takes a count for each pair
 };
 
 std::span<const Algorithm> algorithms();

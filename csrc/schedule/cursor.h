@@ -20,7 +20,7 @@ struct Cursor {
   int32_t step = 0;       // in the loop
 
   // Runs visit(step, trip) for each step from here on, until it returns false: then the cursor stays there.
-  // Steps whose trips are none of the loop's are passed over. `trips_of(loop)` says which trips of that loop
+  // Steps whose trip is not one of the loop's are skipped. `trips_of(loop)` says which trips of that loop
   // run. True: the program has ended.
   template <class TripsOf, class Visit>
   bool walk(const Program& program, const TripsOf& trips_of, const Visit& visit) {

@@ -1,53 +1,52 @@
 // A plan: a schedule lowered for one kind of call. It is what the verifier proves and what the executor
 // runs.
 //
-// Each rank has a program of steps over operands with byte addresses:
+// Each rank has a program of steps over operands, which are byte ranges:
 //
-//   combine   kernels/combine.h over operands signal    store (call, value of this trip) into my cell at
-//   `peer`, release; everything before is visible
-//             to whoever waits for it
-//   wait      until `peer`'s cell here has reached (call, value of this trip), acquire send      begins to
-//   send an operand of this rank's memory to `peer`; does not wait recv      the next message of a channel
-//   from `peer`, into an operand of this rank's memory; waits for it complete  until the first (value of
-//   this trip) of this call's sends on a channel have been received, so
-//             that their memory may be written again
+//   combine   kernels/combine.h over operands
+//   signal    store (call, value of this trip) into this rank's cell at `peer`, release: whoever waits for it
+//             sees everything before it
+//   wait      until `peer`'s cell here has reached (call, value of this trip), acquire
+//   send      begin to send an operand of this rank's memory to `peer`; does not wait
+//   recv      wait for the next message of a channel from `peer`, and take it into an operand of this rank's
+//             memory
+//   complete  wait until the first (value of this trip) of this call's sends on a channel have been received,
+//             so that their memory may be written again
 //
 // Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its
-// sends; what is sent is not buffered: it stays in the sender's memory until it is received. A rank may
-// leave the call before that, but enters call c only when all that it has sent in call c - 2 has been
-// received. The index is that of the sender's and the receiver's stage, so that both count trips alike.
+// sends. Nothing is buffered: data stays in the sender's memory until it is received. A rank may leave the
+// call before that, but enters call c only when all that it has sent in call c - 2 has been received. The
+// index encodes the sender's and the receiver's stage, so that both count trips alike.
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
 // wait whose value is not positive passes at once (the first trips have nothing to wait for). Within a
 // call, values of a cell start at 1.
 //
-// Memory. `in` and `out` are the caller's buffers: another rank's are named only if they are symmetric or
-// told, or if `in` is reachable: then only as the one source of a combine that copies it, bit for bit, to the rank's
-// own `out` and nowhere else. `window` is the rank's slice of shared memory: of its current bank, slot (w
-// mod slots). The address of an operand at trip w is
+// Memory. `in` and `out` are the caller's buffers. Another rank's are named only if that rank is on the same
+// node and they are symmetric or told, or if `in` is reachable: then only as the one source of a combine that
+// copies it, bit for bit, to the rank's own `out` and nowhere else. `window` is the rank's slice of shared
+// memory: of its current bank, slot (w mod slots). The address of an operand at trip w is
 //
 //   in, out:  base[space][rank] + offset + w * stride          (in place: the two bases are equal)
 //   window:   base[window][rank] + bank + (w mod slots) * slot_bytes + offset
 //
 // A cell has room for a little data beside its word, so that whoever waits for the word has the data in the
-// same cache line: `outgoing` is that of the cells that this rank writes at `rank`, to be a destination,
-// and `incoming` that of the cells that `rank` writes here, to be a source. Cells belong to the bank as
-// well.
+// same cache line. `outgoing`, a destination, is the data of the cells that this rank writes at `rank`;
+// `incoming`, a source, that of the cells that `rank` writes here. Cells belong to the bank as well.
 //
 //   outgoing, incoming:  base[space][rank] + offset; cell i's data is [i * kCellBytes, + kPayloadBytes)
 //
-// A call with a codec (kernels/codec.h). What lies in windows is in wire form, what lies in the caller's
-// buffers is not: combines between the two encode and decode. Windows hold whole tiles; every operand
-// starts at a tile's begin, and a wire operand of `count` elements has the bytes of as many tiles as hold
-// them, of which a last, short one is not used in full. All buffers are plain. With a codec on message links
-// alone, wire form is what a rank sends and receives, in memory that no other rank touches; all else is as
-// without a codec.
+// A call with a codec (kernels/codec.h). Windows hold wire form and the caller's buffers do not: combines
+// between the two encode and decode. Windows hold whole tiles; every operand starts at a tile's begin, and a
+// wire operand of `count` elements takes the bytes of whole tiles, of which a last, short one is not used in
+// full. All buffers are plain. With a codec on message links only, what a rank sends and receives is in wire
+// form, in memory that no other rank touches; all else is as without a codec.
 //
-// Calls on a group are numbered; call c uses bank c mod 2, and no rank enters c before all have entered c -
-// 1. That is free after a plan with `full_exchange` (each rank has heard, directly or not, from every other
-// one of its node); else the executor waits on the entry records. No rank of another node touches a rank's
-// windows.
+// Calls on a group are numbered. Call c uses bank c mod 2, and no rank enters c before all ranks of its node
+// have entered c - 1. After a plan with `full_exchange` (each rank has heard, directly or not, from every
+// other one of its node) that is known; else the executor waits for the entries. No rank of another node
+// touches a rank's windows.
 #pragma once
 
 #include <cstdint>

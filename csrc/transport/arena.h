@@ -1,19 +1,19 @@
-// An arena: shared memory from which one process serves itself, one block at a time and with no call to
-// others, and which peers can map as a whole.
+// An arena: shared memory from which one process allocates blocks without a call to others, and which peers
+// can map as a whole.
 //
-// It is an anonymous sparse file, made once and kept for the life of the process, since arrays that lie in
-// it outlive every group. Node::join() gives its descriptor to the other ranks, so that later a block is
-// named by its offset alone (Node::arena_of). The process itself maps all of it at the first block, at one
-// address for good: as many addresses as the machine has memory, which take none. A block is backed before
-// it is handed out, after a look at what the machine and the control group have left; where that fails,
-// there is none, and the caller takes its memory elsewhere. Pages that nobody has used are zero, and are not
-// cleared again. Freed blocks are kept backed for the next ones up to kKept bytes in all; beyond, their
-// pages go back.
+// It is an anonymous sparse file, made once and kept for the life of the process, since arrays in it outlive
+// every group. Node::join() passes its descriptor to the other ranks; from then on an offset names a block
+// (Node::arena_of). The process maps the whole file when it allocates the first block, at an address that
+// never changes. The mapping is as large as the machine's memory, but pages that no block has used take none.
+// A block is backed before it is handed out, after a look at what the machine and the control group have
+// left; if that fails the caller gets null, and takes plain memory. Pages that no block has used are zero and
+// are not cleared again. Freed blocks stay backed for reuse, up to kKept bytes in all; the pages of the rest
+// go back.
 //
-// After an error, a peer that is late may still read or write what it was told: quarantine().
+// After an error, a late peer may still read or write an address that it was told: see quarantine().
 //
-// In a child of fork() the parent's blocks stay where they were, as private copies (Mapping says how far):
-// they are never freed, and the child has no arena until it makes one.
+// In a child of fork() the parent's blocks are private copies at the same addresses (Mapping says what they
+// hold). They are never freed there, and the child has no arena until it makes its own.
 #pragma once
 
 #include <atomic>
@@ -69,15 +69,15 @@ class Arena {
   int64_t bytes_of(const void* block) const;
   bool inherited() const { return forked_since(generation_); }
 
-  // Where [data, data + bytes) begins; -1 if it does not lie in blocks of this process's own arena.
+  // The offset of [data, data + bytes); -1 if that does not lie in blocks of this process's own arena.
   int64_t offset_of(const void* data, int64_t bytes) const;
-  // Whether a block was ever handed out: until then nothing lies here. One load.
+  // Whether a block was ever handed out. One load.
   bool used() const { return top_.load(std::memory_order_relaxed) != 0; }
   char* base() const { return base_.load(std::memory_order_acquire); }
   int file() const { return file_.get(); }
 
-  // The blocks of this moment are not handed out again before `over` says true: it is asked, again and again,
-  // when blocks are taken and freed, and must not take or free any itself.
+  // Blocks that are allocated now are not handed out again before over() returns true. It is called whenever
+  // blocks are allocated or freed, and must not allocate or free any itself.
   void quarantine(std::function<bool()> over);
 
  private:

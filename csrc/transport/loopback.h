@@ -1,4 +1,4 @@
-// Messages between the rank threads of one process: the second user of what MPI will be, and its test.
+// Messages between the rank threads of one process: the test of all that MPI between hosts will stand on.
 //
 // A channel is a queue with one slot. With a seed, messages are delayed, and those of different channels
 // overtake each other, in a way that the seed decides; status is not.

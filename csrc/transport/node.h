@@ -35,9 +35,9 @@ uint64_t fork_generation();
 class Mapping {
  public:
   Mapping(char* data, int64_t bytes) : data_(data), bytes_(bytes) {}
-  // A child of fork() finds in the first `bytes` what is there at the fork and later, until it writes; what
-  // it writes is its own. `file`, where they lie at `offset`, must stay open as long as this. The last word
-  // counts.
+  // From now on, a child of fork() maps the first `bytes` privately: it sees what they hold at the fork and
+  // what the parent writes later, up to the child's own first write to a page. `file`, where they lie at
+  // `offset`, must stay open as long as this. The last call counts.
   void show_to_children(int file, int64_t offset, int64_t bytes);
   ~Mapping();
   Mapping(const Mapping&) = delete;
@@ -84,11 +84,11 @@ class Node {
   int rank() const { return rank_; }
   int size() const { return size_; }
   bool threads() const;  // made by local()
-  // For each of these ranks the node that it is on, by the least number that tells them apart; empty if it
-  // is one.
+  // The node of each of these ranks, numbered from 0 in the order of their first ranks; empty if all are on
+  // one node.
   std::vector<int> nodes_of(const std::vector<int>& ranks) const;
-  // The end of `me` of what joins these ranks across nodes. `key` names their group among all that ever
-  // were. Null if all of them are on one node. For `on_news` see Messages.
+  // The end of `me`, one of these ranks, for messages across nodes; null if all are on one node. `key`
+  // identifies their group among all groups that there ever were. `on_news`: see Messages.
   std::unique_ptr<Messages> open_messages(uint64_t key, const std::vector<int>& ranks, int me,
                                           std::function<void()> on_news = {});
   int64_t pid_of(int rank) const;
@@ -99,7 +99,7 @@ class Node {
   // read_memory (peer_memory.h); ESRCH also if the rank has ended meanwhile, since what was read may then
   // be another's.
   int read(int rank, void* to, uint64_t from, int64_t bytes);
-  // Whether the others should read this memory of ours so: fit_to_read.
+  // Whether others should read this memory of ours in that way: see fit_to_read in peer_memory.h.
   bool fit_to_read(const void* data, int64_t bytes) const;
 
   // Reserves `bytes` (rounded up to pages) for real: every page is there when this returns, zeroed, or

@@ -1,5 +1,5 @@
-// The memory of other processes, read through the kernel (process_vm_readv): one copy, of which the other one
-// knows nothing.
+// The memory of other processes, read through the kernel (process_vm_readv): one copy, in which the other
+// process takes no part.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 namespace pycomm::transport {
 
 // Whether others can read this memory of ours, and fast: the kernel looks up every page, so that small pages
-// cost it more than the copy itself, and memory of a device or pinned for one it cannot lend at all. What
-// lies to a quarter in one row of huge pages is fit, or in whatever pages if they are few. A kernel
+// cost it more than the copy itself, and memory of a device or pinned for one it cannot lend at all. Memory
+// is fit if a quarter of it lies in one row of huge pages, or if it has few pages of any kind. A kernel
 // before 6.7 cannot tell, and the answer is no. `pagemap`: open_pagemap's.
 bool fit_to_read(const Fd& pagemap, const void* data, int64_t bytes);
 Fd open_pagemap();

@@ -1,5 +1,5 @@
-// How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on, and leave with the
-// same memory, a pidfd of everybody, and the file of everybody's arena. Afterwards no socket is left.
+// How the ranks of a node meet: once, over an abstract Unix socket that rank 0 listens on. Each leaves with
+// the node's memory, a pidfd of every other rank and the file of its arena. Afterwards no socket is left.
 #pragma once
 
 #include <cstdint>
