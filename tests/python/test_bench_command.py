@@ -178,7 +178,7 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["send_recv", "--buffers", "symmetric"], "send_recv is measured in plain buffers only"),
         (["p2p", "--cores", "0-99999999"], "at most 4096 numbers"),
         (["--buffers", "pinned"], "--buffers pinned"),
-        (["send_recv", "--buffers", "shared"], "send_recv is measured in plain buffers alone"),
+        (["send_recv", "--buffers", "shared"], "send_recv is measured in plain buffers only"),
         (["--buffers", "shared", "--offset", "0"], "--offset 0 and --buffers shared: pycomm"),
         (["--buffers", "symmetric", "--offset", "0"], "--offset 0 and --buffers symmetric: pycomm"),
         (["--buffers", "plain,symmetric", "--huge"], "--huge and --buffers plain,symmetric: pycomm"),

@@ -271,10 +271,10 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
         (ValueError, "of 'w' holds NaN", lambda: codecs.ErrorFeedback().load_state_dict({"w": [np.nan]})),
         (
             ValueError,
-            "of 'w' is no 1-D",
+            "of 'w' is not a 1-D",
             lambda: codecs.ErrorFeedback().load_state_dict({"w": [[1.0]]}),
         ),
-        (ValueError, "of 'w' is no 1-D", lambda: codecs.ErrorFeedback().load_state_dict([{"w": "x"}])),
+        (ValueError, "of 'w' is not a 1-D", lambda: codecs.ErrorFeedback().load_state_dict([{"w": "x"}])),
         (ValueError, "`scale` is 0.0", lambda: setattr(codecs.ErrorFeedback(), "scale", 0)),
         (ValueError, "`scale` is nan", lambda: setattr(codecs.ErrorFeedback(), "scale", math.nan)),
         (ValueError, "`scale` is 1e\\+39", lambda: setattr(codecs.ErrorFeedback(), "scale", 1e39)),
