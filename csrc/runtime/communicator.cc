@@ -47,7 +47,7 @@ Communicator::Communicator(std::unique_ptr<Domain> domain, const Fabric& fabric,
       plans_(fabric_, domain_->size()),
       binder_(*domain_, fabric_, *heap_, plans_, timeout_s),
       queue_(*domain_, sequences_, fabric_) {
-  register_for_fences();
+  transport::register_for_fences();
 }
 
 Communicator::~Communicator() {
@@ -98,7 +98,7 @@ void Communicator::leave(const std::string& error, Patience& patience) {
     domain_->fail(FailureKind::peer_lost,
                   "rank " + std::to_string(rank()) +
                       " left the group with calls under way, because of an error: " + error);
-    Domain::ring(domain_->waker(rank()));
+    domain_->waker(rank()).doorbell.ring();
   }
   if (!closed()) domain_->leave_words(error);
   close(patience);

@@ -1,11 +1,8 @@
 #include "runtime/domain.h"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -144,7 +141,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     }
     wakers_.push_back(&(parent ? *parent : *this).member(display_ranks_[r]));
   }
-  messages_ = node_->open_messages(key, node_ranks_, rank, [this] { ring(waker(rank_)); });
+  messages_ = node_->open_messages(key, node_ranks_, rank, [this] { waker(rank_).doorbell.ring(); });
   if (!parent) return;
   const std::lock_guard lock(parent->pairs_mutex_);
   parent->pairs_.push_back(this);
@@ -168,7 +165,7 @@ std::vector<Link> Domain::links(uint64_t call) const {
     links[r] = {.bases = {nullptr, nullptr, bank(r, call), outgoing->payload, incoming->payload},
                 .outgoing = outgoing,
                 .incoming = incoming,
-                .waker = &waker(r)};
+                .doorbell = &waker(r).doorbell};
   }
   return links;
 }
@@ -238,14 +235,9 @@ void Domain::wish_to_tell(uint64_t call) const {
   }
 }
 
-void Domain::wake(Member& waker) {
-  waker.doorbell.fetch_add(1, std::memory_order_release);
-  syscall(SYS_futex, &waker.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-}
-
 void Domain::ring_all() const {
   for (const int rank : local_ranks_) {
-    if (rank != rank_) ring(waker(rank));
+    if (rank != rank_) waker(rank).doorbell.ring();
   }
 }
 

@@ -25,28 +25,16 @@
 #include "common/dtype.h"
 #include "schedule/plan.h"
 #include "transport/node.h"
+#include "transport/signals.h"
 
 namespace pycomm::runtime {
 
 using schedule::Collective;
 
-inline constexpr int kCellsPerPair = 4;
-inline constexpr int kValueBits = 24;  // of a cell's word: the value in the call; above it the call's number
+using transport::Cell;
+static_assert(sizeof(Cell) == schedule::kCellBytes && sizeof(Cell::payload) == schedule::kPayloadBytes);
+inline constexpr int kCellsPerPair = 4;  // in each bank
 inline constexpr int64_t kBankBytes = 1 << 20;
-
-// In a cell word: (call, value). Written by one rank, read by one rank, and only grows. A pair has one set of
-// cells for each bank.
-struct alignas(schedule::kCellBytes) Cell {
-  std::atomic<uint64_t> word;
-  std::atomic<uint64_t> fingerprint;  // of the writer's call; written before word
-  char payload[schedule::kPayloadBytes];
-};
-static_assert(sizeof(Cell) == schedule::kCellBytes);
-inline uint64_t cell_word(uint64_t call, int64_t value) {
-  return call << kValueBits | static_cast<uint64_t>(value);
-}
-inline uint64_t call_of(uint64_t word) { return word >> kValueBits; }
-
 // What a rank calls, in enough detail for an error message. Plain bytes, copied word by word into shared
 // memory.
 struct CallRecord {
@@ -72,9 +60,6 @@ struct CallRecord {
 static_assert(sizeof(CallRecord) % 8 == 0);
 std::string describe(const CallRecord& record);
 
-// Lines with different readers are two apart: prefetchers fetch lines in pairs.
-inline constexpr size_t kApart = 128;
-
 struct alignas(64) Entry {
   std::atomic<uint64_t> call;
   std::atomic<uint64_t> in;  // where a reachable input lies in its rank's memory, for that call
@@ -82,16 +67,15 @@ struct alignas(64) Entry {
 };
 
 struct Member {
-  alignas(kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
+  alignas(transport::kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
   std::atomic<uint32_t> closed;
   std::atomic<uint32_t> shrinking;  // has called shrink
   std::atomic<uint32_t> stopped;    // knows of the failure: has no call under way and will start none
   std::atomic<uint64_t> heartbeat;  // grows during a long wait
-  alignas(kApart) std::atomic<uint32_t> sleeping;
-  std::atomic<int32_t> cpu;        // 1 + where it last waited
-  std::atomic<uint32_t> doorbell;  // futex
-  alignas(kApart) Entry entries[2];
+  alignas(transport::kApart) transport::Doorbell doorbell;
+  std::atomic<int32_t> cpu;  // 1 + where it last waited
+  alignas(transport::kApart) Entry entries[2];
   std::atomic<char> last_words[512];  // of a rank that left because of an error; written before `closed`
 };
 
@@ -106,7 +90,7 @@ struct Failure {
 struct alignas(64) Link {
   std::array<char*, 5> bases{};  // its memory, by schedule::Space; a run fills in the caller's buffers
   Cell *outgoing = nullptr, *incoming = nullptr;
-  Member* waker = nullptr;  // Domain::waker's
+  transport::Doorbell* doorbell = nullptr;
 };
 
 // Identifies a group: the same on all of its ranks, and different from every other group of the world.
@@ -186,10 +170,6 @@ class Domain {
 
   // The Member whose doorbell wakes the rank: its group's, since it sleeps for all its calls at once.
   Member& waker(int rank) const { return *wakers_[rank]; }
-  // Wakes the rank of this node if it sleeps.
-  static void ring(Member& waker) {
-    if (waker.sleeping.load(std::memory_order_relaxed) != 0) wake(waker);
-  }
   void ring_all() const;
 
   // Publishes this rank's Member and Failure, of the group and all of its pairs, to ranks on other nodes;
@@ -234,7 +214,6 @@ class Domain {
   struct Status;
   void publish_own();
   void end_messages();
-  static void wake(Member& waker);
 
   std::shared_ptr<transport::Node> node_;
   std::vector<int> node_ranks_, display_ranks_;

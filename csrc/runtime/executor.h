@@ -193,10 +193,8 @@ bool Run::advance(int polls, const Observer& observer) {
           case Kind::signal: {
             observer(loop.step + step_);
             const Link& link = links_[step.peer];
-            Cell& cell = link.outgoing[step.cell];
-            cell.fingerprint.store(fingerprint_, std::memory_order_relaxed);
-            cell.word.store(cell_word(call_, step.value + trip * step.per_trip), std::memory_order_release);
-            Domain::ring(*link.waker);
+            link.outgoing[step.cell].signal(call_, step.value + trip * step.per_trip, fingerprint_);
+            link.doorbell->ring();
             break;
           }
           case Kind::wait: {
@@ -204,7 +202,7 @@ bool Run::advance(int polls, const Observer& observer) {
             if (value <= 0) break;
             observer(loop.step + step_);
             const Cell& cell = links_[step.peer].incoming[step.cell];
-            const uint64_t target = cell_word(call_, value);
+            const uint64_t target = transport::cell_word(call_, value);
             if (!reaches(cell.word, target, polls)) {
               blocked_ = {&cell.word, target, step.peer};
               return false;

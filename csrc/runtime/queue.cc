@@ -216,7 +216,7 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
     const Holding token(*this);
     if (token) advance_all(1);
   }
-  Domain::ring(domain_.waker(domain_.rank()));  // whoever drives may sleep
+  domain_.waker(domain_.rank()).doorbell.ring();  // whoever drives may sleep
   if (!work->is_completed()) wake_progress();
   return work;
 }
@@ -376,7 +376,7 @@ void Queue::deliver() {
 void Queue::drive(const Work& work, Patience& patience) {
   const Driving here(*this);
   attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
-  Domain::ring(domain_.waker(domain_.rank()));
+  domain_.waker(domain_.rank()).doorbell.ring();
   while (!work.is_completed()) {
     if (const Holding token(*this); token) {
       complete_some(patience, fabric_.policy);

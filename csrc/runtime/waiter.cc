@@ -1,9 +1,6 @@
 #include "runtime/waiter.h"
 
-#include <linux/futex.h>
-#include <linux/membarrier.h>
 #include <sched.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -24,9 +21,6 @@ constexpr double kRecordLate = 2;     // of a rank on another node, which may no
 constexpr double kLongestTurn = 1;    // of wait()'s loop without its ticks: that takes milliseconds
 constexpr int kSpinBeforeYield = 64;  // about a microsecond
 
-// Orders this thread's "I sleep" with every peer's "is it asleep?" without a fence on the peers' fast path.
-bool fence_all_processes() { return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL_EXPEDITED, 0, 0) == 0; }
-
 // What a rank waits for, one or several things.
 class Hopes {
  public:
@@ -43,17 +37,6 @@ class Hopes {
   std::span<Pending* const> calls_;
   const Blocked* also_;
 };
-
-void sleep_on_doorbell(Member& self, const Hopes& hopes, double seconds) {
-  const uint32_t rung = self.doorbell.load(std::memory_order_acquire);
-  self.sleeping.store(1, std::memory_order_seq_cst);
-  if (!fence_all_processes()) seconds = std::min(seconds, 0.0005);
-  if (!hopes.met()) {
-    const timespec limit{0, static_cast<long>(seconds * 1e9)};
-    syscall(SYS_futex, &self.doorbell, FUTEX_WAIT, rung, &limit, nullptr, 0);
-  }
-  self.sleeping.store(0, std::memory_order_relaxed);
-}
 
 // Spins or yields as the policy says; true if something is met.
 bool met_soon(const Pending& first, const Hopes& hopes, const WaitPolicy& policy, Patience& patience) {
@@ -183,11 +166,6 @@ std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, co
   return std::nullopt;
 }
 
-void register_for_fences() {
-  static const long registered = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0);
-  (void)registered;  // where it fails, so does the fence, and naps are kept short
-}
-
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -233,7 +211,7 @@ void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& p
         throw;
       }
     }
-    sleep_on_doorbell(group.waker(group.rank()), hopes, nap);
+    group.waker(group.rank()).doorbell.sleep(nap, [&] { return hopes.met(); });
     nap = std::min(nap * 2, 0.005);
   }
 }

@@ -34,10 +34,6 @@ struct WaitPolicy {
 // The policy for this many ranks on the cores that they may use together.
 WaitPolicy wait_policy(int ranks, int cores);
 
-// Lets sleepers of other processes order their sleep with this process's signals (membarrier). Once a
-// process.
-void register_for_fences();
-
 // A call that is under way on this rank.
 struct Pending {
   Domain* domain = nullptr;

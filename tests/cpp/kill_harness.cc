@@ -138,7 +138,7 @@ class Rank {
     std::iota(ranks.begin(), ranks.end(), 0);
     domain_ = std::make_unique<Domain>(node_, ranks, rank, board.domain.load(), kBank);
     calls_.emplace(*domain_);
-    register_for_fences();
+    transport::register_for_fences();
     policy_ = wait_policy(c.size, static_cast<int>(std::thread::hardware_concurrency()));
     if (schedule::in_reach(c.placement)) {
       allocation_ = std::make_shared<Heap>(node_)->open(board.symmetric.load(), bytes, ranks, rank);

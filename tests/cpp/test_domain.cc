@@ -145,7 +145,7 @@ struct Trial {
 }  // namespace
 
 TEST(a_rank_that_ends_between_nodes_is_named) {
-  register_for_fences();
+  transport::register_for_fences();
   std::vector<Case> cases;
   for (const auto& nodes : {std::vector{0, 0, 1, 1}, {0, 1, 2}, {0, 1, 0}}) {
     for (const std::string algorithm : {"hierarchical", "ring", "two_shot", "tree"}) {

@@ -188,7 +188,7 @@ class Rank {
     domain_ = std::make_unique<Domain>(node_, ranks, rank, offset, kGeometry.bank_bytes);
     calls_.emplace(*domain_);
     policy_ = wait_policy(size, 2);
-    register_for_fences();
+    transport::register_for_fences();
   }
 
   void operator()(const Scenario& s) {
