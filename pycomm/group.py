@@ -194,6 +194,7 @@ def run_local(
     """
     if not callable(fn):
         raise TypeError(f"`fn` is {fn!r}: pass a function first, then how many ranks: run_local(fn, 2)")
+    n = checks.integer(n, "n")
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
     comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)]

@@ -30,7 +30,7 @@ class Feeding;
 // A call after its arguments have been checked.
 struct Invocation {
   Invocation();
-  // Whether it gives the interpreter's lock up at once: short calls keep it while they spin.
+  // Whether it gives the interpreter's lock up at once: calls of at most 32 KiB keep it until they sleep or yield.
   bool eager(const PyCommunicator& comm) const;
 
   runtime::Request request;

@@ -233,7 +233,7 @@ struct Binder::Places {
     return true;
   }
   // The kernel copies by `rep movsb`, which Zen 3 and Zen 4 run many times slower where the destination lies
-  // 1 to 63 bytes beyond the source modulo 4 KiB.
+  // 1 to 31 bytes beyond the source modulo 4 KiB.
   bool reads_fast(const schedule::Call& call) const {
     const auto item = static_cast<int64_t>(size_of(call.dtype));
     for (int to = 0; to < call.world.size; ++to) {

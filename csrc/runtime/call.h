@@ -35,7 +35,7 @@ struct BoundPlan {
 
 // A plan that runs before a call's own, so that ranks can agree on something. If `wanted` is set, it gets the
 // number that this plan would have in its sequence, and returns the plan to run instead. If it returns null,
-// as it then must on all ranks, the run goes on with the call's own plan.
+// as it then must on all ranks, the run goes on with the call's own plan, without later preludes or `conclude`.
 struct Prelude {
   std::function<const BoundPlan*(uint64_t call)> wanted = nullptr;
   std::function<void()> before = nullptr;  // if set, finds what this rank says

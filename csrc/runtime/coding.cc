@@ -89,7 +89,7 @@ void check_coding(const Request& request) {
     throw ValueError(
         std::string("codec ") + pycomm::name(coding.codec.kind) +
         "@wire and error feedback: between nodes a rank encodes sums of its node, and only a part of "
-        "them, so that its residuals would not all be paid; pass error_feedback=False, or a codec "
+        "them, so that a part of what it loses would never be sent; pass error_feedback=False, or a codec "
         "with links=\"all\"");
   }
   const bool scatters = call.world.traits().out.holds == schedule::Content::Holds::own;

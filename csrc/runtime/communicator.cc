@@ -175,7 +175,9 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
                       std::to_string(all[2 * r])));
   }
   if (failed) std::rethrow_exception(failed);
-  for (int r = 0; r < size(); ++r) {
+  std::vector<int> nearest_first = here;
+  for (int r = 0; r < size(); ++r) nearest_first.push_back(r);
+  for (const int r : nearest_first) {
     if (all[2 * r + 1] >= 0) continue;
     refuse(
         OutOfMemoryError("rank " + std::to_string(r) + " could not reserve " + std::to_string(extent) +

@@ -2,7 +2,7 @@
 //
 // advance() never blocks: it runs steps until the program ends or a wait is not met yet; then blocked_on()
 // says what for. Waiting is somebody else's policy (waiter.h), so blocking calls, asynchronous ones and tests
-// share this one interpreter. An Observer is told of each step before it runs (the kill suite ends the
+// share this one interpreter. An Observer is told of each step that touches data or a peer before it runs (the kill suite ends the
 // process there); the default one is empty and costs nothing.
 //
 // What is *reachable* of a peer is read through the kernel, as much at once as the plan says: until it is

@@ -34,7 +34,7 @@ void require_codecs(const schedule::Call& call, const std::string& algorithm) {
   if (can(schedule::find_algorithm(collective, algorithm))) return;
   const std::string others = schedule::algorithms_that(collective, can);
   throw ValueError(std::string(schedule::name(collective)) + " algorithm \"" + algorithm +
-                   (wire ? "\" carries no codec on message links alone; " : "\" carries no codec; ") +
+                   (wire ? "\" carries no codec between nodes only (@wire); " : "\" carries no codec; ") +
                    (others.empty() ? schedule::codec_collectives() + " have algorithms that do"
                                    : "those that do are " + others));
 }

@@ -33,8 +33,8 @@ struct Rule {
 
 struct Profile {
   std::vector<Rule> rules;  // the first that fits a call counts
-  // All-to-all exchanges of these collectives read plain inputs through the kernel, where that can be
-  // (Placement::reachable), from blocks of so many bytes on.
+  // These collectives read plain inputs through the kernel (Placement::reachable) from blocks of so many bytes
+  // on, by algorithms that only copy them.
   std::vector<schedule::Collective> single_copy;
   int64_t single_copy_bytes = INT64_MAX;
   // Once one rank uses shared arrays, calls whose larger buffer has at least so many bytes begin with the

@@ -30,7 +30,7 @@
 // Each offer has one later accept with the same peer and ref, and is used by exactly one combine of that
 // peer; the k-th offer of a ref to a peer meets that peer's k-th combine that names it. One combine may use
 // several offers. An accept of a chunk that the peer only reads says no more than "before the collective
-// ends": it may be written right after the offer or at the end, and costs nothing when the chunk lies in the
+// ends": the accept may stand right after the offer or at the end, and costs nothing when the chunk lies in the
 // library's memory.
 //
 // A schedule runs once per *trip*: lower() cuts the data into trips that fit the window, and chunks are

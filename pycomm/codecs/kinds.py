@@ -281,7 +281,7 @@ def _named(codec: Any) -> Codec:
         raise ValueError(f"`codec` is {codec!r}: {name}@wire encodes what crosses between nodes, {name} all")
     if not isinstance(found, BlockCodec):
         blocks = [each for each, kind in DEFAULTS.items() if isinstance(kind, BlockCodec)]
-        raise ValueError(f"`codec` is {codec!r}: {name} has no links of its own; {', '.join(blocks)} have")
+        raise ValueError(f"`codec` is {codec!r}: {name} cannot be used with @wire; {', '.join(blocks)} can")
     return replace(found, links="wire")
 
 

@@ -169,6 +169,16 @@ void against_reference(const Codec& codec, const Floats& x, const Encoding& enco
 }  // namespace
 
 // The vectors that come with Random123 (kat_vectors, philox4x32 10).
+TEST(every_tile_code_has_kernels_in_every_instruction_set) {
+  for (const Isa* isa : isas()) {
+    for (int code = 0; code < kNumTileCodes; ++code) {
+      CHECK(isa->codec->encode[code][0] != nullptr);
+      CHECK(isa->codec->encode[code][1] != nullptr);
+      CHECK(isa->codec->sum_decode[code] != nullptr);
+    }
+  }
+}
+
 TEST(philox_known_answers) {
   struct Case {
     uint32_t counter[4], key[2], expected[4];

@@ -1,6 +1,8 @@
+import re
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,3 +180,9 @@ def test_a_subinterpreter_is_told_at_once() -> None:
         and "ImportError" in done.stderr
         and "only in the main interpreter" in done.stderr
     )
+
+
+@pytest.mark.parametrize("n", [2.0, "2", None])
+def test_the_number_of_rank_threads_is_an_integer(n: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"`n` is {n!r}: pass an integer")):
+        pycomm.run_local(lambda comm: comm.rank, n)

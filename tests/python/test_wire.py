@@ -185,7 +185,7 @@ def refused(call: Callable[[Communicator], Any], match: str, nodes: int | None =
 @pytest.mark.parametrize("algorithm", ["one_shot", "ring", "tree", "halving_doubling"])
 def test_other_algorithms_are_refused(algorithm: str) -> None:
     x = np.ones(100, np.float32)
-    match = f'"{algorithm}" carries no codec on message links alone; those that do are two_shot, hierarchical'
+    match = f'"{algorithm}" carries no codec between nodes only .@wire.; those that do are two_shot, hier'
     refused(lambda comm: comm.all_reduce(x, codec="int8@wire", algorithm=algorithm), match)
 
 
@@ -195,8 +195,8 @@ def test_names_that_are_none() -> None:
         "int8@node": "'int8@node': int8@wire encodes what crosses between nodes",
         "int8@": "int8@wire encodes",
         "int9@wire": "did you mean 'int8@wire'",
-        "topk@wire": "topk has no links of its own; fp16, .*sign have",
-        "shared_int@wire": "shared_int has no links of its own",
+        "topk@wire": "topk cannot be used with @wire; fp16, .*sign can",
+        "shared_int@wire": "shared_int cannot be used with @wire",
     }.items():
         refused(lambda comm, c=codec: comm.all_reduce(x, codec=c), match, nodes=None)
     with pytest.raises(ValueError, match="links='node': 'all', or 'wire'"):

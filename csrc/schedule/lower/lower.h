@@ -1,4 +1,4 @@
-// schedule -> plan: byte ranges, windows, slots, signals. The only place that inserts them.
+// schedule -> plan: byte ranges, windows, slots, signals, messages. The only place that inserts them.
 #pragma once
 
 #include "schedule/algorithms.h"
@@ -6,10 +6,10 @@
 
 namespace pycomm::schedule {
 
-// Lowers `schedule`, as algorithm `algorithm` wrote it for call.world, for ranks that map each other's
-// memory.
+// Lowers `schedule`, as algorithm `algorithm` wrote it for call.world. Ranks of one node signal through memory
+// that both map; those of different nodes send messages.
 //
-// Refs to `in` and `out` of a symmetric buffer are used in place. Those of a plain buffer go through the
+// Refs to `in` and `out` of a symmetric or told buffer are used in place. Those of a plain buffer go through the
 // rank's window: an offered chunk that the peer reads is first copied there (or written there at once by the
 // combine that produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into
 // trips that fit a slot.
