@@ -1,5 +1,6 @@
 #include "bindings/interface.h"
 
+#include <climits>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -61,7 +62,14 @@ py::object interface_of(PyObject* object) {
 
 std::optional<int> told_device(PyObject* object) {
   const py::object id = py::getattr(py::getattr(object, "device", py::none()), "id", py::none());
-  return PyLong_Check(id.ptr()) ? std::optional(id.cast<int>()) : std::nullopt;
+  if (!PyLong_Check(id.ptr())) return std::nullopt;
+  int overflows = 0;
+  const long number = PyLong_AsLongAndOverflow(id.ptr(), &overflows);
+  if (overflows != 0 || number < 0 || number > INT_MAX) {
+    throw TypeError("`device.id` of the array is " + py::str(id).cast<std::string>() +
+                    ": no device has this number");
+  }
+  return static_cast<int>(number);
 }
 
 int device_at(void* address, const char* name) {

@@ -1,6 +1,7 @@
 #include "runtime/communicator.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <ctime>
 #include <iterator>
 #include <utility>
@@ -83,13 +84,16 @@ void Communicator::close(Patience& patience) {
   domain_->self().closed.exchange(1, std::memory_order_seq_cst);
   domain_->ring_all();
   domain_->publish();
-  if (!interrupted) await_receipts(patience);
+  std::optional<std::string> late;
+  if (!interrupted) late = await_receipts(patience);
+  if (late) domain_->fail(FailureKind::timeout, *late);
   std::optional<std::string> mismatch;
   if (!interrupted && !domain_->failed()) mismatch = find_last_mismatch();
   if (mismatch) domain_->fail(FailureKind::mismatch, *mismatch);
   let_go();
   if (interrupted) std::rethrow_exception(interrupted);
   if (mismatch) throw MismatchError(*mismatch);
+  if (late) throw CommTimeoutError(*late);
 }
 
 void Communicator::leave(const std::string& error, Patience& patience) {
@@ -105,17 +109,21 @@ void Communicator::leave(const std::string& error, Patience& patience) {
 }
 
 // What was sent to other nodes lies here until it has been received.
-void Communicator::await_receipts(Patience& patience) {
+// Returns what to say if it is not received in time.
+std::optional<std::string> Communicator::await_receipts(Patience& patience) {
   const Queue::Holding token(queue_, Queue::Holding::wait);
   const double started = now_s();
   while (!domain_->failed() && !sequences_.all_received()) {
     if (now_s() - started > timeout_s_) {
-      return domain_->fail(FailureKind::timeout,
-                           "rank " + std::to_string(rank()) + " waited " + std::to_string(timeout_s_) +
-                               " s in close() for ranks on other nodes to receive what it has sent");
+      char seconds[32];
+      std::snprintf(seconds, sizeof seconds, "%g", timeout_s_);
+      return "rank " + std::to_string(rank()) + " waited " + seconds +
+             " s in close() for ranks on other nodes to receive what it has sent: messages between nodes are "
+             "not buffered. Is a receiver slower than the group's timeout (timeout=, PYCOMM_TIMEOUT) allows?";
     }
     rest(patience);
   }
+  return std::nullopt;
 }
 
 // The last call may not have synchronised its ranks; the rank that closes last detects the mismatch.
@@ -162,10 +170,10 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
   transport::Node& node = domain_->node();
   const std::vector<int>& here = domain_->local_ranks();
   const int64_t extent = Heap::extent_bytes(bytes, static_cast<int>(here.size()));
-  const auto [offset, failed] = reserve(node, here[0] == rank(), extent);
-  const auto all = exchange_extent({bytes, offset}, offset, extent, patience);
+  const Reserved mine = reserve(node, here[0] == rank(), extent);
+  const auto all = exchange_extent({bytes, mine.offset}, mine.offset, extent, patience);
   const auto refuse = [&](const auto& error) {
-    if (offset > 0) node.release(offset, extent);
+    if (mine.offset > 0) node.release(mine.offset, extent);
     throw error;
   };
   for (int r = 0; r < size(); ++r) {
@@ -174,7 +182,7 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
                       " asked for " + std::to_string(bytes) + " bytes, rank " + std::to_string(r) + " for " +
                       std::to_string(all[2 * r])));
   }
-  if (failed) std::rethrow_exception(failed);
+  if (mine.failed) std::rethrow_exception(mine.failed);
   std::vector<int> nearest_first = here;
   for (int r = 0; r < size(); ++r) nearest_first.push_back(r);
   for (const int r : nearest_first) {
@@ -242,6 +250,9 @@ std::shared_ptr<Communicator> Communicator::group_of(const std::vector<int>& mem
 // the same survivors.
 std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
   if (queue_.forked() || closed()) queue_.check_usable();
+  if (shrunk_) {
+    throw CommError("shrink() has been called on this group: go on with the group that it returned");
+  }
   const double started = now_s();
   const auto in_time = [&](int rank) {
     if (now_s() - started > timeout_s_) {
@@ -257,9 +268,15 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
   domain_->publish();
   std::vector<int> members;
   for (int r = 0; r < size(); ++r) {
-    const std::atomic<uint32_t>& here = domain_->member(r).shrinking;
-    while (here.load(std::memory_order_acquire) == 0 && !gone(r)) in_time(r);
-    if (here.load(std::memory_order_acquire) != 0) members.push_back(r);
+    // Whoever is gone has called shrink before, or never will: what it said last has been heard by then.
+    const auto here = [&] { return domain_->member(r).shrinking.load(std::memory_order_acquire) != 0; };
+    const auto left = [&] {
+      const bool is_gone = gone(r);
+      domain_->hear();
+      return is_gone || gone(r);
+    };
+    while (!here() && !left()) in_time(r);
+    if (here()) members.push_back(r);
   }
   const std::vector<int> here = on_this_node(members);
   const int leader = here[0];
@@ -275,7 +292,11 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
     }
     in_time(leader);
   }
-  return group_of(members, offset.load(), Hasher(domain_->key()).add("shrink").digest());
+  shrunk_ = true;
+  Hasher key(domain_->key());
+  key.add("shrink");
+  for (const int member : members) key.add(member);
+  return group_of(members, offset.load(), key.digest());
 }
 
 }  // namespace pycomm::runtime

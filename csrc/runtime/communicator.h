@@ -106,7 +106,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     if (bound.coding->counted) bound.set_step(codec_step_.fetch_add(1, std::memory_order_relaxed));
   }
   void let_go();
-  void await_receipts(Patience& patience);
+  std::optional<std::string> await_receipts(Patience& patience);
   std::optional<std::string> find_last_mismatch() const;
   std::vector<int64_t> exchange_extent(const std::vector<int64_t>& mine, int64_t offset, int64_t bytes,
                                        Patience& patience);
@@ -121,6 +121,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::shared_ptr<Heap> heap_;
   std::atomic<uint32_t> codec_step_{0};
   std::atomic<uint64_t> splits_{0};
+  bool shrunk_ = false;
   Sequences sequences_;  // under the queue's token, and so is let_go_
   bool let_go_ = false;
   PlanCache plans_;

@@ -142,6 +142,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     wakers_.push_back(&(parent ? *parent : *this).member(display_ranks_[r]));
   }
   messages_ = node_->open_messages(key, node_ranks_, rank, [this] { waker(rank_).doorbell.ring(); });
+  self().opened.store(1, std::memory_order_release);
   if (!parent) return;
   const std::lock_guard lock(parent->pairs_mutex_);
   parent->pairs_.push_back(this);
@@ -311,6 +312,16 @@ void Domain::hear() {
   if (failed.failure != FailureKind::none) fail(failed.failure, failed.text);
 }
 
+void Domain::withdraw_messages() {
+  const std::lock_guard lock(pairs_mutex_);
+  std::vector<Domain*> domains = pairs_;
+  domains.push_back(this);
+  for (Domain* domain : domains) {
+    const std::lock_guard status_lock(domain->status_mutex_);
+    if (domain->messages_) domain->messages_->withdraw();
+  }
+}
+
 bool Domain::all_received() {
   if (!messages_) return true;
   hear();
@@ -334,7 +345,8 @@ void Domain::hold_told() {
     if (failure->state.load(std::memory_order_acquire) == 0) return true;
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
       const Member& peer = *members[rank];
-      if (static_cast<int>(rank) == me || peer.stopped.load(std::memory_order_acquire) != 0 ||
+      if (static_cast<int>(rank) == me || peer.opened.load(std::memory_order_acquire) == 0 ||
+          peer.stopped.load(std::memory_order_acquire) != 0 ||
           peer.closed.load(std::memory_order_acquire) != 0) {
         continue;
       }

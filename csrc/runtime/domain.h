@@ -69,6 +69,7 @@ struct alignas(64) Entry {
 struct Member {
   alignas(transport::kApart) std::atomic<uint64_t> entered;  // the last call entered, the last finished
   std::atomic<uint64_t> finished;
+  std::atomic<uint32_t> opened;  // a rank that never opens the group makes no call, and is told nothing
   std::atomic<uint32_t> closed;
   std::atomic<uint32_t> shrinking;  // has called shrink
   std::atomic<uint32_t> stopped;    // knows of the failure: has no call under way and will start none
@@ -185,6 +186,9 @@ class Domain {
   // After a failure, before a call returns whose buffers peers may have been told: keeps the arena's blocks
   // from being handed out again until every peer has stopped, closed or ended and so can touch none.
   void hold_told();
+  // After a failure, before a call returns: takes back what it and other calls of the group have sent from
+  // callers' buffers. No call of the group is under way on this rank but those that have failed.
+  void withdraw_messages();
   // After a failure, with no call of the group under way on this rank.
   void stop() const { self().stopped.store(1, std::memory_order_release); }
   // Throws the group's error: as it is to a call that was under way and to the first call that finds it, to

@@ -224,6 +224,7 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
 // After an error: what peers were told is held until they have stopped, and they hear that this rank has.
 void Queue::settle() {
   if (forked() || !domain_.failed()) return;
+  domain_.withdraw_messages();
   domain_.hold_told();
   if (active_.empty()) domain_.stop();
 }

@@ -91,7 +91,9 @@ struct Late {
   bool waits;  // for others, and moves on in that
 };
 
-// The rank that the others wait for in the end: of those that do not move, the one furthest behind.
+// The rank that the others wait for in the end: of those that do not move, the one furthest behind. A rank of
+// another node that waits for nothing publishes nothing, so it may be further than it seems: the rank that is
+// waited for here comes before it.
 Late find_late(Domain& domain, const Run& run) {
   domain.hear();
   std::vector<uint64_t> beats;
@@ -103,16 +105,19 @@ Late find_late(Domain& domain, const Run& run) {
   }
   domain.hear();
   int late = run.blocked_on().peer;
+  const auto moves = [&](int rank) { return domain.waker(rank).heartbeat.load() != beats[rank]; };
+  const bool waits = moves(late);
   uint64_t least = UINT64_MAX;
   for (int rank = 0; rank < domain.size(); ++rank) {
     const Member& peer = domain.member(rank);
     const uint64_t entered = peer.entered.load(std::memory_order_acquire);
     if (rank == domain.rank() || peer.finished.load() >= run.call()) continue;
-    if (domain.waker(rank).heartbeat.load() != beats[rank] || entered >= least) continue;
+    if (moves(rank) || entered >= least) continue;
+    if (domain.place_of(rank) < 0 && !waits && rank != run.blocked_on().peer) continue;
     late = rank;
     least = entered;
   }
-  return {late, domain.waker(late).heartbeat.load() != beats[late]};
+  return {late, moves(late)};
 }
 
 // Makes what keeps a call from going on the group's failure.

@@ -174,13 +174,17 @@ bool Arena::back(int64_t offset, int64_t bytes) {
 }
 
 void* Arena::allocate(int64_t bytes, bool zeroed) {
-  const int64_t unit = extent_unit(bytes);
-  bytes = round_up(bytes, page_size());
   std::unique_lock lock(mutex_);
   release_held();
   bool fresh = false;
-  auto offset = map() ? warm_.take(bytes, page_size()) : std::nullopt;
-  if (!offset && mapping_ && may_back(bytes)) {
+  std::optional<int64_t> offset;
+  const bool fits = map() && bytes <= room_;  // so that no sum below overflows
+  const int64_t unit = fits ? extent_unit(bytes) : 1;
+  if (fits) {
+    bytes = round_up(bytes, page_size());
+    offset = warm_.take(bytes, page_size());
+  }
+  if (!offset && fits && may_back(bytes)) {
     offset = cold_.take(bytes, unit);
     fresh = offset.has_value();
   }

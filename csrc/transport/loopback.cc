@@ -54,16 +54,19 @@ class Loopback::Exchange {
     states_[me].on_news = std::move(on_news);
     states_[me].seen.resize(ranks_);
   }
-  // What it has sent, and nobody has taken, is gone. True: it was the last.
-  bool close(int me) {
+  void withdraw(int me) {
     const std::lock_guard lock(mutex_);
-    states_[me].on_news = {};
     for (int to = 0; to < ranks_; ++to) {
       for (int index = 0; index < Messages::kChannels; ++index) {
         channel(me, to, index).posted.clear();
         channel(me, to, index).slot.reset();
       }
     }
+  }
+  bool close(int me) {  // true: it was the last
+    withdraw(me);
+    const std::lock_guard lock(mutex_);
+    states_[me].on_news = {};
     return ++closed_ == ranks_;
   }
 
@@ -201,6 +204,7 @@ class Loopback::End : public Messages {
   uint64_t taken(int from, int channel) const override { return taken_[from * kChannels + channel]; }
   uint64_t sent(int to, int channel) const override { return sent_[to * kChannels + channel]; }
 
+  void withdraw() override { exchange_->withdraw(me_); }
   void publish(std::string_view status) override { exchange_->publish(me_, status); }
   std::string status(int from) override { return exchange_->status(me_, from); }
 

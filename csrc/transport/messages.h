@@ -26,8 +26,8 @@ struct Header {
   bool operator==(const Header&) const = default;
 };
 
-// One rank's end. One thread at a time uses its messages; publish() and status() may be called beside it.
-// When it is destroyed, what it has sent and nobody has taken is gone.
+// One rank's end. One thread at a time uses its messages; publish() and status() may be called beside it. Its
+// destructor withdraws.
 class Messages {
  public:
   static constexpr int kChannels = 16;  // per pair, one way
@@ -46,6 +46,9 @@ class Messages {
   // This end's own count of what it has taken and sent.
   virtual uint64_t taken(int from, int channel) const = 0;
   virtual uint64_t sent(int to, int channel) const = 0;
+
+  // Takes back what this end has sent and nobody has taken: its memory is the sender's again.
+  virtual void withdraw() = 0;
 
   virtual void publish(std::string_view status) = 0;
   // The last status that has arrived from a rank; empty: none since the last call.

@@ -312,3 +312,15 @@ TEST(what_was_told_before_an_error_goes_to_nobody_else) {
   CHECK(reused(old));
   for (char* const block : others) arena.free(block);
 }
+
+TEST(sizes_that_no_memory_has_are_refused_and_cost_nothing) {
+  Arena& arena = Arena::of_process();
+  void* const first = arena.allocate(1 << 20, false);
+  arena.free(first);
+  for (const int64_t bytes : {INT64_MAX, INT64_MAX - 4095, INT64_MAX / 2}) {
+    CHECK(arena.allocate(bytes, true) == nullptr);
+  }
+  void* const next = arena.allocate(1 << 20, true);
+  CHECK(next != nullptr);
+  arena.free(next);
+}
