@@ -141,6 +141,7 @@ Domain::Domain(std::shared_ptr<transport::Node> node, std::vector<int> node_rank
     }
     wakers_.push_back(&(parent ? *parent : *this).member(display_ranks_[r]));
   }
+  self_ = members_[rank];
   messages_ = node_->open_messages(key, node_ranks_, rank, [this] { waker(rank_).doorbell.ring(); });
   self().opened.store(1, std::memory_order_release);
   if (!parent) return;

@@ -130,7 +130,7 @@ class Domain {
   int place_of(int rank) const { return places_[rank]; }
 
   Member& member(int rank) const { return *members_[rank]; }
-  Member& self() const { return *members_[rank_]; }
+  Member& self() const { return *self_; }
   // The cells of two ranks of this node for a call.
   Cell* cells(int reader, int writer, uint64_t call) const;
   // By rank, for the calls of a bank; empty for ranks on other nodes.
@@ -232,6 +232,7 @@ class Domain {
   Failure* failure_;
   std::unique_ptr<Member[]> copies_;  // of those of ranks on other nodes
   std::vector<Member*> members_, wakers_;
+  Member* self_;
   Cell* cells_;
   std::atomic<int64_t>* channels_;
   std::atomic<uint64_t>* let_go_;

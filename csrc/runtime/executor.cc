@@ -38,9 +38,10 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
   call_ = call;
   fingerprint_ = record.fingerprint;
   links_ = links_of_bank_[call & 1].data();
-  find_buffers(schedule::Space::in, const_cast<char*>(bases.in), bases.in_distance, bases.told);
-  find_buffers(schedule::Space::out, bases.out, bases.out_distance,
-               bases.told ? bases.told + domain.size() : nullptr);
+  Link& own = links_[domain.rank()];
+  own.bases[static_cast<size_t>(schedule::Space::in)] = const_cast<char*>(bases.in);
+  own.bases[static_cast<size_t>(schedule::Space::out)] = bases.out;
+  if ((bases.in_distance | bases.out_distance) != 0 || bases.told) find_peers_buffers(bases);
   next_entry_ = wait_for_entries ? 0 : domain.local_ranks().size();
   loop_ = 0;
   iteration_ = -1;
@@ -59,13 +60,16 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
   }
 }
 
-void Run::find_buffers(schedule::Space space, char* own, int64_t distance, char* const* told) {
-  const auto at = static_cast<size_t>(space);
-  links_[domain_->rank()].bases[at] = own;
-  if (distance == 0 && !told) return;
+// A plan names those of peers only where they are symmetric or told.
+void Run::find_peers_buffers(const Bases& bases) {
+  constexpr auto in = static_cast<size_t>(schedule::Space::in),
+                 out = static_cast<size_t>(schedule::Space::out);
   const int me = domain_->place_of(domain_->rank());
   for (const int rank : domain_->local_ranks()) {
-    links_[rank].bases[at] = told ? told[rank] : own + (domain_->place_of(rank) - me) * distance;
+    const int64_t away = domain_->place_of(rank) - me;
+    Link& link = links_[rank];
+    link.bases[in] = bases.told ? bases.told[rank] : const_cast<char*>(bases.in) + away * bases.in_distance;
+    link.bases[out] = bases.told ? bases.told[domain_->size() + rank] : bases.out + away * bases.out_distance;
   }
 }
 

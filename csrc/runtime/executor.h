@@ -91,7 +91,7 @@ class Run {
   const CallRecord& record() const { return *record_; }
 
  private:
-  void find_buffers(schedule::Space space, char* own, int64_t distance, char* const* told);
+  void find_peers_buffers(const Bases& bases);
   bool entered();
   // A signal with another fingerprint may come from the peer's next call; its record of this one decides.
   bool agrees(int peer) const;
