@@ -48,11 +48,13 @@ void Queue::refuse_reentry() const {
                   "let the handler set a flag, and call when the other one has returned");
 }
 
-void Queue::check_usable() const {
+void Queue::check_usable() {
   refuse_child();
   if (closed())
     throw AbortedError("rank " + std::to_string(domain_.rank()) + " has closed this communicator");
-  if (domain_.failed()) domain_.raise_failure(Domain::Caller::starting);
+  if (!domain_.failed()) return;
+  if (const Holding token(*this); token) settle();  // a rank that learns of it here has stopped as well
+  domain_.raise_failure(Domain::Caller::starting);
 }
 
 bool Queue::stop(Patience& patience, std::exception_ptr& interrupted) {

@@ -76,7 +76,7 @@ class Queue {
   // made.
   void refuse_child() const;
   void refuse_reentry() const;
-  void check_usable() const;
+  void check_usable();
 
   // Takes no more calls, and returns when what is queued has ended; false if that was done before. A caller's
   // interrupt fails what is queued, and is left in `interrupted`. Throws CommError on the progress thread.
