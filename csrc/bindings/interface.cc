@@ -65,9 +65,9 @@ std::optional<int> told_device(PyObject* object) {
   if (!PyLong_Check(id.ptr())) return std::nullopt;
   int overflows = 0;
   const long number = PyLong_AsLongAndOverflow(id.ptr(), &overflows);
-  if (overflows != 0 || number < 0 || number > INT_MAX) {
-    throw TypeError("`device.id` of the array is " + py::str(id).cast<std::string>() +
-                    ": no device has this number");
+  if (overflows != 0 || number < INT_MIN || number > INT_MAX) {
+    throw ValueError("`device.id` of the array is " + py::str(id).cast<std::string>() +
+                     ": no device has this number");
   }
   return static_cast<int>(number);
 }
