@@ -156,7 +156,7 @@ def test_where_an_array_says_not_which_device_it_is_on(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="`x` is described with -1 for a CUDA device's number"):
         describe(x)
     x.device = SimpleNamespace(id=2**40)
-    with pytest.raises(ValueError, match="`device.id` of the array is 1099511627776: no device has this number"):
+    with pytest.raises(ValueError, match="`device.id` of the array is 1099511627776"):
         describe(x)
 
 
