@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "common/error.h"
+#include "node_maps.h"
 #include "schedule/algorithms.h"
 #include "schedule/lower/layout.h"
 #include "schedule/lower/lower.h"
@@ -138,18 +139,6 @@ TEST(the_table_leaves_nothing_out) {
         algorithm.collective, [](const Algorithm& a) { return a.codecs != Algorithm::Codecs::none; });
     CHECK_EQ(carried, names.find(algorithm.name) != std::string::npos);
   }
-}
-
-// The ways in which n ranks lie on nodes: each on its own, two halves, a node of one, ranks dealt round.
-std::vector<std::vector<int>> node_maps(int n) {
-  std::vector<std::vector<int>> maps(4, std::vector<int>(n));
-  for (int rank = 0; rank < n; ++rank) {
-    maps[0][rank] = rank;
-    maps[1][rank] = rank >= (n + 1) / 2;
-    maps[2][rank] = rank == n - 1;
-    maps[3][rank] = rank % 2;
-  }
-  return maps;
 }
 
 // A reduce_scatter pays what a rank owes of its own share by itself (runtime/coding.cc): no plan encodes it.

@@ -29,16 +29,6 @@ def is_shared(array: Any) -> bool:
     return is_shared_array(array)
 
 
-def arena_bytes() -> int:
-    """What this process's arena and, in a job, its peers' hold for real."""
-    total = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            if "memfd:pycomm" in os.readlink(f"/proc/self/fd/{fd}"):
-                total += os.stat(f"/proc/self/fd/{fd}").st_blocks * 512
-    return total
-
-
 # ---- where arrays lie ----
 
 
@@ -352,7 +342,7 @@ def test_many_arrays_under_calls_take_no_more(ranks: Ranks) -> None:
                 del x, size
                 if i % 1000 == 999:
                     comm.barrier()
-                    taken.append(arena_bytes())
+                    taken.append(processes.shared_bytes())
                     comm.barrier()
         assert taken[-1] <= taken[0] + (1 << 20), taken
 
@@ -534,10 +524,10 @@ def test_a_rank_killed_meanwhile_is_named_and_nothing_is_held() -> None:
                 except pycomm.PeerLostError as error:
                     assert "rank 1" in str(error)
                     break
-            before = arena_bytes()
+            before = processes.shared_bytes()
             for _ in range(300):
                 x = np.full(LARGE, 1.0, np.float32)
-            return arena_bytes() - before
+            return processes.shared_bytes() - before
 
     with processes.started(fn, 3) as ranks:
         outcomes = processes.outcomes_of(ranks)

@@ -1,6 +1,5 @@
 """Symmetric memory: comm.empty, its views, its end, and calls that mix it with plain buffers."""
 
-import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 
 import pycomm
@@ -159,39 +159,29 @@ def test_memory_that_is_not_there(ranks: Ranks) -> None:
     ranks(fn, 3)
 
 
-def reserved() -> int:
-    """The bytes that the shared memory of this process's groups occupies."""
-    total = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            if "memfd:pycomm" in os.readlink(f"/proc/self/fd/{fd}"):
-                total += os.stat(f"/proc/self/fd/{fd}").st_blocks * 512
-    return total
-
-
 def test_freed_memory_is_given_back(ranks: Ranks) -> None:
     """The last rank to release it gives it back, without a call of the others."""
 
     def fn(comm: Communicator) -> None:
         comm.barrier()
-        before, size = reserved(), 32 << 20
+        before, size = processes.shared_bytes(), 32 << 20
         comm.barrier()
         for _ in range(3):
             x = comm.empty(size, np.uint8)
             assert x[0] == 0 and x[-1] == 0
             x[:] = 1
             comm.barrier()
-            assert reserved() >= before + 2 * size
+            assert processes.shared_bytes() >= before + 2 * size
             comm.barrier()
             if comm.rank == 0:
                 del x
             comm.barrier()
-            assert reserved() >= before + 2 * size
+            assert processes.shared_bytes() >= before + 2 * size
             comm.barrier()
             if comm.rank == 1:
                 del x
             comm.barrier()
-            assert reserved() < before + size
+            assert processes.shared_bytes() < before + size
             comm.barrier()
 
     ranks(fn, 2)
