@@ -56,13 +56,13 @@ Bound Binder::bind(Request& request) {
     bound.src = call.world.root;
     bound.dst = call.world.peer;
     plan_rank = rank() == bound.src ? 0 : 1;
-    const auto& nodes = domain_.nodes();
+    const auto& nodes = domain_.group().nodes;
     const bool mapped = nodes.empty() || nodes[bound.src] == nodes[bound.dst];
     call.world = {.collective = call.world.collective, .size = 2, .root = 0, .peer = 1, .nodes = {}};
     if (!mapped) call.world.nodes = {0, 1};
   } else {
     call.world.size = size();
-    call.world.nodes = domain_.nodes();
+    call.world.nodes = domain_.group().nodes;
     if (!heap_.empty()) {
       const auto [in_reach, out_reach] = sides_in_reach(call, call.in_place);
       const auto item = static_cast<int64_t>(size_of(call.dtype));
@@ -143,12 +143,12 @@ void Binder::agree_on_counts(Bound& bound) {
     const std::vector<int64_t>& coming = agreement->all;
     for (int r = 0; r < size(); ++r) {
       if (coming[r] == expected[r]) continue;
-      domain_.fail(FailureKind::mismatch,
-                   "rank " + std::to_string(r) + " sends " + std::to_string(coming[r]) +
-                       " elements to rank " + std::to_string(rank()) + ", which expects " +
-                       std::to_string(expected[r]) + ", in " + describe(own.record) +
-                       ". What is in send_counts of one rank must be in recv_counts of the other.");
-      domain_.raise_failure(Domain::Caller::under_way);
+      domain_.board().fail(FailureKind::mismatch,
+                           "rank " + std::to_string(r) + " sends " + std::to_string(coming[r]) +
+                               " elements to rank " + std::to_string(rank()) + ", which expects " +
+                               std::to_string(expected[r]) + ", in " + describe(own.record) +
+                               ". What is in send_counts of one rank must be in recv_counts of the other.");
+      domain_.board().raise_failure(transport::Board::Caller::under_way);
     }
     return own;
   };
@@ -173,7 +173,7 @@ std::shared_ptr<const Prepared> Binder::prepare_reading(const schedule::Call& ca
 
 // Which plain buffers of a call are worth a word. Ranks may differ in working in place, but not in asking.
 Binder::Sides Binder::sides_to_tell(const schedule::Call& call, bool in_place) const {
-  if (!domain_.nodes().empty()) return {};
+  if (!domain_.group().nodes.empty()) return {};
   Sides sides = sides_in_reach(call, in_place);
   sides.in = sides.in && call.in == schedule::Placement::plain;
   sides.out = sides.out && call.out == schedule::Placement::plain;
@@ -303,7 +303,7 @@ void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides t
     };
   }
   prelude.before = [this, places, kept] {
-    const bool fit = kept && domain_.node().fit_to_read(places->bases.in, places->in_bytes);
+    const bool fit = kept && domain_.group().node->fit_to_read(places->bases.in, places->in_bytes);
     int64_t in = places->offset(Places::in), out = places->offset(Places::out);
     if ((in >= 0 || out >= 0) && !reaches_arenas()) in = out = -1;
     places->words.mine = {word_of(fit, places->bases), Places::told(in, places->in_place),
@@ -320,8 +320,8 @@ void Binder::agree_on_places(Bound& bound, const std::string& algorithm, Sides t
 bool Binder::reaches_arenas() {
   if (!arenas_.empty()) return true;
   std::vector<char*> arenas;
-  for (const int rank : domain_.node_ranks()) {
-    arenas.push_back(domain_.node().arena_of(rank));
+  for (const int rank : domain_.group().node_ranks) {
+    arenas.push_back(domain_.group().node->arena_of(rank));
     if (!arenas.back()) return false;
   }
   arenas_ = std::move(arenas);
@@ -349,9 +349,10 @@ const BoundPlan& Binder::use_told(const BoundPlan& own, Places& places, bool in,
     plan->bases.told = places.everyones.data();
     return *plan;
   } catch (const std::exception& error) {
-    domain_.fail(FailureKind::aborted, "rank " + std::to_string(rank()) +
-                                           " could not prepare a call on shared arrays: " + error.what());
-    domain_.raise_failure(Domain::Caller::under_way);
+    domain_.board().fail(
+        FailureKind::aborted,
+        "rank " + std::to_string(rank()) + " could not prepare a call on shared arrays: " + error.what());
+    domain_.board().raise_failure(transport::Board::Caller::under_way);
   }
 }
 
@@ -360,7 +361,7 @@ const BoundPlan& Binder::use_told(const BoundPlan& own, Places& places, bool in,
 std::string Binder::explain(const Request& request) {
   schedule::Call call = request.call;
   call.world.size = size();
-  call.world.nodes = domain_.nodes();
+  call.world.nodes = domain_.group().nodes;
   if (call.world.traits().reduces) {
     require(call.dtype, call.op);
   } else {

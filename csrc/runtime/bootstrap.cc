@@ -79,7 +79,7 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
     int64_t error = 0;
     for (int r = 0; r < comm.size() && error == 0; ++r) {
       int64_t there = 0;
-      error = comm.domain().read(r, &there, static_cast<uint64_t>(words[2 * r]), sizeof there);
+      error = comm.domain().group().read(r, &there, static_cast<uint64_t>(words[2 * r]), sizeof there);
       if (error == 0 && there != words[2 * r + 1]) error = ESRCH;  // another namespace's pid
     }
     return comm.exchange({error}, patience);

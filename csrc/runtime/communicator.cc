@@ -43,7 +43,7 @@ Communicator::Communicator(std::unique_ptr<Domain> domain, const Fabric& fabric,
     : domain_(std::move(domain)),
       timeout_s_(timeout_s),
       fabric_(fabric),
-      heap_(std::make_shared<Heap>(domain_->shared_node())),
+      heap_(std::make_shared<Heap>(domain_->group().node)),
       sequences_(*domain_),
       plans_(fabric_, domain_->size()),
       binder_(*domain_, fabric_, *heap_, plans_, timeout_s),
@@ -62,7 +62,7 @@ Communicator::~Communicator() {
 }
 
 Communicator::Place Communicator::place() const {
-  const std::vector<int>& nodes = domain_->nodes();
+  const std::vector<int>& nodes = domain_->group().nodes;
   if (nodes.empty()) return {rank(), size(), 1};
   const int mine = nodes[rank()];
   return {static_cast<int>(std::count(nodes.begin(), nodes.begin() + rank(), mine)),
@@ -81,15 +81,15 @@ void Communicator::close(Patience& patience) {
   queue_.refuse_reentry();
   std::exception_ptr interrupted;
   if (!queue_.stop(patience, interrupted)) return;
-  domain_->self().closed.exchange(1, std::memory_order_seq_cst);
-  domain_->ring_all();
-  domain_->publish();
+  domain_->board().self().closed.exchange(1, std::memory_order_seq_cst);
+  domain_->board().ring_all();
+  domain_->board().publish();
   std::optional<std::string> late;
   if (!interrupted) late = await_receipts(patience);
-  if (late) domain_->fail(FailureKind::timeout, *late);
+  if (late) domain_->board().fail(FailureKind::timeout, *late);
   std::optional<std::string> mismatch;
-  if (!interrupted && !domain_->failed()) mismatch = find_last_mismatch();
-  if (mismatch) domain_->fail(FailureKind::mismatch, *mismatch);
+  if (!interrupted && !domain_->board().failed()) mismatch = find_last_mismatch();
+  if (mismatch) domain_->board().fail(FailureKind::mismatch, *mismatch);
   let_go();
   if (interrupted) std::rethrow_exception(interrupted);
   if (mismatch) throw MismatchError(*mismatch);
@@ -99,12 +99,12 @@ void Communicator::close(Patience& patience) {
 void Communicator::leave(const std::string& error, Patience& patience) {
   if (queue_.forked()) return;
   if (!closed() && !queue_.idle()) {
-    domain_->fail(FailureKind::peer_lost,
-                  "rank " + std::to_string(rank()) +
-                      " left the group with calls under way, because of an error: " + error);
-    domain_->waker(rank()).doorbell.ring();
+    domain_->board().fail(FailureKind::peer_lost,
+                          "rank " + std::to_string(rank()) +
+                              " left the group with calls under way, because of an error: " + error);
+    domain_->board().waker().doorbell.ring();
   }
-  if (!closed()) domain_->leave_words(error);
+  if (!closed()) domain_->board().leave_words(error);
   close(patience);
 }
 
@@ -113,7 +113,7 @@ void Communicator::leave(const std::string& error, Patience& patience) {
 std::optional<std::string> Communicator::await_receipts(Patience& patience) {
   const Queue::Holding token(queue_, Queue::Holding::wait);
   const double started = now_s();
-  while (!domain_->failed() && !sequences_.all_received()) {
+  while (!domain_->board().failed() && !sequences_.all_received()) {
     if (now_s() - started > timeout_s_) {
       char seconds[32];
       std::snprintf(seconds, sizeof seconds, "%g", timeout_s_);
@@ -129,15 +129,15 @@ std::optional<std::string> Communicator::await_receipts(Patience& patience) {
 // The last call may not have synchronised its ranks; the rank that closes last detects the mismatch.
 std::optional<std::string> Communicator::find_last_mismatch() const {
   const uint64_t calls = sequences_.collectives().calls();
-  const auto ours = domain_->record_of(rank(), calls);
-  if (ours && (!sequences_.collectives().last_exchanged() || !domain_->nodes().empty())) {
-    if (const auto mismatch = find_mismatch(*domain_, calls, *ours)) return mismatch;
+  const auto ours = record_of(domain_->board(), rank(), calls);
+  if (ours && (!sequences_.collectives().last_exchanged() || !domain_->group().nodes.empty())) {
+    if (const auto mismatch = find_mismatch(domain_->board(), calls, *ours)) return mismatch;
   }
   for (int r = 0; r < size(); ++r) {
-    const uint64_t theirs = domain_->member(r).entered.load(std::memory_order_acquire);
-    if (r == rank() || !domain_->closed(r) || theirs == calls) continue;
+    const uint64_t theirs = domain_->board().member(r).entered.load(std::memory_order_acquire);
+    if (r == rank() || !domain_->board().closed(r) || theirs == calls) continue;
     const int more = theirs > calls ? r : rank(), less = theirs > calls ? rank() : r;
-    const auto record = domain_->record_of(more, std::max(theirs, calls));
+    const auto record = record_of(domain_->board(), more, std::max(theirs, calls));
     return "rank " + std::to_string(more) + " called " + (record ? describe(*record) : "more often") +
            " last, and rank " + std::to_string(less) + " closed its communicator without it (call " +
            std::to_string(std::max(theirs, calls)) +
@@ -147,8 +147,8 @@ std::optional<std::string> Communicator::find_last_mismatch() const {
 }
 
 void Communicator::abandon() {
-  domain_->node().mark_dead(domain_->node_ranks()[rank()]);
-  domain_->ring_all();
+  domain_->group().node->mark_dead(domain_->group().node_ranks[rank()]);
+  domain_->board().ring_all();
 }
 
 // ---- collective services ----
@@ -167,8 +167,8 @@ std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Pa
 
 std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& patience) {
   queue_.check_usable();
-  transport::Node& node = domain_->node();
-  const std::vector<int>& here = domain_->local_ranks();
+  transport::Node& node = *domain_->group().node;
+  const std::vector<int>& here = domain_->group().local_ranks;
   const int64_t extent = Heap::extent_bytes(bytes, static_cast<int>(here.size()));
   const Reserved mine = reserve(node, here[0] == rank(), extent);
   const auto all = exchange_extent({bytes, mine.offset}, mine.offset, extent, patience);
@@ -192,8 +192,8 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
                          " bytes of shared memory for the ranks of its node; its error says what there is"));
   }
   std::vector<int> node_ranks;
-  for (const int r : here) node_ranks.push_back(domain_->node_ranks()[r]);
-  return heap_->open(all[2 * here[0] + 1], bytes, std::move(node_ranks), domain_->place_of(rank()));
+  for (const int r : here) node_ranks.push_back(domain_->group().node_ranks[r]);
+  return heap_->open(all[2 * here[0] + 1], bytes, std::move(node_ranks), domain_->group().places[rank()]);
 }
 
 // What it has reserved, if offset > 0, is nobody's where that fails.
@@ -202,7 +202,7 @@ std::vector<int64_t> Communicator::exchange_extent(const std::vector<int64_t>& m
   try {
     return exchange(mine, patience);
   } catch (...) {
-    if (offset > 0) domain_->node().release(offset, bytes);
+    if (offset > 0) domain_->group().node->release(offset, bytes);
     throw;
   }
 }
@@ -217,14 +217,14 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
                    [&](int a, int b) { return all[2 * a + 1] < all[2 * b + 1]; });
   const std::vector<int> here = on_this_node(members);
   const int64_t extent = Domain::bytes(static_cast<int>(here.size()), static_cast<int>(members.size()));
-  const auto [offset, failed] = reserve(domain_->node(), !here.empty() && here[0] == rank(), extent);
+  const auto [offset, failed] = reserve(*domain_->group().node, !here.empty() && here[0] == rank(), extent);
   const auto offsets = exchange_extent({offset}, offset, extent, patience);
   const GroupKey split = Hasher(domain_->key()).add("split").add(++splits_).digest();
   if (failed) std::rethrow_exception(failed);
   if (members.empty()) return nullptr;
   for (const int member : members) {
     if (offsets[member] >= 0) continue;
-    if (offset > 0) domain_->node().release(offset, extent);
+    if (offset > 0) domain_->group().node->release(offset, extent);
     throw OutOfMemoryError("rank " + std::to_string(member) +
                            " could not reserve the new group's shared memory; its error says what there is");
   }
@@ -233,16 +233,16 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
 
 std::vector<int> Communicator::on_this_node(const std::vector<int>& ranks) const {
   std::vector<int> here;
-  std::ranges::copy_if(ranks, std::back_inserter(here), [&](int r) { return domain_->place_of(r) >= 0; });
+  std::ranges::copy_if(ranks, std::back_inserter(here), [&](int r) { return domain_->group().mapped(r); });
   return here;
 }
 
 std::shared_ptr<Communicator> Communicator::group_of(const std::vector<int>& members, int64_t offset,
                                                      GroupKey key) const {
   std::vector<int> node_ranks;
-  for (const int member : members) node_ranks.push_back(domain_->node_ranks()[member]);
+  for (const int member : members) node_ranks.push_back(domain_->group().node_ranks[member]);
   const auto mine = static_cast<int>(std::ranges::find(members, rank()) - members.begin());
-  auto domain = std::make_unique<Domain>(domain_->shared_node(), node_ranks, mine, offset, kBankBytes, key);
+  auto domain = std::make_unique<Domain>(domain_->group().node, node_ranks, mine, offset, kBankBytes, key);
   return std::make_shared<Communicator>(std::move(domain), fabric_, timeout_s_);
 }
 
@@ -260,19 +260,21 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
                              std::to_string(timeout_s_) + " s in shrink() for rank " + std::to_string(rank));
     }
     rest(patience);
-    domain_->hear();
+    domain_->board().hear();
   };
-  domain_->self().shrinking.store(1, std::memory_order_release);
-  domain_->fail(FailureKind::aborted,
-                "rank " + std::to_string(rank()) + " has called shrink() on this group");
-  domain_->publish();
+  domain_->board().self().shrinking.store(1, std::memory_order_release);
+  domain_->board().fail(FailureKind::aborted,
+                        "rank " + std::to_string(rank()) + " has called shrink() on this group");
+  domain_->board().publish();
   std::vector<int> members;
   for (int r = 0; r < size(); ++r) {
     // Whoever is gone has called shrink before, or never will: what it said last has been heard by then.
-    const auto here = [&] { return domain_->member(r).shrinking.load(std::memory_order_acquire) != 0; };
+    const auto here = [&] {
+      return domain_->board().member(r).shrinking.load(std::memory_order_acquire) != 0;
+    };
     const auto left = [&] {
       const bool is_gone = gone(r);
-      domain_->hear();
+      domain_->board().hear();
       return is_gone || gone(r);
     };
     while (!here() && !left()) in_time(r);
@@ -282,7 +284,7 @@ std::shared_ptr<Communicator> Communicator::shrink(Patience& patience) {
   const int leader = here[0];
   std::atomic<int64_t>& offset = domain_->channel_offset(leader, leader);
   if (leader == rank()) {
-    offset.store(domain_->node().reserve(
+    offset.store(domain_->group().node->reserve(
                      Domain::bytes(static_cast<int>(here.size()), static_cast<int>(members.size()))),
                  std::memory_order_release);
   }

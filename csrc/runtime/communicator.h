@@ -34,7 +34,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     int local_rank, local_size, num_nodes;
   };
   Place place() const;
-  bool threads() const { return domain_->node().threads(); }
+  bool threads() const { return domain_->group().node->threads(); }
   bool closed() const { return queue_.closed(); }
   bool on_progress_thread() const { return queue_.on_progress_thread(); }
   double default_timeout_s() const { return timeout_s_; }
@@ -113,7 +113,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::vector<int> on_this_node(const std::vector<int>& ranks) const;
   // This rank's communicator of a new group, whose memory lies at `offset` of its node.
   std::shared_ptr<Communicator> group_of(const std::vector<int>& members, int64_t offset, GroupKey key) const;
-  bool gone(int rank) const { return domain_->closed(rank) || domain_->dead(rank); }
+  bool gone(int rank) const { return domain_->board().gone(rank); }
 
   std::unique_ptr<Domain> domain_;
   const double timeout_s_;

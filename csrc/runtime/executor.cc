@@ -42,7 +42,7 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
   own.bases[static_cast<size_t>(schedule::Space::in)] = const_cast<char*>(bases.in);
   own.bases[static_cast<size_t>(schedule::Space::out)] = bases.out;
   if ((bases.in_distance | bases.out_distance) != 0 || bases.told) find_peers_buffers(bases);
-  next_entry_ = wait_for_entries ? 0 : domain.local_ranks().size();
+  next_entry_ = wait_for_entries ? 0 : domain.group().local_ranks.size();
   loop_ = 0;
   iteration_ = -1;
   step_ = 0;
@@ -50,12 +50,12 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
   if (pointers_.size() < prepared.formats.size()) pointers_.resize(prepared.formats.size());
   record_ = &record;
   coding_ = bases.coding;
-  if (!domain.messages()) return;
+  if (!domain.board().messages()) return;
   sent_earlier_ = std::move(sent_before_);
   sent_before_.resize(static_cast<size_t>(domain.size()) * kChannels);
   for (int to = 0; to < domain.size(); ++to) {
     for (int channel = 0; channel < kChannels; ++channel) {
-      sent_before_[to * kChannels + channel] = domain.messages()->sent(to, channel);
+      sent_before_[to * kChannels + channel] = domain.board().messages()->sent(to, channel);
     }
   }
 }
@@ -64,9 +64,9 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
 void Run::find_peers_buffers(const Bases& bases) {
   constexpr auto in = static_cast<size_t>(schedule::Space::in),
                  out = static_cast<size_t>(schedule::Space::out);
-  const int me = domain_->place_of(domain_->rank());
-  for (const int rank : domain_->local_ranks()) {
-    const int64_t away = domain_->place_of(rank) - me;
+  const int me = domain_->group().places[domain_->rank()];
+  for (const int rank : domain_->group().local_ranks) {
+    const int64_t away = domain_->group().places[rank] - me;
     Link& link = links_[rank];
     link.bases[in] = bases.told ? bases.told[rank] : const_cast<char*>(bases.in) + away * bases.in_distance;
     link.bases[out] = bases.told ? bases.told[domain_->size() + rank] : bases.out + away * bases.out_distance;
@@ -78,12 +78,12 @@ void Run::find_peers_buffers(const Bases& bases) {
 void Run::send(const schedule::Step& step, int64_t trip) {
   const schedule::Operand& from = program_->operands[step.operand];
   const int64_t bytes = schedule::operand_bytes(prepared_->plan.call, from.format, step.count);
-  domain_->messages()->send(step.peer, step.cell, {call_, fingerprint_}, address(from, trip, slot(trip)),
-                            bytes);
+  domain_->board().messages()->send(step.peer, step.cell, {call_, fingerprint_},
+                                    address(from, trip, slot(trip)), bytes);
 }
 
 bool Run::receive(const schedule::Step& step, int64_t trip, int polls) {
-  transport::Messages& messages = *domain_->messages();
+  transport::Messages& messages = *domain_->board().messages();
   const std::atomic<uint64_t>& arrived = messages.arrived(step.peer, step.cell);
   const uint64_t target = messages.taken(step.peer, step.cell) + 1;
   if (!reaches(arrived, target, polls)) {
@@ -105,7 +105,7 @@ bool Run::receive(const schedule::Step& step, int64_t trip, int polls) {
 
 bool Run::sent_are_received(int to, int channel, int64_t value, int polls) {
   if (value <= 0) return true;
-  const std::atomic<uint64_t>& received = domain_->messages()->received(to, channel);
+  const std::atomic<uint64_t>& received = domain_->board().messages()->received(to, channel);
   const uint64_t target = sent_before_[to * kChannels + channel] + static_cast<uint64_t>(value);
   if (reaches(received, target, polls)) return true;
   blocked_ = {&received, target, to};
@@ -114,7 +114,7 @@ bool Run::sent_are_received(int to, int channel, int64_t value, int polls) {
 
 // The call writes the bank that the call before the last one sent from.
 bool Run::earlier_received() {
-  const transport::Messages& messages = *domain_->messages();
+  const transport::Messages& messages = *domain_->board().messages();
   for (size_t at = 0; at < sent_earlier_.size(); ++at) {
     const int to = static_cast<int>(at) / kChannels;
     const std::atomic<uint64_t>& received = messages.received(to, static_cast<int>(at) % kChannels);
@@ -126,16 +126,17 @@ bool Run::earlier_received() {
 }
 
 bool Run::entered() {
-  const std::vector<int>& ranks = domain_->local_ranks();
+  const std::vector<int>& ranks = domain_->group().local_ranks;
   if (next_entry_ > ranks.size()) return true;
   for (; next_entry_ < ranks.size(); ++next_entry_) {
     const int rank = ranks[next_entry_];
-    const std::atomic<uint64_t>& entered = domain_->member(rank).entered;
+    const std::atomic<uint64_t>& entered = domain_->board().member(rank).entered;
     if (entered.load(std::memory_order_acquire) + 1 < call_) {
       blocked_ = {&entered, call_ - 1, rank};
       return false;
     }
-    if (domain_->fingerprint_of(rank, call_ - 1) != domain_->fingerprint_of(domain_->rank(), call_ - 1)) {
+    if (domain_->board().fingerprint_of(rank, call_ - 1) !=
+        domain_->board().fingerprint_of(domain_->rank(), call_ - 1)) {
       blocked_ = {&entered, call_ - 1, rank};
       mismatched_ = rank;
       return false;
@@ -144,9 +145,9 @@ bool Run::entered() {
   if (!sent_earlier_.empty() && !earlier_received()) return false;
   if (prepared_->reachable) {
     const char* input = links_[domain_->rank()].bases[static_cast<size_t>(schedule::Space::in)];
-    domain_->show_input(call_, reinterpret_cast<uint64_t>(input));
+    domain_->board().show_address(call_, reinterpret_cast<uint64_t>(input));
   }
-  domain_->enter(call_, *record_);
+  enter(domain_->board(), call_, *record_);
   ++next_entry_;
   return true;
 }
@@ -188,24 +189,24 @@ bool Run::read(const schedule::Step& step, int64_t trip) {
   const schedule::Operand& to = program_->operands[step.operand];
   const schedule::Operand& from = program_->operands[step.operand + 1];
   const int64_t bytes = step.count * static_cast<int64_t>(size_of(prepared_->plan.call.dtype));
-  const int error = domain_->read(
+  const int error = domain_->group().read(
       from.rank, address(to, trip, slot(trip)),
-      domain_->input_of(from.rank, call_) + static_cast<uint64_t>(from.offset + trip * from.stride), bytes);
-  if (error == 0 && !domain_->failed()) return true;
+      domain_->board().address_of(from.rank, call_) + static_cast<uint64_t>(from.offset + trip * from.stride),
+      bytes);
+  if (error == 0 && !domain_->board().failed()) return true;
   if (error != 0 && error != ESRCH) {
-    domain_->fail(FailureKind::aborted,
-                  "rank " + std::to_string(domain_->display_rank(domain_->rank())) + " could not read " +
-                      std::to_string(bytes) + " bytes of rank " +
-                      std::to_string(domain_->display_rank(from.rank)) + "'s memory in " +
-                      describe(*record_) + ": " + std::strerror(error) +
-                      ". Set PYCOMM_SINGLE_COPY=0 on all ranks to share memory by windows alone.");
+    domain_->board().fail(FailureKind::aborted,
+                          domain_->board().name() + " could not read " + std::to_string(bytes) +
+                              " bytes of " + domain_->board().name_of(from.rank) + "'s memory in " +
+                              describe(*record_) + ": " + std::strerror(error) +
+                              ". Set PYCOMM_SINGLE_COPY=0 on all ranks to share memory by windows alone.");
   }
   blocked_ = {&kNever, 1, from.rank};
   return false;
 }
 
 bool Run::agrees(int peer) const {
-  const auto record = domain_->record_of(peer, call_);
+  const auto record = record_of(domain_->board(), peer, call_);
   return record && record->fingerprint == fingerprint_;
 }
 

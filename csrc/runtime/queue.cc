@@ -52,9 +52,9 @@ void Queue::check_usable() {
   refuse_child();
   if (closed())
     throw AbortedError("rank " + std::to_string(domain_.rank()) + " has closed this communicator");
-  if (!domain_.failed()) return;
+  if (!domain_.board().failed()) return;
   if (const Holding token(*this); token) settle();  // a rank that learns of it here has stopped as well
-  domain_.raise_failure(Domain::Caller::starting);
+  domain_.board().raise_failure(transport::Board::Caller::starting);
 }
 
 bool Queue::stop(Patience& patience, std::exception_ptr& interrupted) {
@@ -80,8 +80,9 @@ bool Queue::stop(Patience& patience, std::exception_ptr& interrupted) {
       patience.on_tick();
     } catch (...) {
       interrupted = std::current_exception();
-      domain_.fail(FailureKind::aborted, "rank " + std::to_string(domain_.rank()) +
-                                             " was interrupted in close(), with calls that had not ended");
+      domain_.board().fail(FailureKind::aborted,
+                           "rank " + std::to_string(domain_.rank()) +
+                               " was interrupted in close(), with calls that had not ended");
     }
   }
   patience.on_block();
@@ -158,8 +159,8 @@ void Queue::wait_for(const std::shared_ptr<Work>& work, Patience& patience) {
     work->wait(INFINITY, patience);
   } catch (...) {
     if (!work->is_completed()) {
-      domain_.fail(FailureKind::aborted, "rank " + std::to_string(domain_.rank()) +
-                                             " was interrupted in a call; the group cannot go on.");
+      domain_.board().fail(FailureKind::aborted, "rank " + std::to_string(domain_.rank()) +
+                                                     " was interrupted in a call; the group cannot go on.");
       patience.on_block();
       Patience none;
       drive(*work, none);
@@ -218,17 +219,17 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
     const Holding token(*this);
     if (token) advance_all(1);
   }
-  domain_.waker(domain_.rank()).doorbell.ring();  // whoever drives may sleep
+  domain_.board().waker().doorbell.ring();  // whoever drives may sleep
   if (!work->is_completed()) wake_progress();
   return work;
 }
 
 // After an error: what peers were told is held until they have stopped, and they hear that this rank has.
 void Queue::settle() {
-  if (forked() || !domain_.failed()) return;
-  domain_.withdraw_messages();
-  domain_.hold_told();
-  if (active_.empty()) domain_.stop();
+  if (forked() || !domain_.board().failed()) return;
+  domain_.board().withdraw_messages();
+  domain_.board().hold_told();
+  if (active_.empty()) domain_.board().stop();
 }
 
 // Starts the first call of every sequence that has one.
@@ -244,7 +245,8 @@ void Queue::take_up() {
   for (auto& work : fresh) {
     Active active{.work = work};
     try {
-      if (domain_.failed()) domain_.raise_failure(Domain::Caller::under_way);  // it was made before that
+      if (domain_.board().failed())
+        domain_.board().raise_failure(transport::Board::Caller::under_way);  // it was made before that
       active.execution = Execution(work->bound_, sequences_.of(work->bound_.sequence()));
       active.execution.start();
       active_.push_back(std::move(active));
@@ -379,7 +381,7 @@ void Queue::deliver() {
 void Queue::drive(const Work& work, Patience& patience) {
   const Driving here(*this);
   attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
-  domain_.waker(domain_.rank()).doorbell.ring();
+  domain_.board().waker().doorbell.ring();
   while (!work.is_completed()) {
     if (const Holding token(*this); token) {
       complete_some(patience, fabric_.policy);

@@ -29,7 +29,7 @@ class Sequence {
   }
   // To advance until it says that the program has ended.
   Run& run() { return run_; }
-  void finish() { domain_->self().finished.store(calls_, std::memory_order_release); }
+  void finish() { domain_->board().finish(calls_); }
 
   Pending pending(double timeout_s) const { return {domain_, &run_, timeout_s}; }
   // The whole of a call whose record is its plan's.

@@ -7,12 +7,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <thread>
 
 #include "common/env.h"
 #include "common/error.h"
 
 namespace pycomm::runtime {
+
+using transport::Board;
 
 namespace {
 
@@ -48,8 +49,8 @@ bool met_soon(const Pending& first, const Hopes& hopes, const WaitPolicy& policy
     return false;
   }
   const int cpu = 1 + sched_getcpu();
-  first.domain->waker(first.domain->rank()).cpu.store(cpu, std::memory_order_relaxed);
-  const std::atomic<int32_t>& peer_cpu = first.domain->waker(first.run->blocked_on().peer).cpu;
+  first.domain->board().waker().cpu.store(cpu, std::memory_order_relaxed);
+  const std::atomic<int32_t>& peer_cpu = first.domain->board().waker(first.run->blocked_on().peer).cpu;
   while (now_s() < end) {
     if (peer_cpu.load(std::memory_order_relaxed) != cpu && hopes.met(kSpinBeforeYield)) return true;
     patience.on_block();
@@ -59,117 +60,56 @@ bool met_soon(const Pending& first, const Hopes& hopes, const WaitPolicy& policy
   return false;
 }
 
-std::string rank_name(const Domain& domain, int rank) {
-  return "rank " + std::to_string(domain.display_rank(rank));
-}
-
 // A peer that ended before it finished this call is lost, unless what is waited for came before its end.
-void look_for_losses(Domain& domain, const Run& run) {
-  const bool deaths = domain.node().any_dead().has_value();
-  for (int rank = 0; rank < domain.size(); ++rank) {
-    if (rank == domain.rank()) continue;
-    Member& peer = domain.member(rank);
-    const bool closed = domain.closed(rank);
-    if (!closed && !(deaths && domain.dead(rank))) continue;
-    if (peer.finished.load(std::memory_order_acquire) >= run.call() || run.blocked_on().met()) continue;
-    const std::string error = domain.last_words_of(rank);  // of the group, if this is a pair
-    domain.fail(
-        FailureKind::peer_lost,
-        closed ? rank_name(domain, rank) +
-                     (error.empty() ? " closed its communicator" : " left the group because of an error") +
-                     " before " + describe(run.record()) + ", which " + rank_name(domain, domain.rank()) +
-                     " had called" + (error.empty() ? "." : ": " + error)
-               : rank_name(domain, rank) + " (pid " + std::to_string(domain.pid_of(rank)) +
-                     ") has ended in or before " + describe(run.record()) + ", call " +
-                     std::to_string(run.call()) +
-                     " of the group. Look at that rank's own output for the cause; this group cannot go on.");
-  }
-}
-
-struct Late {
-  int rank;
-  bool waits;  // for others, and moves on in that
-};
-
-// The rank that the others wait for in the end: of those that do not move, the one furthest behind. A rank of
-// another node that waits for nothing publishes nothing, so it may be further than it seems: the rank that is
-// waited for here comes before it.
-Late find_late(Domain& domain, const Run& run) {
-  domain.hear();
-  std::vector<uint64_t> beats;
-  for (int rank = 0; rank < domain.size(); ++rank) beats.push_back(domain.waker(rank).heartbeat.load());
-  for (int i = 0; i < 12; ++i) {  // others that are late at the same moment must see this rank wait
-    domain.waker(domain.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
-    domain.publish();
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  domain.hear();
-  int late = run.blocked_on().peer;
-  const auto moves = [&](int rank) { return domain.waker(rank).heartbeat.load() != beats[rank]; };
-  const bool waits = moves(late);
-  uint64_t least = UINT64_MAX;
-  for (int rank = 0; rank < domain.size(); ++rank) {
-    const Member& peer = domain.member(rank);
-    const uint64_t entered = peer.entered.load(std::memory_order_acquire);
-    if (rank == domain.rank() || peer.finished.load() >= run.call()) continue;
-    if (moves(rank) || entered >= least) continue;
-    if (domain.place_of(rank) < 0 && !waits && rank != run.blocked_on().peer) continue;
-    late = rank;
-    least = entered;
-  }
-  return {late, moves(late)};
+void look_for_losses(Board& board, const Run& run) {
+  const auto lost = board.find_lost(run.call());
+  if (!lost || run.blocked_on().met()) return;
+  const std::string error = board.last_words_of(*lost);
+  board.fail(
+      FailureKind::peer_lost,
+      board.closed(*lost)
+          ? board.name_of(*lost) +
+                (error.empty() ? " closed its communicator" : " left the group because of an error") +
+                " before " + describe(run.record()) + ", which " + board.name() + " had called" +
+                (error.empty() ? "." : ": " + error)
+          : board.name_of(*lost) + " (pid " + std::to_string(board.group().pid_of(*lost)) +
+                ") has ended in or before " + describe(run.record()) + ", call " +
+                std::to_string(run.call()) +
+                " of the group. Look at that rank's own output for the cause; this group cannot go on.");
 }
 
 // Makes what keeps a call from going on the group's failure.
 void look_for_trouble(const Pending& call) {
-  Domain& domain = *call.domain;
+  Board& board = call.domain->board();
   const Run& run = *call.run;
-  const auto before = run.call() > 1 ? domain.record_of(domain.rank(), run.call() - 1) : std::nullopt;
-  auto mismatch = before ? find_mismatch(domain, run.call() - 1, *before) : std::nullopt;
-  if (!mismatch) mismatch = find_mismatch(domain, run.call(), run.record());
-  if (mismatch) domain.fail(FailureKind::mismatch, *mismatch);
-  if (!domain.failed()) look_for_losses(domain, run);
-  if (!domain.failed() && run.mismatched() >= 0 && now_s() - call.started > kRecordLate) {
-    domain.fail(
-        FailureKind::mismatch,
-        rank_name(domain, domain.rank()) + " called " + describe(run.record()) + " where " +
-            rank_name(domain, run.mismatched()) +
-            " called something else, and has not said yet what. All ranks must make the same calls in "
-            "the same order with the same arguments.");
+  const auto before = run.call() > 1 ? record_of(board, board.group().rank, run.call() - 1) : std::nullopt;
+  auto mismatch = before ? find_mismatch(board, run.call() - 1, *before) : std::nullopt;
+  if (!mismatch) mismatch = find_mismatch(board, run.call(), run.record());
+  if (mismatch) board.fail(FailureKind::mismatch, *mismatch);
+  if (!board.failed()) look_for_losses(board, run);
+  if (!board.failed() && run.mismatched() >= 0 && now_s() - call.started > kRecordLate) {
+    board.fail(FailureKind::mismatch,
+               board.name() + " called " + describe(run.record()) + " where " +
+                   board.name_of(run.mismatched()) +
+                   " called something else, and has not said yet what. All ranks must make the same calls in "
+                   "the same order with the same arguments.");
   }
-  if (domain.failed() || now_s() - call.started <= call.timeout_s) return;
-  const auto [late, waits] = find_late(domain, run);
+  if (board.failed() || now_s() - call.started <= call.timeout_s) return;
+  const auto [late, waits] = board.find_late(run.call(), run.blocked_on().peer);
   if (run.blocked_on().met()) return;
   char seconds[32];
   std::snprintf(seconds, sizeof seconds, "%g", call.timeout_s);
-  domain.fail(FailureKind::timeout,
-              rank_name(domain, domain.rank()) + " waited " + seconds + " s in " + describe(run.record()) +
-                  " for " + rank_name(domain, late) + ", which " +
-                  (waits                                             ? "waits for others itself"
-                   : domain.member(late).entered.load() < run.call() ? "has not called it"
-                                                                     : "has called it but does not move") +
-                  " (pid " + std::to_string(domain.pid_of(late)) +
-                  "). Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
+  board.fail(FailureKind::timeout,
+             board.name() + " waited " + seconds + " s in " + describe(run.record()) + " for " +
+                 board.name_of(late) + ", which " +
+                 (waits                                            ? "waits for others itself"
+                  : board.member(late).entered.load() < run.call() ? "has not called it"
+                                                                   : "has called it but does not move") +
+                 " (pid " + std::to_string(board.group().pid_of(late)) +
+                 "). Is it stopped, or slower than the timeout (timeout=, PYCOMM_TIMEOUT) allows?");
 }
 
 }  // namespace
-
-std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, const CallRecord& ours) {
-  for (int rank = 0; rank < domain.size(); ++rank) {
-    const auto theirs = domain.record_of(rank, call);
-    if (!theirs || theirs->fingerprint == ours.fingerprint) continue;
-    return rank_name(domain, domain.rank()) + " called " + describe(ours) + " where " +
-           rank_name(domain, rank) + " called " + describe(*theirs) +
-           (ours.side == CallRecord::Side::both
-                ? " (call " + std::to_string(call) +
-                      " of the group). All ranks must make the same calls in the same order with the same "
-                      "arguments."
-                : ". What a rank sends the other receives in the same order: as many elements of the same "
-                  "type, "
-                  "with the same tag.");
-  }
-  return std::nullopt;
-}
 
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -196,27 +136,28 @@ void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& p
       for (Pending* call : calls) call->started += stood;
     }
     turned = now;
-    group.waker(group.rank()).heartbeat.fetch_add(1, std::memory_order_relaxed);
+    group.board().waker().heartbeat.fetch_add(1, std::memory_order_relaxed);
     for (const Pending* call : calls) {
-      call->domain->hear();
+      call->domain->board().hear();
       look_for_trouble(*call);
-      if (!group.failed()) continue;
+      if (!group.board().failed()) continue;
       if (hopes.met()) return;  // in time: others may have failed in a later call
-      group.raise_failure(Domain::Caller::under_way);
+      group.board().raise_failure(transport::Board::Caller::under_way);
     }
     if (now - ticked > kTick) {
       ticked = now;
-      for (const Pending* call : calls) call->domain->publish();
+      for (const Pending* call : calls) call->domain->board().publish();
       try {
         patience.on_tick();
         turned = now_s();  // it may wait for the interpreter's lock, and that time counts
       } catch (...) {
-        group.fail(FailureKind::aborted, rank_name(group, group.rank()) + " was interrupted in " +
-                                             describe(calls[0]->run->record()) + "; the group cannot go on.");
+        group.board().fail(FailureKind::aborted, group.board().name() + " was interrupted in " +
+                                                     describe(calls[0]->run->record()) +
+                                                     "; the group cannot go on.");
         throw;
       }
     }
-    group.waker(group.rank()).doorbell.sleep(nap, [&] { return hopes.met(); });
+    group.board().waker().doorbell.sleep(nap, [&] { return hopes.met(); });
     nap = std::min(nap * 2, 0.005);
   }
 }

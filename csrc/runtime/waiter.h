@@ -49,9 +49,6 @@ struct Pending {
 void wait(std::span<Pending* const> calls, const WaitPolicy& policy, Patience& patience,
           const Blocked* also = nullptr);
 
-// In words, if another rank has recorded something else for this call than this rank has.
-std::optional<std::string> find_mismatch(const Domain& domain, uint64_t call, const CallRecord& ours);
-
 double now_s();
 
 }  // namespace pycomm::runtime

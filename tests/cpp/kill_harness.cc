@@ -205,7 +205,8 @@ class Rank {
     Pending pending = calls_->pending(30);
     Pending* const one = &pending;
     while (!calls_->run().advance(1, killer)) {
-      again = domain_->self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
+      again =
+          domain_->board().self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
       wait({&one, 1}, policy_, patience);
     }
     if (kill_at == kAfterLastStep) die(board_);

@@ -161,7 +161,7 @@ std::shared_ptr<int64_t> shared_array(int64_t count) {
 // How many calls of the group a run of this one makes.
 uint64_t calls_of(Communicator& comm, const Bound& bound) {
   Patience patience;
-  const auto calls = [&] { return comm.domain().self().finished.load(); };
+  const auto calls = [&] { return comm.domain().board().self().finished.load(); };
   const uint64_t before = calls();
   comm.run(const_cast<Bound&>(bound), patience);
   return calls() - before;

@@ -86,7 +86,7 @@ struct Trial {
       if (dies && step++ == at) throw Ended();
     };
     while (!calls.run().advance(1, observe)) {
-      again = domain.self().entered.load() == static_cast<uint64_t>(number);
+      again = domain.board().self().entered.load() == static_cast<uint64_t>(number);
       wait({&one, 1}, {.spin_us = 0, .yield = true}, patience);
     }
     if (dies) steps = step;

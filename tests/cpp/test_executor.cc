@@ -252,7 +252,8 @@ class Rank {
   void meet() {  // symmetric buffers may be freed when all have finished
     const uint64_t calls = calls_->calls();
     for (int r = 0; r < domain_->size(); ++r) {
-      while (domain_->member(r).finished.load(std::memory_order_acquire) < calls) std::this_thread::yield();
+      while (domain_->board().member(r).finished.load(std::memory_order_acquire) < calls)
+        std::this_thread::yield();
     }
   }
 
@@ -607,7 +608,7 @@ struct Reading {
   }
   std::string failure(Domain& domain) {
     try {
-      domain.raise_failure(Domain::Caller::under_way);
+      domain.board().raise_failure(transport::Board::Caller::under_way);
     } catch (const CommError& error) {
       return error.what();
     }
@@ -625,7 +626,7 @@ TEST(what_cannot_be_read_fails_the_group) {
   CHECK(!reading.run_a.advance());
   CHECK(!reading.run_a.blocked_on().met());
   CHECK_EQ(reading.run_a.blocked_on().peer, 1);
-  CHECK(reading.b.failed());
+  CHECK(reading.b.board().failed());
   const std::string text = reading.failure(reading.b);
   for (const char* part :
        {"rank 0 could not read 4096 bytes of rank 1's memory", "Bad address", "PYCOMM_SINGLE_COPY=0"}) {
@@ -637,7 +638,7 @@ TEST(what_cannot_be_read_fails_the_group) {
 TEST(a_read_of_a_failed_call_does_not_complete) {
   std::vector<char> in(4096, 2);
   Reading reading(in.data());
-  reading.b.fail(FailureKind::timeout, "rank 1 waited in vain");
+  reading.b.board().fail(FailureKind::timeout, "rank 1 waited in vain");
   std::fill(in.begin(), in.end(), 3);
   CHECK(!reading.run_a.advance());
   CHECK(!reading.run_a.blocked_on().met());

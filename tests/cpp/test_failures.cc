@@ -1,7 +1,7 @@
 // Never a hang, never a wrong answer: a failure between ranks ends in the right error, on every rank, in
 // time.
 //
-// Tests: runtime/domain.cc, runtime/waiter.cc.
+// Tests: runtime/call_record.cc, runtime/domain.cc, runtime/waiter.cc.
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>

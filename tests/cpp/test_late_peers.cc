@@ -80,7 +80,7 @@ TEST(a_late_peer_writes_into_no_new_shared_array) {
       std::fill_n(fresh.back(), kCount, 77);
     }
     moments.go_on = true;
-    while (comm.domain().member(1).stopped == 0) sleep_ms(1);
+    while (comm.domain().board().member(1).stopped == 0) sleep_ms(1);
     CHECK(std::count(data, data + kCount, 3) > 0);  // it did come
     for (const int64_t* one : fresh) CHECK(all_are(one, 77));
     // Now nobody comes any more: the block is of use again.
@@ -111,14 +111,14 @@ TEST(a_late_peer_writes_into_no_new_symmetric_memory) {
     await(moments.is_late);
     CHECK_THROWS(CommTimeoutError, comm.run(bound, patience));
     memory.reset();
-    transport::Node& node = comm.domain().node();
+    transport::Node& node = *comm.domain().group().node;
     std::vector<std::shared_ptr<transport::Mapping>> fresh;
     for (int i = 0; i < 4; ++i) {
       fresh.push_back(node.map(node.reserve(2 * kBytes), 2 * kBytes));
       std::fill_n(reinterpret_cast<int64_t*>(fresh.back()->data()), 2 * kCount, 77);
     }
     moments.go_on = true;
-    while (comm.domain().member(1).stopped == 0) sleep_ms(1);
+    while (comm.domain().board().member(1).stopped == 0) sleep_ms(1);
     CHECK(std::count(data, data + kCount, 3) > 0);  // rank 1 keeps it mapped
     for (const auto& one : fresh) {
       const auto* const words = reinterpret_cast<const int64_t*>(one->data());
@@ -136,7 +136,7 @@ TEST(whoever_closes_or_fails_in_the_queue_has_stopped) {
       int64_t* const data = take_shared();
       Bound bound = comm.bind(request(comm, Collective::all_reduce, kCount, data, data));
       for (int i = 0; i < 3; ++i) comm.run(bound, patience);
-      std::atomic<uint32_t>& stopped = comm.domain().self().stopped;
+      std::atomic<uint32_t>& stopped = comm.domain().board().self().stopped;
       if (comm.rank() == 2) {
         comm.close();
       } else if (queued && comm.rank() == 1) {
@@ -149,7 +149,7 @@ TEST(whoever_closes_or_fails_in_the_queue_has_stopped) {
       }
       if (comm.rank() == 2) return free_shared(data);
       for (int r = 0; r < 2; ++r) {
-        while (comm.domain().member(r).stopped == 0) sleep_ms(1);
+        while (comm.domain().board().member(r).stopped == 0) sleep_ms(1);
       }
       free_shared(data);
       if (comm.rank() == 1) return;
