@@ -1,168 +1,34 @@
 #include "schedule/lower/lowering.h"
 
 #include <algorithm>
-#include <numeric>
-#include <span>
-
-#include "common/error.h"
+#include <tuple>
 
 namespace pycomm::schedule {
 
 namespace {
-
 using Kind = ScheduleStep::Kind;
-
-// Offers of the same chunk to the same peer, in the order in which they are made; the first so many are
-// used and accepted.
-struct SameOffers {
-  std::span<const int> offers;
-  size_t used = 0, accepted = 0;
-};
-
-class OffersByKey {
- public:
-  explicit OffersByKey(const std::vector<Offer>& offers) : ids_(offers.size()) {
-    std::iota(ids_.begin(), ids_.end(), 0);
-    const auto key_of = [&](int id) { return key(offers[id].peer, offers[id].ref); };
-    std::ranges::stable_sort(ids_, {}, key_of);
-    for (size_t first = 0, last; first < ids_.size(); first = last) {
-      for (last = first + 1; last < ids_.size() && key_of(ids_[last]) == key_of(ids_[first]);) ++last;
-      keys_.push_back(key_of(ids_[first]));
-      groups_.push_back({std::span(ids_).subspan(first, last - first)});
-    }
-  }
-  SameOffers* find(int peer, const Ref& ref) {  // null if there is none
-    const auto at = std::ranges::lower_bound(keys_, key(peer, ref));
-    return at == keys_.end() || *at != key(peer, ref) ? nullptr : &groups_[at - keys_.begin()];
-  }
-
- private:
-  using Key = std::tuple<int, int, Buffer, int, int, int, int>;
-  static Key key(int peer, const Ref& r) {
-    return {r.rank, peer, r.buffer, r.chunk.block, r.chunk.first, r.chunk.last, r.chunk.of};
-  }
-  std::vector<int> ids_;
-  std::vector<Key> keys_;
-  std::vector<SameOffers> groups_;
-};
-
 }  // namespace
 
-void malformed(int rank, int step, const std::string& what) {
-  throw ValueError("schedule, rank " + std::to_string(rank) + ", step " + std::to_string(step) + ": " + what);
-}
-
-bool overlap(const Ref& a, const Ref& b) {
-  return a.rank == b.rank && a.buffer == b.buffer && a.chunk.block == b.chunk.block &&
-         int64_t{a.chunk.first} * b.chunk.of < int64_t{b.chunk.last} * a.chunk.of &&
-         int64_t{b.chunk.first} * a.chunk.of < int64_t{a.chunk.last} * b.chunk.of;
-}
-
-std::string words(const Ref& ref) {
-  return std::string(name(ref.buffer)) + "@" + std::to_string(ref.rank) + " block " +
-         std::to_string(ref.chunk.block) + " [" + std::to_string(ref.chunk.first) + ", " +
-         std::to_string(ref.chunk.last) + ")/" + std::to_string(ref.chunk.of);
-}
-
-// Pairs every offer with its use and its accept, and finds what windows must hold.
-Layout Lowering::match(const Geometry& geometry) {
-  if (static_cast<int>(schedule_.ranks.size()) != n_) {
-    throw ValueError("the schedule has " + std::to_string(schedule_.ranks.size()) + " programs for " +
-                     std::to_string(n_) + " ranks");
-  }
-  // The image holds the whole data, and further blocks where there are any.
-  auto need_image = [&](int blocks) {
-    image_blocks_ = std::max({image_blocks_, num_blocks(call_.world), blocks});
-  };
-  auto note = [&](const Ref& ref) {
-    if (ref.buffer == Buffer::image) need_image(ref.chunk.block + 1);
-    if (ref.buffer == Buffer::scratch) scratch_blocks_ = std::max(scratch_blocks_, ref.chunk.block + 1);
-  };
-  auto check = [&](int rank, int step, const Ref& ref) {
-    const Chunk& c = ref.chunk;
-    if (ref.rank < 0 || ref.rank >= n_) malformed(rank, step, "there is no rank " + std::to_string(ref.rank));
-    if (c.of < 1 || c.first < 0 || c.last < c.first || c.last > c.of || c.block < 0) {
-      malformed(rank, step, "not a chunk: " + words(ref));
-    }
-    if (ref.buffer == Buffer::in || ref.buffer == Buffer::out) {
-      try {
-        block_offset(call_, ref.rank, ref.buffer, c.block);
-      } catch (const ValueError& error) {
-        malformed(rank, step, error.what());
-      }
-    } else if (c.block >= 2 * num_blocks(call_.world) + 64) {
-      malformed(rank, step, "no such block: " + words(ref));
-    }
-  };
-  for (int rank = 0; rank < n_; ++rank) {
-    const auto& program = schedule_.ranks[rank];
-    offers_of_[rank].resize(program.size());
-    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
-      const ScheduleStep& step = program[i];
-      for (const auto* refs : {&step.dsts, &step.srcs}) {
-        for (const Ref& ref : *refs) {
-          check(rank, i, ref);
-          note(ref);
-        }
-      }
-      if (step.kind != Kind::offer) continue;
-      const Ref& ref = step.srcs[0];
-      if (ref.rank != rank) malformed(rank, i, "offers what is not its own: " + words(ref));
-      if (step.peer < 0 || step.peer >= n_ || step.peer == rank) {
-        malformed(rank, i, "offers to rank " + std::to_string(step.peer));
-      }
-      if (staged(ref)) need_image(0);
-      const int id = static_cast<int>(offers_.size());
-      offers_.push_back({.owner = rank, .peer = step.peer, .ref = ref, .from = ref, .step = i});
-      offers_of_[rank][i].push_back(id);
-    }
-  }
-  OffersByKey by_key(offers_);
-  for (int rank = 0; rank < n_; ++rank) {
-    const auto& program = schedule_.ranks[rank];
-    for (int i = 0; i < static_cast<int>(program.size()); ++i) {
-      const ScheduleStep& step = program[i];
-      if (step.kind == Kind::accept) {
-        const auto found = step.srcs[0].rank == rank ? by_key.find(step.peer, step.srcs[0]) : nullptr;
-        if (found == nullptr || found->accepted == found->offers.size() ||
-            offers_[found->offers[found->accepted]].step > i) {
-          malformed(rank, i,
-                    "accepts from rank " + std::to_string(step.peer) +
-                        " what it has not offered there, or not so often: " + words(step.srcs[0]));
-        }
-        const int id = found->offers[found->accepted++];
-        offers_[id].accept = i;
-        offers_of_[rank][i].push_back(id);
-      }
-      if (step.kind != Kind::combine) continue;
-      if (step.dsts.empty() || step.srcs.empty()) malformed(rank, i, "combines nothing");
-      auto use = [&](const Ref& ref, bool write) {
-        if (ref.rank == rank) return;
-        std::vector<int>& here = offers_of_[rank][i];
-        auto known = std::ranges::find(here, ref, [&](int id) { return offers_[id].ref; });
-        if (known == here.end()) {
-          const auto found = by_key.find(rank, ref);
-          if (found == nullptr || found->used == found->offers.size()) {
-            malformed(rank, i,
-                      "uses what rank " + std::to_string(ref.rank) +
-                          " has not offered to it, or not so often: " + words(ref));
-          }
-          known = here.insert(here.end(), found->offers[found->used++]);
-          offers_[*known].use = i;
-        }
-        (write ? offers_[*known].written : offers_[*known].read) = true;
-      };
-      for (const Ref& ref : step.srcs) use(ref, false);
-      for (const Ref& ref : step.dsts) use(ref, true);
-    }
-  }
-  for (const Offer& offer : offers_) {
-    if (offer.use < 0) malformed(offer.owner, offer.step, "nobody uses the offer of " + words(offer.ref));
-    if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
-  }
+// What the window must hold: the image, which is as large as the data if it is used at all, scratch, and mail.
+Layout Lowering::make_layout(const Geometry& geometry) {
   has_messages_ = std::ranges::any_of(offers_, [&](const Offer& offer) { return crosses(offer); });
   find_encoded();
-  return Layout(call_, schedule_, geometry, image_blocks_, scratch_blocks_, mail());
+  int image_blocks = 0, scratch_blocks = 0;
+  const auto need_image = [&](int blocks) {
+    image_blocks = std::max({image_blocks, num_blocks(call_.world), blocks});
+  };
+  for (const std::vector<ScheduleStep>& program : schedule_.ranks) {
+    for (const ScheduleStep& step : program) {
+      for (const std::vector<Ref>* refs : {&step.dsts, &step.srcs}) {
+        for (const Ref& ref : *refs) {
+          if (ref.buffer == Buffer::image) need_image(ref.chunk.block + 1);
+          if (ref.buffer == Buffer::scratch) scratch_blocks = std::max(scratch_blocks, ref.chunk.block + 1);
+        }
+      }
+    }
+  }
+  if (std::ranges::any_of(offers_, [&](const Offer& offer) { return staged(offer.ref); })) need_image(0);
+  return Layout(call_, schedule_, geometry, image_blocks, scratch_blocks, mail());
 }
 
 // A receiver keeps each message until the step that needs it; a sender keeps a result for others that it

@@ -1,45 +1,17 @@
-// What lower() knows of a schedule for a call before it writes steps: which offer meets which use, how each
-// chunk crosses, and where in its cell's order every signal comes. Private to lower.cc, lowering.cc,
-// encodes.cc and emit*.cc.
+// The second part of lower(): how each offered chunk crosses, where it lies in the window, and the place of
+// every signal and message in the order of its cell or channel. Private to lower.cc, lowering.cc, encodes.cc
+// and emit*.cc.
 #pragma once
 
 #include <map>
 #include <set>
-#include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "schedule/lower/layout.h"
+#include "schedule/lower/match.h"
 
 namespace pycomm::schedule {
-
-// Throws ValueError that names the step.
-[[noreturn]] void malformed(int rank, int step, const std::string& what);
-std::string words(const Ref& ref);
-bool overlap(const Ref& a, const Ref& b);
-
-// The index-th signal in a trip on a cell from one rank to another, or the index-th message on a channel.
-struct Event {
-  int cell = 0;
-  int index = 0;  // 0: none
-};
-
-// One offer with the combine that uses it and the accept that ends it.
-struct Offer {
-  int owner, peer;
-  Ref ref;
-  Ref from;         // what is shown: ref, or what ref is a copy of
-  int step;         // owner's
-  int use = -1;     // peer's combine
-  int accept = -1;  // owner's
-  bool read = false, written = false;
-  bool rides = false;     // the chunk travels in its signal's cell
-  bool copy = false;      // the offer copies the chunk into the window
-  bool kept = false;      // at the accept, what the peer has sent goes to the window as well
-  int encoded = -1;       // which of its owner's encoded chunks is sent, or is decoded in the window
-  Event shown{}, done{};  // owner -> peer; peer -> owner
-};
 
 // What crosses a message link: what an offer shows, to the peer that reads it, or what that peer has written,
 // to the owner. Blocks that lie side by side in the window and are shown in a row are one message.
@@ -69,11 +41,23 @@ struct Item {
 class Lowering {
  public:
   Lowering(const Schedule& schedule, const Call& call, const Geometry& geometry)
+      : Lowering(schedule, call, geometry, match(schedule, call)) {}
+
+  Program emit(int rank) const;
+  bool full_exchange() const;
+  bool encodes_once() const { return encodes_once_; }
+  const Layout& layout() const { return layout_; }
+  int cells() const { return schedule_.stages; }
+  int channels() const { return has_messages_ ? schedule_.stages * schedule_.stages : 0; }
+
+ private:
+  Lowering(const Schedule& schedule, const Call& call, const Geometry& geometry, Matches matches)
       : schedule_(schedule),
         call_(call),
         stream_bytes_(geometry.stream_bytes),
         n_(call.world.size),
-        offers_of_(n_),
+        offers_(std::move(matches.offers)),
+        offers_of_(std::move(matches.at_step)),
         items_(n_),
         waits_at_top_(n_),
         encoded_(n_),
@@ -84,7 +68,7 @@ class Lowering {
         num_events_(static_cast<size_t>(n_) * n_),
         messages_(static_cast<size_t>(n_) * n_),
         outboxes_(n_),
-        layout_(match(geometry)) {
+        layout_(make_layout(geometry)) {
     number_events();
     place_mail();
     find_riders(geometry.payload_bytes);
@@ -94,15 +78,7 @@ class Lowering {
     find_reads();
   }
 
-  Program emit(int rank) const;
-  bool full_exchange() const;
-  bool encodes_once() const { return encodes_once_; }
-  const Layout& layout() const { return layout_; }
-  int cells() const { return schedule_.stages; }
-  int channels() const { return has_messages_ ? schedule_.stages * schedule_.stages : 0; }
-
- private:
-  Layout match(const Geometry& geometry);
+  Layout make_layout(const Geometry& geometry);
   void find_encoded();
   Layout::Mail mail() const;
   void number_events();
@@ -145,8 +121,6 @@ class Lowering {
   const Call& call_;
   const int64_t stream_bytes_;
   const int n_;
-  int image_blocks_ = 0;
-  int scratch_blocks_ = 0;
   std::vector<Offer> offers_;
   std::vector<std::vector<std::vector<int>>> offers_of_;  // rank -> step -> offers made, used or accepted
   std::vector<std::vector<Item>> items_;
