@@ -45,8 +45,9 @@
 //
 // Calls on a group are numbered. Call c uses bank c mod 2, and no rank enters c before all ranks of its node
 // have entered c - 1. After a plan with `full_exchange` (each rank has heard, directly or not, from every
-// other one of its node) that is known; else the executor waits for the entries. No rank of another node
-// touches a rank's windows.
+// other one of its node) that is known; else the executor waits for the entries. What ranks tell each other
+// before a call (Call::told) says that they have come to it, not that they have entered it. No rank of another
+// node touches a rank's windows.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +69,7 @@ enum class Space : uint8_t { in, out, window, outgoing, incoming };
 // since it lies at the same offset on every rank; read it, by a bare copy through the kernel (only `in`); read
 // and write it like their own, at the address that its rank has told them for this call.
 enum class Placement : uint8_t { plain, symmetric, reachable, told };
-// Whether peers use it like their own: plans do not depend on how they find it.
+// Whether peers use it like their own.
 constexpr bool in_reach(Placement placement) {
   return placement == Placement::symmetric || placement == Placement::told;
 }
@@ -144,6 +145,9 @@ struct Call {
     return codec.kind != CodecKind::none && (codec.links == Links::all || !world.nodes.empty());
   }
   bool coded_on(Links links) const { return coded() && codec.links == links; }
+  // Whether ranks have told each other where buffers lie. They do so right before the call, all to all; so
+  // a rank that begins knows that all have come to the call, and that their callers have left them the buffers.
+  bool told() const { return in == Placement::told || out == Placement::told; }
   bool operator==(const Call&) const = default;
 };
 

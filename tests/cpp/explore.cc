@@ -55,12 +55,13 @@ class Search : Programs {
   }
 
   // Whether the order of the two matters. That a rank has entered is seen by those who must know at their
-  // end.
+  // end, or when they read its reachable input.
   bool depend(const Move& a, const Move& b) const {
     if (a.kind == Move::Kind::caller_takes_back && b.kind == Move::Kind::enter) return depend(b, a);
-    const bool seen =
-        a.kind == Move::Kind::enter && b.kind == Move::Kind::caller_takes_back && a.call == b.call;
-    return (seen && exchange_asked(a.call)) || conflict(a, b);
+    if (a.asks >= 0 && b.kind == Move::Kind::enter) return depend(b, a);
+    const bool enters = a.kind == Move::Kind::enter && a.call == b.call;
+    const bool seen = b.asks >= 0 || (b.kind == Move::Kind::caller_takes_back && exchange_asked(a.call));
+    return (enters && seen) || conflict(a, b);
   }
 
   void find_conflicts() {
@@ -100,6 +101,11 @@ class Search : Programs {
       const std::vector<int64_t>& earlier = sent_by_[rank][move.call - 1];
       for (size_t channel = 0; channel < earlier.size(); ++channel) {
         if (received(static_cast<int>(channel)) < earlier[channel]) return false;
+      }
+    }
+    if (move.kind == Move::Kind::meet) {
+      for (int peer = 0; peer < n_; ++peer) {
+        if (at_[peer] <= came_[peer][move.call]) return false;
       }
     }
     if (move.kind == Move::Kind::gate) {
@@ -273,9 +279,11 @@ class Search : Programs {
         entered_[move.call][rank] = true;
         break;
       case Move::Kind::gate:
+      case Move::Kind::meet:
       case Move::Kind::wait:
         break;
       case Move::Kind::combine:
+        if (move.asks >= 0 && !entered_[move.call][move.asks]) fail("nobody has shown where an input lies");
         combine(rank, move);
         break;
       case Move::Kind::signal:

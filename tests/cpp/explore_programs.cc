@@ -41,21 +41,25 @@ void Programs::lay_out() {
 void Programs::write_out(int rank) {
   std::vector<Move>& moves = moves_.emplace_back();
   sent_by_.emplace_back();
+  came_.emplace_back();
   sent_before_.assign(static_cast<size_t>(n_) * n_ * channels_per_pair_, 0);
   for (int c = 0; c < static_cast<int>(calls_.size()); ++c) {
     const Plan& plan = *calls_[c];
     const Place& place = places_[c][rank];
     const std::vector<Span> buffers = {{place.in, place.in + place.in_bytes, true},
                                        {place.out, place.out + place.out_bytes, true}};
+    came_.back().push_back(moves.size());
     moves.push_back({.kind = Move::Kind::caller_writes, .call = c, .spans = buffers, .last_conflict = {}});
     sent_by_.back().push_back(sent_before_);
-    moves.push_back({.kind = Move::Kind::enter, .call = c, .spans = {}, .last_conflict = {}});
     if (c > 0 && !calls_[c - 1]->full_exchange) {
       moves.push_back({.kind = Move::Kind::gate, .call = c, .spans = {}, .last_conflict = {}});
     }
     if (c > 1 && channels_per_pair_ > 0) {
       moves.push_back({.kind = Move::Kind::drain, .call = c, .spans = {}, .last_conflict = {}});
     }
+    const bool told = plan.call.in == Placement::told || plan.call.out == Placement::told;
+    if (told) moves.push_back({.kind = Move::Kind::meet, .call = c, .spans = {}, .last_conflict = {}});
+    moves.push_back({.kind = Move::Kind::enter, .call = c, .spans = {}, .last_conflict = {}});
     const Program& program = plan.programs.at(rank);
     for (const Loop& loop : program.loops) {
       if (loop.first < 0 || loop.trips < 0 || loop.stages < 1) throw Impossible{"a loop that is none"};
@@ -190,6 +194,7 @@ void Programs::write_out_operands(int rank, const Step& step, int64_t trip, Move
           operand.format != Format::raw) {
         throw Impossible{"no bare copy of another rank's reachable buffer"};
       }
+      move.asks = operand.rank;
     }
     if (operand.rank != rank && operand.space == Space::out && plan.call.out == Placement::reachable) {
       throw Impossible{"another rank's reachable output"};

@@ -26,8 +26,9 @@ inline bool overlap(const Span& a, const Span& b) {
 struct Move {
   enum class Kind : uint8_t {
     caller_writes,
-    enter,
     gate,
+    meet,
+    enter,
     combine,
     signal,
     wait,
@@ -45,6 +46,7 @@ struct Move {
   int cell = 0;      // signal, wait; send, recv, complete: the channel
   int64_t word = 0;  // signal, wait (-1: for nothing); complete: how many messages, over all calls
   int64_t trip = 0;  // combine
+  int asks = -1;     // combine: the rank whose entry says where its reachable input lies
   const Transcode* transcode = nullptr;
   std::vector<int> last_conflict;  // by rank: its last move that conflicts with this one, -1 if none
 };
@@ -96,6 +98,7 @@ class Programs {
   std::vector<int64_t> payloads_;                           // of the cells a rank reads: rank * 2 + bank
   std::vector<std::vector<Place>> places_;                  // by call and rank
   std::vector<std::vector<Move>> moves_;                    // by rank
+  std::vector<std::vector<size_t>> came_;                   // by rank, call: its move that begins the call
   std::vector<std::vector<std::vector<int64_t>>> sent_by_;  // by rank, call, channel: sent before the call
   std::vector<std::vector<const Move*>> sends_;             // by channel, in the sender's order
 

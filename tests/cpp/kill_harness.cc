@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "meeting.h"
 #include "runtime/heap.h"
 #include "runtime/sequence.h"
 #include "schedule/lower/lower.h"
@@ -71,7 +72,7 @@ struct Case {
   int size;
   Placement placement;  // reachable: an all_gather
   int64_t count;
-  std::vector<std::unique_ptr<Prepared>> plans;  // by rank
+  std::vector<std::unique_ptr<Prepared>> plans, meetings;  // by rank
 
   bool gathers() const { return placement == Placement::reachable; }
   int64_t elements() const { return gathers() ? size * count : count; }
@@ -200,13 +201,16 @@ class Rank {
     Board::Report uncounted = {};
     const Killer killer{&board_, number == 2 ? &report_ : &uncounted, &again, kill_at};
     const Prepared& prepared = *case_.plans[rank_];
+    if (bases_.told) {
+      Patience patience;
+      calls_->complete(*case_.meetings[rank_], {}, policy_, 30, patience);
+    }
     calls_->start(prepared, bases_, prepared.record);
     Patience patience;
     Pending pending = calls_->pending(30);
     Pending* const one = &pending;
     while (!calls_->run().advance(1, killer)) {
-      again =
-          domain_->board().self().entered.load() == static_cast<uint64_t>(number);  // else it waited to enter
+      again = domain_->board().self().entered.load() == calls_->calls();  // else it waited to enter
       wait({&one, 1}, policy_, patience);
     }
     if (kill_at == kAfterLastStep) die(board_);
@@ -342,7 +346,7 @@ std::vector<Case> cases() {
     for (int size = 2; size <= kMaxRanks; ++size) {
       for (const Placement placement : {Placement::plain, Placement::symmetric, Placement::told}) {
         for (const int64_t count : {1001, 12345}) {
-          Case c{algorithm, size, placement, count, {}};
+          Case c{algorithm, size, placement, count, {}, {}};
           for (int rank = 0; rank < size; ++rank) {
             const schedule::Call call{.world = {.size = size},
                                       .counts = {count},
@@ -351,6 +355,7 @@ std::vector<Case> cases() {
                                       .in_place = true};
             c.plans.push_back(
                 std::make_unique<Prepared>(schedule::make_plan(algorithm, call, geometry, rank), rank));
+            c.meetings.push_back(std::make_unique<Prepared>(meeting(size, rank, geometry)));
           }
           all.push_back(std::move(c));
         }
@@ -359,7 +364,7 @@ std::vector<Case> cases() {
   }
   for (int size = 2; size <= kMaxRanks; ++size) {
     for (const int64_t count : {1001, 1 << 19}) {  // the larger takes its readers some time
-      Case c{"direct", size, Placement::reachable, count, {}};
+      Case c{"direct", size, Placement::reachable, count, {}, {}};
       for (int rank = 0; rank < size; ++rank) {
         const schedule::Call call{.world = {.collective = Collective::all_gather, .size = size},
                                   .counts = std::vector<int64_t>(size, count),

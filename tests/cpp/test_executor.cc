@@ -18,6 +18,7 @@
 
 #include "check.h"
 #include "common/error.h"
+#include "meeting.h"
 #include "runtime/heap.h"
 #include "runtime/sequence.h"
 #include "schedule/lower/layout.h"
@@ -136,7 +137,7 @@ struct Scenario {
   std::string algorithm;
   int salt;
   Coding coding;
-  std::vector<std::shared_ptr<Prepared>> plans;
+  std::vector<std::shared_ptr<Prepared>> plans, meetings;
   int64_t in_extent = 0, out_extent = 0;  // offsets in the node's file
 
   Scenario(Call c, std::string name, int salt) : call(std::move(c)), algorithm(std::move(name)), salt(salt) {
@@ -149,6 +150,8 @@ struct Scenario {
     const schedule::Geometry& geometry = call.coded() ? kCodecGeometry : kGeometry;
     for (int rank = 0; rank < call.world.size; ++rank) {
       plans.push_back(std::make_shared<Prepared>(schedule::make_plan(algorithm, call, geometry, rank), rank));
+      if (call.told())
+        meetings.push_back(std::make_shared<Prepared>(meeting(call.world.size, rank, geometry)));
     }
   }
   int64_t item() const { return static_cast<int64_t>(size_of(call.dtype)); }
@@ -224,7 +227,10 @@ class Rank {
     for (int r = 0; r < call.world.size; ++r) {
       told.push_back(r == rank_ ? out : (out_inside ? in_memory : out_memory).base_of(r));
     }
-    if (call.in == Placement::told || call.out == Placement::told) bases.told = told.data();
+    if (call.told()) {
+      bases.told = told.data();
+      calls_->complete(*s.meetings[rank_], {}, policy_, 60, patience_);
+    }
 
     const Prepared& prepared = *s.plans[rank_];
     calls_->complete(prepared, bases, policy_, 60, patience_);

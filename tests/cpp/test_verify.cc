@@ -490,6 +490,37 @@ TEST(a_full_exchange_must_be_one) {
   expect(verify_sequence(boasting), Kind::exchange, 0, -1, {"call 1 (broadcast"});
 }
 
+TEST(ranks_that_have_told_have_come_but_not_entered) {
+  Plan plan = broadcast_by_hand();
+  plan.programs[0].steps[0].value = 0;  // the root waits for nothing
+  plan.full_exchange = false;
+  expect(verify(plan), Kind::race, 0, 1, {});
+  plan.call.out = Placement::told;
+  CHECK(!verify(plan));
+  plan.full_exchange = true;
+  expect(verify(plan), Kind::exchange, 0, -1, {"rank 1 has entered", "claims a full exchange"});
+
+  // A rank that does not come keeps the others out: here it is caught in the call before.
+  Plan stuck = broadcast_by_hand();
+  stuck.programs[1].steps[1].value = 2;
+  plan.full_exchange = false;
+  const Plan* calls[] = {&stuck, &plan};
+  expect(verify_sequence(calls), Kind::deadlock, 0, -1, {"until rank 1 has told where its buffers lie"});
+}
+
+// The first signals of symmetric buffers say that their ranks have come; that is known here.
+TEST(a_call_on_told_buffers_needs_no_first_signals) {
+  const auto signals = [](Placement placement, const char* algorithm) {
+    const Call call{
+        .world = {.size = 3}, .counts = {30}, .in = placement, .out = placement, .in_place = true};
+    const Plan plan = make_plan(algorithm, call, {.bank_bytes = 1 << 16});
+    CHECK(!verify(plan));
+    return std::ranges::count(plan.programs[0].steps, Step::Kind::signal, &Step::kind);
+  };
+  CHECK_EQ(signals(Placement::symmetric, "two_shot"), 4);  // to each of two: come, and finished
+  CHECK_EQ(signals(Placement::told, "two_shot"), 2);
+}
+
 TEST(windows_of_earlier_calls_hold_nothing) {
   // In call 2 rank 0 shows nothing: what call 0 left in the same bank must not pass for it.
   const Plan sum = one_shot_by_hand();

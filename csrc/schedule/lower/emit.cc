@@ -231,7 +231,10 @@ void Emitter::show(const Item& item, int stage) {
     }
   }
   const Offer& first = l_.offers_[item.offers[0]];
-  if (any && !l_.crosses(first)) return signal(first.peer, first.shown, stage);
+  if (!l_.crosses(first)) {
+    if (any && first.shown.index) signal(first.peer, first.shown, stage);
+    return;
+  }
   Event last;
   for (int id : item.offers) {
     const Offer& offer = l_.offers_[id];
@@ -296,7 +299,9 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
     if (offer.shown.index > peer->shown.index) peer->shown = offer.shown;
     if (offer.done.index) peer->done = offer.done;
   }
-  for (const Peer& peer : peers) wait(peer.rank, peer.shown, step.stage);
+  for (const Peer& peer : peers) {
+    if (peer.shown.index) wait(peer.rank, peer.shown, step.stage);
+  }
   const bool is_copy = !step.final && step.srcs.size() == 1 &&
                        (step.dsts[0].buffer == Buffer::scratch) == (step.srcs[0].buffer == Buffer::scratch);
   const int64_t count = checked_length(item, step, is_copy);

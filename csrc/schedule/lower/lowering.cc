@@ -198,7 +198,9 @@ void Lowering::number_events() {
       }
       for (Item& group : groups) {
         const int peer = offers_[group.offers[0]].peer;
-        if (call_.world.mapped(rank, peer)) {
+        if (std::ranges::all_of(group.offers, [&](int id) { return known(rank, offers_[id]); })) {
+          // no signal
+        } else if (call_.world.mapped(rank, peer)) {
           const Event shown = next(peer, step.stage);
           for (int id : group.offers) offers_[id].shown = shown;
         } else {
@@ -266,7 +268,7 @@ void Lowering::find_riders(int64_t room) {
   if (reuses_slots() || layout_.trips > 1 || call_.coded()) return;
   std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
   for (const Offer& offer : offers_) {
-    if (!crosses(offer)) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
+    if (!crosses(offer) && offer.shown.index) ++offers[{offer.owner, offer.peer, offer.shown.cell}];
   }
   for (Offer& offer : offers_) {
     if (crosses(offer)) continue;
@@ -333,7 +335,9 @@ bool Lowering::full_exchange() const {
     for (int id : item.offers) {
       const Offer& offer = offers_[id];
       if (crosses(offer) && !(item.kind == Kind::combine ? offer.read : offer.written)) continue;
-      if (item.kind == Kind::combine && !hear(rank, shown[id])) return false;
+      if (item.kind == Kind::combine && (crosses(offer) || offer.shown.index) && !hear(rank, shown[id])) {
+        return false;
+      }
       if (item.kind == Kind::accept && !deferred(offer) && !hear(rank, done[id])) return false;
     }
     for (int id : item.offers) {

@@ -3,6 +3,7 @@
 // and emit*.cc.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <set>
 #include <utility>
@@ -102,6 +103,15 @@ class Lowering {
   }
   bool in_window(const Ref& ref) const {
     return ref.buffer == Buffer::image || ref.buffer == Buffer::scratch || staged(ref);
+  }
+  // What a rank offers of its caller's buffers before it has touched anything: where the ranks have told each
+  // other of these, each knows already that it may use them. (Where a reachable input lies it does not know.)
+  bool known(int rank, const Offer& offer) const {
+    const auto& program = schedule_.ranks[rank];
+    const bool reachable = offer.ref.buffer == Buffer::in && call_.in == Placement::reachable;
+    return call_.told() && !reachable && !in_window(offer.ref) && !crosses(offer) &&
+           std::all_of(program.begin(), program.begin() + offer.step,
+                       [](const ScheduleStep& step) { return step.kind == ScheduleStep::Kind::offer; });
   }
   // A chunk in the window that is only read is safe until its slot is used again.
   bool deferred(const Offer& offer) const { return !offer.written && in_window(offer.ref); }

@@ -12,6 +12,7 @@ SymbolicRun::SymbolicRun(std::span<const Plan* const> plans, const VerifyOptions
     for (int rank = 0; rank < n_; ++rank) call.buffers.push_back(buffers_of(plan->call, rank));
     call.trips = select_trips(*plan, call.buffers, options.all_trips);
     call.memory.resize(n_);
+    call.arrival.resize(n_);
     call.entry_epoch.assign(n_, -1);
     call.entry_clock.resize(n_);
     call.results.resize(n_);
@@ -50,7 +51,7 @@ std::optional<Counterexample> SymbolicRun::run() {
 bool SymbolicRun::advance(int rank) {
   switch (ranks_[rank].phase) {
     case Phase::outside:
-      enter(rank);
+      arrive(rank);
       return true;
     case Phase::gate:
       return pass_gate(rank);
@@ -62,8 +63,8 @@ bool SymbolicRun::advance(int rank) {
   return false;
 }
 
-// The caller has written its buffers; the entry record says so to whoever reads it.
-void SymbolicRun::enter(int rank) {
+// The caller has written its buffers.
+void SymbolicRun::arrive(int rank) {
   RankState& state = ranks_[rank];
   CallState& call = call_of(rank);
   const CallerMemory& buffers = call.buffers[rank];
@@ -77,13 +78,14 @@ void SymbolicRun::enter(int rank) {
   };
   fill(buffers.out_begin, buffers.out_bytes, {before.expr, 1, 0});
   fill(buffers.in_begin, buffers.in_bytes, {expressions_.leaf(rank).expr, item, buffers.in_begin});
-  call.entry_epoch[rank] = state.clock[rank]++;
-  call.entry_clock[rank] = state.clock;
+  ++state.clock[rank];
+  call.arrival[rank] = state.clock;
   state.phase = Phase::gate;
   state.cursor = {};
 }
 
-// All have entered the call before; after a full exchange that is known without asking.
+// All have entered the call before; after a full exchange that is known without asking. All have come to this
+// one, if they tell each other where buffers lie.
 bool SymbolicRun::pass_gate(int rank) {
   RankState& state = ranks_[rank];
   if (!earlier_received(rank)) return false;
@@ -96,8 +98,22 @@ bool SymbolicRun::pass_gate(int rank) {
       if (call_of(rank).plan->call.world.mapped(rank, peer)) hear(rank, previous.entry_clock[peer]);
     }
   }
-  state.phase = Phase::inside;
+  const CallState& call = call_of(rank);
+  if (call.plan->call.told()) {
+    if (std::ranges::any_of(call.arrival, &Clock::empty)) return false;
+    for (const Clock& clock : call.arrival) hear(rank, clock);
+  }
+  enter(rank);
   return true;
+}
+
+// The entry record says so to whoever reads it.
+void SymbolicRun::enter(int rank) {
+  RankState& state = ranks_[rank];
+  CallState& call = call_of(rank);
+  call.entry_epoch[rank] = state.clock[rank]++;
+  call.entry_clock[rank] = state.clock;
+  state.phase = Phase::inside;
 }
 
 void SymbolicRun::hear(int rank, const Clock& clock) {
@@ -282,6 +298,13 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
         return refuse(Kind::bounds, place(rank, operand) +
                                         " is only reachable: other ranks may copy it to their own `out`, bit "
                                         "for bit, and do nothing else with it");
+      }
+      const int32_t shown = call.entry_epoch[operand.rank];
+      if (operand.rank != rank && placement == Placement::reachable &&
+          (shown < 0 || ranks_[rank].clock[operand.rank] <= shown)) {
+        return refuse(Kind::race,
+                      place(rank, operand) +
+                          " lies where its rank may not have shown yet: no signal says that it has entered");
       }
       const CallerMemory& buffers = call.buffers[operand.rank];
       begin += trip * operand.stride;

@@ -39,7 +39,8 @@ class SymbolicRun {
     const Plan* plan;
     TripSelection trips;
     std::vector<CallerMemory> buffers;
-    std::vector<std::unique_ptr<Memory>> memory;  // of the caller, from its rank's entry on
+    std::vector<std::unique_ptr<Memory>> memory;  // of the caller, once its rank has come to the call
+    std::vector<Clock> arrival;                   // of each rank, when it came; empty: it has not come
     std::vector<int32_t> entry_epoch;             // -1: not entered
     std::vector<Clock> entry_clock;
     std::vector<std::vector<Elements>> results;    // what all ranks must hold alike
@@ -88,6 +89,7 @@ class SymbolicRun {
   bool execute(int rank);
   bool wait(int rank, const Step& step, int64_t trip);
 
+  void arrive(int rank);
   void enter(int rank);
   void hear(int rank, const Clock& clock);
   void leave(int rank);

@@ -98,10 +98,14 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
              " until rank " + std::to_string(on) + " has received a message of call " +
              std::to_string(state.call - 2);
     }
-    const CallState& previous = calls_[state.call - 1];
-    for (on = 0; previous.entry_epoch[on] >= 0;) ++on;
-    return "rank " + std::to_string(rank) + " waits to enter call " + std::to_string(state.call) +
-           " until rank " + std::to_string(on) + " has entered the one before";
+    const std::string waits = "rank " + std::to_string(rank) + " waits to enter call " +
+                              std::to_string(state.call) + " until rank ";
+    for (on = 0; state.call > 0 && on < n_; ++on) {
+      if (calls_[state.call - 1].entry_epoch[on] < 0)
+        return waits + std::to_string(on) + " has entered the one before";
+    }
+    for (on = 0; !calls_[state.call].arrival[on].empty();) ++on;
+    return waits + std::to_string(on) + " has told where its buffers lie";
   }
   const Current now = current(rank);
   const Step* const step = now.step;
