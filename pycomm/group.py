@@ -77,20 +77,21 @@ class Communicator(_native.Communicator):
         """
         payload, error = _try_encode(obj) if self.rank == root else (b"", None)
         length = np.array([-1 if error else len(payload)], np.int64)
-        self.broadcast(length, root=root)
+        self.broadcast(length, root=root, tag="broadcast_object")
         _raise_failures(error, [root] if length[0] < 0 else [])
         data = _buffer(payload) if self.rank == root else np.empty(int(length[0]), np.uint8)
-        self.broadcast(data, root=root)
+        self.broadcast(data, root=root, tag="broadcast_object")
         return objects.decode(data.tobytes())
 
     def all_gather_object(self, obj: object) -> list[objects.Object]:
         """Every rank's object, in rank order, on every rank; with broadcast_object's types and errors."""
         payload, error = _try_encode(obj)
         lengths = np.empty(self.size, np.int64)
-        self.all_gather(np.array([-1 if error else len(payload)], np.int64), out=lengths)
+        mine = np.array([-1 if error else len(payload)], np.int64)
+        self.all_gather(mine, out=lengths, tag="all_gather_object")
         _raise_failures(error, [rank for rank, length in enumerate(lengths) if length < 0])
         data = np.empty(int(lengths.sum()), np.uint8)
-        self.all_gather(_buffer(payload), out=data, counts=lengths.tolist())
+        self.all_gather(_buffer(payload), out=data, counts=lengths.tolist(), tag="all_gather_object")
         return [objects.decode(part.tobytes()) for part in np.split(data, np.cumsum(lengths)[:-1])]
 
     def split(self, color: int, key: int = 0) -> Communicator | None:

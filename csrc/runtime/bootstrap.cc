@@ -35,7 +35,7 @@ void learn_cores(Communicator& comm, Fabric& fabric) {
   std::vector<int64_t> words(sizeof mask / sizeof(int64_t));
   std::memcpy(words.data(), &mask, sizeof mask);
   Patience patience;
-  const auto all = comm.exchange(words, patience);
+  const auto all = comm.exchange("init()", words, patience);
   int cores = 0;
   for (size_t w = 0; w < words.size(); ++w) {
     uint64_t together = 0;
@@ -52,7 +52,7 @@ void learn_cores(Communicator& comm, Fabric& fabric) {
 void learn_caches(Communicator& comm, Fabric& fabric) {
   const Caches& mine = caches();
   Patience patience;
-  const auto all = comm.exchange({mine.l2, mine.last, mine.sharers}, patience);
+  const auto all = comm.exchange("init()", {mine.l2, mine.last, mine.sharers}, patience);
   Caches least = mine;
   for (int r = 0; r < comm.size(); ++r) {
     least.l2 = std::min(least.l2, all[3 * r]);
@@ -70,7 +70,7 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
   const uint64_t word = Hasher().add(getpid()).add(now_s()).digest();
   const int64_t address = env().single_copy ? reinterpret_cast<int64_t>(&word) : 0;
   Patience patience;
-  const auto words = comm.exchange({address, static_cast<int64_t>(word)}, patience);
+  const auto words = comm.exchange("init()", {address, static_cast<int64_t>(word)}, patience);
   for (int r = 0; r < comm.size(); ++r) {
     if (words[2 * r] != 0) continue;
     return log(LogLevel::info, "single copy off: rank ", r, " has PYCOMM_SINGLE_COPY=0");
@@ -82,13 +82,13 @@ void learn_single_copy(Communicator& comm, Fabric& fabric) {
       error = comm.domain().group().read(r, &there, static_cast<uint64_t>(words[2 * r]), sizeof there);
       if (error == 0 && there != words[2 * r + 1]) error = ESRCH;  // another namespace's pid
     }
-    return comm.exchange({error}, patience);
+    return comm.exchange("init()", {error}, patience);
   };
   auto errors = try_all();
   const bool forbidden = std::count(errors.begin(), errors.end(), EPERM) > 0;
   if (forbidden) {
     transport::let_siblings_read(true);
-    comm.exchange({0}, patience);
+    comm.exchange("init()", {0}, patience);
     errors = try_all();
   }
   const auto error = static_cast<int>(*std::max_element(errors.begin(), errors.end()));

@@ -5,6 +5,7 @@
 namespace pycomm::runtime {
 
 std::string describe(const CallRecord& record) {
+  if (record.named_by_tag) return record.tag;
   std::string text = record.side == CallRecord::Side::sends      ? "send"
                      : record.side == CallRecord::Side::receives ? "recv"
                                                                  : name(record.collective);

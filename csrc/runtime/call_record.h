@@ -27,7 +27,8 @@ struct CallRecord {
   Op op = Op::sum;
   schedule::Placement in = schedule::Placement::plain, out = schedule::Placement::plain;
   bool ragged = false;
-  Side side = Side::both;  // send and recv: this rank's; `peer` is the other rank of the group
+  bool named_by_tag = false;  // a part of a method that is no collective, whose name is the tag
+  Side side = Side::both;     // send and recv: this rank's; `peer` is the other rank of the group
   int16_t peer = 0;
   uint32_t steps = 0;  // whether it has a step
   uint32_t step = 0;

@@ -153,7 +153,8 @@ void Communicator::abandon() {
 
 // ---- collective services ----
 
-std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Patience& patience) {
+std::vector<int64_t> Communicator::exchange(const char* method, const std::vector<int64_t>& mine,
+                                            Patience& patience) {
   std::vector<int64_t> all(mine.size() * size());
   Request request;
   request.call.world.collective = Collective::all_gather;
@@ -161,6 +162,8 @@ std::vector<int64_t> Communicator::exchange(const std::vector<int64_t>& mine, Pa
   request.call.counts.assign(size(), static_cast<int64_t>(mine.size()));
   request.in = mine.data();
   request.out = all.data();
+  request.tag = method;
+  request.part_of.emplace().named_by_tag = true;
   execute(request, patience);
   return all;
 }
@@ -171,7 +174,7 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
   const std::vector<int>& here = domain_->group().local_ranks;
   const int64_t extent = Heap::extent_bytes(bytes, static_cast<int>(here.size()));
   const Reserved mine = reserve(node, here[0] == rank(), extent);
-  const auto all = exchange_extent({bytes, mine.offset}, mine.offset, extent, patience);
+  const auto all = exchange_extent("empty()", {bytes, mine.offset}, mine.offset, extent, patience);
   const auto refuse = [&](const auto& error) {
     if (mine.offset > 0) node.release(mine.offset, extent);
     throw error;
@@ -197,10 +200,10 @@ std::shared_ptr<Allocation> Communicator::allocate(int64_t bytes, Patience& pati
 }
 
 // What it has reserved, if offset > 0, is nobody's where that fails.
-std::vector<int64_t> Communicator::exchange_extent(const std::vector<int64_t>& mine, int64_t offset,
-                                                   int64_t bytes, Patience& patience) {
+std::vector<int64_t> Communicator::exchange_extent(const char* method, const std::vector<int64_t>& mine,
+                                                   int64_t offset, int64_t bytes, Patience& patience) {
   try {
-    return exchange(mine, patience);
+    return exchange(method, mine, patience);
   } catch (...) {
     if (offset > 0) domain_->group().node->release(offset, bytes);
     throw;
@@ -208,7 +211,7 @@ std::vector<int64_t> Communicator::exchange_extent(const std::vector<int64_t>& m
 }
 
 std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Patience& patience) {
-  const auto all = exchange({color, key}, patience);
+  const auto all = exchange("split()", {color, key}, patience);
   std::vector<int> members;
   for (int r = 0; r < size(); ++r) {
     if (color >= 0 && all[2 * r] == color) members.push_back(r);
@@ -218,7 +221,7 @@ std::shared_ptr<Communicator> Communicator::split(int64_t color, int64_t key, Pa
   const std::vector<int> here = on_this_node(members);
   const int64_t extent = Domain::bytes(static_cast<int>(here.size()), static_cast<int>(members.size()));
   const auto [offset, failed] = reserve(*domain_->group().node, !here.empty() && here[0] == rank(), extent);
-  const auto offsets = exchange_extent({offset}, offset, extent, patience);
+  const auto offsets = exchange_extent("split()", {offset}, offset, extent, patience);
   const GroupKey split = Hasher(domain_->key()).add("split").add(++splits_).digest();
   if (failed) std::rethrow_exception(failed);
   if (members.empty()) return nullptr;

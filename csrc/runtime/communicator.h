@@ -78,8 +78,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     plans_.add_algorithm(collective, name, std::move(write));
   }
 
-  // Collective: everyone's values, rank by rank; all give equally many.
-  std::vector<int64_t> exchange(const std::vector<int64_t>& mine, Patience& patience);
+  // Collective: everyone's values, rank by rank; all give equally many. Errors name `method`, which the user
+  // called; ranks that call different ones get MismatchError.
+  std::vector<int64_t> exchange(const char* method, const std::vector<int64_t>& mine, Patience& patience);
   // Collective: symmetric memory, the same on every rank.
   std::shared_ptr<Allocation> allocate(int64_t bytes, Patience& patience);
   // Collective: the ranks with this rank's color, ordered by (key, rank); null for a negative color.
@@ -108,8 +109,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void let_go();
   std::optional<std::string> await_receipts(Patience& patience);
   std::optional<std::string> find_last_mismatch() const;
-  std::vector<int64_t> exchange_extent(const std::vector<int64_t>& mine, int64_t offset, int64_t bytes,
-                                       Patience& patience);
+  std::vector<int64_t> exchange_extent(const char* method, const std::vector<int64_t>& mine, int64_t offset,
+                                       int64_t bytes, Patience& patience);
   std::vector<int> on_this_node(const std::vector<int>& ranks) const;
   // This rank's communicator of a new group, whose memory lies at `offset` of its node.
   std::shared_ptr<Communicator> group_of(const std::vector<int>& members, int64_t offset, GroupKey key) const;

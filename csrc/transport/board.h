@@ -35,7 +35,7 @@ namespace pycomm::transport {
 inline constexpr size_t kRecordBytes = 400;
 using Record = std::array<std::byte, kRecordBytes>;
 
-struct Entry {
+struct alignas(64) Entry {
   std::atomic<uint64_t> call;
   std::atomic<uint64_t> address;  // see Board::show_address
   std::atomic<uint64_t> words[kRecordBytes / 8];

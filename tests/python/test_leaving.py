@@ -26,6 +26,13 @@ PENDING = {
     "none": lambda comm: None,
 }
 
+METHODS = {
+    "before empty()": lambda comm: comm.empty(4),
+    "before split()": lambda comm: comm.split(0),
+    'tagged "broadcast_object"': lambda comm: comm.broadcast_object(1),
+    'tagged "all_gather_object"': lambda comm: comm.all_gather_object(1),
+}
+
 
 @pytest.mark.parametrize("what", PENDING)
 def test_an_error_is_not_kept_waiting(what: str, ranks: Ranks) -> None:
@@ -61,6 +68,23 @@ def test_an_error_is_quoted_to_whoever_waits(words: str, ranks: Ranks) -> None:
     text = ranks(fn, 2, timeout=60)[1]
     assert text.startswith("rank 0 left the group because of an error before all_reduce(count=4"), text
     assert "had called: RuntimeError: no data" in text
+
+
+@pytest.mark.parametrize("words", METHODS)
+def test_an_error_names_the_method_that_was_called(words: str, ranks: Ranks) -> None:
+    """These methods wait in collectives that the user has not called."""
+
+    def fn(comm: Communicator) -> str:
+        if comm.rank == 0:
+            comm.close()
+            return ""
+        with pytest.raises(pycomm.PeerLostError) as caught:
+            METHODS[words](comm)
+        return str(caught.value)
+
+    text = ranks(fn, 2, timeout=60)[1]
+    assert text.startswith("rank 0 closed its communicator before ")
+    assert text.endswith(f"{words}, which rank 1 had called."), text
 
 
 def test_an_error_in_a_rank_thread_with_calls_under_way() -> None:
