@@ -72,12 +72,18 @@ def test_the_block_nests_and_ends_as_it_began() -> None:
     assert not makes_shared_arrays()
 
 
-def test_it_decorates() -> None:
+def test_it_decorates_with_and_without_parentheses() -> None:
     @pycomm.shared_arrays()
     def make(size: int) -> Any:
         return np.empty(size)
 
-    assert is_shared(make(LARGE)) and is_shared(make(LARGE))
+    @pycomm.shared_arrays
+    def make_too(size: int) -> Any:
+        return np.empty(size)
+
+    for fn in make, make_too:
+        assert is_shared(fn(LARGE)) and is_shared(fn(LARGE))
+    assert make_too.__name__ == "make_too"
     assert not is_shared(np.empty(LARGE))
 
 
