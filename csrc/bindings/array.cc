@@ -1,5 +1,6 @@
 #include "bindings/array.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <unordered_map>
@@ -345,6 +346,27 @@ void require_writable(const Array& buffer, const char* name) {
   }
   throw ValueError(std::string("`") + name +
                    "` is read-only and the result would be written to it: pass out=, or a writable copy");
+}
+
+bool overlap(const Array& a, const Array& b) {
+  if (!a.data || !b.data || a.bytes() == 0 || b.bytes() == 0) return false;
+  const char *at_a = static_cast<const char*>(a.data), *at_b = static_cast<const char*>(b.data);
+  return at_a < at_b + b.bytes() && at_b < at_a + a.bytes();
+}
+
+Extent extent_of(const Array& buffer, size_t index) {
+  const auto* begin = static_cast<const char*>(buffer.data);
+  return {begin, begin + buffer.bytes(), index};
+}
+
+std::optional<std::pair<size_t, size_t>> find_overlap(std::vector<Extent> extents) {
+  std::erase_if(extents, [](const Extent& extent) { return extent.begin == extent.end; });
+  std::ranges::sort(extents, {}, &Extent::begin);
+  // Sorted by address, an extent that overlaps a later one overlaps the next one as well.
+  const auto found =
+      std::ranges::adjacent_find(extents, [](const Extent& a, const Extent& b) { return b.begin < a.end; });
+  if (found == extents.end()) return std::nullopt;
+  return std::minmax({found[0].index, found[1].index});
 }
 
 py::object numpy_dtype(DType dtype) {

@@ -18,6 +18,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/dtype.h"
@@ -65,6 +66,17 @@ void require_writable(const Array& buffer, const char* name);
 std::shared_ptr<void> hold_memory(PyObject* object);
 // Throws ValueError if the object of a bound call has other memory than it `was` bound to.
 void require_unmoved(const Array& was, const Array& now, const char* name);
+
+// Whether two buffers share memory.
+bool overlap(const Array& a, const Array& b);
+// The memory of one buffer among several.
+struct Extent {
+  const char *begin, *end;
+  size_t index;
+};
+Extent extent_of(const Array& buffer, size_t index);
+// The indices of two of these that share memory, in ascending order.
+std::optional<std::pair<size_t, size_t>> find_overlap(std::vector<Extent> extents);
 
 // An array like `like` (a NumPy array, or a tensor where `like` is one) of this shape, not initialised.
 pybind11::object new_array(PyObject* like, const Array& buffer, const std::vector<int64_t>& shape);

@@ -47,22 +47,6 @@ float scale_argument(double scale) {
                    ": pass a finite number of float32's range");
 }
 
-struct Extent {
-  const char *begin, *end;
-  size_t index;
-};
-
-// What is written must be written once: in address order, none begins before the one before it has ended.
-void require_apart(std::vector<Extent> extents) {
-  std::ranges::sort(extents, {}, &Extent::begin);
-  for (size_t i = 1; i < extents.size(); ++i) {
-    if (extents[i].begin < extents[i - 1].end) {
-      throw ValueError("`" + ordinal(extents[i - 1].index) + "` and `" + ordinal(extents[i].index) +
-                       "` overlap: unpack writes each of them, pass tensors with memory of their own");
-    }
-  }
-}
-
 // A tensor lies apart from the bucket or is its own part of it.
 void require_place(const Array& tensor, const Array& bucket, int64_t offset, const std::string& name) {
   const auto* begin = static_cast<const char*>(tensor.data);
@@ -94,12 +78,12 @@ std::vector<Array> read_tensors(const Packing& packing, const std::vector<py::ob
                        " elements where the bucket has " + std::to_string(places[i].count));
     }
     require_place(tensor, packing.whole(), places[i].offset, name);
-    if (!packs && tensor.count > 0) {
-      const auto* begin = static_cast<const char*>(tensor.data);
-      extents.push_back({begin, begin + tensor.bytes(), i});
-    }
+    if (!packs) extents.push_back(extent_of(tensor, i));
   }
-  require_apart(std::move(extents));
+  if (const auto found = find_overlap(std::move(extents))) {
+    throw ValueError("`" + ordinal(found->first) + "` and `" + ordinal(found->second) +
+                     "` overlap: unpack writes each of them, pass tensors with memory of their own");
+  }
   return arrays;
 }
 

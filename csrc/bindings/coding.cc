@@ -46,17 +46,19 @@ Feeding::Feeding(py::object comm, py::object feedback, py::object places, int64_
       of_torch_(of_torch) {}
 
 void Feeding::renew(Coding& coding) {
-  residuals_ = feedback_.attr("residuals")(comm_, places_, count_, of_torch_);
+  py::object next = feedback_.attr("residuals")(comm_, places_, count_, of_torch_);
   const auto scale = feedback_.attr("scale").cast<float>();
   if (coding.residuals && coding.residual_scale != scale) {
     throw ValueError("the loss scale of the error feedback was " + std::to_string(coding.residual_scale) +
                      " when this call was bound, and is " + std::to_string(scale) + ": bind it anew");
   }
-  coding.residuals = residuals_.attr("residuals").cast<std::shared_ptr<Residuals>>();
-  if (coding.residuals->count() != count_) {  // the loops would go past their end
-    throw ValueError("the error feedback has residuals of " + std::to_string(coding.residuals->count()) +
-                     " elements for a call on " + std::to_string(count_));
+  auto residuals = next.attr("residuals").cast<std::shared_ptr<Residuals>>();
+  if (residuals->count() != count_) {  // the kernels would go past their end
+    throw ValueError("the error feedback has residuals of " + std::to_string(residuals->count()) +
+                     " elements for a call on " + std::to_string(count_) + ": return as many");
   }
+  residuals_ = std::move(next);
+  coding.residuals = std::move(residuals);
   coding.residual_scale = scale;
 }
 

@@ -23,7 +23,7 @@ class Feeding {
  public:
   Feeding(pybind11::object comm, pybind11::object feedback, pybind11::object places, int64_t count,
           bool of_torch);
-  // Takes the residuals that the next run uses. Throws ValueError, and then nothing has changed.
+  // Takes the residuals that the next run uses. If it throws ValueError, `coding` is as it was.
   void renew(runtime::Coding& coding);
   // Before a run of which nothing is refused any more; and after it, with its Work, if it is asynchronous.
   void begun() const { feedback_.attr("begun")(comm_, residuals_); }

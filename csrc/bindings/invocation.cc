@@ -1,16 +1,13 @@
 #include "bindings/invocation.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <span>
 #include <utility>
 
 #include "bindings/refusal.h"
 #include "common/error.h"
-#include "common/hash.h"
-#include "kernels/copy.h"
 
 namespace py = pybind11;
 
@@ -18,12 +15,6 @@ namespace pycomm::bindings {
 
 using runtime::Request;
 using schedule::Content;
-
-bool overlap(const Array& in, const Array& out) {
-  if (!in.data || !out.data || in.bytes() == 0 || out.bytes() == 0) return false;
-  const char *a = static_cast<const char*>(in.data), *b = static_cast<const char*>(out.data);
-  return a < b + out.bytes() && b < a + in.bytes();
-}
 
 namespace {
 
@@ -144,10 +135,8 @@ void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
   throw ValueError("`x` and `out` overlap in part: pass separate buffers, or the very same one");
 }
 
-int64_t sum(const std::vector<int64_t>& counts) {
-  int64_t total = 0;
-  for (int64_t c : counts) total += c;
-  return total;
+int64_t sum(std::span<const int64_t> counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
 std::vector<int64_t> scaled(std::vector<int64_t> counts, int64_t by) {
@@ -216,9 +205,8 @@ void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, cons
     return;
   }
   take_out(call, x, args, with_rows(call.in, sum(rows)), args[Arg::counts] ? 0 : n);
-  int64_t before = 0;
-  for (int r = 0; r < me; ++r) before += call.request.call.counts[r];
-  check_overlap(call, at(call.out, before), static_cast<const char*>(call.out.data));
+  const char* const own = at(call.out, sum(std::span(call.request.call.counts).first(me)));
+  check_overlap(call, own, static_cast<const char*>(call.out.data));
 }
 
 // All blocks in, one out: reduce_scatter, scatter (in at the root only).
@@ -262,9 +250,8 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
     if (std::ranges::equal(out.shape, row)) shape = row;
   }
   take_out(call, x, args, shape, 0);
-  int64_t before = 0;
-  for (int r = 0; r < me; ++r) before += call.request.call.counts[r];
-  check_overlap(call, static_cast<const char*>(call.in.data), at(call.in, before));
+  const char* const own = at(call.in, sum(std::span(call.request.call.counts).first(me)));
+  check_overlap(call, static_cast<const char*>(call.in.data), own);
 }
 
 void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {

@@ -44,7 +44,6 @@ struct Invocation {
 
 // One buffer; no codec. Makes `out` where the call has none and needs one. Throws TypeError or ValueError.
 Invocation check_call(const Method& method, const PyCommunicator& comm, const Arguments& args);
-bool overlap(const Array& in, const Array& out);
 // send_recv: the send and the receive.
 std::array<Invocation, 2> check_exchange(const Method& method, const PyCommunicator& comm,
                                          const Arguments& args);

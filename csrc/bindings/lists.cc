@@ -122,17 +122,11 @@ void List::take(size_t i, const std::string& item) {
 }
 
 void List::require_apart() const {
-  std::vector<size_t> order;
-  for (size_t i = 0; i < outs_.size(); ++i) {
-    if (outs_[i].bytes() > 0) order.push_back(i);
-  }
-  const auto begin = [&](size_t i) { return static_cast<const char*>(outs_[i].data); };
-  std::ranges::sort(order, {}, begin);
-  for (size_t at = 1; at < order.size(); ++at) {
-    const size_t a = order[at - 1], b = order[at];
-    if (begin(b) >= begin(a) + outs_[a].bytes()) continue;
-    throw ValueError("`" + out_name_ + "[" + std::to_string(std::min(a, b)) + "]` and `" + out_name_ + "[" +
-                     std::to_string(std::max(a, b)) + "]` overlap: pass buffers with memory of their own");
+  std::vector<Extent> extents;
+  for (size_t i = 0; i < outs_.size(); ++i) extents.push_back(extent_of(outs_[i], i));
+  if (const auto found = find_overlap(std::move(extents))) {
+    throw ValueError("`" + out_name_ + "[" + std::to_string(found->first) + "]` and `" + out_name_ + "[" +
+                     std::to_string(found->second) + "]` overlap: pass buffers with memory of their own");
   }
 }
 
@@ -166,22 +160,18 @@ std::vector<Group> List::group(const std::vector<Group::Kind>& kinds) const {
   return groups;
 }
 
-// Whether memory that one group moves is also another's, or in part its own.
+// Whether any buffers of the groups overlap, other than an input that is its own output.
 bool any_overlap(const std::vector<Group>& groups) {
-  std::vector<std::pair<const char*, const char*>> spans;
-  const auto add = [&](const Array& b) {
-    const auto* begin = static_cast<const char*>(b.data);
-    if (b.bytes() > 0) spans.emplace_back(begin, begin + b.bytes());
-  };
+  std::vector<Extent> extents;
   for (const Group& group : groups) {
     for (size_t i = 0; i < group.ins.size(); ++i) {
-      add(group.ins[i]);
-      if (!group.outs.empty() && group.outs[i].data != group.ins[i].data) add(group.outs[i]);
+      extents.push_back(extent_of(group.ins[i], i));
+      if (!group.outs.empty() && group.outs[i].data != group.ins[i].data) {
+        extents.push_back(extent_of(group.outs[i], i));
+      }
     }
   }
-  std::ranges::sort(spans);
-  return std::ranges::adjacent_find(spans, [](const auto& a, const auto& b) { return b.first < a.second; }) !=
-         spans.end();
+  return find_overlap(std::move(extents)).has_value();
 }
 
 // A call on what lies in `data`, in place.
@@ -262,33 +252,42 @@ std::vector<Segment> segments_of(const std::vector<std::string>& names, const Pa
   return segments;
 }
 
+std::vector<Group::Kind> kinds_without_codec(const List& list) {
+  std::vector<Group::Kind> kinds;
+  for (size_t i = 0; i < list.size(); ++i) {
+    kinds.push_back(list.in(i).bytes() >= kLongCopyBytes ? Group::Kind::alone : Group::Kind::packed);
+  }
+  return kinds;
+}
+
+// Adds to the list's signature which items are exempt.
+std::vector<Group::Kind> kinds_with_codec(const List& list, const Coder& coder, std::string& signature) {
+  Parts parts{.whole = false, .names = {}, .segments = {}, .shapes = {}};
+  std::vector<size_t> all(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    all[i] = i;
+    require_codec_dtype(list.in(i).dtype, ("x[" + std::to_string(i) + "]").c_str());
+    const auto& shape = list.in(i).shape;
+    parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(shape.begin(), shape.end()))));
+  }
+  parts.names = coder.names(all);
+  std::vector<Group::Kind> kinds(list.size(), Group::Kind::coded);
+  const std::vector<size_t> exempt = coder.exempt(parts);
+  for (const size_t i : exempt) kinds[i] = Group::Kind::exempt;
+  if (!exempt.empty()) signature += ", " + Coder::signature(parts, exempt);
+  return kinds;
+}
+
 std::vector<Invocation> check_list(const Method& method, const PyCommunicator& comm, const Arguments& args) {
   const List list(method, comm, args);
   std::optional<Coder> coder;
-  std::vector<Group::Kind> kinds(list.size(), Group::Kind::packed);
   std::string signature = list.signature();
   if (args.given & kCodecArguments) {
     list.require_apart();
     coder.emplace(method.name, args);
-    Parts parts{.whole = false, .names = {}, .segments = {}, .shapes = {}};
-    std::vector<size_t> all(list.size());
-    for (size_t i = 0; i < list.size(); ++i) {
-      all[i] = i;
-      require_codec_dtype(list.in(i).dtype, ("x[" + std::to_string(i) + "]").c_str());
-      const auto& shape = list.in(i).shape;
-      parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(shape.begin(), shape.end()))));
-    }
-    parts.names = coder->names(all);
-    kinds.assign(list.size(), Group::Kind::coded);
-    const std::vector<size_t> exempt = coder->exempt(parts);
-    for (const size_t i : exempt) kinds[i] = Group::Kind::exempt;
-    if (!exempt.empty()) signature += ", " + Coder::signature(parts, exempt);
-  } else {
-    for (size_t i = 0; i < list.size(); ++i) {
-      if (list.in(i).bytes() >= kLongCopyBytes) kinds[i] = Group::Kind::alone;
-    }
   }
-  std::vector<Group> groups = list.group(kinds);
+  std::vector<Group> groups =
+      list.group(coder ? kinds_with_codec(list, *coder, signature) : kinds_without_codec(list));
   // What is coded first: what is exempt counts for it.
   std::stable_partition(groups.begin(), groups.end(),
                         [](const Group& g) { return g.kind != Group::Kind::exempt; });

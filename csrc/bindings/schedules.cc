@@ -19,11 +19,7 @@ namespace {
 
 using namespace schedule;
 
-// What a Python algorithm writes each rank's program with.
-struct Programs {
-  std::shared_ptr<Schedule> schedule = std::make_shared<Schedule>();
-  World world;
-};
+// What an algorithm in Python writes a rank's program with. It may keep this beyond the call.
 struct PyBuilder {
   std::shared_ptr<Schedule> schedule;
   std::shared_ptr<Builder> builder;
@@ -31,12 +27,12 @@ struct PyBuilder {
 
 Schedule call_python(const py::function& write, const World& world) {
   const Locked locked;
-  Programs programs{.world = world};
-  programs.schedule->ranks.resize(world.size);
+  const auto written = std::make_shared<Schedule>();
+  written->ranks.resize(world.size);
   for (int rank = 0; rank < world.size; ++rank) {
-    write(PyBuilder{programs.schedule, std::make_shared<Builder>(*programs.schedule, rank)}, world);
+    write(PyBuilder{written, std::make_shared<Builder>(*written, rank)}, world);
   }
-  return *programs.schedule;
+  return *written;
 }
 
 std::optional<std::string> verify_call(const std::string& algorithm, const std::string& collective, int size,
