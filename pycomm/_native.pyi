@@ -59,7 +59,7 @@ __all__: list[str] = [
 
 class CommError(RuntimeError):
     """
-    The group cannot go on: the buffers of the failed call are undefined, later calls raise AbortedError.
+    The group cannot go on: the buffers of the failed call are undefined, and later calls raise AbortedError.
     """
 
 class PeerLostError(CommError):
@@ -69,12 +69,12 @@ class PeerLostError(CommError):
 
 class MismatchError(CommError):
     """
-    Ranks called different things; names both calls.
+    Ranks made different calls; the message names both.
     """
 
 class CommTimeoutError(CommError, TimeoutError):
     """
-    A peer was stopped or late beyond the deadline; names it.
+    A peer was stopped or late at the deadline; the message names it.
     """
 
 class AbortedError(CommError):
@@ -111,7 +111,7 @@ class Communicator:
         """
         Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
 
-        `counts`: each rank's rows, where they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
+        `counts`: the rows of each rank, if they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
         (ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.
         """
 
@@ -179,26 +179,29 @@ class Communicator:
         """
         Combines `x` of all ranks element by element; every rank gets the result, with the same bits.
 
-        In place, or into `out` (same count and dtype, not overlapping `x` in part); returns where the result is. `x` is an array, a
-        tensor, or anything with DLPack or the buffer protocol, contiguous, of any shape; a list of them is one call for each
-        dtype, packed side by side. All ranks pass as many elements of the same dtype; shapes are not compared.
+        Works in place, or writes to `out`, which has the count and dtype of `x` and does not overlap it in part. Returns
+        the buffer that holds the result. `x` is an array, a tensor, or anything with DLPack or the buffer protocol,
+        contiguous, of any shape. A list of them takes one call for each dtype, packed side by side, and one for each large
+        buffer. All ranks pass the same count and dtype; shapes are compared only in a list or a Bucket.
 
         `op`: "sum", "prod", "min", "max", "avg", "band", "bor", "bxor" or pycomm.premul_sum(factor). float16, bfloat16 and
         float8 are summed in float32 and rounded once. `deterministic`: sums associate as the balanced binary tree over ranks,
-        whatever the size. `algorithm`: a name from docs/algorithms.md, which has their papers; the library chooses otherwise.
+        whatever the size. `algorithm`: a name from docs/algorithms.md; without it the library chooses.
 
-        `timeout`: how many seconds this call waits for a rank that is late, in the place of the group's; float("inf") for no
-        deadline. `tag`: a name that all ranks must agree on. `async_op`: returns a Work at once. `stream`: of GPU buffers.
+        `timeout`: how many seconds this call waits for a late rank, in place of the group's timeout; float("inf") for no
+        deadline. `tag`: a name for the call, the same on all ranks. `async_op`: returns a Work at once. `stream`: for GPU
+        buffers, which collectives do not take yet.
 
-        `codec`: float32, float16 and bfloat16 sums and averages cross between ranks compressed: a name ("bf16", "int8", ...) or
-        an object of pycomm.codecs, the same on all ranks. `step`, of 32 bits, numbers the calls for stochastic rounding: the same
-        call with the same step gives the same bits; it defaults to `codec_step`, which counts. TypeError for other dtypes and
-        operators; ValueError where residuals are to be kept and nothing names them: a Bucket's names, or `tag`.
+        `codec`: compresses what crosses between ranks, for sums and averages of float32, float16 and bfloat16: a name ("bf16",
+        "int8", ...) or an object of pycomm.codecs, the same on all ranks. `step`, a number of 32 bits, decides the random bits of
+        stochastic rounding: the same call with the same step gives the same bits. It defaults to `codec_step`, which counts
+        calls. Raises TypeError for other dtypes and operators, and ValueError if error feedback keeps residuals and neither a
+        Bucket's names nor `tag` name them.
 
-        Raises TypeError for what is no buffer, a dtype that pycomm does not know or that does not take `op`, and ValueError for
-        buffers that are strided, read-only, of another size or overlap, and for an algorithm that cannot run this call: both
-        before any rank has moved. Raises CommError (PeerLostError, MismatchError, CommTimeoutError, AbortedError) when the
-        group has failed: the buffers are then undefined.
+        Raises TypeError for an object that is no buffer, and for a dtype that pycomm does not know or that `op` does not take;
+        ValueError for buffers that are strided, read-only, of different sizes or overlapping, and for an algorithm that cannot
+        run this call: both before this rank has moved. Raises CommError (PeerLostError, MismatchError, CommTimeoutError,
+        AbortedError) when the group has failed: the buffers are then undefined.
         """
 
     @typing.overload
@@ -264,11 +267,12 @@ class Communicator:
         step: int | None = None,
     ) -> PersistentOp:
         """
-        Binds an all_reduce once; calling what is returned runs it on the same buffers. Local: moves nothing by itself.
+        Binds an all_reduce once and returns a PersistentOp: calling that runs it on the same buffers. Local: moves nothing.
 
-        The call takes no arguments, blocks, and returns where the result is. `x` is one buffer, no list; it is kept alive, and
-        must stay the one that is meant: zero_grad() gives a parameter another gradient. With a codec every run is a step of its
-        own, unless `step` is given; one thread at a time may run it. Arguments and errors as all_reduce.
+        The PersistentOp takes no arguments, blocks, and returns the buffer that holds the result. `x` is one buffer, no list.
+        The op keeps it alive and goes on with it: bind again when zero_grad() has given a parameter another gradient. With a
+        codec every run is a step of its own, unless `step` is given, and one thread at a time may run it. Arguments and errors
+        as all_reduce.
         """
 
     @typing.overload
@@ -286,9 +290,9 @@ class Communicator:
         stream: typing.Any = None,
     ) -> T:
         """
-        Sends part r of `x`, along axis 0, to rank r; `out` holds what came from each rank, in rank order.
+        Sends part r of `x`, along axis 0, to rank r; `out` holds the parts from all ranks, in rank order.
 
-        Parts are equal, or `send_counts[r]` rows go to rank r and `recv_counts[r]` rows come from it: on all ranks or on none.
+        Parts are equal, unless all ranks pass counts: then `send_counts[r]` rows go to rank r and `recv_counts[r]` come from it.
         `out` may be `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
         """
 
@@ -384,7 +388,7 @@ class Communicator:
         """
         Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
 
-        All ranks pass as many elements of the same dtype. The root's `x` is only read. Returns where the result is.
+        All ranks pass the same count and dtype. The root's `x` is only read. Returns the buffer that holds the result.
         `comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.
         """
 
@@ -429,12 +433,12 @@ class Communicator:
     ) -> typing.Any: ...
     def close(self) -> None:
         """
-        Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError. Raises MismatchError if another rank's last call was another one; the group is closed all the same.
+        Completes what is queued and leaves the group. Peers that still wait for this rank get PeerLostError. Raises MismatchError if another rank's last call was a different one; the group is closed all the same.
         """
 
     def empty(self, shape: typing.Any, dtype: typing.Any = "float32", *, device: str = "cpu") -> typing.Any:
         """
-        Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it in place, so that collectives on it copy nothing. Its content is zero. Freed when every rank has dropped it. Raises MemoryError if the space is not there, ValueError if ranks ask for different sizes.
+        Collective. Returns a NumPy array in symmetric memory, of the same size on every rank: peers read and write it in place, so collectives on it copy nothing. Its elements are 0. The memory is freed when every rank has dropped its array. Raises MemoryError if there is not enough memory, ValueError if ranks ask for different sizes.
         """
 
     def explain(
@@ -450,7 +454,7 @@ class Communicator:
         codec: typing.Any = None,
     ) -> str:
         """
-        Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).
+        Local. Says in words which plan a call would run, and why. `count`: elements of `x` or, if it holds a block for each rank, of one block.
         """
 
     @typing.overload
@@ -470,7 +474,7 @@ class Communicator:
         """
         Gives rank `root` the `x` of all ranks, concatenated on axis 0; others get None. See all_gather.
 
-        `out`, of the root alone, is made if not given. Other arguments and errors as all_reduce.
+        Only the root has an `out`, which is made if not given. Other arguments and errors as all_reduce.
         """
 
     @typing.overload
@@ -517,7 +521,7 @@ class Communicator:
     ) -> typing.Any: ...
     def leave(self, error: str) -> None:
         """
-        As close(), with an error on its way: what is queued is not waited for. Peers in these calls get PeerLostError, which quotes `error`.
+        Leaves the group because of an error: as close(), but does not wait for what is queued. Peers in these calls get PeerLostError, which quotes `error`.
         """
 
     @typing.overload
@@ -533,7 +537,7 @@ class Communicator:
         stream: typing.Any = None,
     ) -> T:
         """
-        Receives into `x` what rank `src` sends, exactly as many elements; returns `x`. See send.
+        Receives into `x` the message that rank `src` sends, of the same count; returns `x`. See send.
         """
 
     @typing.overload
@@ -578,7 +582,7 @@ class Communicator:
         """
         Combines `x` of all ranks at rank `root`, in place or into `out`; other ranks' buffers stay as they are.
 
-        Returns where the result is at the root. Other arguments and errors as all_reduce.
+        Returns `out`, or `x` if there is none; only the root's holds the result. Other arguments and errors as all_reduce.
         """
 
     @typing.overload
@@ -644,9 +648,10 @@ class Communicator:
         step: int | None = None,
     ) -> T:
         """
-        Combines `x` of all ranks and leaves each rank its part along axis 0: of shape (rows / ranks, ...), or `counts[rank]` rows.
+        Combines `x` of all ranks and gives each rank its part along axis 0: rows / ranks of them, or `counts[rank]`.
 
-        ValueError where the rows do not divide and there is no `counts`, which is the same on all ranks. `out` may be this rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
+        `counts` is the same on all ranks; without it, rows that do not divide by the ranks are a ValueError. `out` may be this
+        rank's own part of `x`. Returns `out`, made if not given. Other arguments and errors as all_reduce.
         """
 
     @typing.overload
@@ -715,9 +720,9 @@ class Communicator:
         stream: typing.Any = None,
     ) -> T:
         """
-        Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass `out` alone. See reduce_scatter.
+        Gives each rank its part, along axis 0, of rank `root`'s `x`. Other ranks pass only `out`. See reduce_scatter.
 
-        `counts`: each rank's rows, where they differ. Returns `out`. Other arguments and errors as all_reduce.
+        `counts`: the rows of each rank, if they differ. Returns `out`. Other arguments and errors as all_reduce.
         """
 
     @typing.overload
@@ -775,13 +780,13 @@ class Communicator:
         stream: typing.Any = None,
     ) -> None:
         """
-        Sends `x` to rank `dst`, which calls recv with as many elements of the same dtype and the same tag, in the same order.
+        Sends `x` to rank `dst`, which calls recv with the same count, dtype and tag.
 
         Returns when `x` may be used again: a message of a few hundred KiB may not have been received by then, a longer one
         is received while it is sent. Messages from one rank to another arrive in the order in which they were sent, and wait for
-        no other call. Two ranks that exchange long messages call send_recv. A tag is compared and selects no message:
-        MismatchError where tags, counts or dtypes differ. ValueError where `dst` is this rank. Other arguments and errors as
-        all_reduce.
+        no other call. Two ranks that exchange long messages call send_recv. A tag selects no message, it is only compared:
+        different tags, counts or dtypes are a MismatchError. Raises ValueError if `dst` is this rank. Other arguments and errors
+        as all_reduce.
         """
 
     @typing.overload
@@ -822,30 +827,31 @@ class Communicator:
         """
         Sends `x` to rank `dst` while it receives into `out` what rank `src` sends; returns `out`.
 
-        As a send and a receive that do not wait for each other: ranks that all exchange, in pairs or along a ring, need no
-        order among them. The peers may as well call send, recv, or both; a rank that is both peers itself copies. `x` and `out` must not overlap. See send.
+        The send and the receive do not wait for each other: ranks that all exchange, in pairs or along a ring, need no
+        order among them. A peer may call send, recv or both instead. If both peers are this rank, it copies. `x` and `out` must
+        not overlap. See send.
         """
 
     def shrink(self) -> Communicator:
         """
-        Collective among the ranks that are left, also after a failure: the group of them, in the same order. The old communicator is of no more use. Raises CommTimeoutError if a rank that lives does not come.
+        Collective among the ranks that are left, also after a failure. Returns their group, in the same order; the old communicator cannot be used any more. Raises CommTimeoutError if a rank that lives does not call it.
         """
 
     def split(self, color: int, key: int = 0) -> Communicator | None:
         """
-        Collective. The group of the ranks that gave the same color, ordered by key and then by rank; None for a negative color.
+        Collective. Returns the group of the ranks that pass the same color, ordered by key and then by rank, or None for a negative color.
         """
 
     @property
     def codec_step(self) -> int:
         """
-        How many calls with a codec were made without step=: the step of the next one.
+        The number of calls so far with a codec and without step=. The next such call takes it as its step.
         """
 
     @property
     def local_rank(self) -> int:
         """
-        This rank among those of its node.
+        This rank's number among the ranks of its node.
         """
 
     @property
@@ -867,13 +873,13 @@ class Communicator:
 
 class Work:
     """
-    An asynchronous call. It keeps its buffers and their memory until it has completed; what resizes memory in place, as torch's resize_ does, has to wait for it.
+    An asynchronous call. It keeps its buffers and their memory until it has completed. Wait for it before memory is resized in place, as torch's resize_ does.
     """
 
     def __repr__(self) -> str: ...
     def add_done_callback(self, fn: typing.Any) -> None:
         """
-        Calls fn(work) once the call has completed, with or without an error: at once if it has; else soon after, on whichever thread drove it, which can make other calls by then. Keep it short: that thread drives this group's other calls as well. Callbacks of a work run in the order in which they were added. What fn raises goes to sys.unraisablehook.
+        Calls fn(work) once the call has completed, with or without an error: at once if it has completed, else soon afterwards, on the thread that drove the call. fn may make other calls. Keep it short: that thread drives this group's other calls as well. Callbacks of a work run in the order in which they were added. An exception that fn raises goes to sys.unraisablehook.
         """
 
     def exception(self) -> BaseException | None:
@@ -893,12 +899,12 @@ class Work:
 
     def wait(self, timeout: float | None = None) -> typing.Any:
         """
-        Blocks until the call has completed and returns what the blocking call returns; raises its error. With a timeout in seconds, CommTimeoutError when it passes first; the call goes on.
+        Blocks until the call has completed. Returns what the blocking call returns, or raises its error. After `timeout` seconds it raises CommTimeoutError, and the call goes on.
         """
 
 class PersistentOp:
     """
-    A call that was bound once: call it to run it again on the same buffers. ValueError where their memory is another by then.
+    A call that was bound once: call it to run it again on the same buffers. Raises ValueError if they have other memory by then.
     """
 
     def __call__(self) -> typing.Any:
@@ -929,7 +935,7 @@ class Ref:
 
 class World:
     """
-    What an algorithm is asked for.
+    The collective and the ranks that an algorithm writes a schedule for.
     """
 
     @property
@@ -965,12 +971,12 @@ class Builder:
     def copy(self, dst: Ref, src: Ref) -> None: ...
     def image(self, chunk: Chunk = ..., rank: int | None = None) -> Ref:
         """
-        This rank's buffer of that name, or another rank's.
+        A chunk of this rank's buffer of that name, or of another rank's.
         """
 
     def in_(self, chunk: Chunk = ..., rank: int | None = None) -> Ref:
         """
-        This rank's buffer of that name, or another rank's.
+        A chunk of this rank's buffer of that name, or of another rank's.
         """
 
     def offer(self, peer: int, ref: Ref) -> None:
@@ -980,17 +986,17 @@ class Builder:
 
     def out(self, chunk: Chunk = ..., rank: int | None = None) -> Ref:
         """
-        This rank's buffer of that name, or another rank's.
+        A chunk of this rank's buffer of that name, or of another rank's.
         """
 
     def scratch(self, chunk: Chunk = ..., rank: int | None = None) -> Ref:
         """
-        This rank's buffer of that name, or another rank's.
+        A chunk of this rank's buffer of that name, or of another rank's.
         """
 
     def stage(self, stage: int) -> None:
         """
-        Of the steps that follow: in iteration i they work on trip i - stage.
+        Sets the stage of the steps that follow: in iteration i they work on trip i - stage.
         """
 
     @property
@@ -998,12 +1004,12 @@ class Builder:
 
 class Array:
     """
-    The elements of an array or tensor, while that lives: where they are, and what.
+    Where the elements of an array or tensor are, and of which type: valid while that object lives.
     """
 
     def require_writable(self, what: str) -> None:
         """
-        Raises ValueError for what is read-only, or what a result would be lost in.
+        Raises ValueError if the elements are read-only, or a copy in which a result would be lost.
         """
 
     @property
@@ -1013,7 +1019,7 @@ class Array:
     @property
     def device(self) -> int:
         """
-        A CUDA device's number; -1: the host.
+        The number of a CUDA device, or -1 for the host.
         """
 
     @property
@@ -1025,7 +1031,7 @@ class Array:
 
 class Packing:
     """
-    Tensors' places in a bucket; offsets and counts in its elements.
+    The places of tensors in a bucket: their offsets and counts, in its elements.
     """
 
     def __init__(
@@ -1036,7 +1042,7 @@ class Packing:
     ) -> None: ...
     def check_unpack(self, tensors: collections.abc.Sequence[typing.Any]) -> None:
         """
-        Raises what unpack would.
+        Raises the error that unpack would raise for these tensors.
         """
 
     def pack(
@@ -1048,7 +1054,7 @@ class Packing:
         isa: str | None = None,
     ) -> typing.Any:
         """
-        Copies tensors to their places, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None.
+        Copies tensors to their places, cast and scaled. Returns (sum of squares, largest magnitude, NaNs, infinities) of what was written, or None without `stats`.
         """
 
     def unpack(
@@ -1060,12 +1066,12 @@ class Packing:
         isa: str | None = None,
     ) -> typing.Any:
         """
-        The way back: see pack.
+        Copies the places to the tensors, cast and scaled. Returns what pack returns.
         """
 
 class Codec:
     """
-    What turns gradients into wire bytes and back, see pycomm.codecs.
+    A gradient compressor as plans and kernels know it: see pycomm.codecs.
     """
 
     def __init__(
@@ -1080,7 +1086,7 @@ class Codec:
     ) -> None: ...
     def wire_bytes(self, count: int) -> int:
         """
-        Bytes that `count` elements take on the wire.
+        The bytes that `count` elements take on the wire.
         """
 
     @property
@@ -1098,7 +1104,7 @@ class Codec:
 
 class Residuals:
     """
-    What `count` elements still owe, as calls with error feedback read and write it.
+    The residuals of `count` elements: what encodes have lost, and later calls with error feedback add again.
     """
 
     def __init__(self, count: int) -> None: ...
@@ -1110,18 +1116,18 @@ class Residuals:
     @property
     def now(self) -> numpy.typing.NDArray[numpy.float32]:
         """
-        float32, a view; to use while no call is under way.
+        The residuals as a float32 view. Use it only while no call is under way.
         """
 
 class SharedArrays:
     """
-    Large arrays of NumPy's lie in shared memory from when this is made until end().
+    NumPy's large arrays lie in shared memory if they are made while this lives, up to end().
     """
 
     def __init__(self) -> None: ...
     def end(self) -> None:
         """
-        NumPy allocates again as it did before.
+        Lets NumPy allocate as it did before.
         """
 
 def add_algorithm(
@@ -1139,24 +1145,24 @@ def algorithms(collective: str) -> list[str]:
 def available_isas() -> list[str]: ...
 def copy_bytes(out: typing.Any, x: typing.Any, stream: bool = False) -> None:
     """
-    A plain copy between buffers that do not overlap: what the kernels are measured against.
+    Copies `x` to `out`, which must not overlap it: the kernels are measured against this copy.
     """
 
 def decode(
     codec: Codec, wire: typing.Any, out: typing.Any, *, add: bool = False, isa: str | None = None
 ) -> None:
     """
-    Into `out`, or added to it.
+    Decodes wire bytes into `out`; with `add`, adds them to it.
     """
 
 def describe_buffer(x: typing.Any, what: str, on_gpu: bool = False) -> Array:
     """
-    The elements of one on the CPU, or on a GPU. Raises TypeError or ValueError if it cannot be communicated.
+    Reads the buffer `x`, on the CPU or, if `on_gpu`, on a GPU. `what` is its name in messages. Raises TypeError or ValueError if it cannot be communicated.
     """
 
 def dtype_name(dtype: typing.Any) -> str:
     """
-    What the library calls an element type, which may be given as people type it.
+    The library's name for an element type, given by any of its names or as a dtype of NumPy or torch.
     """
 
 def encode(
@@ -1174,7 +1180,7 @@ def encode(
     isa: str | None = None,
 ) -> typing.Any:
     """
-    Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.
+    Returns `x` as wire bytes. With residuals it encodes x + residual_scale * residual, and writes the error to `next_residual`.
     """
 
 def is_shared_array(array: typing.Any) -> bool:
@@ -1199,7 +1205,7 @@ def join_threads(
     delays: int | None = None,
 ) -> list[Communicator]:
     """
-    The communicators of `size` rank threads of this process, each on a made-up node.
+    Returns the communicators of `size` rank threads of this process. `nodes`: a made-up node for each rank; empty, all are on one. `delays`: a seed for delays of messages between nodes.
     """
 
 def makes_shared_arrays() -> bool:
@@ -1209,12 +1215,12 @@ def makes_shared_arrays() -> bool:
 
 def numpy_dtype(name: str) -> typing.Any:
     """
-    NumPy's or ml_dtypes' dtype of this name.
+    The dtype of this name, from NumPy or ml_dtypes.
     """
 
 def packable_dtype(dtype: typing.Any, what: str = "dtype") -> tuple[str, int]:
     """
-    The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
+    Returns the name and the bytes of an element type. Raises TypeError if buckets cannot hold it.
     """
 
 def topk_decode_add(record: typing.Any, k: int, sum: typing.Any) -> None:
@@ -1233,7 +1239,7 @@ def topk_encode(
     isa: str | None = None,
 ) -> typing.Any:
     """
-    The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the others.
+    Returns the record of the k largest magnitudes of `x`. With residuals it takes those of x + residual_scale * residual, and writes what it leaves out to `next_residual`.
     """
 
 def verify(
@@ -1250,7 +1256,7 @@ def verify(
     write: collections.abc.Callable[[Builder, World], object] | None = None,
 ) -> str | None:
     """
-    Proves the plan of this call on all ranks; returns the first counterexample in words, or None. `write`: a function (builder, world) that writes the program, instead of a known algorithm's.
+    Proves the plan of this call on all ranks. Returns the first counterexample in words, or None. `write`: a function (builder, world) that writes the program, in place of a known algorithm.
     """
 
 COLLECTIVES: tuple[str, ...] = (

@@ -13,14 +13,14 @@ namespace py = pybind11;
 namespace pycomm::bindings {
 
 namespace {
-// What the peer is called is the method's business: dst, src.
+// "peer" is no keyword: each method has its own name for the peer, dst or src.
 constexpr auto kPeer = static_cast<size_t>(Arg::peer);
 constexpr std::array<const char*, kNumArgs> kNames = {
     "x",        "peer",   "out",  "src",    "op",          "algorithm",   "deterministic", "timeout", "tag",
     "async_op", "stream", "root", "counts", "send_counts", "recv_counts", "codec",         "step"};
 
-// The argument that a keyword names, or kNumArgs. Keywords in calls are interned, so that comparing pointers
-// nearly always settles it.
+// The argument that a keyword names, or kNumArgs. Keywords in calls are interned, so comparing pointers
+// nearly always suffices.
 size_t find_argument(PyObject* keyword, const char* peer_name) {
   static const auto interned = [] {
     std::array<PyObject*, kNumArgs> made{};
@@ -39,8 +39,9 @@ size_t find_argument(PyObject* keyword, const char* peer_name) {
   }
   return kNumArgs;
 }
-// "`name` is VALUE", or what it is one of where it would fill a line.
-std::string given(PyObject* object, const char* name) {
+
+// "`name` is VALUE", or "`name` is a TYPE" if the value would fill a line.
+std::string name_and_value(PyObject* object, const char* name) {
   constexpr size_t kLongest = 80;
   std::string shown = pybind11::repr(object).cast<std::string>();
   if (shown.size() > kLongest || shown.find('\n') != std::string::npos) {
@@ -58,7 +59,7 @@ std::string given(PyObject* object, const char* name) {
     known.emplace_back(i == kPeer ? peer_name : kNames[i]);
     all += (all.empty() ? "" : ", ") + std::string(known.back());
   }
-  // torch.distributed and MPI have the root in words of its part.
+  // torch.distributed calls the root src or dst.
   const bool rooted = allowed & bit(Arg::root) && (keyword == "src" || keyword == "dst");
   throw TypeError(std::string(method) + "() got an unexpected keyword argument '" + keyword + "'" +
                   did_you_mean(rooted ? "root" : keyword, known) + ": it takes " + all);
@@ -106,31 +107,31 @@ int64_t integer(PyObject* object, const char* name) {
   const pybind11::object index = pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(object));
   if (!index) {
     PyErr_Clear();
-    throw TypeError(given(object, name) + ": pass an integer");
+    throw TypeError(name_and_value(object, name) + ": pass an integer");
   }
   const int64_t value = PyLong_AsLongLong(index.ptr());
   if (value == -1 && PyErr_Occurred()) {
     PyErr_Clear();
-    throw ValueError(given(object, name) + ": integers here have 64 bits");
+    throw ValueError(name_and_value(object, name) + ": pass an integer that fits in 64 bits");
   }
   return value;
 }
 
-double seconds(PyObject* object, const char* name, bool or_none) {
+double seconds(PyObject* object, const char* name, bool or_zero) {
   const double value = PyFloat_AsDouble(object);
   const bool number = !PyErr_Occurred() && !PyBool_Check(object);
   PyErr_Clear();
-  if (!number) throw TypeError(given(object, name) + ": pass seconds, as a number");
-  if (or_none && !(value >= 0)) throw ValueError(given(object, name) + ": pass seconds, 0 or more");
-  if (!or_none && !(value > 0)) {
-    throw ValueError(given(object, name) +
+  if (!number) throw TypeError(name_and_value(object, name) + ": pass seconds, as a number");
+  if (or_zero && !(value >= 0)) throw ValueError(name_and_value(object, name) + ": pass seconds, 0 or more");
+  if (!or_zero && !(value > 0)) {
+    throw ValueError(name_and_value(object, name) +
                      ": pass a positive number of seconds, or float(\"inf\") for no deadline");
   }
   return value;
 }
 
 std::string text(PyObject* object, const char* name) {
-  if (!PyUnicode_Check(object)) throw TypeError(given(object, name) + ": pass a string");
+  if (!PyUnicode_Check(object)) throw TypeError(name_and_value(object, name) + ": pass a string");
   Py_ssize_t length = 0;
   const char* utf8 = PyUnicode_AsUTF8AndSize(object, &length);
   if (!utf8 || std::memchr(utf8, 0, static_cast<size_t>(length))) {

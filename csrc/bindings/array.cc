@@ -22,7 +22,8 @@ namespace pycomm::bindings {
 
 namespace {
 
-// ml_dtypes' types. NumPy numbers others' types as they register, and never takes a number back.
+// Types of ml_dtypes. NumPy numbers the types of other packages as these register them, and never reuses a
+// number, so that answers can be kept.
 std::optional<DType> from_user_type(PyArray_Descr* descr) {
   static std::unordered_map<int, std::optional<DType>> known;
   if (auto found = known.find(descr->type_num); found != known.end()) return found->second;
@@ -82,7 +83,7 @@ std::optional<DType> from_numpy(PyArray_Descr* descr) {
   return PyTypeNum_ISUSERDEF(descr->type_num) ? from_user_type(descr) : std::nullopt;
 }
 
-// Of elements that are masked out the memory holds something, and nothing in it tells them from the others.
+// Memory holds values for masked elements too, and does not tell them from the others.
 bool has_mask(PyArrayObject* array) {
   const py::handle object(reinterpret_cast<PyObject*>(array));
   if (PyArray_CheckExact(object.ptr()) || !kind_of(Py_TYPE(object.ptr())).masked) return false;
@@ -126,7 +127,7 @@ Array from_array(PyArrayObject* array, const char* name) {
 // Where a call needs its buffers.
 enum class Side { host, gpu };
 
-// Array's `device`. Throws for memory on the other side.
+// Array's `device`. Throws TypeError for memory on the other side.
 int device_number(const dlpack::Device& device, Side needed, const char* name) {
   const auto refuse = [&](const std::string& where) {
     needed == Side::host ? refuse_device(name, where) : refuse_outside_gpu(name, where);
@@ -147,7 +148,7 @@ int device_number(const dlpack::Device& device, Side needed, const char* name) {
   return device.id;
 }
 
-// `copy` and `transpose`: how its library makes a contiguous copy, and permutes axes.
+// `copy` and `transpose`: how the object's library makes a contiguous copy and permutes axes.
 Array from_elements(const Elements& elements, const char* copy, const char* transpose, const char* name) {
   if (!elements.contiguous) {
     refuse_strided(name, copy, dense_view(elements.shape, elements.strides, transpose, elements.stride_unit));
@@ -178,9 +179,9 @@ Array from_tensor(const dlpack::Tensor& tensor, Side side, const char* name) {
 }
 
 Array from_exchange(const Kind& kind, PyObject* object, Side side, const char* name) {
-  if (kind.unmade) {
+  if (kind.uninitialized) {
     throw ValueError(std::string("`") + name +
-                     "` has no elements yet, as a parameter of a lazy module: run the module once before");
+                     "` has no elements yet: it is a parameter of a lazy module; run the module once before");
   }
   dlpack::Tensor tensor{};
   if (kind.exchange->tensor_from_object(object, &tensor) != 0) not_dense(object, side, name);
@@ -192,7 +193,8 @@ Array from_exchange(const Kind& kind, PyObject* object, Side side, const char* n
 }
 
 Array from_dlpack_method(const Kind& kind, PyObject* object, Side side, const char* name) {
-  // Only exporters on a device know streams, so this is asked first. On the host the tensor itself says it.
+  // Only exporters on a device take `stream`, so ask for the device before the export. On the host the
+  // exported tensor tells its device.
   if (side == Side::gpu) device_number(dlpack::device_of(object, name), side, name);
   dlpack::Export given = dlpack::export_of(object, side == Side::gpu, name);
   Array buffer = from_tensor(*given.tensor, side, name);
@@ -214,12 +216,12 @@ Array from_interface(const Kind& kind, PyObject* object, const py::object& given
   return buffer;
 }
 
-// An object that has its elements in another one: pycomm.Bucket.
+// An object whose elements lie in another one: pycomm.Bucket.
 Array from_attribute(PyObject* object, const char* name) {
   py::object inner = py::handle(object).attr("__pycomm_buffer__");
   if (PyObject_HasAttrString(inner.ptr(), "__pycomm_buffer__")) {
     throw TypeError(std::string("`") + name +
-                    "`: its __pycomm_buffer__ has its elements in another one again");
+                    "`: its __pycomm_buffer__ has one as well; return an array or a tensor");
   }
   Array buffer = get_array(inner.ptr(), name);
   buffer.signature = py::handle(object).attr("__pycomm_signature__").cast<std::string>();
@@ -282,7 +284,7 @@ Array get_array(PyObject* object, const char* name) {
 Array get_gpu_array(PyObject* object, const char* name) {
   const Kind& kind = kind_of(Py_TYPE(object));
   if (kind.exchange) return from_exchange(kind, object, Side::gpu, name);
-  // Torch's tensors from before the table have an interface without float8, which refuses parameters.
+  // Without the table, torch's tensors have an interface that lacks float8 and refuses parameters.
   const py::object interface = kind.of_torch ? py::none() : interface_of(object);
   if (!interface.is_none()) return from_interface(kind, object, interface, name);
   if (PyObject_HasAttrString(object, "__dlpack__")) return from_dlpack_method(kind, object, Side::gpu, name);
@@ -305,7 +307,7 @@ bool peek_array(PyObject* object, Array& buffer) {
 }
 
 std::shared_ptr<void> hold_memory(PyObject* object) {
-  if (PyArray_Check(object)) {  // NumPy resizes no array that a weak reference leads to
+  if (PyArray_Check(object)) {  // NumPy resizes no array that has weak references
     py::list references;
     for (PyObject* array = object; array && PyArray_Check(array);
          array = PyArray_BASE(reinterpret_cast<PyArrayObject*>(array))) {
@@ -341,7 +343,7 @@ void require_writable(const Array& buffer, const char* name) {
   }
   if (buffer.in_graph) {
     throw ValueError(std::string("`") + name +
-                     "` has a grad_fn, and autograd would not see that it is written: pass out=, or "
+                     "` has a grad_fn, and autograd would not notice that it is written: pass out=, or "
                      "x.detach().clone()");
   }
   throw ValueError(std::string("`") + name +

@@ -1,4 +1,4 @@
-// pycomm.Bucket's native half: a list of tensors to one buffer and back.
+// The native half of pycomm.Bucket: copies a list of tensors to one buffer and back.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -38,7 +38,7 @@ void require_packable(DType dtype, const std::string& what) {
                   ": buckets hold float32, float16, bfloat16, float8_e4m3fn and float8_e5m2");
 }
 
-std::string ordinal(size_t i) { return "tensors[" + std::to_string(i) + "]"; }
+std::string name_of_tensor(size_t i) { return "tensors[" + std::to_string(i) + "]"; }
 
 float scale_argument(double scale) {
   const auto narrow = static_cast<float>(scale);
@@ -47,7 +47,7 @@ float scale_argument(double scale) {
                    ": pass a finite number of float32's range");
 }
 
-// A tensor lies apart from the bucket or is its own part of it.
+// Throws ValueError unless the tensor lies outside the bucket or exactly where its view is.
 void require_place(const Array& tensor, const Array& bucket, int64_t offset, const std::string& name) {
   const auto* begin = static_cast<const char*>(tensor.data);
   const auto* storage = static_cast<const char*>(bucket.data);
@@ -58,18 +58,18 @@ void require_place(const Array& tensor, const Array& bucket, int64_t offset, con
                    "` lies in the bucket, but not where its view is: pass the view, or other memory");
 }
 
-// The tensors as they lie now: a tensor may have got other memory since the last call.
+// Reads the tensors for this call: they may have other memory than in the last one.
 std::vector<Array> read_tensors(const Packing& packing, const std::vector<py::object>& tensors, bool packs) {
   const auto places = packing.places();
   if (tensors.size() != places.size()) {
-    throw ValueError("there are " + std::to_string(tensors.size()) + " tensors for " +
-                     std::to_string(places.size()) + " places");
+    throw ValueError("`tensors` has " + std::to_string(tensors.size()) + " tensors for " +
+                     std::to_string(places.size()) + " places: pass one for each");
   }
   std::vector<Array> arrays;
   arrays.reserve(places.size());
   std::vector<Extent> extents;
   for (size_t i = 0; i < places.size(); ++i) {
-    const std::string name = ordinal(i);
+    const std::string name = name_of_tensor(i);
     const Array& tensor = arrays.emplace_back(get_array(tensors[i].ptr(), name.c_str()));
     require_packable(tensor.dtype, "`" + name + "`");
     if (!packs) require_writable(tensor, name.c_str());
@@ -81,7 +81,7 @@ std::vector<Array> read_tensors(const Packing& packing, const std::vector<py::ob
     if (!packs) extents.push_back(extent_of(tensor, i));
   }
   if (const auto found = find_overlap(std::move(extents))) {
-    throw ValueError("`" + ordinal(found->first) + "` and `" + ordinal(found->second) +
+    throw ValueError("`" + name_of_tensor(found->first) + "` and `" + name_of_tensor(found->second) +
                      "` overlap: unpack writes each of them, pass tensors with memory of their own");
   }
   return arrays;
@@ -90,8 +90,8 @@ std::vector<Array> read_tensors(const Packing& packing, const std::vector<py::ob
 Packing make_packing(const py::object& bucket, const std::vector<int64_t>& offsets,
                      const std::vector<int64_t>& counts) {
   if (offsets.size() != counts.size()) {
-    throw ValueError("there are " + std::to_string(offsets.size()) + " offsets and " +
-                     std::to_string(counts.size()) + " counts");
+    throw ValueError("`offsets` has " + std::to_string(offsets.size()) + " entries and `counts` " +
+                     std::to_string(counts.size()) + ": pass one of each for a tensor");
   }
   Array whole = get_array(bucket.ptr(), "bucket");
   require_packable(whole.dtype, "`bucket`");
@@ -140,36 +140,38 @@ void add_bucket(py::module_& module) {
         return std::pair(std::string(name(found)), size_of(found));
       },
       py::arg("dtype"), py::arg("what") = "dtype",
-      "The name and the bytes of an element type. Raises TypeError if buckets cannot hold it.");
+      "Returns the name and the bytes of an element type. Raises TypeError if buckets cannot hold it.");
   module.def(
       "numpy_dtype", [](const std::string& name) { return numpy_dtype(parse_dtype(name)); }, py::arg("name"),
-      "NumPy's or ml_dtypes' dtype of this name.");
+      "The dtype of this name, from NumPy or ml_dtypes.");
   module.def(
       "dtype_name", [](const py::object& dtype) { return std::string(name(dtype_from_python(dtype.ptr()))); },
-      py::arg("dtype"), "What the library calls an element type, which may be given as people type it.");
+      py::arg("dtype"),
+      "The library's name for an element type, given by any of its names or as a dtype of NumPy or torch.");
   module.def("copy_bytes", &copy, py::arg("out"), py::arg("x"), py::arg("stream") = false,
-             "A plain copy between buffers that do not overlap: what the kernels are measured against.");
+             "Copies `x` to `out`, which must not overlap it: the kernels are measured against this copy.");
   const auto method = [](bool packs) {
     return [packs](const Packing& self, const std::vector<py::object>& tensors, double scale, bool stats,
                    const std::optional<std::string>& isa) {
       return run(self, packs, tensors, scale, stats, isa);
     };
   };
-  py::class_<Packing>(module, "Packing", "Tensors' places in a bucket; offsets and counts in its elements.")
+  py::class_<Packing>(module, "Packing",
+                      "The places of tensors in a bucket: their offsets and counts, in its elements.")
       .def(py::init(&make_packing), py::arg("bucket"), py::arg("offsets"), py::arg("counts"))
       .def("pack", method(true), py::arg("tensors"), py::arg("scale") = 1.0, py::kw_only(),
            py::arg("stats") = true, py::arg("isa") = py::none(),
            "Copies tensors to their places, cast and scaled. Returns (sum of squares, largest magnitude, "
-           "NaNs, "
-           "infinities) of what was written, or None.")
+           "NaNs, infinities) of what was written, or None without `stats`.")
       .def("unpack", method(false), py::arg("tensors"), py::arg("scale") = 1.0, py::kw_only(),
-           py::arg("stats") = true, py::arg("isa") = py::none(), "The way back: see pack.")
+           py::arg("stats") = true, py::arg("isa") = py::none(),
+           "Copies the places to the tensors, cast and scaled. Returns what pack returns.")
       .def(
           "check_unpack",
           [](const Packing& self, const std::vector<py::object>& tensors) {
             read_tensors(self, tensors, false);
           },
-          py::arg("tensors"), "Raises what unpack would.");
+          py::arg("tensors"), "Raises the error that unpack would raise for these tensors.");
 }
 
 }  // namespace pycomm::bindings

@@ -28,27 +28,27 @@ Codec make_codec(const std::string& kind, const std::string& rounding, uint64_t 
   Codec codec;
   codec.kind = parse_codec(kind);
   if (rounding != "nearest" && rounding != "stochastic") {
-    throw ValueError("`rounding` is \"" + rounding + "\": nearest or stochastic");
+    throw ValueError("`rounding` is \"" + rounding + "\": pass nearest or stochastic");
   }
   codec.rounding = rounding == "nearest" ? Rounding::nearest : Rounding::stochastic;
   codec.seed = seed;
   codec.ceil_scale = ceil_scale;
   codec.hadamard = hadamard;
-  if (links != "all" && links != "wire") throw ValueError("`links` is \"" + links + "\": all or wire");
+  if (links != "all" && links != "wire") throw ValueError("`links` is \"" + links + "\": pass all or wire");
   codec.links = links == "all" ? Links::all : Links::wire;
   if (codec.kind == CodecKind::sign && codec.rounding == Rounding::stochastic) {
     throw ValueError("sign has nothing to round: leave `rounding` at nearest");
   }
   if (ceil_scale && codec.kind != CodecKind::mxfp8) {
-    throw ValueError("`ceil_scale` is mxfp8's: " + kind + " has no such choice");
+    throw ValueError("`ceil_scale` is an option of mxfp8: leave it out for " + kind);
   }
   if (hadamard && codec.kind != CodecKind::int4) {
-    throw ValueError("`hadamard` is int4's: " + kind + " has no such choice");
+    throw ValueError("`hadamard` is an option of int4: leave it out for " + kind);
   }
   return codec;
 }
 
-// Bytes to write to: `out`, or a new array.
+// The array to write bytes to: `out`, or a new one.
 py::object bytes_for(const py::object& out, int64_t bytes) {
   if (out.is_none()) return py::array_t<uint8_t>(bytes);
   const Array buffer = get_array(out.ptr(), "out");
@@ -69,10 +69,10 @@ struct ResidualArrays {
 ResidualArrays parse_residuals(const py::object& residual, const py::object& next_residual,
                                double residual_scale, int64_t count) {
   if (residual.is_none() != next_residual.is_none()) {
-    throw ValueError("`residual` and `next_residual` go together: give both, or neither");
+    throw ValueError("`residual` and `next_residual` go together: pass both, or neither");
   }
   if (residual.is_none()) return {};
-  const auto pointer = [&](const py::object& object, const char* name) {
+  const auto read = [&](const py::object& object, const char* name) {
     const Array buffer = get_array(object.ptr(), name);
     if (buffer.dtype != DType::float32) {
       throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
@@ -84,11 +84,11 @@ ResidualArrays parse_residuals(const py::object& residual, const py::object& nex
     }
     return buffer;
   };
-  const Array now = pointer(residual, "residual"), next = pointer(next_residual, "next_residual");
+  const Array now = read(residual, "residual"), next = read(next_residual, "next_residual");
   require_writable(next, "next_residual");
   const auto scale = static_cast<float>(residual_scale);
   if (!(scale > 0) || std::isinf(scale)) {
-    throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": give a positive number");
+    throw ValueError("`residual_scale` is " + std::to_string(residual_scale) + ": pass a positive number");
   }
   return {static_cast<const float*>(now.data), static_cast<float*>(next.data), scale};
 }
@@ -209,7 +209,7 @@ const kernels::Isa& isa_argument(const std::optional<std::string>& name) {
 }
 
 void require_topk(int64_t k, int64_t count) {
-  if (k < 0 || k >> 32) throw ValueError("`k` is " + std::to_string(k) + ": give a count below 2^32");
+  if (k < 0 || k >> 32) throw ValueError("`k` is " + std::to_string(k) + ": pass a count below 2^32");
   if (count >> 32) {
     throw ValueError("top-k of " + std::to_string(count) +
                      " elements: 2^32 - 1 at most, since indices have 32 bits");
@@ -242,7 +242,7 @@ void require_codec_dtype(DType dtype, const char* name) {
 }
 
 void add_codecs(py::module_& module) {
-  py::class_<Codec>(module, "Codec", "What turns gradients into wire bytes and back, see pycomm.codecs.")
+  py::class_<Codec>(module, "Codec", "A gradient compressor as plans and kernels know it: see pycomm.codecs.")
       .def(py::init(&make_codec), py::arg("kind"), py::kw_only(), py::arg("rounding") = "nearest",
            py::arg("seed") = 0, py::arg("ceil_scale") = false, py::arg("hadamard") = false,
            py::arg("links") = "all")
@@ -258,24 +258,25 @@ void add_codecs(py::module_& module) {
       .def(
           "wire_bytes",
           [](const Codec& self, int64_t count) {
-            if (count < 0) throw ValueError("`count` is " + std::to_string(count));
+            if (count < 0) throw ValueError("`count` is " + std::to_string(count) + ": pass 0 or more");
             return wire_bytes(self.kind, count);
           },
-          py::arg("count"), "Bytes that `count` elements take on the wire.");
-  module.def(
-      "encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
-      py::arg("step") = 0, py::arg("turn") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
-      py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
-      py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
-      "Wire bytes of `x`, or of x + residual_scale * residual, of which `next_residual` keeps the error.");
+          py::arg("count"), "The bytes that `count` elements take on the wire.");
+  module.def("encode", &encode, py::arg("codec"), py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
+             py::arg("step") = 0, py::arg("turn") = 0, py::arg("rank") = 0, py::arg("segments") = py::none(),
+             py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
+             py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
+             "Returns `x` as wire bytes. With residuals it encodes x + residual_scale * residual, and writes "
+             "the error to `next_residual`.");
   module.def("decode", &decode, py::arg("codec"), py::arg("wire"), py::arg("out"), py::kw_only(),
-             py::arg("add") = false, py::arg("isa") = py::none(), "Into `out`, or added to it.");
-  module.def(
-      "topk_encode", &topk_encode, py::arg("x"), py::arg("k"), py::kw_only(), py::arg("out") = py::none(),
-      py::arg("residual") = py::none(), py::arg("next_residual") = py::none(),
-      py::arg("residual_scale") = 1.0, py::arg("isa") = py::none(),
-      "The record of the k largest of `x`, or of x + residual_scale * residual, of which `next_residual` "
-      "keeps the others.");
+             py::arg("add") = false, py::arg("isa") = py::none(),
+             "Decodes wire bytes into `out`; with `add`, adds them to it.");
+  module.def("topk_encode", &topk_encode, py::arg("x"), py::arg("k"), py::kw_only(),
+             py::arg("out") = py::none(), py::arg("residual") = py::none(),
+             py::arg("next_residual") = py::none(), py::arg("residual_scale") = 1.0,
+             py::arg("isa") = py::none(),
+             "Returns the record of the k largest magnitudes of `x`. With residuals it takes those of x + "
+             "residual_scale * residual, and writes what it leaves out to `next_residual`.");
   module.def("topk_decode_add", &topk_decode_add, py::arg("record"), py::arg("k"), py::arg("sum"),
              "Adds a record's entries to `sum`.");
 }

@@ -1,4 +1,4 @@
-// What the kernels and the calls with codecs take from Python.
+// Arguments of the codecs' kernels and of calls with codecs.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,8 @@
 
 namespace pycomm::bindings {
 
-// The instruction set of this name, or the one that is chosen. Throws ValueError if the machine lacks it.
+// The instruction set of this name or, without one, the set in use. Throws ValueError for one that the
+// machine lacks.
 const kernels::Isa& isa_argument(const std::optional<std::string>& name);
 
 // A sequence of (begin, end, id), or None for one tensor. Throws ValueError for what codec.h does not allow.
@@ -21,7 +22,7 @@ std::vector<kernels::Segment> parse_segments(const pybind11::object& segments);
 
 void require_codec_dtype(DType dtype, const char* name);  // float32, float16, bfloat16; throws TypeError
 
-// Throws ValueError unless a record can be made of k of `count` elements.
+// Throws ValueError unless a record can hold k of `count` elements, whose indices have 32 bits.
 void require_topk(int64_t k, int64_t count);
 
 void add_codecs(pybind11::module_& module);

@@ -139,7 +139,7 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
     }
   }
   if (kind == "topk") {
-    if (exempt.empty()) coding->segments.clear();  // what lies between tensors is zero
+    if (exempt.empty()) coding->segments.clear();  // the gaps between tensors are zero already
     request.composite = runtime::TopK{codec_.attr("kept")(carried).cast<int64_t>()};
   } else if (kind == "shared_int") {
     request.composite = runtime::SharedInt{codec_.attr("width").cast<int>()};
@@ -168,7 +168,7 @@ Codec native_codec(const py::object& codec, const char* collective) {
   const py::object found = kinds().attr("resolve")(codec, collective);
   if (!py::hasattr(found, "native")) {
     throw ValueError("`codec` is " + found.attr("name").cast<std::string>() +
-                     ", whose calls are made of several plans: explain them without it");
+                     ", whose calls run several plans: explain() takes one, leave codec out");
   }
   Codec native = native_of(found);
   native.seed = 0;
@@ -178,7 +178,7 @@ Codec native_codec(const py::object& codec, const char* collective) {
 uint32_t step_argument(PyObject* step) {
   const int64_t value = integer(step, "step");
   if (value < 0 || value >> 32) {
-    throw ValueError("`step` is " + std::to_string(value) + ": a number of 32 bits");
+    throw ValueError("`step` is " + std::to_string(value) + ": pass a number of 32 bits, 0 or more");
   }
   return static_cast<uint32_t>(value);
 }
@@ -186,13 +186,14 @@ uint32_t step_argument(PyObject* step) {
 void add_coding(py::module_& module, py::class_<PyCommunicator>& communicator) {
   communicator.def_property_readonly(
       "codec_step", [](const PyCommunicator& self) { return self->codec_step(); },
-      "How many calls with a codec were made without step=: the step of the next one.");
-  py::class_<Residuals, std::shared_ptr<Residuals>>(
-      module, "Residuals", "What `count` elements still owe, as calls with error feedback read and write it.")
+      "The number of calls so far with a codec and without step=. The next such call takes it as its step.");
+  py::class_<Residuals, std::shared_ptr<Residuals>>(module, "Residuals",
+                                                    "The residuals of `count` elements: what encodes have "
+                                                    "lost, and later calls with error feedback add again.")
       .def(py::init<int64_t>(), py::arg("count"))
       .def_property_readonly(
           "now", [](const std::shared_ptr<Residuals>& self) { return view_of(self, self->now()); },
-          "float32, a view; to use while no call is under way.")
+          "The residuals as a float32 view. Use it only while no call is under way.")
       .def("take_back", &Residuals::take_back, "Undoes the last call's change, if it made one.");
 }
 

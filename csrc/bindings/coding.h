@@ -1,5 +1,5 @@
-// `codec=` and `step=` of a call. Names, options and error feedback are Python's (pycomm/codecs); here they
-// go into the request.
+// Puts `codec=` and `step=` of a call into its request. Python keeps the names, the options and the error
+// feedback (pycomm/codecs).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -18,14 +18,14 @@ namespace pycomm::bindings {
 
 inline constexpr uint32_t kCodecArguments = bit(Arg::codec) | bit(Arg::step);
 
-// The error feedback of a call. Its objects are touched under the interpreter's lock alone.
+// The error feedback of a call. To be used under the interpreter's lock.
 class Feeding {
  public:
   Feeding(pybind11::object comm, pybind11::object feedback, pybind11::object places, int64_t count,
           bool of_torch);
   // Takes the residuals that the next run uses. If it throws ValueError, `coding` is as it was.
   void renew(runtime::Coding& coding);
-  // Before a run of which nothing is refused any more; and after it, with its Work, if it is asynchronous.
+  // begun() comes before a run, after the last check; started() after an asynchronous run has its Work.
   void begun() const { feedback_.attr("begun")(comm_, residuals_); }
   void started(const pybind11::object& work) const { residuals_.attr("start")(work); }
 
@@ -35,33 +35,34 @@ class Feeding {
   bool of_torch_;
 };
 
-// What a codec has to know of the tensors in a buffer.
+// The tensors in a buffer, as a codec has to know them.
 struct Parts {
-  bool whole = true;  // the buffer is one tensor; else these are all in it
+  bool whole = true;  // the buffer is one tensor, and the lists are empty; else each tensor has entries there
   std::vector<std::string> names;
   std::vector<kernels::Segment> segments;
   std::vector<pybind11::object> shapes;
 };
 
-// A call's codec.
+// The codec of a call.
 class Coder {
  public:
-  // Throws TypeError, ValueError. `args` outlives it.
+  // Throws TypeError, ValueError. `args` must outlive it.
   Coder(const char* collective, const Arguments& args);
 
   bool feeds() const { return !feedback_.is_none(); }
-  // Throws TypeError for elements or an operator that no codec takes, also where all is exempt.
+  // Throws TypeError for elements or an operator that no codec takes, even if all tensors are exempt.
   void check(const runtime::Request& request) const;
-  // Names for the items of a list. Throws ValueError where the tag must tell them and there is none.
+  // Names for the items of a list, made from the tag. Throws ValueError if error feedback needs names and the
+  // call has no tag.
   std::vector<std::string> names(const std::vector<size_t>& items) const;
-  // The tensors in `x`, if it is a bucket.
+  // The tensors in `x` if it is a bucket; else `x` is one tensor.
   Parts parts_of(PyObject* x) const;
-  // Which of them are reduced uncompressed, ascending.
+  // The tensors that error feedback exempts from the codec, ascending.
   std::vector<size_t> exempt(const Parts& parts) const;
-  // What ranks compare of them besides their elements.
+  // The names and shapes of the exempt tensors in words, for ranks to compare.
   static std::string signature(const Parts& parts, const std::vector<size_t>& exempt);
-  // Puts the codec into the request of a call on `count` elements; `exempt` parts are left out. `x`: what
-  // holds the elements, or was packed. Null: without error feedback.
+  // Puts the codec into the request of a call on `count` elements, without the `exempt` tensors. `x` holds
+  // the elements, or is one of the buffers that were packed. Returns null without error feedback.
   std::shared_ptr<Feeding> code(runtime::Request& request, const Parts& parts,
                                 const std::vector<size_t>& exempt, PyObject* x, int64_t count) const;
 
@@ -70,7 +71,7 @@ class Coder {
   pybind11::object codec_, feedback_;
 };
 
-// The codec that plans carry, of what `codec=` names. Throws ValueError for one that no plan carries.
+// The codec that `codec=` names, as plans carry it. Throws ValueError for topk and shared_int.
 Codec native_codec(const pybind11::object& codec, const char* collective);
 
 uint32_t step_argument(PyObject* step);  // 32 bits; throws TypeError, ValueError

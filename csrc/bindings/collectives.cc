@@ -1,5 +1,5 @@
-// The collectives as methods. Hot ones enter here from the interpreter's vectorcall with no Python frame and
-// no pybind11 dispatch between; everything is checked before a rank moves.
+// The collectives as methods of the communicator. The interpreter's vectorcall enters here, with no Python
+// frame and no dispatch of pybind11 between. All arguments are checked before this rank moves.
 #include <pybind11/stl.h>
 
 #include "bindings/arguments.h"
@@ -69,6 +69,8 @@ constexpr Method kSendRecv{"send_recv",
                            4,
                            "dst",
                            false};
+
+// As pybind11's cast, but quick.
 PyCommunicator& self_of(PyObject* self) {
   auto* instance = reinterpret_cast<py::detail::instance*>(self);
   if (!instance->simple_holder_constructed) [[unlikely]]
@@ -77,14 +79,14 @@ PyCommunicator& self_of(PyObject* self) {
   return value ? *static_cast<PyCommunicator*>(value) : py::handle(self).cast<PyCommunicator&>();
 }
 
-// Bound ones, with what they do before and after their plans.
+// Binds the calls, and joins what each does before and after its plan with what its binding does there.
 std::vector<Bound> bind_all(PyCommunicator& comm, std::vector<Invocation>& calls) {
   std::vector<Bound> bounds;
   bounds.reserve(calls.size());
   for (Invocation& call : calls) {
     Bound& bound = bounds.emplace_back();
     {
-      GilPatience patience(call.eager(comm));  // a plan is made, where there is none yet
+      GilPatience patience(call.eager(comm));  // binding may have to make a plan
       bound = comm->bind(call.request);
     }
     if (call.before) {
@@ -118,7 +120,7 @@ void run_all(PyCommunicator& comm, std::vector<Invocation>& calls, std::vector<B
 
 py::object start_all(PyCommunicator& comm, std::vector<Invocation>& calls, std::vector<Bound>& bounds) {
   if (calls.empty()) throw ValueError("`x` is an empty list: there is nothing to wait for");
-  py::object work;  // the last one's, which ends when all have
+  py::object work;  // of the last call, which completes after the others
   for (size_t i = 0; i < calls.size(); ++i) work = start(comm, calls[i], std::move(bounds[i]));
   for (const Invocation& call : calls) {
     if (call.feeding) call.feeding->started(work);
@@ -126,7 +128,7 @@ py::object start_all(PyCommunicator& comm, std::vector<Invocation>& calls, std::
   return work;
 }
 
-// send_recv as the two calls that it makes.
+// The arguments of one of the two calls that send_recv makes.
 Arguments side_of(const Arguments& args, Arg buffer, Arg peer) {
   Arguments side;
   side.self = args.self;
@@ -181,7 +183,7 @@ py::object run_exchange(PyCommunicator& comm, const Arguments& args) {
   return std::move(calls[1].result);
 }
 
-// As run_anew(), no part of invoke().
+// Not inlined, as run_anew().
 [[gnu::noinline]] void set_step(Bound& bound, PyObject* step) { bound.set_step(step_argument(step)); }
 
 py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& args) {
@@ -194,13 +196,12 @@ py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& ar
   return py::reinterpret_borrow<py::object>(call.result ? args[*call.result] : Py_None);
 }
 
-// `query`: null for a call that cannot be kept. Not a part of invoke(), whose registers and stack it would
-// take.
+// `query` is null for a call that cannot be kept. Not inlined: it would take registers and stack of invoke().
 [[gnu::noinline]] py::object run_anew(PyCommunicator& comm, const Method& method, const Arguments& args,
                                       const Memo::Query* query) {
   PyObject* x = args[Arg::x];
   if (method.persistent && x && (PyList_Check(x) || PyTuple_Check(x))) {
-    throw TypeError("all_reduce_init() takes one buffer; pack the list into one");
+    throw TypeError("all_reduce_init() takes one buffer, and `x` is a list: pack it into one");
   }
   const bool async = truth(args[Arg::async_op]);
   const Memo::Use place =
@@ -216,7 +217,7 @@ py::object run_known(PyCommunicator& comm, Memo::Call& call, const Arguments& ar
   Invocation& call = calls[0];
   recycle(call);
   const bool none = call.result.is_none();
-  // Not an array that the call has made.
+  // A call that returns a new array is not kept.
   if (place && calls.size() == 1 && !call.feeding && (none || call.result.ptr() == args[returned])) {
     place->result = none ? std::nullopt : std::optional(returned);
     place->eager = call.eager(comm);
@@ -239,7 +240,7 @@ py::object invoke(const Method& method, PyObject* self, PyObject* const* argv, P
   return run_anew(comm, method, args, &query);
 }
 
-// The error that is set is a MismatchError: a bucket knows which of its tensors the ranks do not have alike.
+// For a MismatchError that is set: a bucket adds in which of its tensors the ranks differ.
 [[gnu::noinline]] void explain_mismatch(PyObject* x) {
   py::error_already_set error;
   const py::object explain = py::getattr(x, "__pycomm_mismatch__", py::none());

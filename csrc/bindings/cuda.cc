@@ -1,5 +1,5 @@
-// pycomm._cuda: the GPU kernels, on addresses. pycomm/cuda/ knows streams, and has arrays and tensors read by
-// pycomm._native (bindings/array.h).
+// pycomm._cuda: the GPU kernels, which take addresses. pycomm/cuda/ keeps the streams, and reads arrays and
+// tensors through pycomm._native (bindings/array.h).
 #include "kernels/cuda.h"
 
 #include <pybind11/pybind11.h>
@@ -52,7 +52,10 @@ struct Operands {
 
   Operands(const std::vector<uintptr_t>& from, const std::vector<std::string>& held,
            const std::vector<uintptr_t>& to) {
-    if (held.size() != from.size()) throw ValueError("one format for each source is needed");
+    if (held.size() != from.size()) {
+      throw ValueError("`formats` has " + std::to_string(held.size()) + " entries for " +
+                       std::to_string(from.size()) + " sources: pass one for each");
+    }
     for (const uintptr_t src : from) srcs.push_back(pointer(src));
     for (const std::string& format : held) formats.push_back(parse_format(format));
     for (const uintptr_t dst : to) dsts.push_back(pointer(dst));
@@ -117,7 +120,7 @@ py::tuple read_stats(const Where& where, uintptr_t workspace) {
 
 using Segments = std::vector<std::tuple<int64_t, int64_t, uint64_t>>;
 
-// What an encode depends on besides the values; keeps the segments that Encoding borrows.
+// What an encode depends on besides the values. Keeps the segments that kernels::Encoding borrows.
 class PyEncoding {
  public:
   PyEncoding(uint32_t step, uint32_t turn, uint32_t rank, int64_t index, const Segments& segments,
@@ -233,8 +236,8 @@ void translate(std::exception_ptr error) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "The GPU kernels of pycomm, on addresses: see pycomm.cuda.";
-  // Types are this module's own: pycomm._native has a Codec of the same C++ type.
+  module.doc() = "The GPU kernels of pycomm, which take addresses: see pycomm.cuda.";
+  // module_local: pycomm._native has a Codec of the same C++ type.
   py::register_local_exception_translator(translate);
   py::class_<Where>(module, "Where", py::module_local())
       .def(py::init(&where), py::arg("device"), py::arg("stream"), py::arg("blocks") = 0);
@@ -286,7 +289,7 @@ PYBIND11_MODULE(_cuda, module) {
   });
   module.def(
       "versions", [] { return py::make_tuple(cuda::runtime_version(), cuda::driver_version()); },
-      "Of the CUDA runtime that this was built with, and of the driver (0: none).");
+      "The versions of the CUDA runtime of this build and of the driver, which is 0 if there is none.");
 }
 
 }  // namespace pycomm::bindings

@@ -1,4 +1,4 @@
-// pycomm._native.Array: what Python code has to know of a buffer, pycomm.Bucket and pycomm.cuda.
+// pycomm._native.Array: a buffer as Python code (pycomm.Bucket, pycomm.cuda) has to know it.
 #include <pybind11/typing.h>
 
 #include <cstdint>
@@ -18,7 +18,7 @@ using Shape = py::typing::Tuple<int, py::ellipsis>;
 
 struct Described {
   Array array;
-  py::tuple shape;  // as it was: the array's own may change
+  py::tuple shape;  // a copy: the object's own may change
 
   explicit Described(Array read) : array(std::move(read)), shape(array.shape.size()) {
     for (size_t d = 0; d < array.shape.size(); ++d) shape[d] = array.shape[d];
@@ -29,8 +29,9 @@ struct Described {
 }  // namespace
 
 void add_arrays(py::module_& module) {
-  py::class_<Described>(module, "Array",
-                        "The elements of an array or tensor, while that lives: where they are, and what.")
+  py::class_<Described>(
+      module, "Array",
+      "Where the elements of an array or tensor are, and of which type: valid while that object lives.")
       .def_property_readonly(
           "address", [](const Described& self) { return reinterpret_cast<uintptr_t>(self.array.data); })
       .def_property_readonly("dtype",
@@ -39,20 +40,21 @@ void add_arrays(py::module_& module) {
       .def_property_readonly("shape", [](const Described& self) { return Shape(self.shape); })
       .def_property_readonly(
           "device", [](const Described& self) { return self.array.device; },
-          "A CUDA device's number; -1: the host.")
+          "The number of a CUDA device, or -1 for the host.")
       .def_property_readonly("writable", [](const Described& self) { return self.array.writable; })
       .def(
           "require_writable",
           [](const Described& self, const std::string& what) { require_writable(self.array, what.c_str()); },
-          py::arg("what"), "Raises ValueError for what is read-only, or what a result would be lost in.");
+          py::arg("what"),
+          "Raises ValueError if the elements are read-only, or a copy in which a result would be lost.");
   module.def(
       "describe_buffer",
       [](const py::object& x, const std::string& what, bool on_gpu) {
         return Described((on_gpu ? get_gpu_array : get_array)(x.ptr(), what.c_str()));
       },
       py::arg("x"), py::arg("what"), py::arg("on_gpu") = false,
-      "The elements of one on the CPU, or on a GPU. Raises TypeError or ValueError if it cannot be "
-      "communicated.");
+      "Reads the buffer `x`, on the CPU or, if `on_gpu`, on a GPU. `what` is its name in messages. Raises "
+      "TypeError or ValueError if it cannot be communicated.");
 }
 
 }  // namespace pycomm::bindings

@@ -28,7 +28,7 @@ std::string quoted(const char* name) { return std::string("`") + name + "`"; }
                   "; pass the same values as an array of NumPy or CuPy, or as a tensor");
 }
 
-// Calls a method of an exporter, which often is Python's own code.
+// Calls a method of an exporter, which is often written in Python.
 py::object call_method(const py::object& method, const py::dict& keywords) {
   const py::tuple nothing;
   PyObject* result =
@@ -37,7 +37,7 @@ py::object call_method(const py::object& method, const py::dict& keywords) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-// call(), where `method` is the name of what it calls. What that raises is a TypeError that says so.
+// Returns call(), which calls `method`. An exception from the method becomes a TypeError that quotes it.
 template <class F>
 py::object call_or_refuse(const char* method, const char* name, const F& call) {
   try {
@@ -51,7 +51,8 @@ py::object call_or_refuse(const char* method, const char* name, const F& call) {
   }
 }
 
-// __dlpack__(max_version=...), which exporters from before DLPack 1.0 do not know.
+// Calls __dlpack__(max_version=...), or without max_version if the exporter refuses that, as those from
+// before DLPack 1.0 do.
 py::object call_export(PyObject* object, bool on_gpu, const char* name) {
   py::dict keywords;
   if (on_gpu) keywords["stream"] = -1;
@@ -151,9 +152,8 @@ Export export_of(PyObject* object, bool on_gpu, const char* name) {
     return {std::move(capsule), &managed->tensor, false, false};
   }
   if (holds != "dltensor_versioned") {
-    refuse_export(name,
-                  "__dlpack__() returned a capsule \"" + std::string(holds) +
-                      "\": one that holds a tensor is a \"dltensor\", and one that somebody took is not");
+    refuse_export(name, "__dlpack__() returned a capsule \"" + std::string(holds) +
+                            "\", not a \"dltensor\" (somebody may have taken the tensor before)");
   }
   const auto* managed = static_cast<const ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), kind));
   if (managed->version.major != 1) {

@@ -63,19 +63,20 @@ inline constexpr int32_t kCpu = 1, kCuda = 2, kCudaManaged = 13;  // device type
 
 std::optional<DType> dtype_of(uint8_t code, uint32_t bits, uint16_t lanes);
 
-// Checked; throws TypeError besides for an element type that is not known. `name` is the argument's.
+// The tensor's elements, as checked() leaves them; throws TypeError for an unknown element type as well.
+// `name` is the argument's name.
 Elements read(const Tensor& tensor, const char* name);
 
-// What `object.__dlpack_device__()` says, before the object is asked to export anything. Throws TypeError.
+// What `object.__dlpack_device__()` returns; the object exports nothing. Throws TypeError.
 Device device_of(PyObject* object, const char* name);
 
-// What `object.__dlpack__()` exports. The capsule owns the tensor until somebody takes it; nobody does.
+// What `object.__dlpack__()` exports. The capsule owns the tensor: nobody takes it from there.
 struct Export {
   pybind11::object capsule;
   const Tensor* tensor;
-  bool read_only, copied;  // as far as the exporter says: before DLPack 1.0 none did
+  bool read_only, copied;  // false if the exporter does not say: before DLPack 1.0 none did
 };
-// `on_gpu`: without synchronizing streams, which is the caller's business. Throws TypeError.
+// `on_gpu`: the exporter is told not to synchronise streams, since the caller does. Throws TypeError.
 Export export_of(PyObject* object, bool on_gpu, const char* name);
 
 }  // namespace pycomm::bindings::dlpack

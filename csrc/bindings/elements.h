@@ -1,5 +1,5 @@
-// Elements in memory as a protocol describes them, DLPack or `__cuda_array_interface__`: taken only where
-// every field is what an array can have, since to guess at one is to read another's memory.
+// Elements in memory as a protocol, DLPack or `__cuda_array_interface__`, describes them. They are accepted
+// only if an array can have every field of the description: a guess might read other memory.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,17 @@ struct Elements {
   DType dtype;
   std::span<const int64_t> shape;
   const int64_t* strides;   // null: in C order
-  int64_t stride_unit = 1;  // what strides count: elements (1), or bytes, of which an element has so many
+  int64_t stride_unit = 1;  // 1 if strides count elements; if they count bytes, the bytes of an element
   int64_t count = 0;
   bool contiguous = true;  // in C order
 };
 
-// With `count` and `contiguous`; the elements begin `offset` bytes after `data`. Throws TypeError for
-// elements without memory, ValueError for what no array looks like. `name` is the argument's.
+// Fills in `count` and `contiguous`, and adds `offset` bytes to `data` if there are elements. Throws
+// TypeError for elements without memory, ValueError for a description that no array has. `name` is the
+// argument's name.
 Elements checked(Elements elements, uint64_t offset, const char* name);
 
-// Throws the ValueError of `checked` for `what`, which no array has.
+// Throws that ValueError; `what` is the part of the description that no array has.
 [[noreturn]] void malformed(const char* name, const std::string& what);
 
 }  // namespace pycomm::bindings

@@ -20,17 +20,18 @@ PyObject* make(py::module_& module, const char* name, PyObject* bases, const cha
 }  // namespace
 
 void register_errors(py::module_& module) {
-  comm_error = make(module, "CommError", PyExc_RuntimeError,
-                    "The group cannot go on: the buffers of the failed call are undefined, later calls raise "
-                    "AbortedError.");
+  comm_error =
+      make(module, "CommError", PyExc_RuntimeError,
+           "The group cannot go on: the buffers of the failed call are undefined, and later calls raise "
+           "AbortedError.");
   peer_lost_error =
       make(module, "PeerLostError", comm_error,
            "A peer's process ended, or its communicator was closed, before it had done its part.");
   mismatch_error =
-      make(module, "MismatchError", comm_error, "Ranks called different things; names both calls.");
+      make(module, "MismatchError", comm_error, "Ranks made different calls; the message names both.");
   const py::tuple timeout_bases = py::make_tuple(py::handle(comm_error), py::handle(PyExc_TimeoutError));
   comm_timeout_error = make(module, "CommTimeoutError", timeout_bases.ptr(),
-                            "A peer was stopped or late beyond the deadline; names it.");
+                            "A peer was stopped or late at the deadline; the message names it.");
   aborted_error =
       make(module, "AbortedError", comm_error, "The group had failed or was closed before this call.");
   py::register_exception_translator([](std::exception_ptr error) {

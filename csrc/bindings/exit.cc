@@ -21,12 +21,12 @@ namespace {
 std::mutex mutex;
 std::set<runtime::Communicator*> open;
 std::atomic<bool> ending{false};
-std::vector<std::pair<void (*)(void*), void*>> dropped;  // by threads without the interpreter's lock
-std::atomic<bool> any_dropped{false};
-bool drop_due = false;  // by the main thread
-std::thread::id last;   // the thread that ends the interpreter; written before `ending`
+std::vector<std::pair<void (*)(void*), void*>> left_to_drop;  // by drop_later()
+std::atomic<bool> any_left{false};
+bool main_thread_asked = false;  // to call drop_left()
+std::thread::id ending_thread;   // written before `ending`
 
-// What the interpreter ends with, if that is an exception that nobody caught.
+// The uncaught exception that ends the interpreter, in words; empty if there is none.
 std::string uncaught() {
   const py::object error = py::getattr(py::module_::import("sys"), "last_value", py::none());
   if (error.is_none()) return "";
@@ -44,7 +44,7 @@ void end() {
     GilPatience patience(true);
     close_quietly(*comm, patience, error);
   }
-  last = std::this_thread::get_id();
+  ending_thread = std::this_thread::get_id();
   ending.store(true, std::memory_order_release);
 }
 
@@ -60,13 +60,15 @@ void strike(runtime::Communicator* comm) {
   open.erase(comm);
 }
 
-bool may_return() { return !ending.load(std::memory_order_acquire) || std::this_thread::get_id() == last; }
+bool may_return() {
+  return !ending.load(std::memory_order_acquire) || std::this_thread::get_id() == ending_thread;
+}
 
 namespace {
-int drop_at_last(void* /*unused*/) {
+int drop_on_main_thread(void* /*unused*/) {
   {
     const std::lock_guard lock(mutex);
-    drop_due = false;
+    main_thread_asked = false;
   }
   drop_left();
   return 0;
@@ -80,33 +82,31 @@ void drop_locked(void (*drop)(void*), void* what) {
 
 void drop_later(void (*drop)(void*), void* what) {
   const std::lock_guard lock(mutex);
-  dropped.emplace_back(drop, what);
-  any_dropped = true;
-  if (!drop_due) drop_due = Py_AddPendingCall(drop_at_last, nullptr) == 0;
+  left_to_drop.emplace_back(drop, what);
+  any_left = true;
+  if (!main_thread_asked) main_thread_asked = Py_AddPendingCall(drop_on_main_thread, nullptr) == 0;
 }
 
 void drop_left() {
-  if (!any_dropped) return;
+  if (!any_left) return;
   std::vector<std::pair<void (*)(void*), void*>> mine;
   {
     const std::lock_guard lock(mutex);
-    mine.swap(dropped);
-    any_dropped = false;
+    mine.swap(left_to_drop);
+    any_left = false;
   }
   for (const auto& [drop, what] : mine) drop(what);
 }
 
 namespace {
-// A child of fork() begins with a free mutex and nothing to drop: what is there is the parent's.
+// A child of fork() begins with a free mutex and nothing to drop: the parent drops what is there.
 const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); },
                                       [] {
-                                        dropped.clear();
-                                        any_dropped = drop_due = false;
+                                        left_to_drop.clear();
+                                        any_left = main_thread_asked = false;
                                         mutex.unlock();
                                       });
-}  // namespace
 
-namespace {
 using Comm = std::shared_ptr<runtime::Communicator>;
 
 void close_last(Comm comm) {
@@ -123,7 +123,7 @@ Handle::~Handle() {
     close_last(std::move(comm));
     return;
   }
-  // Dropped by a completion callback, on the thread that close() waits for.
+  // A completion callback has dropped the last object, on the thread that close() waits for.
   drop_later(
       [](void* left) {
         const std::unique_ptr<Comm> comm(static_cast<Comm*>(left));

@@ -14,7 +14,7 @@ namespace {
 struct StructFormat {
   std::string_view code;
   dlpack::Code kind;
-  size_t native, standard;  // bytes; 0: the format has none
+  size_t native, standard;  // bytes; 0 if there is no standard size
 };
 constexpr StructFormat kFormats[] = {
     {"b", dlpack::kInt, 1, 1},
@@ -24,7 +24,7 @@ constexpr StructFormat kFormats[] = {
     {"q", dlpack::kInt, sizeof(long long), 8},
     {"n", dlpack::kInt, sizeof(Py_ssize_t), 0},
     {"B", dlpack::kUint, 1, 1},
-    {"c", dlpack::kUint, 1, 1},  // a byte as a character of bytes
+    {"c", dlpack::kUint, 1, 1},  // a character: bytes of length 1
     {"H", dlpack::kUint, sizeof(unsigned short), 2},
     {"I", dlpack::kUint, sizeof(unsigned int), 4},
     {"L", dlpack::kUint, sizeof(unsigned long), 4},
@@ -43,7 +43,7 @@ constexpr StructFormat kFormats[] = {
 }  // namespace
 
 DType dtype_of_format(const char* given, Py_ssize_t item, const char* name) {
-  const std::string_view format = given ? given : "B";  // what no format means
+  const std::string_view format = given ? given : "B";
   const auto what = [&] {
     return std::string("`") + name + "` has the buffer format \"" + std::string(format) + "\" of " +
            std::to_string(item) + " bytes";

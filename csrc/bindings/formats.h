@@ -8,8 +8,8 @@
 
 namespace pycomm::bindings {
 
-// Of elements of `item` bytes; no format (null) means bytes. Throws TypeError for a type that is not known,
-// ValueError for elements that are byte-swapped. `name` is the argument's.
+// The type of elements of `item` bytes; null means bytes. Throws TypeError for an unknown type, ValueError
+// for byte-swapped elements. `name` is the argument's name.
 DType dtype_of_format(const char* format, Py_ssize_t item, const char* name);
 
 }  // namespace pycomm::bindings

@@ -1,6 +1,6 @@
-// The interpreter's lock. Until Python 3.14 the interpreter ends a thread that asks for the lock while it
-// ends itself, by unwinding the thread's stack: pybind11's guards have destructors, which that turns into
-// std::terminate. Here such a thread sleeps for ever instead, as it does from 3.14 on.
+// The interpreter's lock. Before Python 3.14, an interpreter that is ending unwinds the stack of a thread
+// that asks for the lock. In a destructor, as in pybind11's guards, that ends in std::terminate. Here such a
+// thread sleeps for ever instead, as it does from 3.14 on.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,12 +14,12 @@ namespace pycomm::bindings {
   for (;;) pause();
 }
 
-// What call() returns, where it is C that asks for the lock: the interpreter's own, or whatever runs Python.
+// Returns call(), which calls C code that may ask for the lock: the interpreter's, or any that runs Python.
 template <class Call>
 auto outlive_interpreter(const Call& call) {
   try {
     return call();
-  } catch (...) {  // nothing but that unwinding: C throws nothing
+  } catch (...) {  // that unwinding alone: C throws nothing
     park();
   }
 }
@@ -40,7 +40,7 @@ class Unlocked {
   PyThreadState* state_;
 };
 
-// For a thread that may have the lock already.
+// Takes the lock; the thread may have it already.
 class Locked {
  public:
   Locked() {

@@ -26,7 +26,7 @@ DType dtype_of_interface(PyObject* object, const py::object& typestr, const char
   if (!own.is_none()) {
     try {
       described = described_dtype(own.ptr());
-    } catch (const TypeError&) {  // another library's, which NumPy does not know
+    } catch (const TypeError&) {  // a dtype of another library, unknown to NumPy
     }
   }
   if (!described.attr("itemsize").equal(letters.attr("itemsize"))) {
@@ -45,13 +45,13 @@ DType dtype_of_interface(PyObject* object, const py::object& typestr, const char
   throw TypeError(
       std::string("`") + name + "` cannot be read: its __cuda_array_interface__ is " +
       py::repr(interface).cast<std::string>() +
-      ", which that protocol does not know; pass the same values as an array of CuPy or a tensor");
+      ", which does not follow that protocol; pass the same values as an array of CuPy or a tensor");
 }
 
 }  // namespace
 
 py::object interface_of(PyObject* object) {
-  PyObject* found = outlive_interpreter([&] {  // often Python's own code
+  PyObject* found = outlive_interpreter([&] {  // often written in Python
     return PyObject_GetAttrString(object, "__cuda_array_interface__");
   });
   if (found) return py::reinterpret_steal<py::object>(found);
@@ -86,7 +86,7 @@ Interface read_interface(PyObject* object, const py::object& interface, const ch
   };
   const auto extents = std::make_shared<Extents>();
   try {
-    if (!entry("mask").is_none()) refuse_masked(name, "an array without");
+    if (!entry("mask").is_none()) refuse_masked(name, "an array without one");
     const DType dtype = dtype_of_interface(object, entry("typestr"), name);
     const auto [address, read_only] = entry("data").cast<std::pair<std::optional<uintptr_t>, bool>>();
     extents->shape = entry("shape").cast<std::vector<int64_t>>();
@@ -102,7 +102,7 @@ Interface read_interface(PyObject* object, const py::object& interface, const ch
                              .strides = in_c_order ? nullptr : extents->strides.data(),
                              .stride_unit = static_cast<int64_t>(size_of(dtype))};
     return {checked(described, 0, name), extents, read_only, told_device(object)};
-  } catch (const py::cast_error&) {  // an entry is something else
+  } catch (const py::cast_error&) {  // an entry of another type
     refuse_interface(name, interface);
   }
 }

@@ -10,22 +10,22 @@
 
 namespace pycomm::bindings {
 
-// The object's `__cuda_array_interface__`, or None where it has none.
+// The object's `__cuda_array_interface__`, or None if it has none.
 pybind11::object interface_of(PyObject* object);
-// What the object says itself of its device, as CuPy's arrays do: the interface does not.
+// The number of the device that the object itself names, as CuPy's arrays do: the interface does not tell.
 std::optional<int> told_device(PyObject* object);
-// What CUDA says of an address; null, that of no elements, is on device 0. Throws where there is no CUDA, and
-// for an address that is on no device.
+// The device of an address, as CUDA tells it. Null, the address of no elements, counts as device 0. Throws if
+// there is no CUDA or the address is on no device.
 int device_at(void* address, const char* name);
 
 struct Interface {
   Elements elements;              // strides count bytes
   std::shared_ptr<void> extents;  // keeps their shape and strides
   bool read_only;
-  std::optional<int> device;  // as told
+  std::optional<int> device;  // told_device()
 };
-// Throws TypeError for what is not such an interface and for an element type that is not known, ValueError for
-// a mask, swapped bytes, and what no array looks like. `name` is the argument's.
+// Throws TypeError for an object that is no such interface and for an unknown element type, ValueError for a
+// mask, swapped bytes, and a description that no array has. `name` is the argument's name.
 Interface read_interface(PyObject* object, const pybind11::object& interface, const char* name);
 
 }  // namespace pycomm::bindings

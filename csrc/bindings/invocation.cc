@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kShortBytes = 32 << 10;
 
-// ---- what is no buffer ----
+// ---- arguments that are no buffers ----
 
 int rank_argument(const PyCommunicator& comm, PyObject* object, const char* name) {
   const int64_t rank = object ? integer(object, name) : 0;
@@ -40,18 +40,19 @@ std::vector<int64_t> counts_argument(const PyCommunicator& comm, PyObject* objec
   for (const py::handle item : py::reinterpret_borrow<py::iterable>(object)) {
     counts.push_back(integer(item.ptr(), name));
     if (counts.back() < 0)
-      throw ValueError(std::string("`") + name + "` holds " + std::to_string(counts.back()));
+      throw ValueError(std::string("`") + name + "` holds " + std::to_string(counts.back()) +
+                       ": pass 0 rows or more for each rank");
   }
   if (static_cast<int>(counts.size()) != comm->size()) {
     throw ValueError(std::string("`") + name + "` has " + std::to_string(counts.size()) + " entries for " +
-                     std::to_string(comm->size()) + " ranks");
+                     std::to_string(comm->size()) + " ranks: pass one for each");
   }
   return counts;
 }
 
-// torch's ReduceOp.SUM, numpy.add: an object that has a name much like one of ours.
+// For an object such as torch's ReduceOp.SUM or numpy.add, whose name may be much like one of ours.
 [[noreturn]] void refuse_op(PyObject* op) {
-  const std::string word = word_for(op);
+  const std::string word = own_name(op);
   const std::string given =
       "`op` is a " + std::string(Py_TYPE(op)->tp_name) + ": pass a name, as in op=\"avg\"";
   try {
@@ -77,7 +78,7 @@ void take_op(Request& request, PyObject* op) {
     refuse_op(op);
   }
   request.call.op = Op::sum;
-  request.call.prescale = PyFloat_AsDouble(factor) + 0.0;  // -0.0 is 0.0: calls that are equal share a plan
+  request.call.prescale = PyFloat_AsDouble(factor) + 0.0;  // -0.0 becomes 0.0: equal calls share a plan
   Py_DECREF(factor);
   if (PyErr_Occurred()) throw py::error_already_set();
 }
@@ -93,18 +94,19 @@ void take_common(Request& request, const Arguments& args) {
 
 void check_premul(const Request& request) {
   if (request.call.prescale == 1.0) return;
-  if (supports(request.call.dtype, Op::avg)) return;  // which takes what can be scaled
-  throw TypeError(std::string("premul_sum scales floats; the buffer is ") + name(request.call.dtype));
+  if (supports(request.call.dtype, Op::avg)) return;  // avg takes the types that can be scaled
+  throw TypeError(std::string("premul_sum scales floats, and the buffer is ") + name(request.call.dtype) +
+                  ": convert it to a float type");
 }
 
-// ---- buffers: checks, and the collectives by the shape of what they move ----
+// ---- buffers: checks, and what each kind of collective takes ----
 
 void require_same_dtype(const Array& x, const Array& out, const std::string& item = "") {
   if (x.dtype == out.dtype) return;
   throw TypeError("`out" + item + "` is " + name(out.dtype) + " where `x" + item + "` is " + name(x.dtype));
 }
 
-// Shapes that hold `rows` rows like x's: concatenated along axis 0, or stacked (ranks, ...).
+// Throws unless `out` has the `expected` shape or, if `ranks` is not 0, that of one x for each rank, stacked.
 void require_shape(const Array& out, std::span<const int64_t> expected, const Array& x, int ranks,
                    const char* name) {
   if (std::ranges::equal(out.shape, expected)) return;
@@ -122,8 +124,8 @@ std::vector<int64_t> with_rows(const Array& x, int64_t rows) {
   return shape;
 }
 
-// `out` may be exactly `in` (or, where `own` says so, that part of the other buffer); any other overlap is an
-// error.
+// A call is in place if `in` begins at `own_in` and `out` at `own_out`: one is the other, or this rank's
+// own part of it. Any other overlap is an error.
 void check_overlap(Invocation& call, const char* own_in, const char* own_out) {
   const Array &in = call.in, &out = call.out;
   if (!overlap(in, out)) return;
@@ -163,7 +165,7 @@ const char* at(const Array& buffer, int64_t element) {
   return static_cast<const char*>(buffer.data) + element * static_cast<int64_t>(size_of(buffer.dtype));
 }
 
-// x in and out: all_reduce, broadcast, reduce.
+// The same elements in and out: all_reduce, broadcast, reduce.
 void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const schedule::World& world = call.request.call.world;
   const bool receives = world.has(world.traits().out, comm->rank());
@@ -185,7 +187,7 @@ void take_whole(Invocation& call, const PyCommunicator& comm, PyObject* x, const
   check_overlap(call, static_cast<const char*>(call.out.data), static_cast<const char*>(call.in.data));
 }
 
-// One block in, all out: all_gather, gather (out at the root only).
+// One block in, all blocks out: all_gather, gather (out at the root only).
 void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const schedule::World& world = call.request.call.world;
   const bool receives = world.has(world.traits().out, comm->rank());
@@ -209,7 +211,7 @@ void take_gather(Invocation& call, const PyCommunicator& comm, PyObject* x, cons
   check_overlap(call, own, static_cast<const char*>(call.out.data));
 }
 
-// All blocks in, one out: reduce_scatter, scatter (in at the root only).
+// All blocks in, one block out: reduce_scatter, scatter (in at the root only).
 void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, const Arguments& args) {
   const int n = comm->size(), me = comm->rank();
   const bool gives = call.request.call.world.has(call.request.call.world.traits().in, me);
@@ -218,7 +220,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
   if (!gives) {
     if (!args[Arg::out]) {
       throw TypeError(
-          "scatter() needs out= on the ranks that receive: it says what comes (x is the root's alone)");
+          "scatter() needs out= on the ranks that receive: it says what they receive (only the root has x)");
     }
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
     call.out = get_array(args[Arg::out], "out");
@@ -279,8 +281,8 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
                      " rows and receives " + std::to_string(recv[me]));
   }
   const int64_t width = call.in.row_elements();
-  // What others exchange among themselves is not known here, and changes nothing here; but it must not look
-  // like equal counts where this rank's are not, nor the reverse.
+  // This rank does not know how many rows others exchange among themselves, and its plan does not depend on
+  // that: those counts stay 0, except where all ranks exchange equal parts.
   const bool given = args[Arg::send_counts] != nullptr;
   auto& counts = call.request.call.counts;
   counts.assign(static_cast<size_t>(n) * n, given ? 0 : send[0] * width);
@@ -297,7 +299,7 @@ void take_all_to_all(Invocation& call, const PyCommunicator& comm, PyObject* x, 
   }
 }
 
-// A message: what the buffer and the peer are called is the method's business.
+// One end of a message: which arguments are its buffer and its peer, and what the method calls them.
 struct Side {
   bool sends;
   Arg buffer, peer;

@@ -32,7 +32,7 @@ const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
   return api->version.major == 1 && api->tensor_from_object ? api : nullptr;
 }
 
-// Whether a base of the type is this class of a module that has been imported.
+// Whether the type is this class, or derived from it. False if the module has not been imported.
 bool is_a(PyTypeObject* type, const char* module, const char* name) {
   const py::dict modules = py::module_::import("sys").attr("modules");
   if (!modules.contains(module)) return false;
@@ -54,10 +54,10 @@ bool says_yes(PyObject* method, PyObject* object) {
   return answer.ptr() == Py_True;
 }
 
-// Types of less than a byte, of which torch keeps one in each, look like these.
+// Torch's types of less than a byte, with one element in each byte, look like int8 or uint8 otherwise.
 void require_own_dtype(PyObject* object, DType dtype, const char* name) {
   if (dtype != DType::int8 && dtype != DType::uint8) return;
-  static PyObject* known[2] = {};  // the exporter's own objects, once their names have been read
+  static PyObject* known[2] = {};  // torch's objects for int8 and uint8, once seen
   const py::object own = py::getattr(object, "dtype", py::none());
   PyObject*& right = known[dtype == DType::uint8];
   if (own.ptr() == right || own.is_none()) return;
@@ -83,7 +83,7 @@ const Kind& kind_of(PyTypeObject* type) {
     if (PyObject* property = attribute(type, "requires_grad")) {
       kind.requires_grad = has_attribute(Py_TYPE(property), "__get__") ? property : nullptr;
     }
-    kind.unmade = has_attribute(type, "materialize") && has_attribute(type, "cls_to_become");
+    kind.uninitialized = has_attribute(type, "materialize") && has_attribute(type, "cls_to_become");
   }
   kind.masked = is_a(type, "numpy.ma", "MaskedArray");
   kind.immutable = is_of_jax(type);

@@ -21,7 +21,7 @@ namespace {
 
 using kernels::Segment;
 
-// From here on copying a list's item there and back takes longer than a call of its own.
+// From this size on, copying an item of a list there and back takes longer than a call of its own.
 constexpr int64_t kLongCopyBytes = 128 << 10;
 
 struct Item {
@@ -29,8 +29,8 @@ struct Item {
   DType dtype;
 };
 
-// How a list is cut, for ranks to compare: its shapes, with the types that are not the first item's, and
-// where these are too many for a message a number for all.
+// A list in words, for ranks to compare: the shapes of its items, with the type of each that has another
+// one than the first. If they are too long for a message, a hash of all stands for the last ones.
 std::string signature_of(const std::vector<Item>& list) {
   constexpr size_t kLongest = 180;
   Hasher all;
@@ -50,12 +50,12 @@ std::string signature_of(const std::vector<Item>& list) {
   return text + number;
 }
 
-// Buffers of a list that go in one call.
+// The buffers of a list that go in one call.
 struct Group {
   enum class Kind : uint8_t { packed, alone, coded, exempt };
   Kind kind;
   std::vector<size_t> items;
-  std::vector<Array> ins, outs;  // outs: none where nothing comes
+  std::vector<Array> ins, outs;  // outs: empty if this rank receives nothing
   bool in_place() const { return outs.empty() || outs[0].data == ins[0].data; }
 };
 
@@ -69,11 +69,12 @@ class List {
   const Array& in(size_t i) const { return ins_[i]; }
   PyObject* item(size_t i) const { return PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i)); }
   std::string signature() const;
+  // Keeps the buffers alive and, for an asynchronous call, their memory in its place.
   std::shared_ptr<void> keep(bool async) const;
   py::object result() const { return out_list_; }
-  // Throws ValueError if what is written to one item is also another's.
+  // Throws ValueError if two outputs overlap.
   void require_apart() const;
-  // `kinds`: of each item.
+  // The calls to make. `kinds` has the kind of each item.
   std::vector<Group> group(const std::vector<Group::Kind>& kinds) const;
 
  private:
@@ -93,19 +94,19 @@ List::List(const Method& method, const PyCommunicator& comm, const Arguments& ar
       out_name_(args[Arg::out] ? "out" : "x") {
   if (args[Arg::out] && !PyList_Check(args[Arg::out]) && !PyTuple_Check(args[Arg::out])) {
     throw TypeError(std::string("`out` is a ") + Py_TYPE(args[Arg::out])->tp_name +
-                    ": for a list pass a list as long");
+                    ": pass a list as long as `x`");
   }
   out_items_ = py::tuple(out_list_);
   if (items_.size() != out_items_.size()) {
     throw ValueError("`out` has " + std::to_string(out_items_.size()) + " buffers for " +
-                     std::to_string(items_.size()));
+                     std::to_string(items_.size()) + " in `x`: pass one for each");
   }
   const bool from_root = schedule::traits(method.collective).in.on == schedule::Content::On::root;
   only_sends_ = from_root && comm->rank() == root_argument(comm, args) && !args[Arg::out];
   for (size_t i = 0; i < items_.size(); ++i) {
     try {
       take(i, "");
-    } catch (const std::exception&) {  // once more, to say which it is: names for all would take time
+    } catch (const std::exception&) {  // again, to name the item: names for all would take time
       take(i, "[" + std::to_string(i) + "]");
       throw;
     }
@@ -138,7 +139,7 @@ std::string List::signature() const {
 
 std::shared_ptr<void> List::keep(bool async) const {
   std::vector<std::shared_ptr<void>> held = {keep_alive(py::make_tuple(items_, out_items_))};
-  if (async) {  // the copies come later
+  if (async) {  // buffers are copied when the call runs
     for (const py::handle item : items_) held.push_back(hold_memory(item.ptr()));
     for (const py::handle item : out_items_) held.push_back(hold_memory(item.ptr()));
   }
@@ -174,14 +175,14 @@ bool any_overlap(const std::vector<Group>& groups) {
   return find_overlap(std::move(extents)).has_value();
 }
 
-// A call on what lies in `data`, in place.
+// Makes this a call on `data`, in place.
 void take_in_place(Invocation& call, const Array& data) {
   call.in = call.out = data;
   call.request.call.counts.assign(1, data.count);
   call.request.call.in_place = true;
 }
 
-// A large buffer, where it lies.
+// Makes this a call on a large buffer, which is not copied.
 void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
   const bool in_place = group.in_place();
   take_in_place(call, group.ins[0]);
@@ -190,7 +191,7 @@ void take_alone(Invocation& call, Group group, std::shared_ptr<void> keep) {
   call.then = [keep = std::move(keep)] {};
 }
 
-// A group's buffers, packed.
+// A group with the memory that its buffers are packed in.
 struct Packed {
   Group group;
   Packing packing;
@@ -202,8 +203,8 @@ struct Packed {
         keep(std::move(k)) {}
 };
 
-// Several buffers of one type in one call: packed, communicated, unpacked. `at_once`: they are packed now,
-// not when the call runs.
+// Makes this a call on several buffers of one type, which are packed before and unpacked after it.
+// `at_once`: they are packed now, not when the call runs.
 std::shared_ptr<Packed> take_together(Invocation& call, Group group, bool at_once,
                                       std::shared_ptr<void> keep) {
   auto packed = std::make_shared<Packed>(std::move(group), std::move(keep));
@@ -221,7 +222,7 @@ std::shared_ptr<Packed> take_together(Invocation& call, Group group, bool at_onc
 
 using Codings = std::vector<std::shared_ptr<runtime::Coding>>;
 
-// Of calls that are parts of one: what one of them has found not to be finite counts for all.
+// For the last of several coded calls: if any result is not finite, the residuals of all are taken back.
 void join_verdicts(Invocation& last, const Codings& codings) {
   if (codings.size() < 2) return;
   last.then = [codings, then = std::move(last.then)] {
@@ -231,7 +232,7 @@ void join_verdicts(Invocation& last, const Codings& codings) {
   };
 }
 
-// What was exempt counts for whether a call's result is finite.
+// Unpacks exempt buffers after their call. If any is not finite, the coded calls' residuals are taken back.
 void unpack_exempt(Invocation& call, std::shared_ptr<Packed> packed, Codings codings) {
   call.then = [packed = std::move(packed), codings = std::move(codings)] {
     kernels::Stats stats;
@@ -288,11 +289,11 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
   }
   std::vector<Group> groups =
       list.group(coder ? kinds_with_codec(list, *coder, signature) : kinds_without_codec(list));
-  // What is coded first: what is exempt counts for it.
+  // Coded calls run before exempt ones, whose results decide about the residuals of both.
   std::stable_partition(groups.begin(), groups.end(),
                         [](const Group& g) { return g.kind != Group::Kind::exempt; });
   const auto keep = list.keep(truth(args[Arg::async_op]));
-  // What one call writes another may read: then all are read before the first.
+  // If buffers overlap, one call may write what another reads: then all are packed before any call runs.
   const bool apart = (groups.size() == 1 && groups[0].kind != Group::Kind::alone) || !any_overlap(groups);
   std::vector<Invocation> calls;
   calls.reserve(groups.size());
@@ -319,7 +320,7 @@ std::vector<Invocation> check_list(const Method& method, const PyCommunicator& c
       unpack_exempt(call, packed, codings);
     }
     if (schedule::traits(method.collective).reduces) {
-      require(call.request.call.dtype, call.request.call.op);  // of all groups before the first runs
+      require(call.request.call.dtype, call.request.call.op);  // before any of the calls runs
     }
     call.x = py::reinterpret_borrow<py::object>(args[Arg::x]);
     call.result = list.result();
@@ -336,7 +337,7 @@ Array part_of(const Array& whole, const Segment& segment) {
   return part;
 }
 
-// A call on one buffer, whose codec may leave tensors to another one.
+// A call on one buffer with a codec, and one on the tensors in it that are exempt from the codec.
 std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& comm, const Arguments& args,
                                     Invocation first) {
   std::vector<Invocation> calls;
@@ -344,8 +345,8 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
   const Coder coder(method.name, args);
   coder.check(calls[0].request);
   const Parts parts = coder.parts_of(args[Arg::x]);
-  const bool apart_alike = schedule::traits(method.collective).one_block();
-  const auto exempt = apart_alike ? coder.exempt(parts) : std::vector<size_t>();
+  const bool can_exempt = schedule::traits(method.collective).one_block();
+  const auto exempt = can_exempt ? coder.exempt(parts) : std::vector<size_t>();
   if (!exempt.empty() && exempt.size() == parts.segments.size()) return calls;
   {
     Invocation& call = calls[0];
@@ -353,7 +354,7 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
   }
   if (exempt.empty()) return calls;
   const std::string signature = Coder::signature(parts, exempt);
-  // Ranks that exempt other tensors must not get past the first call. Its tag has little room.
+  // If ranks exempt different tensors, the first call must differ. Its tag has little room.
   std::string& tag = calls[0].request.tag;
   tag = signature.substr(0, signature.find(':')) + (tag.empty() ? "" : ", ") + tag;
   Group group{Group::Kind::exempt, exempt, {}, {}};
@@ -363,7 +364,7 @@ std::vector<Invocation> check_coded(const Method& method, const PyCommunicator& 
   }
   Invocation& apart = calls.emplace_back(begin_call(method, comm, args));
   const auto packed = take_together(apart, std::move(group), false, nullptr);
-  // The coded call overwrites their places: they are read before it, and written after it.
+  // The coded call overwrites the exempt tensors: they are packed before it, and unpacked after their own.
   calls[0].before = std::exchange(apart.before, nullptr);
   unpack_exempt(apart, packed, {calls[0].request.coding});
   apart.in.signature = signature;

@@ -1,4 +1,4 @@
-// Calls that are made as several: lists of buffers, and buckets of which error feedback exempts tensors.
+// Calls that run as several: those on lists, and those on buckets with tensors that error feedback exempts.
 #pragma once
 
 #include <vector>
@@ -7,12 +7,12 @@
 
 namespace pycomm::bindings {
 
-// The calls that make up this one, in the order in which they run; all of them are bound before the first
-// does. Throws TypeError or ValueError.
+// The calls that make up a call of `method`, in the order in which they run. All of them must be bound
+// before the first one runs. Throws TypeError or ValueError.
 //
-// A list (all_reduce, broadcast) is one call for each element type among its buffers, of a packed copy, and
-// one for each large buffer, where a copy costs more than a call. With a codec all are packed, but what is
-// exempt goes apart, uncompressed.
+// A list (all_reduce, broadcast) takes one call on a packed copy for each element type among its buffers,
+// and one call for each large buffer, whose copy would cost more than a call. With a codec all buffers are
+// packed, and those that are exempt have a call of their own, without the codec.
 std::vector<Invocation> check_calls(const Method& method, const PyCommunicator& comm, const Arguments& args);
 
 }  // namespace pycomm::bindings

@@ -9,12 +9,11 @@ namespace pycomm::bindings {
 
 namespace {
 
-// Whether `f` holds for all arguments that are given, but for buffers, and the step, which may be another
-// one each time.
+// Whether `f` holds for all arguments that are given but the buffers, and the step, which may always differ.
 template <class F>
 bool all_others(const Arguments& args, F f) {
-  constexpr uint32_t kNone = bit(Arg::x) | bit(Arg::out) | bit(Arg::step);
-  for (uint32_t left = args.given & ~kNone; left; left &= left - 1) {
+  constexpr uint32_t kLeftOut = bit(Arg::x) | bit(Arg::out) | bit(Arg::step);
+  for (uint32_t left = args.given & ~kLeftOut; left; left &= left - 1) {
     if (!f(std::countr_zero(left))) return false;
   }
   return true;
@@ -25,8 +24,8 @@ void for_others(const Arguments& args, F f) {
   all_others(args, [&](int arg) { return f(args.values[arg]), true; });
 }
 
-// Immutable, and refers to nothing: the same object has the same value, and keeps nothing else alive. Such
-// are strings, numbers, and codecs that say so.
+// Whether the object is immutable and refers to nothing: then it has the same value each time, and keeps
+// nothing else alive. Strings and numbers are such, and codecs that say so.
 bool is_plain(PyObject* object) {
   if (PyUnicode_CheckExact(object) || PyLong_CheckExact(object) || PyFloat_CheckExact(object) ||
       PyBool_Check(object)) {
@@ -55,7 +54,7 @@ bool Memo::Place::is(const Array& buffer) const {
       num_dims != buffer.shape.size()) {
     return false;
   }
-  for (size_t d = 0; d < num_dims; ++d) {  // few: a call of memcmp takes longer
+  for (size_t d = 0; d < num_dims; ++d) {  // they are few: calling memcmp takes longer
     if (shape[d] != buffer.shape[d]) return false;
   }
   return true;

@@ -1,14 +1,14 @@
 // The calls that a communicator has made, ready to run again: a training loop makes the same ones in every
 // step, and to check and bind a small one takes longer than to run it.
 //
-// A call is known if all that the checks and the bind look at is as it was: the method, the buffers as
-// get_array sees them now, and for the other arguments but `step` the very same objects. Two things that a
-// bound call depends on change outside the calls: where symmetric memory lies, and which algorithms there
-// are. Code that changes either must call clear(). run() checks whether the group is usable.
+// A call is known if everything that the checks and the bind look at is as it was: the method, the buffers
+// as get_array reads them now, and the other arguments but `step`, which must be the very same objects. A
+// bound call depends on two things that change outside of calls: where symmetric memory lies, and which
+// algorithms there are. Code that changes either must call clear(). run() checks the group's state.
 //
-// Of the caller's objects only strings, numbers, bools and plain codecs are kept alive, never a buffer. All
-// this is under the interpreter's lock. A call may give the lock up while it is bound and while it runs: its
-// place is not given to another meanwhile.
+// Of the caller's objects the memo keeps alive only strings, numbers, bools and plain codecs, never a
+// buffer. It is used under the interpreter's lock. A call may give up the lock while it is bound and while
+// it runs; no other call gets its place meanwhile.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,10 +39,10 @@ class Memo {
   };
   struct Call {
     runtime::Bound bound;
-    std::optional<Arg> result;  // the argument that the method returns; nothing: None
+    std::optional<Arg> result;  // the argument that the method returns; if empty, it returns None
     bool eager = false;
   };
-  // A call in its place, and none other's while this lives; or nothing.
+  // The place of a call, which no other call gets while this lives; or nothing.
   class Use {
    public:
     Use() = default;
@@ -51,7 +51,7 @@ class Memo {
     explicit operator bool() const { return entry_; }
     Call& operator*() const;
     Call* operator->() const { return &**this; }
-    void keep() const;  // the call is complete: find() may find it
+    void keep() const;  // the place is filled in: find() may find it
 
    private:
     friend class Memo;
@@ -64,14 +64,15 @@ class Memo {
   ~Memo();
 
   Use find(const Query& query);
-  // A place for this call. Before it is checked, since what it is bound to belongs to what was there then.
+  // A place for this call, or nothing. To be claimed before the call is checked: if clear() is called after
+  // that, the call may be bound to what was there before, and is not found again.
   Use claim(const Query& query);
   void clear() { ++generation_; }
 
  private:
   static constexpr int kLogEntries = 8;
   static constexpr size_t kMaxDims = 6;
-  struct Place {  // a buffer by value
+  struct Place {  // a buffer, by value
     const void* data;
     DType dtype;
     bool writable;
@@ -87,7 +88,7 @@ class Memo {
     uint64_t generation;
     const Method* method;
     Place x, out;
-    Arguments args;  // owned references, but for x, out and step, which are not looked at
+    Arguments args;  // owned references, except x, out and step, which are not looked at
     Call call;
   };
   Entry& entry_of(const Query& query);

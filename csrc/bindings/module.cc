@@ -31,7 +31,7 @@ PyCommunicator wrap(std::shared_ptr<Communicator> comm) {
 double timeout_or_default(std::optional<double> timeout) {
   if (!timeout) return env().timeout_s;
   if (!(*timeout > 0))
-    throw ValueError("`timeout` is " + std::to_string(*timeout) + ": give a positive number of seconds");
+    throw ValueError("`timeout` is " + std::to_string(*timeout) + ": pass a positive number of seconds");
   return *timeout;
 }
 
@@ -62,8 +62,8 @@ std::vector<PyCommunicator> join_threads(int size, std::optional<double> timeout
   return comms;
 }
 
-// What an array over symmetric memory owns. Calls are bound to what lies at an address: they are forgotten
-// when that changes.
+// Owned by an array in symmetric memory. Calls are bound to the memory at an address: they are forgotten when
+// symmetric memory comes and when it goes.
 class SymmetricMemory {
  public:
   SymmetricMemory(const std::shared_ptr<Handle>& handle, std::shared_ptr<runtime::Allocation> allocation)
@@ -83,7 +83,7 @@ class SymmetricMemory {
   std::shared_ptr<runtime::Allocation> allocation_;
 };
 
-// An array over symmetric memory; the memory lives as long as the array and its views.
+// An array in symmetric memory, which lives as long as the array and its views.
 py::object empty(PyCommunicator& self, const py::object& shape, const py::object& dtype,
                  const std::string& device) {
   if (device != "cpu") {
@@ -131,7 +131,7 @@ std::string explain(PyCommunicator& self, const std::string& collective, int64_t
   request.call.op = parse_op(op);
   request.call.deterministic = deterministic;
   if (!codec.is_none()) request.call.codec = native_codec(codec, collective.c_str());
-  if (count < 0) throw ValueError("`count` is " + std::to_string(count));
+  if (count < 0) throw ValueError("`count` is " + std::to_string(count) + ": pass 0 or more");
   if (algorithm) request.algorithm = *algorithm;
   request.call.world.size = self->size();
   request.call.counts = schedule::uniform_counts(request.call.world, count);
@@ -156,7 +156,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("OPS") = py::tuple(ops);
   module.attr("DTYPES") = py::tuple(dtypes);
   module.attr("COLLECTIVES") = py::tuple(collectives);
-  module.attr("ROOTED") = py::tuple(rooted);  // those of them that have a root
+  module.attr("ROOTED") = py::tuple(rooted);  // the collectives that have a root
 
   py::class_<PyCommunicator> communicator(module, "Communicator",
                                           "A group of ranks, as one of them sees it.");
@@ -165,20 +165,20 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("size", [](const PyCommunicator& self) { return self->size(); })
       .def_property_readonly(
           "local_rank", [](const PyCommunicator& self) { return self->place().local_rank; },
-          "This rank among those of its node.")
+          "This rank's number among the ranks of its node.")
       .def_property_readonly(
           "local_size", [](const PyCommunicator& self) { return self->place().local_size; },
           "The number of ranks on this node.")
       .def_property_readonly(
           "num_nodes", [](const PyCommunicator& self) { return self->place().num_nodes; },
           "The number of nodes that the group's ranks are on.")
-      .def("empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(),
-           py::arg("device") = "cpu",
-           "Collective. A NumPy array in symmetric memory, the same on every rank: peers read and write it "
-           "in place, so "
-           "that collectives on it copy nothing. Its content is zero. Freed when every rank has dropped it. "
-           "Raises "
-           "MemoryError if the space is not there, ValueError if ranks ask for different sizes.")
+      .def(
+          "empty", &empty, py::arg("shape"), py::arg("dtype") = "float32", py::kw_only(),
+          py::arg("device") = "cpu",
+          "Collective. Returns a NumPy array in symmetric memory, of the same size on every rank: peers read "
+          "and write it in place, so collectives on it copy nothing. Its elements are 0. The memory is freed "
+          "when every rank has dropped its array. Raises MemoryError if there is not enough memory, "
+          "ValueError if ranks ask for different sizes.")
       .def(
           "split",
           [](PyCommunicator& self, int64_t color, int64_t key) {
@@ -190,9 +190,8 @@ PYBIND11_MODULE(_native, module) {
             return comm ? std::optional(wrap(std::move(comm))) : std::nullopt;
           },
           py::arg("color"), py::arg("key") = 0,
-          "Collective. The group of the ranks that gave the same color, ordered by key and then by rank; "
-          "None for a "
-          "negative color.")
+          "Collective. Returns the group of the ranks that pass the same color, ordered by key and then by "
+          "rank, or None for a negative color.")
       .def(
           "shrink",
           [](PyCommunicator& self) {
@@ -203,9 +202,9 @@ PYBIND11_MODULE(_native, module) {
             }
             return wrap(std::move(comm));
           },
-          "Collective among the ranks that are left, also after a failure: the group of them, in the same "
-          "order. The old "
-          "communicator is of no more use. Raises CommTimeoutError if a rank that lives does not come.")
+          "Collective among the ranks that are left, also after a failure. Returns their group, in the same "
+          "order; the old communicator cannot be used any more. Raises CommTimeoutError if a rank that lives "
+          "does not call it.")
       .def(
           "close",
           [](PyCommunicator& self) {
@@ -213,7 +212,7 @@ PYBIND11_MODULE(_native, module) {
             self->close(patience);
           },
           "Completes what is queued and leaves the group. Peers that still wait for this rank get "
-          "PeerLostError. Raises MismatchError if another rank's last call was another one; the group is "
+          "PeerLostError. Raises MismatchError if another rank's last call was a different one; the group is "
           "closed all the same.")
       .def(
           "leave",
@@ -222,15 +221,16 @@ PYBIND11_MODULE(_native, module) {
             self->leave(error, patience);
           },
           py::arg("error"),
-          "As close(), with an error on its way: what is queued is not waited for. Peers in these calls get "
-          "PeerLostError, which quotes `error`.")
+          "Leaves the group because of an error: as close(), but does not wait for what is queued. Peers in "
+          "these calls get PeerLostError, which quotes `error`.")
       .def(
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")
       .def("explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32",
            py::kw_only(), py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0,
            py::arg("deterministic") = false, py::arg("codec") = py::none(),
-           "Local. Which plan a call would run, and why, in words. `count`: elements (of one rank's block).");
+           "Local. Says in words which plan a call would run, and why. `count`: elements of `x` or, if it "
+           "holds a block for each rank, of one block.");
   add_collectives(module, communicator);
   add_schedules(module);
   add_arrays(module);
@@ -243,7 +243,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("timeout") = py::none(), "Meets the other ranks of this machine at `address`.");
   module.def("join_threads", &join_threads, py::arg("size"), py::arg("timeout") = py::none(),
              py::arg("nodes") = std::vector<int>(), py::arg("delays") = py::none(),
-             "The communicators of `size` rank threads of this process, each on a made-up node.");
+             "Returns the communicators of `size` rank threads of this process. `nodes`: a made-up node for "
+             "each rank; empty, all are on one. `delays`: a seed for delays of messages between nodes.");
   module.def("isa", [] { return std::string(kernels::isa()); }, "The instruction set of the kernels in use.");
   module.def("available_isas", [] {
     size_t count = 0;

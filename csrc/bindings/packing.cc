@@ -27,7 +27,7 @@ Packing::Packing(DType dtype, std::span<const Array> arrays, int64_t align) {
 
 Packing::Packing(Array whole, std::vector<Place> places, std::shared_ptr<void> keep)
     : whole_(std::move(whole)), places_(std::move(places)), keep_(std::move(keep)) {
-  whole_.shape = {};  // the object's own
+  whole_.shape = {};  // it was the object's own, which may change
   for (size_t i = 0; i < places_.size(); ++i) {
     const auto [offset, count] = places_[i];
     if (offset < 0 || count < 0 || count > whole_.count - offset) {

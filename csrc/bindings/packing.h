@@ -1,5 +1,5 @@
-// Places for arrays side by side in one piece of memory, bound once; which arrays they are comes with each
-// call. A bucket has one over its buffer, a list of buffers one over memory of its own.
+// Places for arrays, side by side in one piece of memory. They are made once, and arrays come with each
+// call. A Bucket packs into its own buffer, a list of buffers into memory that the Packing owns.
 #pragma once
 
 #include <memory>
@@ -16,15 +16,15 @@ class Packing {
   struct Place {  // in elements
     int64_t offset, count;
   };
-  // In memory of its own, each place at a multiple of `align` elements; what lies between is zero.
+  // In memory of its own, with each place at a multiple of `align` elements and zeros in the gaps.
   Packing(DType dtype, std::span<const Array> arrays, int64_t align);
-  // In the memory of `whole`, which `keep` keeps. Throws ValueError for a place beyond its end.
+  // In the memory of `whole`, which `keep` keeps alive. Throws ValueError for a place beyond its end.
   Packing(Array whole, std::vector<Place> places, std::shared_ptr<void> keep);
 
   const Array& whole() const { return whole_; }
   std::span<const Place> places() const { return places_; }
 
-  // Bit for bit, for arrays of the same type. No arrays: nothing is copied.
+  // Bit for bit, for arrays of the same type; without arrays nothing is copied.
   void copy_in(std::span<const Array> from) const;
   void copy_out(std::span<const Array> to) const;
   // As kernels/pack.h says, for float types.

@@ -13,10 +13,11 @@
 
 namespace pycomm::bindings {
 
-// Holds the interpreter's lock while a call is short; gives it up for good before the first sleep.
+// Keeps the interpreter's lock during a short call. Gives it up before the first sleep, and from then on
+// takes it only to look for Ctrl-C, until the call has ended.
 class GilPatience : public runtime::Patience {
  public:
-  // eager: at once. Rank threads share the lock, and long calls should not keep it.
+  // eager: gives it up at once. Rank threads share the lock, and long calls should not keep it.
   explicit GilPatience(bool eager) {
     if (eager) on_block();
   }
@@ -41,10 +42,11 @@ class GilPatience : public runtime::Patience {
   PyThreadState* released_ = nullptr;
 };
 
-// For whoever cannot throw: what close(), or with an error on its way leave(), throws is logged.
+// close() or, with an error, leave(error), for callers that cannot throw: a CommError is logged, and an
+// exception of Python's goes to sys.unraisablehook.
 void close_quietly(runtime::Communicator& comm, runtime::Patience& patience, const std::string& error = "");
 
-// Closes the communicator with the last Python object that refers to it.
+// Closes the communicator when the last Python object that refers to it is dropped.
 struct Handle {
   std::shared_ptr<runtime::Communicator> comm;
   Memo memo;
@@ -60,9 +62,9 @@ struct PyCommunicator {
 
 // Sets the Python exception for the C++ one in flight; call it in a catch block.
 void set_python_error();
-bool is_mismatch();  // the exception that is set is a MismatchError
+bool is_mismatch();  // whether the Python exception that is set is a MismatchError
 void register_errors(pybind11::module_& module);
-// Python objects that must live as long as the returned pointer; dropped under the lock.
+// Keeps the object alive as long as the returned pointer, and drops it under the lock.
 std::shared_ptr<void> keep_alive(pybind11::object object);
 
 void add_collectives(pybind11::module_& module, pybind11::class_<PyCommunicator>& communicator);

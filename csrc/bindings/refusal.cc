@@ -12,12 +12,12 @@ namespace pycomm::bindings {
 
 namespace {
 
-// What all functions of pybind11's call first: where it finds that the arguments do not fit, it lists
-// signatures in C++'s terms.
+// pybind11's dispatcher, which all of its functions call first. If arguments do not fit, its error lists
+// signatures in C++'s terms. It has one of these two calling conventions.
 PyCFunctionWithKeywords dispatch_tuple = nullptr;
 _PyCFunctionFastWithKeywords dispatch_fast = nullptr;
 
-// Puts our words in the place of the error that is set, if it is one about arguments.
+// Replaces the Python error that is set by one in our words, if it is about arguments.
 void translate(const py::list& args, const py::dict& keywords) {
   if (!PyErr_ExceptionMatches(PyExc_TypeError)) return;
   py::error_already_set error;
@@ -35,7 +35,7 @@ void translate(const py::list& args, const py::dict& keywords) {
   }
 }
 
-// pybind11 would make something of the memory that such an object has.
+// Whether the object's __init__ has not been called. pybind11 would use its memory all the same.
 bool is_unmade(PyObject* object) {
   if (!PyObject_TypeCheck(reinterpret_cast<PyObject*>(Py_TYPE(object)),
                           py::detail::get_internals().default_metaclass)) {
@@ -52,9 +52,9 @@ bool refuse_unmade(PyObject* object) {
   return true;
 }
 
-template <bool kMakes>
+template <bool kIsInit>
 PyObject* call_tuple(PyObject* self, PyObject* args, PyObject* keywords) {
-  if (!kMakes && PyTuple_GET_SIZE(args) > 0 && refuse_unmade(PyTuple_GET_ITEM(args, 0))) return nullptr;
+  if (!kIsInit && PyTuple_GET_SIZE(args) > 0 && refuse_unmade(PyTuple_GET_ITEM(args, 0))) return nullptr;
   PyObject* result = dispatch_tuple(self, args, keywords);
   if (!result) {
     translate(py::list(py::reinterpret_borrow<py::tuple>(args)),
@@ -63,9 +63,9 @@ PyObject* call_tuple(PyObject* self, PyObject* args, PyObject* keywords) {
   return result;
 }
 
-template <bool kMakes>
+template <bool kIsInit>
 PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* names) {
-  if (!kMakes && nargs > 0 && refuse_unmade(args[0])) return nullptr;
+  if (!kIsInit && nargs > 0 && refuse_unmade(args[0])) return nullptr;
   PyObject* result = dispatch_fast(self, args, nargs, names);
   if (!result) {
     py::list positional;
@@ -79,8 +79,8 @@ PyObject* call_fast(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyO
   return result;
 }
 
-// All of them have one dispatcher; which calling convention it has depends on pybind11's version.
-template <bool kMakes>
+// The calling convention of the dispatcher depends on pybind11's version.
+template <bool kIsInit>
 void translate_errors_of(py::handle value) {
   PyObject* function = value.is_none() ? nullptr : py::detail::get_function(value).ptr();
   if (!function || !PyCFunction_Check(function)) return;
@@ -90,11 +90,11 @@ void translate_errors_of(py::handle value) {
   if (def->ml_flags == (METH_FASTCALL | METH_KEYWORDS)) {
     if (is(call_fast<true>) || is(call_fast<false>)) return;
     dispatch_fast = reinterpret_cast<_PyCFunctionFastWithKeywords>(dispatcher);
-    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fast<kMakes>));
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fast<kIsInit>));
   } else if (def->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
     if (is(call_tuple<true>) || is(call_tuple<false>)) return;
     dispatch_tuple = reinterpret_cast<PyCFunctionWithKeywords>(dispatcher);
-    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_tuple<kMakes>));
+    def->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_tuple<kIsInit>));
   }
 }
 
@@ -174,7 +174,7 @@ py::object described_dtype(PyObject* object) {
       " is no element type: pass a name such as \"float32\", or a dtype of NumPy's, ml_dtypes' or torch's");
 }
 
-std::string word_for(PyObject* object) {
+std::string own_name(PyObject* object) {
   for (const char* attribute : {"name", "__name__"}) {
     const py::object found = py::getattr(py::handle(object), attribute, py::none());
     if (py::isinstance<py::str>(found)) return found.cast<std::string>();
@@ -188,8 +188,8 @@ void translate_type_errors(py::module_& module) {
     if (!PyType_Check(value.ptr())) continue;
     auto* type = reinterpret_cast<PyTypeObject*>(value.ptr());
     for (const auto& [attribute, method] : py::reinterpret_borrow<py::dict>(type->tp_dict)) {
-      const bool makes = attribute.cast<std::string>() == "__init__";
-      makes ? translate_errors_of<true>(method) : translate_errors_of<false>(method);
+      const bool is_init = attribute.cast<std::string>() == "__init__";
+      is_init ? translate_errors_of<true>(method) : translate_errors_of<false>(method);
       if (PyObject_TypeCheck(method.ptr(), &PyProperty_Type)) {
         for (const char* side : {"fget", "fset"}) translate_errors_of<false>(method.attr(side));
       }

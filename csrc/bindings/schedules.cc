@@ -40,15 +40,16 @@ std::optional<std::string> verify_call(const std::string& algorithm, const std::
                                        int root, const std::string& placement, bool in_place,
                                        const py::object& write) {
   if (size < 1) throw ValueError("`size` is " + std::to_string(size) + ": a group has at least one rank");
-  if (count < 0) throw ValueError("`count` is " + std::to_string(count));
+  if (count < 0) throw ValueError("`count` is " + std::to_string(count) + ": pass 0 or more");
   if (placement != "plain" && placement != "symmetric") {
-    throw ValueError("`placement` is \"" + placement + "\": plain or symmetric");
+    throw ValueError("`placement` is \"" + placement + "\": pass plain or symmetric");
   }
   Call call;
   call.world = {.collective = parse_collective(collective), .size = size, .root = root};
   if (call.world.traits().between_two()) call.world.size = 2, call.world.peer = 1 - root;
   if (root < 0 || root >= call.world.size)
-    throw ValueError("`root` is " + std::to_string(root) + " of " + std::to_string(size) + " ranks");
+    throw ValueError("`root` is " + std::to_string(root) + ": pass a rank from 0 to " +
+                     std::to_string(call.world.size - 1));
   call.dtype = dtype_from_python(dtype.ptr());
   call.op = parse_op(op);
   if (call.world.traits().reduces) {
@@ -82,7 +83,7 @@ void add_schedules(py::module_& module) {
                std::to_string(ref.chunk.block) + " [" + std::to_string(ref.chunk.first) + ", " +
                std::to_string(ref.chunk.last) + ")/" + std::to_string(ref.chunk.of);
       });
-  py::class_<World>(module, "World", "What an algorithm is asked for.")
+  py::class_<World>(module, "World", "The collective and the ranks that an algorithm writes a schedule for.")
       .def_property_readonly("collective",
                              [](const World& world) { return std::string(name(world.collective)); })
       .def_readonly("size", &World::size)
@@ -96,10 +97,11 @@ void add_schedules(py::module_& module) {
           "stage",
           [](PyBuilder& b, int stage) {
             if (stage < 0 || stage > 3)
-              throw ValueError("`stage` is " + std::to_string(stage) + ": there are 0 to 3");
+              throw ValueError("`stage` is " + std::to_string(stage) + ": pass 0, 1, 2 or 3");
             b.builder->stage(stage);
           },
-          py::arg("stage"), "Of the steps that follow: in iteration i they work on trip i - stage.")
+          py::arg("stage"),
+          "Sets the stage of the steps that follow: in iteration i they work on trip i - stage.")
       .def(
           "combine",
           [](PyBuilder& b, std::vector<Ref> dsts, std::vector<Ref> srcs, bool final) {
@@ -123,7 +125,7 @@ void add_schedules(py::module_& module) {
           return Ref{rank ? *rank : b.builder->rank(), buffer, chunk};
         },
         py::arg_v("chunk", Chunk{}, "Chunk()"), py::arg("rank") = py::none(),
-        "This rank's buffer of that name, or another rank's.");
+        "A chunk of this rank's buffer of that name, or of another rank's.");
   };
   buffer_method("in_", schedule::Buffer::in);
   buffer_method("out", schedule::Buffer::out);
@@ -138,18 +140,17 @@ void add_schedules(py::module_& module) {
              py::arg("count"), py::kw_only(), py::arg("dtype") = "float32", py::arg("op") = "sum",
              py::arg("root") = 0, py::arg("placement") = "plain", py::arg("in_place") = false,
              py::arg("write") = py::none(),
-             "Proves the plan of this call on all ranks; returns the first counterexample in words, or None. "
-             "`write`: a "
-             "function (builder, world) that writes the program, instead of a known algorithm's.");
+             "Proves the plan of this call on all ranks. Returns the first counterexample in words, or None. "
+             "`write`: a function (builder, world) that writes the program, in place of a known algorithm.");
   module.def(
       "add_algorithm",
       [](PyCommunicator& comm, const std::string& collective, const std::string& name,
          const py::function& write) {
-        // The function is dropped under the interpreter's lock, whoever drops the communicator.
+        // Dropped under the interpreter's lock, whichever thread drops the communicator.
         auto held = std::shared_ptr<py::function>(new py::function(write), [](py::function* f) {
           drop_locked([](void* function) { delete static_cast<py::function*>(function); }, f);
         });
-        comm.handle->memo.clear();  // first: a plan of the old one belongs to calls made before
+        comm.handle->memo.clear();  // first: dropping the old function may run Python, which may call
         comm->add_algorithm(parse_collective(collective), name,
                             [held](const World& world) { return call_python(*held, world); });
       },

@@ -15,11 +15,11 @@ namespace {
 
 using transport::Arena;
 
-constexpr size_t kLarge = 64 << 10;  // what is smaller gains nothing by it
+constexpr size_t kLarge = 64 << 10;  // smaller arrays gain nothing
 
-const PyDataMemAllocator* numpys = nullptr;  // for all that lies in no arena
+const PyDataMemAllocator* plain = nullptr;  // NumPy's own, for memory outside of the arena
 
-// ---- NumPy's handler of memory. Arrays of it outlive the interpreter, and so does it. It takes no lock of
+// ---- the handler that NumPy calls. It outlives the interpreter, as its arrays may. It takes no lock of
 // Python's, and throws nothing.
 
 void* allocate(size_t bytes, bool zeroed) {
@@ -34,28 +34,29 @@ void* allocate(size_t bytes, bool zeroed) {
 
 void* array_malloc(void* /*ctx*/, size_t bytes) {
   void* const block = allocate(bytes, false);
-  return block ? block : numpys->malloc(numpys->ctx, bytes);
+  return block ? block : plain->malloc(plain->ctx, bytes);
 }
 
 void* array_calloc(void* /*ctx*/, size_t count, size_t size) {
   size_t bytes = 0;
   void* const block = __builtin_mul_overflow(count, size, &bytes) ? nullptr : allocate(bytes, true);
-  return block ? block : numpys->calloc(numpys->ctx, count, size);
+  return block ? block : plain->calloc(plain->ctx, count, size);
 }
 
 void array_free(void* /*ctx*/, void* data, size_t bytes) {
   Arena* const arena = Arena::at(data);
-  if (!arena) return numpys->free(numpys->ctx, data, bytes);
+  if (!arena) return plain->free(plain->ctx, data, bytes);
   try {
     arena->free(data);
-  } catch (const std::exception&) {  // it stays taken
+  } catch (const std::exception&) {  // the block stays allocated
   }
 }
 
-// An array stays where it began, in an arena or not, as long as it is large enough for that.
+// An array in plain memory stays there. One in an arena keeps its block if it is still large and fills at
+// least half of the block; else it moves.
 void* array_realloc(void* /*ctx*/, void* data, size_t bytes) {
   Arena* const arena = Arena::at(data);
-  if (!arena) return numpys->realloc(numpys->ctx, data, bytes);
+  if (!arena) return plain->realloc(plain->ctx, data, bytes);
   const auto there = static_cast<size_t>(arena->bytes_of(data));
   if (bytes >= kLarge && bytes <= there && bytes >= there / 2) return data;
   void* const other = array_malloc(nullptr, bytes);
@@ -67,7 +68,7 @@ void* array_realloc(void* /*ctx*/, void* data, size_t bytes) {
 
 PyDataMem_Handler handler = {
     "pycomm_shared_arrays", 1, {nullptr, array_malloc, array_calloc, array_realloc, array_free}};
-PyObject* capsule = nullptr;  // of it, never dropped
+PyObject* capsule = nullptr;  // of the handler, never dropped
 
 int import_array_api() {
   import_array1(-1);
@@ -80,7 +81,7 @@ py::object set_handler(PyObject* next) {
   return before;
 }
 
-// From when it is made until end(), or its own, for this thread's context.
+// Sets the handler in this thread's context until end(), or until it is destroyed.
 class SharedArrays {
  public:
   SharedArrays() {
@@ -122,13 +123,14 @@ void add_shared_arrays(py::module_& module) {
   auto* const own =
       static_cast<PyDataMem_Handler*>(PyCapsule_GetPointer(PyDataMem_DefaultHandler, "mem_handler"));
   if (!own) throw py::error_already_set();
-  numpys = &own->allocator;
+  plain = &own->allocator;
   capsule = PyCapsule_New(&handler, "mem_handler", nullptr);
   if (!capsule) throw py::error_already_set();
-  py::class_<SharedArrays>(module, "SharedArrays",
-                           "Large arrays of NumPy's lie in shared memory from when this is made until end().")
+  py::class_<SharedArrays>(
+      module, "SharedArrays",
+      "NumPy's large arrays lie in shared memory if they are made while this lives, up to end().")
       .def(py::init<>())
-      .def("end", &SharedArrays::end, "NumPy allocates again as it did before.");
+      .def("end", &SharedArrays::end, "Lets NumPy allocate as it did before.");
   module.def("makes_shared_arrays", &makes_shared_arrays,
              "Whether large arrays made now, in this thread's context, lie in shared memory.");
   module.def("is_shared_array", &is_shared_array, py::arg("array"),

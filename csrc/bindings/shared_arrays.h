@@ -1,5 +1,5 @@
-// Arrays of NumPy's in this process's arena (transport/arena.h), by a handler of their memory that a thread's
-// context names (NEP 49).
+// Puts NumPy's arrays into this process's arena (transport/arena.h): a thread's context names the handler
+// that allocates their memory (NEP 49).
 #pragma once
 
 #include <pybind11/pybind11.h>

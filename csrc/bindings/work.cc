@@ -19,25 +19,26 @@ using runtime::Work;
 
 namespace {
 
-// What a call is, for repr().
-struct Shown {
+// A call in words, for repr().
+struct Summary {
   schedule::Collective collective;
   DType dtype;
   int64_t count;
 
-  explicit Shown(const runtime::CallRecord& record)
+  explicit Summary(const runtime::CallRecord& record)
       : collective(record.collective), dtype(record.dtype), count(record.count) {}
-  std::string operator()(const char* type, const std::string& state) const {
-    std::string text = std::string("<pycomm.") + type + ": " + name(collective);
-    if (schedule::traits(collective).moves()) text += " of " + std::to_string(count) + " " + name(dtype);
-    return text + state + ">";
+  std::string text(const char* type, const std::string& state) const {
+    std::string words = std::string("<pycomm.") + type + ": " + name(collective);
+    if (schedule::traits(collective).moves()) words += " of " + std::to_string(count) + " " + name(dtype);
+    return words + state + ">";
   }
 };
 
 class PyWork {
  public:
-  PyWork(std::shared_ptr<Work> work, const Shown& shown, std::shared_ptr<Handle> handle, py::object result)
-      : work_(std::move(work)), shown_(shown), handle_(std::move(handle)), result_(std::move(result)) {}
+  PyWork(std::shared_ptr<Work> work, const Summary& summary, std::shared_ptr<Handle> handle,
+         py::object result)
+      : work_(std::move(work)), summary_(summary), handle_(std::move(handle)), result_(std::move(result)) {}
   py::object wait(const py::object& timeout) {
     const double timeout_s = timeout.is_none() ? INFINITY : seconds(timeout.ptr(), "timeout", true);
     {
@@ -50,14 +51,14 @@ class PyWork {
   std::string repr() const {
     const py::object error = exception();
     if (!error.is_none()) {
-      return shown_("Work", ", failed: " + py::type::of(error).attr("__name__").cast<std::string>());
+      return summary_.text("Work", ", failed: " + py::type::of(error).attr("__name__").cast<std::string>());
     }
-    return shown_("Work", is_completed() ? ", done" : ", pending");
+    return summary_.text("Work", is_completed() ? ", done" : ", pending");
   }
   static void add_done_callback(const py::object& self, const py::object& fn) {
     if (!PyCallable_Check(fn.ptr())) {
       throw TypeError("`fn` is a " + std::string(Py_TYPE(fn.ptr())->tp_name) +
-                      ": pass what can be called with the work");
+                      ": pass a function of the work");
     }
     self.cast<PyWork&>().work_->on_completion(
         [called = fn.ptr(), work = self.ptr(), held = keep_alive(py::make_tuple(self, fn))] {
@@ -82,7 +83,7 @@ class PyWork {
 
  private:
   std::shared_ptr<Work> work_;
-  Shown shown_;
+  Summary summary_;
   std::shared_ptr<Handle> handle_;
   py::object result_;
 };
@@ -93,12 +94,12 @@ struct PersistentOp {
   std::shared_ptr<Handle>* handle;
   PyObject *x, *result;
   Array *in, *out;    // as they were bound
-  Feeding* feeding;   // null: without error feedback
+  Feeding* feeding;   // null without error feedback
   bool eager, coded;  // coded: a run changes what is bound
-  bool under_way;     // a coded one
+  bool under_way;     // a coded run is
 };
 
-// Whatever has happened to the objects since, the call must not use memory that they have no more.
+// Throws if the object has lost the memory that the call was bound to.
 void require_bound(PyObject* object, const Array& bound, const char* name) {
   Array now;
   if (!peek_array(object, now)) now = get_array(object, name);
@@ -149,8 +150,8 @@ PyObject* call_persistent(PyObject* self, PyObject* args, PyObject* keywords) {
 }
 
 PyObject* repr_persistent(PyObject* self) {
-  const Shown shown(reinterpret_cast<PersistentOp*>(self)->bounds->front().record);
-  return PyUnicode_FromString(shown("PersistentOp", "").c_str());
+  const Summary summary(reinterpret_cast<PersistentOp*>(self)->bounds->front().record);
+  return PyUnicode_FromString(summary.text("PersistentOp", "").c_str());
 }
 
 void free_persistent(PyObject* self) {
@@ -174,8 +175,8 @@ PyTypeObject* persistent_type() {
       {Py_tp_dealloc, reinterpret_cast<void*>(free_persistent)},
       {Py_tp_doc,
        const_cast<char*>(
-           "A call that was bound once: call it to run it again on the same buffers. ValueError where "
-           "their memory is another by then.")},
+           "A call that was bound once: call it to run it again on the same buffers. Raises ValueError if "
+           "they have other memory by then.")},
       {0, nullptr}};
   static PyType_Spec spec = {"pycomm._native.PersistentOp", sizeof(PersistentOp), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
@@ -185,10 +186,10 @@ PyTypeObject* persistent_type() {
 
 // All that must live as long as the call may run.
 std::shared_ptr<void> exports_of(const Invocation& call, std::shared_ptr<void> objects) {
-  const bool one = call.result.is(call.x);
+  const bool same = call.result.is(call.x);
   return std::make_shared<std::array<std::shared_ptr<void>, 6>>(
       std::array{call.in.exported, call.out.exported, hold_memory(call.x.ptr()),
-                 one ? nullptr : hold_memory(call.result.ptr()), call.storage, std::move(objects)});
+                 same ? nullptr : hold_memory(call.result.ptr()), call.storage, std::move(objects)});
 }
 
 }  // namespace
@@ -212,27 +213,26 @@ py::object make_persistent(PyCommunicator& comm, std::vector<Invocation>& calls,
 
 py::object start(PyCommunicator& comm, Invocation& call, Bound bound) {
   bound.keeps_alive = exports_of(call, keep_alive(py::make_tuple(call.x, call.result)));
-  const Shown shown(bound.record);
-  return py::cast(PyWork(comm->submit(std::move(bound)), shown, comm.handle, call.result));
+  const Summary summary(bound.record);
+  return py::cast(PyWork(comm->submit(std::move(bound)), summary, comm.handle, call.result));
 }
 
 void add_work(py::module_& module) {
-  py::class_<PyWork>(module, "Work",
-                     "An asynchronous call. It keeps its buffers and their memory until it has completed; "
-                     "what resizes memory in place, as torch's resize_ does, has to wait for it.")
+  py::class_<PyWork>(
+      module, "Work",
+      "An asynchronous call. It keeps its buffers and their memory until it has completed. Wait for "
+      "it before memory is resized in place, as torch's resize_ does.")
       .def("wait", &PyWork::wait, py::arg("timeout") = py::none(),
-           "Blocks until the call has completed and returns what the blocking call returns; raises its "
-           "error. With a "
-           "timeout in seconds, CommTimeoutError when it passes first; the call goes on.")
+           "Blocks until the call has completed. Returns what the blocking call returns, or raises its "
+           "error. After `timeout` seconds it raises CommTimeoutError, and the call goes on.")
       .def("__repr__", &PyWork::repr)
       .def("is_completed", &PyWork::is_completed, "Whether the call has completed, with or without an error.")
-      .def("add_done_callback", &PyWork::add_done_callback, py::arg("fn"),
-           "Calls fn(work) once the call has completed, with or without an error: at once if it has; else "
-           "soon "
-           "after, on whichever thread drove it, which can make other calls by then. Keep it short: that "
-           "thread drives this group's other calls as well. Callbacks of a work run in the order in which "
-           "they "
-           "were added. What fn raises goes to sys.unraisablehook.")
+      .def(
+          "add_done_callback", &PyWork::add_done_callback, py::arg("fn"),
+          "Calls fn(work) once the call has completed, with or without an error: at once if it has "
+          "completed, else soon afterwards, on the thread that drove the call. fn may make other calls. Keep "
+          "it short: that thread drives this group's other calls as well. Callbacks of a work run in the "
+          "order in which they were added. An exception that fn raises goes to sys.unraisablehook.")
       .def("exception", &PyWork::exception, "The call's error, or None while it has none.")
       .def(
           "result", [](PyWork& work) { return work.wait(py::none()); },

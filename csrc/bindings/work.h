@@ -1,5 +1,5 @@
-// What a call leaves in the caller's hands where it has not run when the method returns: Work (asynchronous)
-// and PersistentOp (bound once, run by calling it).
+// What a method returns for a call that need not have run yet: Work (an asynchronous call) or PersistentOp
+// (bound once, run by calling it).
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -155,7 +155,7 @@ def test_hierarchical_is_chosen_and_explained() -> None:
         assert "codec=int8" in comm.explain("all_reduce", 100, codec="int8")
         with pytest.raises(ValueError, match="broadcast takes no codec"):
             comm.explain("broadcast", 100, codec="int8")
-        with pytest.raises(ValueError, match="topk, whose calls are made of several plans"):
+        with pytest.raises(ValueError, match="topk, whose calls run several plans"):
             comm.explain("all_reduce", 100, codec="topk")
 
     pycomm.run_local(fn, 4, nodes=2)
