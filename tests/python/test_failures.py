@@ -343,11 +343,6 @@ MISMATCHES: dict[str, tuple[Callable[[Communicator], object], Callable[[Communic
         lambda c: c.all_reduce(np.ones(4), op=pycomm.premul_sum(0.25)),
         "",
     ),
-    "deterministic": (
-        lambda c: c.all_reduce(np.ones(4), deterministic=True),
-        lambda c: c.all_reduce(np.ones(4)),
-        "",
-    ),
     "counts": (
         lambda c: c.all_gather(np.ones(2), counts=[2, 2, 2]),
         lambda c: c.all_gather(np.ones(2), counts=[2, 2, 2][::-1] if c.rank != 1 else [3, 2, 2]),
@@ -368,7 +363,7 @@ MISMATCHES: dict[str, tuple[Callable[[Communicator], object], Callable[[Communic
 
 
 @pytest.mark.links
-@pytest.mark.parametrize("what", [what for what in MISMATCHES if what != "deterministic"])
+@pytest.mark.parametrize("what", MISMATCHES)
 def test_mismatches_name_ranks_and_values(ranks: Ranks, what: str) -> None:
     one, two, match = MISMATCHES[what]
 
