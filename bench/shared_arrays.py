@@ -2,19 +2,22 @@
 
 Prints the time of np.empty and np.zeros, of the first arrays of a size and of later ones, whose memory was
 used before, also with what it takes to write them; the resident memory of a workload that makes no calls; and
-what is resident while 10^5 arrays are made and dropped under calls of two ranks.
+what is resident while three ranks make and drop 10^5 arrays under calls, one of them is killed meanwhile, and
+the others go on, with the error that they got.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "shared": pycomm.shared_arrays,
 }
 ARRAYS = 100_000
+LEAST, MOST = 20_000, 30_000  # elements of those arrays
 
 
 def timed(make: Callable[[int], Any], size: int, write: bool) -> tuple[float, Any]:
@@ -92,26 +96,66 @@ def memory() -> None:
         print(f"resident, a workload without calls, {way}: {in_process(way, 'workload()')} MiB")
 
 
-def under_calls(comm: pycomm.Communicator) -> list[int]:
-    """What is resident after each tenth of the arrays, in MiB."""
-    held = []
-    for i in range(ARRAYS):
-        x = np.empty(20_000 + i % 10_000, np.float32)
-        x[0] = comm.rank
-        comm.all_reduce(x[:20_000])
-        if (i + 1) % (ARRAYS // 10) == 0:
-            held.append(resident() >> 20)
-    return held
+@dataclass
+class Report:
+    """What a rank that lives has seen; memory in bytes."""
+
+    before: int  # held before the first array
+    held: list[int] = field(default_factory=list)  # after each tenth of the arrays
+    lost_at: int = 0  # the array whose call failed, counted from 1
+    lost: str = ""  # how it failed
+
+
+def under_calls(comm: pycomm.Communicator, arrays: int, measure: Callable[[], int] = resident) -> Report:
+    """Makes arrays, and drops each after a call on it. Half way rank 0 kills rank 1, whatever that rank is
+    doing; the others go on as the group that is left. `measure` tells what is held at the moment."""
+    pids = comm.all_gather(np.array([os.getpid()]))
+    report = Report(before=measure())
+    made = 0
+    with pycomm.shared_arrays():
+        while made < arrays:
+            if made == arrays // 2 and comm.rank == 0:
+                os.kill(int(pids[1]), signal.SIGKILL)
+            x = np.full(LEAST + made % (MOST - LEAST), comm.rank + 1, np.float32)
+            made += 1
+            try:
+                comm.all_reduce(x)
+            except pycomm.PeerLostError as error:
+                report.lost_at, report.lost = made, f"{type(error).__name__}: {error}"
+                failed, comm = comm, comm.shrink()
+                failed.close()
+                # One may have finished the call in which another one failed.
+                made = int(comm.all_reduce(np.array([made]), op="max")[0])
+            else:
+                assert (x == comm.size * (comm.size + 1) / 2).all()
+            if made * 10 // arrays > len(report.held):
+                report.held.append(measure())
+    return report
+
+
+def as_a_rank() -> None:
+    with pycomm.init() as comm:
+        report = under_calls(comm, ARRAYS)
+    before, *tenths = (f"{held / 2**20:.1f}" for held in (report.before, *report.held))
+    lost = (report.lost_at - 1) * 10 // ARRAYS
+    print(f"array {report.lost_at} of {ARRAYS}: {report.lost}")
+    print(
+        f"resident, MiB: {before} before the first array; after each tenth {', '.join(tenths[:lost])},"
+        f" and after the error {', '.join(tenths[lost:])}"
+    )
 
 
 def main() -> None:
     times()
     print()
     memory()
-    with pycomm.shared_arrays():
-        [held, _] = pycomm.run_local(under_calls, 2)
-    print(f"resident while two ranks make and drop {ARRAYS} arrays each, after each tenth: {held} MiB")
+    print(f"\n3 ranks make and drop {ARRAYS} arrays each, under calls; half way one is killed:", flush=True)
+    ranks = [sys.executable, "-m", "pycomm", "run", "-n", "3", "--on-failure=wait", __file__, "as_a_rank"]
+    subprocess.run(ranks, check=False)  # it fails as its rank does
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["as_a_rank"]:
+        as_a_rank()
+    else:
+        main()

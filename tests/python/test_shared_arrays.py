@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ import pytest
 import pycomm
 from pycomm import Communicator
 from pycomm._native import is_shared_array, makes_shared_arrays
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import shared_arrays
 
 Ranks = Callable[..., list[Any]]
 LARGE = 64 << 10  # bytes
@@ -539,3 +543,31 @@ def test_a_rank_killed_meanwhile_is_named_and_nothing_is_held() -> None:
         outcomes = processes.outcomes_of(ranks)
     assert isinstance(outcomes[1], processes.Died)
     assert all(outcomes[rank] <= 2 << 20 for rank in (0, 2)), outcomes
+
+
+@pytest.mark.parametrize(
+    ("measure", "others"),  # others: what else may grow, for resident memory the plans of 1000 sizes
+    [(processes.shared_bytes, 0), (shared_arrays.resident, 8 << 20)],
+    ids=["shared", "resident"],
+)
+def test_a_rank_killed_under_calls_and_the_others_go_on(measure: Callable[[], int], others: int) -> None:
+    """bench/shared_arrays.py with fewer arrays."""
+    count = 3000
+
+    def fn(comm: Communicator) -> shared_arrays.Report:
+        return shared_arrays.under_calls(comm, count, measure)
+
+    with processes.started(fn, 3) as ranks:
+        outcomes = processes.outcomes_of(ranks)
+    assert isinstance(outcomes[1], processes.Died) and outcomes[1].args == (-signal.SIGKILL,)
+    # When an array is made, two others are there at most: the one before, and the one of the call that
+    # failed. Between these lie three gaps at most, and memory is added only where none of them is large
+    # enough: so all are no larger than six of the largest arrays, in whole huge pages.
+    largest, huge = 4 * shared_arrays.MOST, 2 << 20
+    budget = 3 * -(-6 * largest // huge) * huge + others
+    assert budget < count * 4 * shared_arrays.LEAST / 10
+    for rank in (0, 2):
+        report = outcomes[rank]
+        assert report.lost.startswith("PeerLostError: rank 1 (pid "), report
+        assert 0 <= report.lost_at - count // 2 <= count // 10  # the signal may take a while
+        assert len(report.held) == 10 and max(report.held) <= report.before + budget, report
