@@ -45,6 +45,12 @@ class BlockCodec(Codec):
     def __post_init__(self) -> None:
         if self.links not in ("all", "wire"):
             raise ValueError(f"links={self.links!r}: 'all', or 'wire' for what crosses between nodes")
+        if self.links == "wire" and _feeds_back(self):
+            raise ValueError(
+                f"codec {self.name}@wire and error feedback: between nodes a rank encodes sums of its node,"
+                " and only a part of them, so that a part of what it loses would never be sent; pass"
+                f' pycomm.codecs.{type(self).__name__}(links="wire", error_feedback=False), or links="all"'
+            )
 
     def native(self) -> _native.Codec:
         """What the kernels know of it."""
@@ -245,6 +251,11 @@ def _check_feedback(feedback: Any) -> None:
         )
 
 
+def _feeds_back(codec: Codec) -> bool:
+    given = getattr(codec, "error_feedback", None)
+    return codec.feedback_by_default if given is None else given is not False
+
+
 # A name stands for the codec's defaults.
 DEFAULTS: dict[str, Codec] = {
     kind.name: kind() for kind in (FP16, BF16, FP8E4M3, FP8E5M2, MXFP8, Int8, Int4, SharedInt, Sign, TopK)
@@ -270,19 +281,26 @@ def _named(codec: Any) -> Codec:
             f"`codec` is {codec!r}: pass a name ({', '.join(DEFAULTS)}) or an object of pycomm.codecs"
         )
     name, at, links = codec.partition("@")
+    by_wire = [
+        each for each, kind in DEFAULTS.items() if isinstance(kind, BlockCodec) and not _feeds_back(kind)
+    ]
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(name.lower(), DEFAULTS, 1)
-        hint = f" (did you mean {near[0] + at + links!r}?)" if near else ""
+        known = by_wire if at else [*DEFAULTS, *(f"{each}@wire" for each in by_wire)]
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f" (did you mean {near[0] + (at and '@wire')!r}?)" if near else ""
         raise ValueError(f"`codec` is {codec!r}{hint}: there are {', '.join(DEFAULTS)}")
     found = DEFAULTS[name]
     if not at:
         return found
-    if links != "wire":
-        raise ValueError(f"`codec` is {codec!r}: {name}@wire encodes what crosses between nodes, {name} all")
     if not isinstance(found, BlockCodec):
-        blocks = [each for each, kind in DEFAULTS.items() if isinstance(kind, BlockCodec)]
-        raise ValueError(f"`codec` is {codec!r}: {name} cannot be used with @wire; {', '.join(blocks)} can")
-    return replace(found, links="wire")
+        raise ValueError(f"`codec` is {codec!r}: {name} cannot be used with @wire; {', '.join(by_wire)} can")
+    found = replace(found, links="wire")
+    if links != "wire":
+        raise ValueError(
+            f"`codec` is {codec!r}: {name}@wire encodes what crosses between nodes alone, {name} what crosses"
+            " between any two ranks"
+        )
+    return found
 
 
 def feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | None:
@@ -290,7 +308,7 @@ def feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | Non
     given = getattr(codec, "error_feedback", None)
     if isinstance(given, ErrorFeedback):
         return given
-    return kept(comm) if (codec.feedback_by_default if given is None else given) else None
+    return kept(comm) if _feeds_back(codec) else None
 
 
 def require_names(codec: Codec) -> NoReturn:

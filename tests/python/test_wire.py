@@ -191,11 +191,18 @@ def test_other_algorithms_are_refused(algorithm: str) -> None:
 
 def test_names_that_are_none() -> None:
     x = np.ones(100, np.float32)
+    no_feedback = r"pass pycomm.codecs.Sign.links=\"wire\", error_feedback=False."
     for codec, match in {
+        "sign@wire": no_feedback,  # and not first the names that error feedback needs
+        "sign@wier": no_feedback,
         "int8@node": "'int8@node': int8@wire encodes what crosses between nodes",
         "int8@": "int8@wire encodes",
         "int9@wire": "did you mean 'int8@wire'",
-        "topk@wire": "topk cannot be used with @wire; fp16, .*sign can",
+        "INT8@wier": "did you mean 'int8@wire'",
+        "int8wire": "did you mean 'int8@wire'",
+        "Int8": "did you mean 'int8'",
+        "topk@wire": "topk cannot be used with @wire; fp16, .*int4 can",
+        "topk@wier": "topk cannot be used with @wire",
         "shared_int@wire": "shared_int cannot be used with @wire",
     }.items():
         refused(lambda comm, c=codec: comm.all_reduce(x, codec=c), match, nodes=None)
@@ -208,10 +215,11 @@ def test_names_that_are_none() -> None:
 @pytest.mark.parametrize("nodes", [2, None])
 def test_error_feedback_is_refused(nodes: int | None) -> None:
     x = np.ones(100, np.float32)
-    match = "@wire and error feedback: .* pass error_feedback=False"
+    match = "sign@wire and error feedback: .* pass pycomm.codecs.Sign.*error_feedback=False"
     refused(lambda comm: comm.all_reduce(x, codec="sign@wire", tag="x"), match, nodes)
-    fed = codecs.Int8(links="wire", error_feedback=True)
-    refused(lambda comm: comm.all_reduce(x, codec=fed, tag="x"), match, nodes)
+    for feedback in (True, codecs.ErrorFeedback()):
+        with pytest.raises(ValueError, match="int8@wire and error feedback"):
+            codecs.Int8(links="wire", error_feedback=feedback)
     pycomm.run_local(
         lambda comm: comm.all_reduce(x.copy(), codec=codecs.Sign(links="wire", error_feedback=False)),
         4,
