@@ -122,7 +122,9 @@ std::shared_ptr<const Prepared> PlanCache::prepare(const schedule::Call& call, c
   const std::string chosen =
       algorithm.empty() ? select(call, fabric_.profile, fabric_.policy.yield).algorithm : algorithm;
   auto prepared = std::make_shared<const Prepared>(lower_and_prove(call, chosen, rank), rank);
-  log(LogLevel::trace, "new plan: ", describe(prepared->record));
+  CallRecord made = prepared->record;
+  if (call.codec.kind != CodecKind::none) tell(made, codec_words(call.codec), false);
+  log(LogLevel::trace, "new plan: ", describe(made));
   const std::lock_guard lock(mutex_);
   if (generation != generation_) return prepared;  // an algorithm of this name may be another by now
   if (all_.size() >= kCachedPlans) all_.clear();

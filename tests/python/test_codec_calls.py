@@ -1,6 +1,10 @@
 """Calls with codecs: their results, and what they count, remember, keep alive and refuse."""
 
 import gc
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -235,3 +239,20 @@ def test_algorithms_of_ones_own_carry_codecs_if_they_can() -> None:
 
     first, *others = pycomm.run_local(fn, 3)
     assert all(other == first for other in others)
+
+
+def test_the_log_of_plans_names_the_codec() -> None:
+    script = (
+        "import numpy as np, pycomm\n"
+        "x = np.ones(100, np.float32)\n"
+        "def fn(comm):\n"
+        "    for codec in (None, 'bf16', 'int8@wire'): comm.all_reduce(x.copy(), codec=codec)\n"
+        "pycomm.run_local(fn, 2, nodes=2)\n"
+    )
+    environment = {**os.environ, "PYCOMM_DEBUG": "TRACE"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    plans = re.findall(r"TRACE new plan: all_reduce\(count=100, dtype=float32, op=sum(.*), alg", done.stderr)
+    assert sorted(plans) == sorted(2 * ["", ", codec=bf16(stochastic)", ", codec=int8@wire(stochastic)"])
