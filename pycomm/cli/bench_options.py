@@ -210,6 +210,14 @@ def own_algorithm(text: str) -> pycomm.Algorithm:
     return found
 
 
+def own_codec(text: str) -> str | Codec:
+    """Loads a user's codec; a name is returned as it is."""
+    found = load(text) if is_own(text) else text
+    if not isinstance(found, str | Codec):
+        raise ValueError(f"{text} is a {type(found).__name__}, not an object of pycomm.codecs")
+    return found
+
+
 def codecs(text: str, collectives: Sequence[str], dtypes: Sequence[str], op: str) -> list[str | None]:
     """--codecs none,int8,module:name"""
     found = [None if name == "none" else name for name in text.split(",")]
@@ -226,9 +234,7 @@ def _check_codec(codec: str, collective: str, dtype: str, op: str) -> None:
             raise ValueError(f"{collective} takes no codec")
         if codec in ("sign", "topk"):
             raise ValueError("a single call has a large error: see pycomm bench codecs")
-        own = load(codec) if is_own(codec) else codec
-        if not isinstance(own, str | Codec):
-            raise ValueError(f"is a {type(own).__name__}, not an object of pycomm.codecs")
+        own = own_codec(codec)
         x = np.zeros(1, numpy_dtype(dtype))
         options = {} if collective == "all_gather" else {"op": op}
         pycomm.run_local(lambda comm: getattr(comm, collective)(x, codec=own, **options), 1)

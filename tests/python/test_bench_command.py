@@ -163,7 +163,7 @@ def test_a_peer_that_is_missing_is_a_line(capsys: pytest.CaptureFixture[str]) ->
         (["--columns", "time,mean"], "there is no column 'mean'"),
         (["--algorithms", "no_such_module:star"], "no_such_module:star: No module named"),
         (["--algorithms", "math:pi"], "math:pi is a float, not a pycomm.Algorithm"),
-        (["--codecs", "math:pi"], "--codecs math:pi: is a float"),
+        (["--codecs", "math:pi"], "--codecs math:pi: math:pi is a float, not an object of pycomm.codecs"),
         (["--csv", "-", "--json", "-"], "standard output can hold only one of them"),
         (["--vs", "pycomm"], "say which other pycomm"),
         (["--csv", "no/such/place.csv"], "--csv no/such/place.csv: there is no directory no/such"),

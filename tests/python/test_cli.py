@@ -36,6 +36,7 @@ def write_hasty(b, world):
 
 hub = pycomm.Algorithm("hub", "all_reduce", write_hub)
 hasty = pycomm.Algorithm("hasty", "all_reduce", write_hasty)
+rotated = pycomm.codecs.Int4(hadamard=True)
 """
 
 
@@ -170,6 +171,10 @@ def test_a_users_own_algorithm(
     for command in (["verify"], ["explain", "all_reduce", "1"]):
         assert main.main([*command, "--algorithm", f"{name}:nothing"]) == 2
         assert f"{name}:nothing: module" in capsys.readouterr().err
+    assert main.main(["explain", "all_reduce", "100", "--codec", f"{name}:rotated"]) == 0
+    assert "codec=int4(hadamard, stochastic)" in capsys.readouterr().out
+    assert main.main(["explain", "all_reduce", "100", "--codec", f"{name}:write_hub"]) == 2
+    assert f"{name}:write_hub is a function, not an object of pycomm.codecs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,6 +238,19 @@ def test_explain_a_call(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain("reduce", "4K", "half", *args) == expected + "\n"
     ordered = pycomm.run_local(lambda comm: comm.explain("all_reduce", 1 << 20, deterministic=True), 2)[0]
     assert explain("all_reduce", "1M", "--deterministic") == ordered + "\n"
+    for nodes, codec in ((1, "int8"), (2, "int8@wire"), (3, "none")):
+        named = None if codec == "none" else codec
+        expected = pycomm.run_local(
+            lambda comm, c=named: comm.explain("all_reduce", 8, codec=c), 4, nodes=nodes
+        )
+        args = ["--ranks", "4", "--nodes", str(nodes), "--codec", codec]
+        assert explain("all_reduce", "8", *args) == expected[0] + "\n"
+    for nodes in ("0", "3"):
+        assert f"--nodes {nodes}: 2 ranks can be on 1 to 2 nodes" in explain(
+            "all_reduce", "4", "--nodes", nodes, code=2
+        )
+    assert "did you mean 'int8'" in explain("all_reduce", "4", "--codec", "int9", code=2)
+    assert "broadcast takes no codec" in explain("broadcast", "4", "--codec", "int8", code=2)
     assert "--root 2: the ranks are 0 to 1" in explain("reduce", "4", "--root", "2", code=2)
     assert "--ranks 0" in explain("reduce", "4", "--ranks", "0", code=2)
     assert "'4x' is not a size" in explain("reduce", "4x", code=2)
