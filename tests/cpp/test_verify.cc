@@ -364,6 +364,9 @@ TEST(only_links_that_are_there_are_used) {
   plan.programs[0].steps[1].cell = 1;
   expect(verify(plan), Kind::malformed, 0, 1, {"a pair has 1 channels"});
   plan = message_by_hand();
+  plan.programs[0].operands[0].format = Format::wire;
+  expect(verify(plan), Kind::malformed, 0, 1, {"is encoded, in a call without a codec"});
+  plan = message_by_hand();
   plan.call.world.nodes = {0};
   expect(verify(plan), Kind::malformed, 0, -1, {"1 nodes for 2 ranks"});
   const Plan there = message_by_hand();

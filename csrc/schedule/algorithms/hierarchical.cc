@@ -302,9 +302,16 @@ Schedule hierarchical(const World& world) {
       return all_gather(world, nodes);
     case Collective::all_to_all:
       return all_to_all(world, nodes);
-    default:
+    case Collective::broadcast:
+    case Collective::reduce:
       return along_tree(world, binomial_of_nodes(world, nodes), /*trip_bytes=*/256 << 10);
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::barrier:
+    case Collective::send_recv:
+      break;  // not in the table of algorithms
   }
+  return {};
 }
 
 }  // namespace pycomm::schedule

@@ -5,7 +5,6 @@
 // data's end.
 #include <algorithm>
 
-#include "schedule/lower/layout.h"
 #include "schedule/verify/run.h"
 
 namespace pycomm::schedule {
@@ -15,16 +14,34 @@ namespace {
 // The part of the data, in elements of the inputs, that tiles are cut from.
 struct Section {
   int64_t begin = 0, end = 0;
-  int64_t index = 0;  // data_index() of its begin
+  int64_t index = 0;  // where its begin must count from: Transcode::index of an encode there
 };
 
+// The section of `element` of a rank's input; an empty one if there is none.
 Section section_of(const Call& call, int rank, int64_t element) {
-  if (call.world.collective == Collective::all_gather) return {0, call.counts[rank], 0};
-  if (call.world.collective == Collective::all_reduce) return {0, call.counts[0], 0};
-  int64_t begin = 0;
-  for (int block = 0; block < call.world.size; begin += call.counts[block++]) {
-    const int64_t end = begin + call.counts[block];
-    if (element >= begin && element < end) return {begin, end, data_index(call, block, 0)};
+  switch (call.world.collective) {
+    case Collective::all_reduce:
+      return {0, call.counts[0], 0};
+    case Collective::all_gather:
+      return {0, call.counts[rank], 0};
+    case Collective::reduce_scatter: {  // every block begins with a tile
+      Section section;
+      for (const int64_t count : call.counts) {
+        section.end = section.begin + count;
+        if (element >= section.begin && element < section.end) return section;
+        section.begin = section.end;
+        section.index += (count + kTile - 1) / kTile * kTile;
+      }
+      return {};
+    }
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::all_to_all:
+    case Collective::barrier:
+    case Collective::send_recv:
+      break;  // not encodable()
   }
   return {};
 }

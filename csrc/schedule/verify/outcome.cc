@@ -42,7 +42,7 @@ void SymbolicRun::leave(int rank) {
 
 void SymbolicRun::check_exchange(int rank) {
   const CallState& call = call_of(rank);
-  const bool barrier = call.plan->call.world.collective == Collective::barrier;
+  const bool barrier = synchronises(call.plan->call.world.collective);
   if (!call.plan->full_exchange && !barrier) return;
   for (int peer = 0; peer < n_; ++peer) {
     const int32_t entry = call.entry_epoch[peer];
@@ -79,7 +79,6 @@ void SymbolicRun::check_output(int rank) {
   CallState& call = call_of(rank);
   const CallerMemory& buffers = call.buffers[rank];
   const auto item = static_cast<int64_t>(size_of(call.plan->call.dtype));
-  if (buffers.out_bytes == 0) return;
   const int64_t out = buffers.out_begin;
   for (const Required& required : required_of(call.plan->call, rank)) {
     auto check = [&](int64_t begin, int64_t end) {  // elements of `out`
@@ -140,8 +139,7 @@ void SymbolicRun::check_required(int rank, const Required& required, const std::
 // What all ranks get, associates alike and was encoded alike, element by element.
 void SymbolicRun::check_same_results(int call_index) {
   CallState& call = calls_[call_index];
-  const Collective kind = call.plan->call.world.collective;
-  if (kind != Collective::all_reduce && kind != Collective::all_gather) return;
+  if (!same_results(call.plan->call.world.collective)) return;
   for (int rank = 1; rank < n_; ++rank) {
     const auto &ours = call.results[rank], &first = call.results[0];
     for (size_t a = 0, b = 0; a < ours.size() && b < first.size();) {

@@ -90,23 +90,84 @@ std::vector<Required> required_of(const Call& call, int rank) {
   return required;
 }
 
+bool same_results(Collective collective) {
+  switch (collective) {
+    case Collective::all_reduce:
+    case Collective::all_gather:
+    case Collective::broadcast:
+      return true;
+    case Collective::reduce_scatter:
+    case Collective::reduce:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::all_to_all:
+    case Collective::barrier:
+    case Collective::send_recv:
+      return false;
+  }
+  return true;
+}
+
+bool synchronises(Collective collective) {
+  switch (collective) {
+    case Collective::barrier:
+      return true;
+    case Collective::all_reduce:
+    case Collective::reduce_scatter:
+    case Collective::all_gather:
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::all_to_all:
+    case Collective::send_recv:
+      return false;
+  }
+  return true;
+}
+
+bool encodable(Collective collective) {
+  switch (collective) {
+    case Collective::all_reduce:
+    case Collective::reduce_scatter:
+    case Collective::all_gather:
+      return true;
+    case Collective::broadcast:
+    case Collective::reduce:
+    case Collective::gather:
+    case Collective::scatter:
+    case Collective::all_to_all:
+    case Collective::barrier:
+    case Collective::send_recv:
+      return false;
+  }
+  return false;
+}
+
 std::optional<std::string> call_fault(const Call& call) {
   const World& world = call.world;
   const auto n = static_cast<size_t>(std::max(world.size, 0));
   size_t counts = 1;
+  bool reduces = false, pairwise = false;
   switch (world.collective) {
     case Collective::all_gather:
-    case Collective::reduce_scatter:
     case Collective::gather:
     case Collective::scatter:
       counts = n;
       break;
+    case Collective::reduce_scatter:
+      counts = n;
+      reduces = true;
+      break;
     case Collective::all_to_all:
       counts = n * n;
+      pairwise = true;
       break;
     case Collective::all_reduce:
-    case Collective::broadcast:
     case Collective::reduce:
+      reduces = true;
+      break;
+    case Collective::broadcast:
     case Collective::barrier:
     case Collective::send_recv:
       break;
@@ -123,7 +184,7 @@ std::optional<std::string> call_fault(const Call& call) {
     return "root " + std::to_string(world.root) + " and peer " + std::to_string(world.peer) +
            " in a world of " + std::to_string(world.size);
   }
-  if (call.in_place && world.collective == Collective::all_to_all) {
+  if (call.in_place && pairwise) {
     for (size_t i = 0; i < n * n; ++i) {
       if (call.counts[i] != call.counts[i % n * n + i / n]) {
         return "in place, but rank " + std::to_string(i / n) + " sends " + std::to_string(call.counts[i]) +
@@ -134,11 +195,7 @@ std::optional<std::string> call_fault(const Call& call) {
   }
   if (call.out == Placement::reachable) return "a reachable `out`: peers can only read such memory";
   if (call.coded()) {
-    const Collective kind = world.collective;
-    if (kind != Collective::all_reduce && kind != Collective::reduce_scatter &&
-        kind != Collective::all_gather) {
-      return std::string("a codec in ") + name(kind);
-    }
+    if (!encodable(world.collective)) return std::string("a codec in ") + name(world.collective);
     if (!takes_codec(call.dtype) || (call.op != Op::sum && call.op != Op::avg)) {
       return std::string("a codec of ") + name(call.dtype) + ", " + name(call.op);
     }
@@ -146,7 +203,7 @@ std::optional<std::string> call_fault(const Call& call) {
       return "a codec, and buffers that are not plain";
     }
   }
-  if (call.prescale != 1.0 && !world.traits().reduces) {
+  if (call.prescale != 1.0 && !reduces) {
     return std::string(name(world.collective)) + " does not scale";
   }
   return std::nullopt;

@@ -1,4 +1,7 @@
-// What a collective demands: the caller's buffers and what they must hold in the end.
+// What a collective demands: the caller's buffers and what they must hold in the end. Only the buffers' sizes
+// come from the table of collectives (schedule/collective.h); all else is said here once more, so that the
+// proof finds a mistake in the table. Each function switches over all collectives: a new one does not compile
+// until it has a case in each.
 #pragma once
 
 #include <optional>
@@ -25,6 +28,13 @@ struct Required {
   int64_t shift;
 };
 std::vector<Required> required_of(const Call& call, int rank);
+
+// Whether the reduced or encoded results of all ranks must be the same expressions.
+bool same_results(Collective collective);
+// Whether a rank may leave only when all ranks have entered.
+bool synchronises(Collective collective);
+// Whether a codec may encode its data.
+bool encodable(Collective collective);
 
 // Why this is no call at all: wrong number of counts, no such root.
 std::optional<std::string> call_fault(const Call& call);

@@ -17,7 +17,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 using StepKind = Step::Kind;
 using Cell = std::tuple<int, int, int>;  // writer, reader, index; of a channel sender, receiver, index
 
-bool is_message(const Step& step) { return step.kind == StepKind::send || step.kind == StepKind::recv; }
+// Whether the step has operands; the others have a value, which counts signals or messages.
+bool has_operands(const Step& step) {
+  switch (step.kind) {
+    case StepKind::combine:
+    case StepKind::send:
+    case StepKind::recv:
+      return true;
+    case StepKind::signal:
+    case StepKind::wait:
+    case StepKind::complete:
+      return false;
+  }
+  return false;
+}
 
 Cell cell_of(int rank, const Step& step) {
   const bool from_here =
@@ -50,7 +63,7 @@ std::optional<int64_t> signal_distance(const Plan& plan) {
   int64_t distance = 0;
   for (size_t rank = 0; rank < plan.programs.size(); ++rank) {
     for (const Step& step : plan.programs[rank].steps) {
-      if (step.kind == StepKind::combine || is_message(step)) continue;
+      if (has_operands(step)) continue;
       const auto known = per_trip.emplace(cell_of(static_cast<int>(rank), step), step.per_trip).first;
       if (step.per_trip < 1 || known->second != step.per_trip) return std::nullopt;
       distance = std::max(distance, ceil_div(std::abs(step.value), step.per_trip));
@@ -91,11 +104,25 @@ bool waits_for_the_past(const Plan& plan, size_t loop) {
     if (program.loops.empty()) continue;
     for (const Step& step : steps_of(program, program.loops[loop])) {
       const Cell cell = cell_of(rank, step);
-      if (step.kind == StepKind::signal) signals[cell].push_back(&step);
-      if (step.kind == StepKind::wait) waits.emplace_back(rank, &step);
-      if (step.kind == StepKind::send) exchanges[cell].sends.push_back(&step);
-      if (step.kind == StepKind::recv) exchanges[cell].recvs.push_back(&step);
-      if (step.kind == StepKind::complete) exchanges[cell].completes.push_back(&step);
+      switch (step.kind) {
+        case StepKind::combine:
+          break;
+        case StepKind::signal:
+          signals[cell].push_back(&step);
+          break;
+        case StepKind::wait:
+          waits.emplace_back(rank, &step);
+          break;
+        case StepKind::send:
+          exchanges[cell].sends.push_back(&step);
+          break;
+        case StepKind::recv:
+          exchanges[cell].recvs.push_back(&step);
+          break;
+        case StepKind::complete:
+          exchanges[cell].completes.push_back(&step);
+          break;
+      }
     }
   }
   const auto is_past = [&](const std::pair<int, const Step*>& rank_and_wait) {
@@ -121,23 +148,21 @@ struct Span {
 };
 
 std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vector<CallerMemory>& buffers) {
-  const auto item = static_cast<int64_t>(size_of(plan.call.dtype));
-  const auto partial = static_cast<int64_t>(size_of(accumulator(plan.call.dtype)));
   std::vector<std::vector<Span>> spans(plan.programs.size());
   for (const Program& program : plan.programs) {
     for (size_t loop = 0; loop < program.loops.size(); ++loop) {
       const Loop& l = program.loops[loop];
       for (int32_t s = 0; s < l.num_steps; ++s) {
         const Step& step = program.steps[l.step + s];
-        if ((step.kind != StepKind::combine && !is_message(step)) || step.count == 0) continue;
+        if (!has_operands(step) || step.count == 0) continue;
         for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
           const Operand& operand = program.operands[step.operand + i];
           if (operand.space != Space::in && operand.space != Space::out) continue;
           const CallerMemory& owner = buffers[operand.rank];
           const int64_t base = operand.space == Space::in ? owner.in_begin : owner.out_begin;
           spans[operand.rank].push_back({l.first, l.trips, base + operand.offset,
-                                         step.count * (operand.format == Format::partial ? partial : item),
-                                         operand.stride, loop, i < step.num_dsts});
+                                         operand_bytes(plan.call, operand.format, step.count), operand.stride,
+                                         loop, i < step.num_dsts});
         }
       }
     }

@@ -44,8 +44,9 @@ std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& st
       return "it cannot reach rank " + std::to_string(owner) + "'s memory";
     }
     const bool wire = program.operands[step.operand + i].format == Format::wire;
-    if (!combines && !wire && plan.call.coded()) {
-      return "what crosses between nodes is not encoded";
+    if (!combines && wire != plan.call.coded()) {
+      return wire ? "what crosses between nodes is encoded, in a call without a codec"
+                  : "what crosses between nodes is not encoded";
     }
     if (combines && wire && owner != rank && plan.call.coded_on(Links::wire)) {
       return "what ranks of one node exchange is encoded, and only what crosses between nodes may be";
@@ -114,12 +115,16 @@ std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls
   if (calls.empty()) return std::nullopt;
   for (size_t i = 0; i < calls.size(); ++i) {
     if (auto found = malformed(*calls[i], static_cast<int>(i))) return found;
-    if (calls[i]->call.world.nodes != calls[0]->call.world.nodes) {
-      throw ValueError("a sequence of calls on different nodes; a group's ranks stay where they are");
+    const World &world = calls[i]->call.world, &first = calls[0]->call.world;
+    if (world.size != first.size) {
+      throw ValueError("calls 0 and " + std::to_string(i) + " of the sequence are made by " +
+                       std::to_string(first.size) + " and " + std::to_string(world.size) +
+                       " ranks; the calls of a sequence are made by one group");
     }
-    if (calls[i]->call.world.size != calls[0]->call.world.size) {
-      throw ValueError("a sequence of calls in worlds of " + std::to_string(calls[0]->call.world.size) +
-                       " and " + std::to_string(calls[i]->call.world.size) + " ranks; a group has one size");
+    if (world.nodes != first.nodes) {
+      throw ValueError(
+          "calls 0 and " + std::to_string(i) +
+          " of the sequence place the ranks on different nodes; a group's ranks stay where they are");
     }
   }
   return SymbolicRun(calls, options).run();
