@@ -389,12 +389,19 @@ std::string Binder::explain(const Request& request) {
     return true;
   });
   CallRecord record = prepared->record;
+  record.count = call.counts[0];  // as it was asked: one block's, which an all_to_all's record adds up
   if (call.codec.kind != CodecKind::none) tell(record, codec_words(call.codec), false);
   std::string text = describe(record) + " on " + std::to_string(size()) + " ranks\n";
+  if (call.world.traits().moves()) {
+    text += "buffers    `in` of " + std::to_string(schedule::in_elements(plan.call, rank())) +
+            " elements, `out` of " + std::to_string(schedule::out_elements(plan.call, rank())) +
+            (call.world.traits().one_block() ? "" : "; a block has " + std::to_string(call.counts[0])) + "\n";
+  }
   text += "algorithm  " + choice.algorithm + ": " + choice.reason + "\n";
   text += "plan       " + std::to_string(program.steps.size()) + " steps, " + std::to_string(trips) +
-          " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) + " waits, " +
-          std::to_string(moved) + " bytes read and written by rank " + std::to_string(rank()) + "\n";
+          " trip" + (trips == 1 ? "" : "s") + ", " + std::to_string(waits) +
+          (waits == 1 ? " wait, " : " waits, ") + std::to_string(moved) + " bytes read and written by rank " +
+          std::to_string(rank()) + "\n";
   if (const auto reading = prepare_reading(call, request.algorithm, rank())) {
     text += "instead    where all ranks' inputs lie in huge pages: " +
             std::to_string(reading->program(rank()).steps.size()) +
@@ -409,9 +416,7 @@ std::string Binder::explain(const Request& request) {
   }
   text += "window     " + std::to_string(plan.slots) + " slot" + (plan.slots == 1 ? "" : "s") + " of " +
           std::to_string(plan.slot_bytes) + " bytes\n";
-  for (const schedule::Step& step : program.steps)
-    text += "  " + schedule::describe(plan, rank(), step) + "\n";
-  return text;
+  return text + schedule::describe(plan, rank());
 }
 
 }  // namespace pycomm::runtime

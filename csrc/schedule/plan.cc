@@ -83,6 +83,24 @@ int64_t operand_bytes(const Call& call, Format format, int64_t count) {
   return 0;
 }
 
+std::string describe(const Plan& plan, int rank) {
+  const Program& program = plan.programs[rank];
+  std::string text =
+      "steps      combine: destinations <- sources; in[0:8] + 64w: bytes 0 to 7, 64 further each trip w;\n"
+      "           @1: rank 1's; partial: not rounded yet; wait: until the rank has signalled the value\n";
+  if (plan.call.coded()) {
+    text += "           wire: encoded; finished: divided, if avg; turn: number of an element's encode\n";
+  }
+  for (const Loop& loop : program.loops) {
+    text += "  trip" + (loop.trips == 1 ? " " : "s " + std::to_string(loop.first) + " to ") +
+            std::to_string(loop.first + loop.trips - 1) + "\n";
+    for (int32_t step = loop.step; step < loop.step + loop.num_steps; ++step) {
+      text += "  " + describe(plan, rank, program.steps[step]) + "\n";
+    }
+  }
+  return text;
+}
+
 std::string describe(const Plan& plan, int rank, const Step& step) {
   const Program& program = plan.programs[rank];
   std::string text = "rank " + std::to_string(rank);

@@ -189,6 +189,8 @@ Average factors_of(const Call& call);
 // In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512]
 // window@1[0:512]".
 std::string describe(const Plan& plan, int rank, const Step& step);
+// All steps of a rank, loop by loop, after a few lines that say how to read them.
+std::string describe(const Plan& plan, int rank);
 
 // Whether the combine encodes; one wire source and wire destinations are a copy.
 bool encodes(const Program& program, const Step& step);

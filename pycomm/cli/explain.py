@@ -13,7 +13,7 @@ from pycomm.cli.values import check_ranks, dtype_name, parse_size
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("collective", help="all_reduce, broadcast, ...")
-    parser.add_argument("count", help="elements (of one rank's block): 1000, 4K, 1M")
+    parser.add_argument("count", help="elements of one block (all_to_all: for one rank): 1000, 4K, 1M")
     parser.add_argument("dtype", nargs="?", default="float32", help="float32 if not given")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="number of ranks (2)")
     parser.add_argument(

@@ -427,6 +427,10 @@ def test_explain_names_what_runs(ranks: Ranks) -> None:
         text = comm.explain("all_reduce", 1000, "float32")
         assert "1000" in text and "float32" in text and "on 2 ranks" in text
         assert "ring" in comm.explain("all_reduce", 1000, algorithm="ring")
+        blocks = comm.explain("all_to_all", 1000)  # the count of a block, as it was asked
+        assert "all_to_all(count=1000," in blocks and "`in` of 2000 elements, `out` of 2000" in blocks
+        tail = comm.explain("all_gather", 1_000_000).split("\n  trip")
+        assert len(tail) == 3 and tail[1].startswith("s 0 to ")  # whole trips, then the last one
         with pytest.raises(ValueError, match="all_reduces"):
             comm.explain("all_reduces", 10)
         with pytest.raises(TypeError, match="bxor"):
