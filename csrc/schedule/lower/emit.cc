@@ -1,4 +1,3 @@
-// Writes a rank's program from what Lowering knows.
 #include "schedule/lower/emit.h"
 
 #include <algorithm>
@@ -67,7 +66,7 @@ Format Emitter::message_format(const Ref& ref) const {
   return l_.call_.coded() ? Format::wire : format_of(ref);
 }
 
-// Blocks side by side, from the first one's begin to the last one's end.
+// From the first block's begin to the last one's end: they lie side by side.
 int64_t Emitter::length_of(const Message& message) const {
   const int64_t length = l_.length_of(l_.offers_[message.offers[0]].ref, trip_);
   const auto before = static_cast<int64_t>(message.offers.size()) - 1;
@@ -106,7 +105,7 @@ void Emitter::receive_until(int from, int channel, int index) {
   }
 }
 
-// What was sent from this slot before has been received, so that the slot may be written.
+// Waits until what earlier trips have sent from this slot has been received: then it may be written.
 void Emitter::complete_earlier() {
   if (!l_.reuses_slots()) return;
   for (int to = 0; to < l_.n_; ++to) {
@@ -123,7 +122,7 @@ void Emitter::complete_earlier() {
   }
 }
 
-// The caller's memory that this message was sent from may be written, also after the call.
+// Waits until the message has been received: then the caller's memory that it was sent from may be written.
 void Emitter::complete(const Offer& offer, int stage) {
   const auto [channel, index] = offer.shown;
   push({.kind = Step::Kind::complete,
@@ -134,7 +133,7 @@ void Emitter::complete(const Offer& offer, int stage) {
         .per_trip = static_cast<int64_t>(l_.messages_[rank_ * l_.n_ + offer.peer].at(channel).size())});
 }
 
-// The chunk that a peer has written is afterwards where the owner's peers read it: in the window, if it is
+// Brings the chunk that a peer has written and sent to where other peers read it: in the window, if it is
 // staged.
 void Emitter::take_written(const Offer& offer) {
   const auto [channel, index] = offer.done;
@@ -207,8 +206,7 @@ void Emitter::emit(const std::vector<Operand>& dsts, const std::vector<Operand>&
   program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
 }
 
-// Stores to the caller's `out` go past the cache where it is large and neither was nor will be read by this
-// call.
+// Whether stores to this rank's `out` go past the cache: if it is large and this call does not read the block.
 bool Emitter::streams(const Ref& out) const {
   const auto& read = l_.blocks_read_[rank_];
   return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&
@@ -284,7 +282,7 @@ void Emitter::accept(const Offer& offer, int stage) {
 void Emitter::combine(const Item& item, const ScheduleStep& step) {
   struct Peer {
     int rank;
-    Event shown, done;  // the last signal to wait for, the one to give
+    Event shown, done;  // the last signal to wait for, and the one to give
   };
   std::vector<Peer> peers;
   for (int id : item.offers) {
@@ -321,7 +319,7 @@ void Emitter::combine(const Item& item, const ScheduleStep& step) {
   }
 }
 
-// The length that all its chunks have.
+// The length of all its chunks. Checks that they have one length, and that each may be read or written.
 int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool is_copy) const {
   const int64_t count = l_.length_of(step.dsts[0], trip_);
   const auto check = [&](const Ref& ref) {
@@ -330,7 +328,7 @@ int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool
   };
   for (const Ref& ref : step.dsts) {
     check(ref);
-    if (ref.buffer == Buffer::in) malformed(rank_, item.step, "writes " + words(ref));
+    if (ref.buffer == Buffer::in) malformed(rank_, item.step, "writes " + words(ref) + ", an input");
     if (!is_copy && (ref.buffer == Buffer::scratch) == step.final) {
       malformed(rank_, item.step,
                 step.final ? "a final result cannot go to scratch"
@@ -339,14 +337,15 @@ int64_t Emitter::checked_length(const Item& item, const ScheduleStep& step, bool
   }
   for (const Ref& ref : step.srcs) {
     check(ref);
-    if (!is_copy && ref.buffer == Buffer::out) malformed(rank_, item.step, "reduces " + words(ref));
+    if (!is_copy && ref.buffer == Buffer::out) {
+      malformed(rank_, item.step, "reduces " + words(ref) + ", a finished result");
+    }
   }
   return count;
 }
 
-// Windows hold what they hold without a codec. With one on message links alone, what a result's readers on
-// other nodes get is encoded first, and all others get the decoded form of it, so that all ranks hold the
-// same values.
+// Without a codec on all links. With one on message links alone, a result for other nodes is encoded first,
+// and its readers in this node get the decoded form, so that all ranks hold the same values.
 void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t count, bool is_copy) {
   std::vector<Operand> dsts, srcs;
   for (const Ref& ref : step.srcs) {
@@ -372,7 +371,7 @@ void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t 
     const Format format = ref.buffer == Buffer::scratch ? Format::partial
                           : step.final || decodes       ? Format::final
                                                         : Format::raw;
-    // In place, a rank's `out` holds what its `in` does.
+    // In place, `out` is `in`: there is nothing to copy.
     const bool there = l_.call_.in_place && is_copy && !decodes &&
                        ref == Ref{rank_, Buffer::out, step.srcs[0].chunk} &&
                        step.srcs[0] == Ref{rank_, Buffer::in, ref.chunk};
@@ -399,7 +398,8 @@ void Emitter::combine_plain(const Item& item, const ScheduleStep& step, int64_t 
 }
 
 Program Lowering::emit(int rank) const {
-  // Lengths change only where some block that this rank touches has its last full trip or its tail.
+  // A loop ends where lengths change: after the last full trip of a block that this rank touches, and after
+  // its tail.
   std::set<int64_t> cuts = {0};
   auto cut = [&](int64_t length) {
     if (layout_.width == 0) return;

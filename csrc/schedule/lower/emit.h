@@ -1,5 +1,5 @@
-// Writes one rank's steps for the trips of one loop: within them all lengths are the same. Private to emit.cc
-// and emit_codec.cc.
+// The third part of lower(): writes one rank's steps for the trips of one loop, which all have the same
+// lengths. Private to emit.cc and emit_codec.cc.
 #pragma once
 
 #include <map>
@@ -19,7 +19,7 @@ class Emitter {
   void run();
 
  private:
-  // Ragged trips beyond the first leave out the pairs that have nothing more to exchange.
+  // Beyond the first trip, pairs of a ragged call that have nothing more to exchange are left out.
   bool alive(const Offer& offer) const {
     return !l_.layout_.ragged || trip_ == 0 || l_.length_of(offer.ref, trip_) > 0;
   }
@@ -30,20 +30,20 @@ class Emitter {
   void send(int to, int channel, int index, const Operand& from);
   int64_t length_of(const Message& message) const;
   void receive(const Message& message, int from, int channel, const Operand& to);
-  // All messages of a channel up to the index-th; each into its place in the mail.
+  // Receives all messages of a channel up to the index-th that it has not received yet, into the mail.
   void receive_until(int from, int channel, int index);
   void complete_earlier();
   void complete(const Offer& offer, int stage);
   void take_written(const Offer& offer);
-  // What lies in windows of a chunk, and in messages.
+  // The form that a chunk has in windows, and in messages.
   Format window_format(const Ref& ref) const;
   Format message_format(const Ref& ref) const;
   Operand mail(int64_t at, Format format) const {
     return {Space::window, format, rank_, l_.layout_.mail_offset + at, 0};
   }
-  // What a combine uses of another rank's window, or of the mail in its place.
+  // From where a combine reads the chunk: from memory that this rank maps, or from the mail.
   Operand source(const Item& item, const Ref& ref) const;
-  // Adds a destination in another rank's window, or the one that is sent in its place.
+  // Adds the place to which a combine writes the chunk: memory that this rank maps, or the mail, to be sent.
   void add_destination(std::vector<Operand>& dsts, const Item& item, const Ref& ref, Format format) const;
   void push(const Step& step) { program_.steps.push_back(step); }
 
@@ -81,8 +81,9 @@ class Emitter {
   const int rank_;
   const int64_t trip_;
   Program& program_;
-  std::map<std::tuple<int, int, int>, int64_t> reached_;  // (peer, cell, stage): what has been waited for
-  std::map<std::pair<int, int>, int> received_;           // (peer, channel): how many messages of a trip
+  std::map<std::tuple<int, int, int>, int64_t>
+      reached_;                                  // (peer, cell, stage): the value that has been waited for
+  std::map<std::pair<int, int>, int> received_;  // (peer, channel): how many messages of a trip
 };
 
 }  // namespace pycomm::schedule

@@ -24,10 +24,10 @@ void Emitter::emit_coded(const std::vector<Operand>& dsts, const std::vector<Ope
   program_.transcodes.push_back(transcode);
 }
 
-// Where an encode of this chunk counts from.
+// An encode of this chunk: the turn, and the elements from which it counts.
 Transcode Emitter::encode_of(const Chunk& chunk, uint8_t turn) const {
   const Layout& layout = l_.layout_;
-  const bool further = chunk.block >= num_blocks(l_.call_.world);  // scratch images
+  const bool further = chunk.block >= num_blocks(l_.call_.world);  // such a block holds data of block 0
   const int block = further ? 0 : chunk.block;
   const int64_t length = block_length(l_.call_, rank_, Buffer::scratch, block);
   const int64_t begin = layout.chunk_range(chunk, layout.trip_length(length, trip_)).begin;
@@ -43,7 +43,7 @@ void Emitter::encode_offer(const Offer& offer, int stage) {
              stage, encode_of(offer.ref.chunk, 0));
 }
 
-// What the rank has put in its window of this chunk of `in` before this step.
+// Where in its window the rank has put an encoded copy of this chunk of `in` before this step, if it has.
 std::optional<Ref> Emitter::shown_form(const Ref& ref, int step) const {
   for (const Offer& offer : l_.offers_) {
     if (offer.owner == rank_ && offer.ref == ref && offer.read && offer.step < step) return ref;
@@ -58,13 +58,14 @@ std::optional<Ref> Emitter::shown_form(const Ref& ref, int step) const {
   return std::nullopt;
 }
 
-// From where the rank has the chunk exactly.
+// The source is the chunk in its exact form.
 void Emitter::encode_for_messages(const Encoded& chunk, int stage) {
   emit_coded({encoded(chunk)}, {operand(chunk.ref, false, window_format(chunk.ref))},
              l_.length_of(chunk.ref, trip_), stage, encode_of(chunk.ref.chunk, chunk.turn));
 }
 
-// What a peer on another node has written: to the caller, and to the window for those of this node.
+// Decodes what a peer on another node has written: for the caller, and into the window for ranks of this
+// node.
 void Emitter::take_encoded(const Offer& offer, int stage) {
   const auto [channel, index] = offer.done;
   receive_until(offer.peer, channel, index);
@@ -77,7 +78,9 @@ void Emitter::take_encoded(const Offer& offer, int stage) {
              dsts.size() == 1 && l_.staged(offer.ref) && streams(offer.ref));
 }
 
-// What all ranks must hold of the chunk of its own `in` that this rank has encoded before this step.
+// The encoded copy of this chunk of its own `in` that the rank has made for messages before this step, if it
+// has. In a collective that does not reduce, this rank reads it too, so that all ranks end with the same
+// values.
 std::optional<Operand> Emitter::published_form(const Ref& ref, int step) const {
   if (ref.rank != rank_ || ref.buffer != Buffer::in || l_.call_.world.traits().reduces) return std::nullopt;
   for (const Encoded& chunk : l_.encoded_[rank_]) {
@@ -107,7 +110,7 @@ void Emitter::combine_coded(const Item& item, const ScheduleStep& step, int64_t 
   if (wires.empty()) {
     const bool raw = std::ranges::all_of(srcs, [](const Operand& src) { return src.format == Format::raw; });
     const Format format = raw && is_copy ? Format::raw : Format::final;
-    // In place, a rank's `out` holds what its `in` does.
+    // In place, `out` is `in`: there is nothing to copy.
     const bool there =
         format == Format::raw && l_.call_.in_place && step.srcs[0] == Ref{rank_, Buffer::in, out->chunk};
     if (!there) {

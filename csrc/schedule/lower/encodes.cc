@@ -9,8 +9,8 @@ namespace {
 using Kind = ScheduleStep::Kind;
 }  // namespace
 
-// Which combines encode, in which turn, and whether an element is ever encoded twice. A bare encode of
-// `in` has stage 0, as an offer's has: those of one element give the same bits.
+// Finds which combines encode, in which turn, and whether a rank encodes an element twice. An encode of `in`
+// alone has turn 0, as an offer's encode has: both give an element the same bits.
 void Lowering::find_encodes() {
   if (call_.coded_on(Links::wire)) return find_encodes_for_messages();
   if (!call_.coded()) return;
@@ -45,9 +45,9 @@ void Lowering::find_encodes() {
   }
 }
 
-// With a codec on message links alone, a chunk that is shown across them is encoded once for all that read it
-// there. Where nothing is summed, all ranks must end with what those get: then whoever reads the chunk in its
-// owner's node, and the owner, gets the decoded form too.
+// With a codec on message links alone, a chunk that is shown across them is encoded once, for all its readers
+// on other nodes. In a collective that does not reduce, all ranks must end with what these decode: so the
+// owner and the readers in its node get the decoded form as well.
 void Lowering::find_encoded() {
   if (!call_.coded_on(Links::wire)) return;
   const auto maker_of = [&](const Offer& offer) {
@@ -86,7 +86,7 @@ void Lowering::find_encoded() {
   }
 }
 
-// Encodes of an element that a rank makes differ in their turn; those of `in` as it is have turn 0.
+// All encodes that a rank makes of one element differ in their turn; encodes of `in` alone have turn 0.
 void Lowering::find_encodes_for_messages() {
   struct Encode {
     int step;

@@ -27,7 +27,7 @@ bool is_ragged(const Call& call) {
 
 int64_t block_length(const Call& call, int rank, Buffer buffer, int block) {
   const int blocks = num_blocks(call.world);
-  if (block >= blocks) block = 0;  // further ones, of the image or of scratch
+  if (block >= blocks) block = 0;  // a further block of the image or of scratch
   if (!call.world.traits().pairwise) return call.counts[block];
   return buffer == Buffer::out ? call.counts[block * blocks + rank] : call.counts[rank * blocks + block];
 }
@@ -70,12 +70,12 @@ Layout::Layout(const Call& call, const Schedule& schedule, const Geometry& geome
   const int64_t longest = *std::max_element(call.counts.begin(), call.counts.end());
   const bool uses_window = image_blocks > 0 || scratch_blocks > 0 || mail.chunks > 0;
 
-  // A trip's data: what the cache holds, less where the algorithm pipelines, and what the bank holds.
+  // A trip takes as much as the cache holds, or less if the algorithm pipelines or the bank is small.
   int64_t data = uses_window ? geometry.trip_bytes : INT64_MAX;
   if (schedule.trip_bytes > 0) data = std::min(data, schedule.trip_bytes);
   const int64_t unit_bytes = image_blocks * image_unit + scratch_blocks * scratch_unit +
                              static_cast<int64_t>(std::ceil(mail.blocks * static_cast<double>(mail_unit)));
-  // What rounding adds to the fractions, and the line that the mail starts on.
+  // The mail begins on a line of its own, and each chunk in it is rounded up.
   const int64_t mail_rest =
       mail.chunks == 0 ? 0 : mail.chunks * (mail_bytes({.first = 0, .last = 0}) + mail_unit + 64) + 64;
   const int32_t many_slots = schedule.stages + 1;

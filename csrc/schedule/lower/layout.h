@@ -7,6 +7,7 @@
 
 namespace pycomm::schedule {
 
+// How many blocks the collective's data has.
 int num_blocks(const World& world);
 // Call::counts where every block (all_to_all: every pair's) has `count` elements.
 std::vector<int64_t> uniform_counts(const World& world, int64_t count);
@@ -16,13 +17,13 @@ int64_t block_length(const Call& call, int rank, Buffer buffer, int block);
 // block.
 int64_t block_offset(const Call& call, int rank, Buffer buffer, int block);
 
-// Where encodes count from: the index, in the data that a codec sees, of an element of a block. That data has
-// the caller's order, but every block of a reduce_scatter begins with a tile; the blocks of an all_gather are
-// data of their own.
+// The index of a block's element in the data that a codec sees, from which encodes count. That data is the
+// caller's, in its order, but every block of a reduce_scatter begins with a tile, and every block of an
+// all_gather is data of its own.
 int64_t data_index(const Call& call, int block, int64_t element);
 
-// all_to_all with unequal counts: a rank knows its own row and column alone, so nothing may depend on the
-// rest.
+// Whether the call is an all_to_all with unequal counts. A rank then knows only its own row and column of
+// them, so what it does may depend on nothing else.
 bool is_ragged(const Call& call);
 
 struct Range {
@@ -30,20 +31,22 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// Trips of `width` elements a block; image and scratch blocks lie one after the other in a slot.
+// How a slot is divided: a trip takes `width` elements of each block. The image's blocks come first, one
+// after the other, then those of scratch, then the mail: what crosses message links.
 struct Layout {
   int64_t item = 4;  // bytes of an element in the caller's buffers
-  int64_t unit = 1;  // elements that lie together in windows: of a codec a tile, else one
+  int64_t unit = 1;  // elements that stay together in windows: with a codec a tile, else one
   // Bytes of a unit in the image, of partial results, in the mail.
   int64_t image_unit = 4, scratch_unit = 4, mail_unit = 4;
   int64_t grain = 16;  // chunk boundaries are multiples of it: a cache line of elements, a tile
   int64_t width = 0;
   int64_t trips = 1;
   int32_t slots = 1;
-  int64_t scratch_offset = 0, mail_offset = 0, slot_bytes = 0;  // mail: what crosses message links
+  int64_t scratch_offset = 0, mail_offset = 0, slot_bytes = 0;
   bool ragged = false;
 
-  // How much of a slot a rank's messages take: chunks, and the fractions of a block that they are, added up.
+  // What the mail of any rank holds at most: a number of chunks, and the sum of the fractions of a block that
+  // they are.
   struct Mail {
     int chunks = 0;
     double blocks = 0;
@@ -51,11 +54,11 @@ struct Layout {
 
   Layout(const Call& call, const Schedule& schedule, const Geometry& geometry, int image_blocks,
          int scratch_blocks, const Mail& mail);
-  // Elements of this trip's part of a block that is `length` long.
+  // Elements of a block that this trip takes; `length`: of the whole block.
   int64_t trip_length(int64_t length, int64_t trip) const;
   // The chunk's elements, relative to the trip's part of the block.
   Range chunk_range(const Chunk& chunk, int64_t trip_length) const;
-  // Room for a chunk in any trip, in windows.
+  // Bytes that a chunk takes in the mail, the same in all trips.
   int64_t mail_bytes(const Chunk& chunk) const;
   int64_t image_bytes(int block, int64_t element) const {
     return (block * width + element) / unit * image_unit;

@@ -13,7 +13,7 @@ namespace {
 
 using Kind = ScheduleStep::Kind;
 
-// What a reachable `in` is good for.
+// Whether ranks offer nothing but `in`, and do nothing with what is offered but copy it to their own `out`.
 bool only_copies_in(const Schedule& schedule) {
   bool offers = false;
   for (size_t rank = 0; rank < schedule.ranks.size(); ++rank) {
@@ -36,8 +36,8 @@ bool only_copies_in(const Schedule& schedule) {
   return offers;
 }
 
-// Where peers can read `in` and nobody writes over it, they read there what a rank would copy to its image
-// for them to read.
+// If all that a rank writes to its image are copies of `in`, peers can as well read `in` itself, which nobody
+// overwrites: the copies are left out.
 Schedule show_inputs(Schedule schedule) {
   for (int rank = 0; rank < static_cast<int>(schedule.ranks.size()); ++rank) {
     const auto in_image = [&](const Ref& ref) { return ref.rank == rank && ref.buffer == Buffer::image; };
@@ -71,7 +71,7 @@ uint64_t fingerprint_of(const Plan& plan, const Schedule& schedule, const Layout
   add(h, agreed);
   h.add(plan.algorithm);
   for (int64_t v : {layout.width, int64_t{plan.slots}, plan.slot_bytes, int64_t{plan.cells}}) h.add(v);
-  // Of the steps too: users may have written two algorithms of one name.
+  // The steps as well, since users may write two algorithms of one name.
   for (const std::vector<ScheduleStep>& program : schedule.ranks) {
     h.add(program.size());
     for (const ScheduleStep& step : program) {
@@ -118,8 +118,8 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
     call.codec.seed = 0;
   }
   if (schedule.stages > geometry.max_cells) {
-    throw ValueError("the schedule uses " + std::to_string(schedule.stages) +
-                     " stages; there are cells for " + std::to_string(geometry.max_cells));
+    throw ValueError("the schedule uses " + std::to_string(schedule.stages) + " stages; use at most " +
+                     std::to_string(geometry.max_cells) + ", since each takes a cell of every pair");
   }
   const Lowering lowering(schedule, call, geometry);
   const Layout& layout = lowering.layout();

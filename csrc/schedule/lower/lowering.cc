@@ -9,7 +9,7 @@ namespace {
 using Kind = ScheduleStep::Kind;
 }  // namespace
 
-// What the window must hold: the image, which is as large as the data if it is used at all, scratch, and mail.
+// What the window must hold: the image (as large as the data, if it is used at all), scratch, and mail.
 Layout Lowering::make_layout(const Geometry& geometry) {
   has_messages_ = std::ranges::any_of(offers_, [&](const Offer& offer) { return crosses(offer); });
   find_encoded();
@@ -31,8 +31,8 @@ Layout Lowering::make_layout(const Geometry& geometry) {
   return Layout(call_, schedule_, geometry, image_blocks, scratch_blocks, mail());
 }
 
-// A receiver keeps each message until the step that needs it; a sender keeps a result for others that it
-// cannot write there, and what it has encoded for messages.
+// A receiver keeps each message until the step that needs it. A sender keeps each result that it cannot store
+// at its reader but sends, and what it has encoded for messages.
 Layout::Mail Lowering::mail() const {
   std::vector<Layout::Mail> mail(n_);
   std::vector<std::set<int>> sent(n_);
@@ -80,8 +80,8 @@ void Lowering::place_mail() {
   }
 }
 
-// How each staged chunk that is read comes into the window: at once with the combines that made it, by the
-// peers that wrote it, by an earlier offer, or by a copy at the offer.
+// Decides how each staged chunk that is read comes into the window: the combines that make it, or the peers
+// that write it, store it there as well; or an earlier offer has copied it; or this offer copies it.
 void Lowering::find_copies() {
   for (Offer& offer : offers_) {
     if (!offer.read || !staged(offer.ref) || offer.rides) continue;
@@ -90,7 +90,7 @@ void Lowering::find_copies() {
   }
 }
 
-// Looks back for steps that bring all parts of the chunk to the window, and makes them do so.
+// Looks back for steps that can bring all parts of the chunk to the window. If there are, makes them do so.
 bool Lowering::comes_with_earlier_steps(const Offer& offer) {
   const auto& program = schedule_.ranks[offer.owner];
   const Chunk& chunk = offer.ref.chunk;
@@ -133,7 +133,7 @@ bool Lowering::comes_with_earlier_steps(const Offer& offer) {
   return true;
 }
 
-// What each rank's call reads of its own caller's memory, by itself or through peers.
+// Finds which blocks of a rank's own `in` and `out` are read, by itself or by peers.
 void Lowering::find_reads() {
   for (int rank = 0; rank < n_; ++rank) {
     for (const ScheduleStep& step : schedule_.ranks[rank]) {
@@ -150,7 +150,8 @@ void Lowering::find_reads() {
   }
 }
 
-// Gives every signal its place in its cell's order, which is the same whatever trips are long or empty.
+// Numbers the signals of each cell and the messages of each channel, in a trip. The numbers are the same for
+// trips of all lengths, also where nothing is left to exchange.
 void Lowering::number_events() {
   for (int rank = 0; rank < n_; ++rank) {
     const auto& program = schedule_.ranks[rank];
@@ -221,8 +222,8 @@ void Lowering::number_events() {
       }
     }
   }
-  // A slot is free again when its readers of `slots` trips ago are done. Where an accept has waited for the
-  // same or a later signal, that is known already.
+  // A slot is free when those who read it `slots` trips ago are done. Where an accept of that trip has waited
+  // for the same signal or a later one, that is known already.
   if (!reuses_slots()) return;
   std::map<std::tuple<int, int, int>, int> known;
   for (const Offer& offer : offers_) {
@@ -262,8 +263,8 @@ Event Lowering::number_message(int from, int to, int offer, bool written, int re
   return {channel, static_cast<int>(messages.size())};
 }
 
-// A chunk that its owner would show in the window rides with the signal instead if it fits, and if the cell
-// has no other signal in the call, which would write over it.
+// A chunk that its owner would show in the window rides in the signal's cell instead, if it fits and the cell
+// has no other signal in this call, which would overwrite it.
 void Lowering::find_riders(int64_t room) {
   if (reuses_slots() || layout_.trips > 1 || call_.coded()) return;
   std::map<std::tuple<int, int, int>, int> offers;  // (owner, peer, cell)
@@ -280,8 +281,8 @@ void Lowering::find_riders(int64_t room) {
   }
 }
 
-// A copy to the image right before the offers that show it is left out if all of these ride: they take the
-// source.
+// A copy of `in` to the image is left out if all that use it are offers right behind it that ride: these take
+// `in` itself.
 void Lowering::find_idle_copies() {
   for (int rank = 0; rank < n_; ++rank) {
     const auto& program = schedule_.ranks[rank];
@@ -312,13 +313,13 @@ void Lowering::find_idle_copies() {
   }
 }
 
-// Follows the first trip's signals: which ranks have heard, directly or through others, that which have
-// entered.
+// Follows the signals of the first trip and tells whether each rank hears from every rank of its node,
+// directly or through others, that it has entered.
 bool Lowering::full_exchange() const {
   using Ranks = std::vector<bool>;
   std::vector<Ranks> heard(n_, Ranks(n_, false));
-  std::vector<Ranks> sent;                                               // with one item's signals
-  std::vector<int> shown(offers_.size(), -1), done(offers_.size(), -1);  // of each offer: where in `sent`
+  std::vector<Ranks> sent;  // what a sender had heard when it signalled
+  std::vector<int> shown(offers_.size(), -1), done(offers_.size(), -1);  // by offer: index into `sent`
   struct Cursor {
     int stage = 0;
     size_t item = 0;

@@ -14,25 +14,25 @@
 
 namespace pycomm::schedule {
 
-// What crosses a message link: what an offer shows, to the peer that reads it, or what that peer has written,
-// to the owner. Blocks that lie side by side in the window and are shown in a row are one message.
+// A message: the chunk of an offer, to the peer that reads it, or what that peer has written, back to the
+// owner. Blocks that lie side by side in the window and are offered in a row make one message.
 struct Message {
   std::vector<int> offers;
   bool written;
   int64_t mail;  // where its receiver keeps it, in the mail of a slot
 };
 
-// A chunk that a rank shows across message links, in the wire form that it sends there. (With a codec on
-// message links alone: else windows hold wire form.)
+// A chunk that a rank encodes to send it across message links. (Only with a codec on message links alone: a
+// codec on all links leaves wire form in the windows, from where it is sent.)
 struct Encoded {
   Ref ref;
   int step;   // the first offer of it, which encodes
-  int maker;  // the step before that wrote the chunk last; -1: none
+  int maker;  // the last step before that which wrote the chunk; -1: none
   uint8_t turn = 0;
   int64_t mail = 0;  // where it lies
 };
 
-// A rank's schedule after matching: offers in a row to one peer share one signal.
+// What a rank does next: a combine, an accept, or offers in a row to one peer, which share one signal.
 struct Item {
   ScheduleStep::Kind kind;
   int step;
@@ -94,7 +94,7 @@ class Lowering {
   void find_encodes_for_messages();
   void find_reads();
 
-  // Whether what the offer is about crosses as a message, not through memory that both map.
+  // Whether the chunk crosses as a message, not through memory that both ranks map.
   bool crosses(const Offer& offer) const { return !call_.world.mapped(offer.owner, offer.peer); }
   int stage_of(int rank, int step) const { return schedule_.ranks[rank][step].stage; }
   bool staged(const Ref& ref) const {
@@ -113,7 +113,8 @@ class Lowering {
            std::all_of(program.begin(), program.begin() + offer.step,
                        [](const ScheduleStep& step) { return step.kind == ScheduleStep::Kind::offer; });
   }
-  // A chunk in the window that is only read is safe until its slot is used again.
+  // Whether the accept waits for nothing: a chunk in the window that is only read stays as it is until the
+  // slot is used again.
   bool deferred(const Offer& offer) const { return !offer.written && in_window(offer.ref); }
   bool needs_done(const Offer& offer) const { return !deferred(offer) || reuses_slots(); }
   bool reuses_slots() const { return layout_.ragged || layout_.trips > layout_.slots; }
@@ -137,12 +138,13 @@ class Lowering {
   std::vector<std::vector<int>> waits_at_top_;  // rank -> offers whose last readers free the slot
   std::vector<std::vector<Encoded>> encoded_;   // by rank
   std::vector<std::set<std::pair<int, int>>>
-      window_copies_;                // rank -> (combine step, dst) also written to the window
-  std::vector<std::set<int>> idle_;  // rank -> steps that need not be done
+      window_copies_;                // rank -> (combine step, dst) that is written to the window as well
+  std::vector<std::set<int>> idle_;  // rank -> steps that are left out
   std::vector<std::map<int, uint8_t>> encode_turns_;  // rank -> combines that encode, and their turns
   bool encodes_once_ = true;
-  std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> its own `in` and `out` that are read
-  std::vector<std::vector<int>> num_events_;                   // from * ranks + to -> cell -> signals
+  std::vector<std::set<std::pair<Buffer, int>>>
+      blocks_read_;                           // rank -> blocks of its own `in` and `out` that are read
+  std::vector<std::vector<int>> num_events_;  // from * ranks + to -> cell -> signals
   bool has_messages_ = false;
   std::vector<std::map<int, std::vector<Message>>> messages_;  // from * ranks + to -> channel -> in order
   std::vector<std::map<int, int64_t>> outboxes_;  // rank -> combine whose result is sent -> where in the mail

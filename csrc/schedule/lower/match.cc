@@ -14,8 +14,8 @@ namespace {
 
 using Kind = ScheduleStep::Kind;
 
-// Offers of the same chunk to the same peer, in the order in which they are made; the first so many are
-// used and accepted.
+// Offers of one chunk to one peer, in the order in which they are made, and how many of them a combine or an
+// accept has met so far.
 struct SameOffers {
   std::span<const int> offers;
   size_t used = 0, accepted = 0;
@@ -80,9 +80,10 @@ Matches find_offers(const Schedule& schedule, const Call& call) {
       }
       if (step.kind != Kind::offer) continue;
       const Ref& ref = step.srcs[0];
-      if (ref.rank != rank) malformed(rank, i, "offers what is not its own: " + words(ref));
+      if (ref.rank != rank) malformed(rank, i, "offers another rank's " + words(ref));
       if (step.peer < 0 || step.peer >= call.world.size || step.peer == rank) {
-        malformed(rank, i, "offers to rank " + std::to_string(step.peer));
+        malformed(rank, i,
+                  "offers to rank " + std::to_string(step.peer) + ", which is not one of the other ranks");
       }
       at_step[i].push_back(static_cast<int>(matches.offers.size()));
       matches.offers.push_back({.owner = rank, .peer = step.peer, .ref = ref, .step = i});
@@ -112,14 +113,15 @@ Matches match(const Schedule& schedule, const Call& call) {
         if (found == nullptr || found->accepted == found->offers.size() ||
             offers[found->offers[found->accepted]].step > i) {
           malformed(rank, i,
-                    "accepts from rank " + std::to_string(step.peer) +
-                        " what it has not offered there, or not so often: " + words(step.srcs[0]));
+                    "accepts " + words(step.srcs[0]) + " from rank " + std::to_string(step.peer) +
+                        " more often than it has offered it there");
         }
         here.push_back(found->offers[found->accepted++]);
         offers[here.back()].accept = i;
       }
       if (step.kind != Kind::combine) continue;
-      if (step.dsts.empty() || step.srcs.empty()) malformed(rank, i, "combines nothing");
+      if (step.dsts.empty() || step.srcs.empty())
+        malformed(rank, i, "a combine needs a destination and a source");
       const auto use = [&](const Ref& ref, bool write) {
         if (ref.rank == rank) return;
         auto known = std::ranges::find(here, ref, [&](int id) { return offers[id].ref; });
@@ -127,8 +129,8 @@ Matches match(const Schedule& schedule, const Call& call) {
           const auto found = by_key.find(rank, ref);
           if (found == nullptr || found->used == found->offers.size()) {
             malformed(rank, i,
-                      "uses what rank " + std::to_string(ref.rank) +
-                          " has not offered to it, or not so often: " + words(ref));
+                      "uses " + words(ref) + " more often than rank " + std::to_string(ref.rank) +
+                          " offers it to rank " + std::to_string(rank));
           }
           known = here.insert(here.end(), found->offers[found->used++]);
           offers[*known].use = i;
@@ -140,8 +142,11 @@ Matches match(const Schedule& schedule, const Call& call) {
     }
   }
   for (const Offer& offer : offers) {
-    if (offer.use < 0) malformed(offer.owner, offer.step, "nobody uses the offer of " + words(offer.ref));
-    if (offer.accept < 0) malformed(offer.owner, offer.step, "never accepts " + words(offer.ref));
+    if (offer.use < 0) {
+      malformed(offer.owner, offer.step,
+                "rank " + std::to_string(offer.peer) + " never uses the offer of " + words(offer.ref));
+    }
+    if (offer.accept < 0) malformed(offer.owner, offer.step, "offers and never accepts " + words(offer.ref));
   }
   return matches;
 }
