@@ -310,11 +310,11 @@ TEST(a_deadlock_is_told_as_a_circle) {
   Plan plan = one_shot_by_hand();
   for (Program& program : plan.programs) std::swap(program.steps[1], program.steps[2]);
   expect(verify(plan), Kind::deadlock, 0, 1,
-         {"rank 0 step 1: wait for rank 1", "holds 0", "rank 1 step 1: wait for rank 0", "and so round"});
+         {"rank 0 step 1: wait for rank 1", "holds 0", "rank 1 step 1: wait for rank 0", "in a circle"});
   plan = one_shot_by_hand();
   plan.programs[0].steps[2].value = 2;
   expect(verify(plan), Kind::deadlock, 0, 2,
-         {"waits for ever for 2 in a cell that holds 1", "rank 1 has ended"});
+         {"waits forever for 2 in a cell that holds 1", "rank 1 has ended"});
 }
 
 TEST(messages_are_not_buffered) {
@@ -336,7 +336,7 @@ TEST(messages_are_not_buffered) {
   CHECK(!verify(plan));
   sender.steps[2].value = 2;
   expect(verify(plan), Kind::deadlock, 0, 2,
-         {"waits for ever until 2 are received; 1 are", "rank 1 has ended"});
+         {"waits forever until 2 are received; 1 are", "rank 1 has ended"});
 
   plan = message_by_hand();
   plan.programs[1].loops[0].num_steps = 0;

@@ -206,7 +206,7 @@ void Emitter::emit(const std::vector<Operand>& dsts, const std::vector<Operand>&
   program_.operands.insert(program_.operands.end(), srcs.begin(), srcs.end());
 }
 
-// Whether stores to this rank's `out` go past the cache: if it is large and this call does not read the block.
+// Whether stores to this rank's `out` go past the cache: if it is large and this call never reads the block.
 bool Emitter::streams(const Ref& out) const {
   const auto& read = l_.blocks_read_[rank_];
   return out_elements(l_.call_, rank_) * l_.layout_.item >= l_.stream_bytes_ &&

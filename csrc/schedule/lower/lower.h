@@ -14,8 +14,8 @@ namespace pycomm::schedule {
 // combine that produced it), a chunk that a peer wrote is copied out at the accept. The data is cut into
 // trips that fit a slot.
 //
-// A reachable `in` is used in place if the schedule offers nothing but `in` (in a call out of place: or copies
-// of it in the image), and if peers do nothing with it but copy it, bit for bit, to their own `out`.
+// A reachable `in` is used in place if the schedule offers nothing but `in` (out of place: or copies of
+// it in the image), and if peers do nothing with it but copy it, bit for bit, to their own `out`.
 // Otherwise it is lowered as a plain one, and Plan::call says so.
 //
 // With `only_rank` the programs of all other ranks stay empty; that rank's program is the same as without it.

@@ -1,8 +1,7 @@
 // Codecs in a symbolic run. A wire location holds one value for each tile: what its maker encoded.
 //
-// An encode is of whole tiles of the data, the last one as long as the data is, and knows where in the data
-// and in the rank's residuals it is; else what it makes is garbage. So is what a decode reads beyond the
-// data's end.
+// A right encode takes whole tiles of the data (the last one may be short) and counts from the right place in
+// the data and in the rank's residuals; any other makes garbage. So does a decode beyond the data's end.
 #include <algorithm>
 
 #include "schedule/verify/run.h"
@@ -11,7 +10,7 @@ namespace pycomm::schedule {
 
 namespace {
 
-// The part of the data, in elements of the inputs, that tiles are cut from.
+// A part of the inputs, in elements, that is cut into tiles from its begin on.
 struct Section {
   int64_t begin = 0, end = 0;
   int64_t index = 0;  // where its begin must count from: Transcode::index of an encode there
@@ -48,7 +47,7 @@ Section section_of(const Call& call, int rank, int64_t element) {
 
 }  // namespace
 
-// Elements in the tile that begins at tile.delta's.
+// How many elements a tile has.
 int64_t SymbolicRun::tile_length(const Call& call, Term tile) const {
   const int64_t first = expressions_.first_element(tile);
   const Section section = section_of(call, expressions_.some_rank(tile.expr), first);
@@ -116,7 +115,7 @@ std::vector<SymbolicRun::Elements> SymbolicRun::encoded(int rank, const Step& st
                                      " for another one");
       }
     }
-    const int64_t at = how.element + shift;  // a residual is used there, right or wrong
+    const int64_t at = how.element + shift;  // the residual there is used, right or wrong
     call.encoded[rank].push_back({at, at + end - begin, how.turn, tiles.expr, step_index});
     result.push_back({t, t + 1, tiles});
   }
@@ -153,8 +152,8 @@ void SymbolicRun::note_crossing(int rank, const Span& span, const std::vector<Me
   }
 }
 
-// With a codec on message links alone every encode in a result is of what was sent between nodes. (That what
-// was sent there is encoded is seen at each send.)
+// With a codec on message links alone, every encode in a result must be of what was sent between nodes. (That
+// all that is sent there is encoded, verify.cc checks for each send.)
 void SymbolicRun::check_crossings(int call_index) {
   CallState& call = calls_[call_index];
   if (!call.plan->call.coded_on(Links::wire)) return;
@@ -175,7 +174,7 @@ void SymbolicRun::check_crossings(int call_index) {
   }
 }
 
-// What the plan claims of its encodes, and that no two of an element have the same random bits.
+// Checks Plan::encodes_once, and that no two different encodes of an element use the same random bits.
 void SymbolicRun::check_encodes(int rank) {
   const CallState& call = call_of(rank);
   std::vector<Encoded> encoded = call.encoded[rank];

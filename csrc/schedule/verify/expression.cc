@@ -27,7 +27,7 @@ Term Expressions::wrap(Kind kind, Term term) {
   return {intern({kind, {term.expr, 0}, {}}), term.delta};
 }
 
-// Where tiles begin among the leaves' elements is a part of what an encode is.
+// The phase is part of the expression: tiles that begin at other elements have other scales.
 Term Expressions::encode(Term term, int rank, int turn) {
   if (is_garbage(term.expr)) return term;
   const int64_t phase = (term.delta % kTile + kTile) % kTile;
@@ -169,7 +169,7 @@ std::string Expressions::words(Term term, int64_t index) const {
   return text;
 }
 
-// An element in an encode: "turn 1 of rank 0(in@0[7])".
+// One element of an encode: "turn 1 of rank 0(in@0[7])".
 void Expressions::write_code(std::string& text, const Node& node, int64_t element, int budget) const {
   text += "turn " + std::to_string(node.second.delta) + " of rank " + std::to_string(node.second.expr) + "(";
   write(text, {node.first.expr, 0}, element, budget);

@@ -1,13 +1,13 @@
 // Expressions: what a memory location holds in a symbolic run.
 //
-// An expression is a function of an element index i, kept once (equal functions have equal ids): a leaf is
-// element i of a rank's input, a node applies to what its operands hold at i + delta. The first operand's
-// delta is 0, so that a result over any part of the data, computed anywhere, is one expression at different
-// indices.
+// An expression is a function of an element's index i, and equal functions have equal ids. A leaf is element
+// i of a rank's input; any other node applies an operator to what its operands hold at i + delta. The first
+// operand's delta is 0: so the same sum over different parts of the data, wherever it is computed, is one
+// expression at different indices.
 //
-// What a codec made of elements is an expression as well, but of an index of tiles: tile t of encode(e,
-// phase) is made of e's elements [t * kTile + phase, ...), and decode() of that is e's function of elements
-// again, with what was lost in it.
+// What an encode makes is an expression too, but of a tile's index: tile t of encode(e, phase) is made of e's
+// elements [t * kTile + phase, ...). decode() of it is again an expression of an element's index; it is not
+// equal to e, since an encode loses something.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ class Expressions {
     encode,   // accumulator -> tiles, by rank `second.expr` in turn `second.delta`; phase `first.delta`
     decode,   // tiles -> accumulator
     round,    // accumulator -> final: rounded
-    garbage,  // nothing that a result may depend on: reasons()[first.expr] says what
+    garbage,  // nothing that a result may depend on: reasons_[first.expr] says what
   };
 
   Term leaf(int rank) { return {intern({Kind::leaf, {rank, 0}, {}}), 0}; }
@@ -45,28 +45,28 @@ class Expressions {
   Term finish(Term term) { return wrap(Kind::finish, term); }
   Term divide(Term term) { return wrap(Kind::divide, term); }
   Term round(Term term) { return wrap(Kind::round, term); }
-  // Of elements from `term` at index 0 on: the tiles from index 0 on.
+  // The tiles, from index 0 on, of the elements that `term` holds from index 0 on.
   Term encode(Term term, int rank, int turn);
-  // Of tiles from `term` at index 0 on: the elements from index 0 on.
+  // The elements, from index 0 on, of the tiles that `term` holds from index 0 on.
   Term decode(Term term);
   Term combine(Term a, Term b);
   Term garbage(const std::string& why);
-  // tree(0, k), as kernels/combine.h says.
+  // The balanced tree over `count` terms: tree(0, count) of kernels/combine.h.
   Term balanced(const Term* terms, size_t count);
 
   bool is_garbage(ExprId id) const { return nodes_[id].kind == Kind::garbage; }
-  // The element that tile 0 of an encode's term begins with.
+  // The first element of tile 0 of an encode's term.
   int64_t first_element(Term tiles) const;
-  // A rank whose input is in it; of no garbage.
+  // A rank whose input is in the expression, which must not be garbage.
   int some_rank(ExprId id) const;
-  // The encodes in what `term` holds at index 0, each as a term of elements.
+  // The encodes in what `term` holds at index 0; the delta of each counts elements, not tiles.
   std::vector<Term> encodes_in(Term term) const;
-  // The tile of such an encode that has an element.
+  // The tile of an encode that holds this element.
   int64_t tile_of(ExprId encode, int64_t element) const;
   // The same without codecs: decode(encode(e)) is e, and round(divide(e)) is finish(e).
   ExprId stripped(ExprId id);
-  // Empty if `id` sums in any order every rank's element i once, lifted once and finished once; else what is
-  // wrong.
+  // Empty if `id` sums, in any order, element i of every rank once, each lifted once, and is finished once;
+  // else what is wrong.
   const std::string& reduction_fault(ExprId id, int num_ranks);
   // At index i: "round((in@0[i]) + (in@1[i]))".
   std::string words(Term term, int64_t index) const;

@@ -9,13 +9,13 @@
 
 namespace pycomm::schedule {
 
-// Of a rank: how many of each rank's signals and entries happened before now. An access made when its rank
-// had counted `epoch` happened before whoever has heard of more. Behind the ranks come the channels of
-// messages, which count what has been received.
+// A rank's vector clock: how many signals and entries of each rank happened before now. An access made when
+// its rank had counted `epoch` of its own happened before all that is done by a rank that has heard of more.
+// After the ranks come the channels of messages, each of which counts what has been received.
 using Clock = std::vector<int32_t>;
 
 struct Access {
-  static constexpr int kEntry = -1, kEnd = -2;  // the caller's own
+  static constexpr int kEntry = -1, kEnd = -2;  // in `step`: the caller's own accesses
   int32_t rank = -1;                            // -1: nobody
   int32_t epoch = 0;
   int32_t call = 0;
@@ -24,7 +24,7 @@ struct Access {
   bool before(const Clock& clock, int by) const { return rank < 0 || rank == by || clock[rank] > epoch; }
 };
 
-// Element (address - origin) / size of an expression; bytes that are no whole element are nothing.
+// What a byte holds: a part of element (address - origin) / size of an expression. Only whole elements count.
 struct Value {
   ExprId expr = 0;
   int32_t size = 1;
@@ -48,13 +48,13 @@ class Memory {
     Value value;
     int32_t call;  // that wrote it
   };
-  // Checks against earlier writes and notes the read; neighbours that hold the same are one piece.
+  // Checks the read against earlier writes and records it. Neighbouring bytes of one value make one piece.
   std::optional<Conflict> read(int64_t begin, int64_t end, const Access& access, const Clock& clock,
                                std::vector<Piece>& pieces);
-  // Checks against earlier reads and writes; put() then changes what is there.
+  // Checks a write against earlier reads and writes; put() then makes it.
   std::optional<Conflict> check_write(int64_t begin, int64_t end, const Access& access, const Clock& clock);
   void put(int64_t begin, int64_t end, const Value& value, const Access& access);
-  // What is there, with no access made.
+  // What is there, without an access.
   std::vector<Piece> look(int64_t begin, int64_t end) const;
 
  private:

@@ -1,5 +1,5 @@
 // Messages in a symbolic run. One run still covers all interleavings: a channel has one sender and one
-// receiver, each of which takes its messages in order.
+// receiver, and delivers in order.
 #include <algorithm>
 
 #include "schedule/verify/run.h"
@@ -70,7 +70,7 @@ bool SymbolicRun::receive(int rank, const Step& step, int64_t trip) {
     value.origin += span.begin;
     span.memory->put(span.begin + piece.begin, span.begin + piece.end, value, access);
   }
-  // Who hears of this rank from here on knows as well that the sender's memory is free.
+  // Whoever hears of this rank from here on knows that the sender's memory is free.
   state.clock[reader(index)] = static_cast<int32_t>(channel.received);
   ++state.clock[rank];
   return true;

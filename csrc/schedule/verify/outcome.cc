@@ -92,7 +92,7 @@ void SymbolicRun::check_output(int rank) {
         call.results[rank].insert(call.results[rank].end(), held.begin(), held.end());
       }
     };
-    // Less what only trips that were left out write.
+    // What only left-out trips write is not looked at.
     int64_t begin = required.begin;
     for (const ByteRange& gap : call.trips.left_out[rank]) {
       const int64_t gap_begin = (gap.begin - out + item - 1) / item, gap_end = (gap.end - out) / item;
@@ -136,7 +136,7 @@ void SymbolicRun::check_required(int rank, const Required& required, const std::
   }
 }
 
-// What all ranks get, associates alike and was encoded alike, element by element.
+// Each element is the same expression on all ranks: summed in the same order, encoded by the same encodes.
 void SymbolicRun::check_same_results(int call_index) {
   CallState& call = calls_[call_index];
   if (!same_results(call.plan->call.world.collective)) return;

@@ -12,7 +12,7 @@
 
 namespace pycomm::schedule {
 
-// A rank's `in` and `out` in one range of addresses, where they overlap if the call is in place.
+// Where a rank's `in` and `out` lie in one range of addresses; they overlap if the call is in place.
 struct CallerMemory {
   int64_t in_begin = 0, in_bytes = 0;
   int64_t out_begin = 0, out_bytes = 0;
@@ -36,7 +36,7 @@ bool synchronises(Collective collective);
 // Whether a codec may encode its data.
 bool encodable(Collective collective);
 
-// Why this is no call at all: wrong number of counts, no such root.
+// What is wrong with the call itself, whatever the plan: the number of counts, the root, the codec.
 std::optional<std::string> call_fault(const Call& call);
 
 }  // namespace pycomm::schedule

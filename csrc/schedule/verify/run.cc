@@ -84,8 +84,8 @@ void SymbolicRun::arrive(int rank) {
   state.cursor = {};
 }
 
-// All have entered the call before; after a full exchange that is known without asking. All have come to this
-// one, if they tell each other where buffers lie.
+// A rank goes on when all ranks of its node have entered the call before (after a full exchange it knows that
+// already), and when all ranks have come to this one, if they tell each other where their buffers lie.
 bool SymbolicRun::pass_gate(int rank) {
   RankState& state = ranks_[rank];
   if (!earlier_received(rank)) return false;
@@ -107,7 +107,7 @@ bool SymbolicRun::pass_gate(int rank) {
   return true;
 }
 
-// The entry record says so to whoever reads it.
+// The entry record tells this to every rank that reads it.
 void SymbolicRun::enter(int rank) {
   RankState& state = ranks_[rank];
   CallState& call = call_of(rank);
@@ -251,10 +251,10 @@ bool SymbolicRun::formats_allowed(int rank, const Step& step) {
   return allowed;
 }
 
-// Where the cells' data lies in the windows' address space: beyond all slots.
+// The cells' data lies in the windows' address space, beyond all slots.
 constexpr int64_t kCellsFrom = int64_t{1} << 60;
 
-// What the kernel does for a rank: one source, as it is, to one place of its own.
+// What the operating system can do for a rank: copy another's `in`, bit for bit, to the rank's own `out`.
 bool SymbolicRun::is_bare_copy(int rank, const Step& step) {
   if (step.num_dsts != 1 || step.num_srcs != 1) return false;
   const Operand* operands = &call_of(rank).plan->programs[rank].operands[step.operand];
@@ -262,7 +262,7 @@ bool SymbolicRun::is_bare_copy(int rank, const Step& step) {
          operands[1].space == Space::in && operands[1].format == Format::raw;
 }
 
-// Finds each operand's bytes at this trip, and that they are there to be used.
+// Finds each operand's bytes at this trip, and checks that the rank may use them.
 bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<Span>& spans) {
   CallState& call = call_of(rank);
   const Plan& plan = *call.plan;
@@ -280,7 +280,8 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
                cell = outgoing || operand.space == Space::incoming;
     if (cell) {
       if (operand.rank == rank || outgoing != (i < step.num_dsts)) {
-        return refuse(Kind::malformed, "a rank writes the cells that others read, and reads its own");
+        return refuse(Kind::malformed,
+                      "it may only write outgoing cells and read incoming ones, of other ranks");
       }
       const int64_t index = begin / kCellBytes;
       room = index < plan.cells ? index * kCellBytes + kPayloadBytes : 0;
@@ -384,7 +385,7 @@ std::vector<SymbolicRun::Elements> SymbolicRun::elements(const std::vector<Memor
   return result;
 }
 
-// Cuts the sources where any of them changes, and applies the kernel to each part.
+// What the kernel makes of the sources.
 std::vector<SymbolicRun::Elements> SymbolicRun::compute(const Step& step, const Operand* operands,
                                                         const std::vector<std::vector<Elements>>& sources) {
   const bool copy = step.num_srcs == 1 && operands[0].format == step.dst_format;

@@ -53,9 +53,9 @@ class SymbolicRun {
     int64_t value;
     Clock clock;
   };
-  // What a rank has sent: the bytes that its operand held, and what it knew. They stay in its memory until
-  // they are received: a read by a reader of their own, which the channel is, that ends with their receipt
-  // (verify/messages.cc).
+  // What a rank has sent: what its operand held, and the rank's clock. The bytes stay in the sender's memory
+  // until they are received. So the channel counts as a reader of that memory, whose read ends with the
+  // receipt (verify/messages.cc).
   struct Sent {
     int32_t call;
     int64_t bytes;
@@ -74,12 +74,12 @@ class SymbolicRun {
     Cursor cursor;
     Clock clock;
   };
-  // A resolved operand of the combine at hand.
+  // An operand of the step at hand, resolved.
   struct Span {
     Memory* memory;
     int64_t begin, end;
     int64_t item;   // bytes of an element, or of a tile where the operand is a wire one
-    int64_t count;  // of these
+    int64_t count;  // elements, or tiles
     const Operand* operand;
   };
 
@@ -104,7 +104,7 @@ class SymbolicRun {
   bool is_bare_copy(int rank, const Step& step);
   bool formats_allowed(int rank, const Step& step);
   bool overlaps(int rank, const Step& step, const std::vector<Span>& spans);
-  // What a rank finds in an operand; in its `out` where there is none.
+  // What a rank finds in an operand; in its `out`, if there is no operand.
   std::vector<Elements> elements(const std::vector<Memory::Piece>& pieces, int64_t begin, int64_t item,
                                  int64_t count, int rank, const Operand* operand);
   std::vector<Elements> compute(const Step& step, const Operand* operands,
@@ -132,14 +132,13 @@ class SymbolicRun {
   std::vector<Signal>& cell(int reader, int writer, int index) {
     return cells_[(static_cast<size_t>(reader) * n_ + writer) * num_cells_ + index];
   }
-  // Of a plan's channels, to and from which rank; as a reader of the senders' memory it follows the ranks.
+  // A channel's index. As a reader of the sender's memory, the channel comes after the ranks in clocks.
   size_t channel_at(int from, int to, int index) const {
     return (static_cast<size_t>(from) * n_ + to) * num_channels_ + index;
   }
   int reader(size_t channel) const { return n_ + static_cast<int>(channel); }
   int sender_of(int reader) const { return (reader - n_) / num_channels_ / n_; }
-  // The step that a rank is at, and its trip; false between loops' ends.
-  // What the rank runs next in its call, and the trip as the proof counts and as the plan does; no step: its
+  // The step that a rank runs next, with its trip as the proof numbers it and as the plan does. No step: the
   // program has ended.
   struct Current {
     const Step* step;
@@ -174,7 +173,7 @@ class SymbolicRun {
   std::vector<Channel> channels_;
   std::vector<RankState> ranks_;
   std::optional<Counterexample> fault_;       // ends the run
-  std::optional<Counterexample> data_fault_;  // told if nothing more basic is wrong
+  std::optional<Counterexample> data_fault_;  // reported if nothing ends the run
 };
 
 }  // namespace pycomm::schedule

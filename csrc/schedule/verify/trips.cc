@@ -56,8 +56,8 @@ bool same_loops(const Plan& plan) {
   return common != nullptr;
 }
 
-// The largest distance in trips of a value from its own trip's; nothing if cells do not count alike
-// everywhere.
+// How many trips a value can be away from its own trip's values, at most; nothing if steps of one cell do not
+// count alike.
 std::optional<int64_t> signal_distance(const Plan& plan) {
   std::map<Cell, int64_t> per_trip;
   int64_t distance = 0;
@@ -77,7 +77,8 @@ struct Exchange {
   std::vector<const Step*> sends, recvs, completes;
 };
 
-// Every trip receives what it has sent, which is what completes count on.
+// Whether every trip receives as much as it sends, no earlier than it is sent, and every complete waits for
+// what has been received by then.
 bool exchange_is_even(const Exchange& exchange) {
   const std::vector<const Step*>&sends = exchange.sends, &recvs = exchange.recvs;
   if (sends.size() != recvs.size()) return false;
@@ -94,7 +95,7 @@ bool exchange_is_even(const Exchange& exchange) {
   });
 }
 
-// No wait of this loop is for a signal of a later iteration, nor for a message or its receipt.
+// Whether no step of this loop waits for a signal, a message or a receipt of a later iteration.
 bool waits_for_the_past(const Plan& plan, size_t loop) {
   std::map<Cell, std::vector<const Step*>> signals;
   std::map<Cell, Exchange> exchanges;
@@ -174,8 +175,9 @@ std::vector<std::vector<Span>> spans_by_owner(const Plan& plan, const std::vecto
   return spans;
 }
 
-// Groups a rank's spans that reach each other; each group of this loop must step through memory as one, by
-// strides that its trips do not exceed. Adds what the trips [from, to) write.
+// Whether the trips of this loop touch disjoint bytes of a rank's buffers. Spans that overlap over all trips
+// form a group: it must belong to this loop alone, have one stride, and be no longer than the stride in a
+// trip. Adds what the trips [from, to) write.
 bool trips_are_disjoint(const std::vector<Span>& spans, size_t loop, int64_t from, int64_t to,
                         std::vector<ByteRange>& written) {
   for (size_t begin = 0; begin < spans.size();) {

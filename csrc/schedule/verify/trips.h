@@ -21,8 +21,8 @@ namespace pycomm::schedule {
 // Trips [first, first + count), renumbered; those from `first + head` on lie behind the gap.
 struct LoopTrips {
   int64_t first, count, head;
-  int64_t shift;  // trips left out in earlier loops
-  int64_t gap;    // and in this one
+  int64_t shift;  // trips left out of earlier loops
+  int64_t gap;    // trips left out of this one
   // The trip's number in the plan, which its addresses depend on.
   int64_t plan_trip(int64_t trip) const { return trip + shift + (trip >= first + head ? gap : 0); }
 };
@@ -33,7 +33,7 @@ struct ByteRange {
 
 struct TripSelection {
   std::vector<std::vector<LoopTrips>> loops;     // by rank and loop
-  std::vector<std::vector<ByteRange>> left_out;  // by rank: what trips left out write in its buffers, sorted
+  std::vector<std::vector<ByteRange>> left_out;  // by rank: what left-out trips write in its buffers, sorted
 };
 
 TripSelection select_trips(const Plan& plan, const std::vector<CallerMemory>& buffers, bool all_trips);

@@ -7,7 +7,7 @@ namespace pycomm::schedule {
 
 namespace {
 
-// A program refers to nothing that is not there, so that it can be run at all.
+// What keeps a step from being run at all: a peer, operand or link that does not exist.
 std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& step) {
   using enum Step::Kind;
   const Program& program = plan.programs[rank];
@@ -35,7 +35,7 @@ std::optional<std::string> step_fault(const Plan& plan, int rank, const Step& st
     return "its operands are not in the program";
   }
   if (step.transcode >= static_cast<int64_t>(program.transcodes.size())) {
-    return "what it transcodes is not in the program";
+    return "its transcode is not in the program";
   }
   for (int64_t i = 0; i < operands; ++i) {
     const int owner = program.operands[step.operand + i].rank;

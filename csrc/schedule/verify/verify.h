@@ -9,7 +9,7 @@
 //             (reductions: each rank's element once, prescaled once, rounded and divided once at the end),
 //             the same on all ranks; where `balanced` is asked, in the shape of the balanced tree; inputs not
 //             meant to change have not changed; with a codec on message links alone, what crosses between
-//             nodes is encoded, and nothing else is
+//             nodes is encoded and nothing else is
 //   races     no two accesses to overlapping bytes, one of them a write, are unordered; the caller's own
 //             reads and writes of its buffers before entry and after the end are accesses too
 //   bounds    every address lies in its buffer, or in its slot of its bank
@@ -44,7 +44,8 @@ struct VerifyOptions {
   bool balanced = false;  // demand the balanced tree
 };
 
-// Nothing: proved. Calls of a sequence are made by one group: a ValueError if their worlds differ in size.
+// Nothing: the plan is proved. The calls of a sequence are made by one group: ValueError if their worlds
+// differ in size or nodes.
 std::optional<Counterexample> verify(const Plan& plan, const VerifyOptions& options = {});
 std::optional<Counterexample> verify_sequence(std::span<const Plan* const> calls,
                                               const VerifyOptions& options = {});

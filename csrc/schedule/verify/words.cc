@@ -84,7 +84,7 @@ void SymbolicRun::race(int rank, const Step* step, const std::string& where, int
        text + (message ? " (nothing says that they have been received)" : " (no signal orders the two)"));
 }
 
-// What a rank that cannot move waits for, and on whom.
+// What a rank that cannot move waits for, and which rank would have to move first (`on`; -1: none).
 std::string SymbolicRun::blocked_words(int rank, int& on) const {
   const RankState& state = ranks_[rank];
   on = -1;
@@ -101,7 +101,8 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
     const std::string waits = "rank " + std::to_string(rank) + " waits to enter call " +
                               std::to_string(state.call) + " until rank ";
     for (on = 0; state.call > 0 && on < n_; ++on) {
-      if (calls_[state.call - 1].entry_epoch[on] < 0)
+      const CallState& previous = calls_[state.call - 1];
+      if (previous.entry_epoch[on] < 0 && previous.plan->call.world.mapped(rank, on))
         return waits + std::to_string(on) + " has entered the one before";
     }
     for (on = 0; !calls_[state.call].arrival[on].empty();) ++on;
@@ -111,16 +112,16 @@ std::string SymbolicRun::blocked_words(int rank, int& on) const {
   const Step* const step = now.step;
   const int64_t trip = now.trip;
   on = step->peer;
-  if (step->kind == Step::Kind::recv) return at(rank, step) + ": waits for ever, since nothing is sent";
+  if (step->kind == Step::Kind::recv) return at(rank, step) + ": waits forever, since nothing is sent";
   if (step->kind == Step::Kind::complete) {
     const Channel& channel = channels_[channel_at(rank, on, step->cell)];
     const size_t received = channel.received - std::min(channel.received, channel.before[state.call]);
-    return at(rank, step) + ": waits for ever until " + std::to_string(step->value + trip * step->per_trip) +
+    return at(rank, step) + ": waits forever until " + std::to_string(step->value + trip * step->per_trip) +
            " are received; " + std::to_string(received) + " are";
   }
   const auto& seen = cells_[(static_cast<size_t>(rank) * n_ + step->peer) * num_cells_ + step->cell];
   const int64_t held = !seen.empty() && seen.back().call == state.call ? seen.back().value : 0;
-  return at(rank, step) + ": waits for ever for " + std::to_string(step->value + trip * step->per_trip) +
+  return at(rank, step) + ": waits forever for " + std::to_string(step->value + trip * step->per_trip) +
          " in a cell that holds " + std::to_string(held);
 }
 
@@ -128,7 +129,7 @@ std::string SymbolicRun::deadlock_words(int rank) const {
   std::string text;
   std::vector<bool> told(n_, false);
   for (int now = rank, on = -1; now >= 0; now = on) {
-    if (told[now]) return text + "; and so round";
+    if (told[now]) return text + "; and so on, in a circle";
     told[now] = true;
     text += (text.empty() ? "" : "; ") + blocked_words(now, on);
   }
