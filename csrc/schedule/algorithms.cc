@@ -12,7 +12,7 @@ namespace pycomm::schedule {
 namespace {
 using enum Collective;
 using enum Algorithm::Codecs;
-// Where nothing is summed, nothing is out of balance.
+// `balanced` is true where nothing is summed.
 constexpr Algorithm kAlgorithms[] = {
     // name, collective, function, balanced, codecs, wire, ragged
     {"one_shot", all_reduce, one_shot, true, any_once},
@@ -43,7 +43,7 @@ constexpr Algorithm kAlgorithms[] = {
     {"direct", scatter, direct, true, none},
     {"direct", all_to_all, direct, true, none},
     {"pairwise", all_to_all, pairwise, true, none},
-    // A rank does not know how long the blocks are that others send to others.
+    // A rank does not know the lengths of the blocks that other ranks exchange.
     {"hierarchical", all_to_all, hierarchical, true, none, /*wire=*/false, /*ragged=*/false},
     {"dissemination", barrier, dissemination, true, none},
     {"direct", send_recv, direct, true, none},

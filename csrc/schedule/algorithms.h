@@ -1,5 +1,5 @@
-// The algorithms, by name. Adding one is adding a file under algorithms/ and a line to the table in
-// algorithms.cc.
+// The algorithms, by name. A new one is a file in algorithms/, a line in algorithms/all.h and a row of the
+// table in algorithms.cc.
 #pragma once
 
 #include <cstdint>
@@ -20,19 +20,19 @@ struct Algorithm {
   AlgorithmFn write;
   // Sums associate as the balanced binary tree over ranks, so `deterministic=True` may choose it.
   bool balanced;
-  // Whether its plans are proved with codecs; `any_once`: each rank encodes an element at most once, which
-  // error feedback needs.
+  // The codecs that its plans are proved with. any_once: any, and each rank encodes an element at most once,
+  // as error feedback needs.
   enum class Codecs : uint8_t { none, any, any_once };
   Codecs codecs;
-  bool wire = false;   // whether they are proved with codecs on message links only
-  bool ragged = true;  // if it is for all_to_all: takes a count for each pair
+  bool wire = false;   // whether its plans are proved with codecs on message links alone
+  bool ragged = true;  // all_to_all: whether it takes a count for each pair
 };
 
 std::span<const Algorithm> algorithms();
 std::vector<std::string> algorithm_names(Collective collective);
-// Those of this collective that can: "two_shot, ring".
+// The names of a collective's algorithms for which can() holds: "two_shot, ring".
 std::string algorithms_that(Collective collective, bool (*can)(const Algorithm&));
-// Throws ValueError that lists what this collective has.
+// Throws ValueError that lists the collective's algorithms.
 const Algorithm& find_algorithm(Collective collective, const std::string& name);
 
 }  // namespace pycomm::schedule

@@ -1,6 +1,6 @@
-// The collectives, and what there is to know of each besides its algorithms: one row of a table.
+// The collectives: a table with one row for each, which says all there is to know besides its algorithms.
 //
-// What the results must be is not derived from it: verify/required.cc says that in its own words.
+// The verifier does not derive the required results from it: verify/required.cc says them once more.
 #pragma once
 
 #include <array>
@@ -24,8 +24,8 @@ enum class Collective : uint8_t {
 };
 inline constexpr int kNumCollectives = 10;
 
-// What one of the caller's buffers holds, and on which ranks. Data is one block for all, or one block for
-// each rank.
+// What one of the caller's buffers holds, and which ranks have it. A collective's data is one block in all,
+// or one block for each rank.
 struct Content {
   enum class Holds : uint8_t {
     nothing,
@@ -38,8 +38,8 @@ struct Content {
   On on;
 };
 
-// In place, two sides that hold alike lie at the same address; if one holds the rank's own block and the
-// other all of them, the one lies in its place in the other.
+// In place, `in` and `out` begin at the same address if they hold the same. If one holds the rank's own block
+// and the other holds all blocks, the one lies within the other, where that block belongs.
 struct Traits {
   Collective collective;
   const char* name;
@@ -47,8 +47,8 @@ struct Traits {
   bool reduces = false;      // combines elements; the others only move them
   bool rooted = false;       // the caller names a root
   bool pairwise = false;     // a block for each pair of ranks: `in` holds a row of them, `out` a column
-  bool takes_codec = false;  // of floats
-  bool takes_list = false;   // of buffers, in one call
+  bool takes_codec = false;  // for floats
+  bool takes_list = false;   // several buffers in one call
 
   bool moves() const { return in.holds != Content::Holds::nothing; }
   bool one_block() const { return in.holds != Content::Holds::own && in.holds != Content::Holds::blocks; }

@@ -4,8 +4,8 @@ namespace pycomm::schedule {
 
 namespace {
 
-// A rank's buffer on this side. Of a count for each pair, those that are its own begin at rank * first and
-// are `step` apart.
+// Elements of a rank's buffer on this side. If there is a count for each pair, the rank's own begin at
+// rank * first and are `step` apart.
 int64_t elements(const Call& call, const Content& side, int rank, int first, int step) {
   if (!call.world.has(side, rank)) return 0;
   switch (side.holds) {
@@ -45,8 +45,7 @@ bool takes_codec(DType dtype) {
 }
 
 void add(Hasher& hasher, const Call& call) {
-  // A structured binding names every field, so a new one cannot be forgotten: without it this does not
-  // compile.
+  // Structured bindings name every field: with a new one, this does not compile until it is added.
   const auto& [world, dtype, op, counts, in, out, in_place, prescale, deterministic, ragged, codec] = call;
   const auto& [collective, size, root, peer, nodes] = world;
   const auto& [kind, rounding, ceil_scale, hadamard, seed, links] = codec;

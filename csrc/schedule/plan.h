@@ -8,15 +8,16 @@
 //             sees everything before it
 //   wait      until `peer`'s cell here has reached (call, value of this trip), acquire
 //   send      begin to send an operand of this rank's memory to `peer`; does not wait
-//   recv      wait for the next message of a channel from `peer`, and take it into an operand of this rank's
-//             memory
+//   recv      wait for the next message of a channel from `peer`, and receive it into an operand of this
+//             rank's memory
 //   complete  wait until the first (value of this trip) of this call's sends on a channel have been received,
 //             so that their memory may be written again
 //
-// Ranks of one node signal, others send. A *channel* (sender, receiver, index) delivers in the order of its
-// sends. Nothing is buffered: data stays in the sender's memory until it is received. A rank may leave the
-// call before that, but enters call c only when all that it has sent in call c - 2 has been received. The
-// index encodes the sender's and the receiver's stage, so that both count trips alike.
+// Ranks of one node signal each other; ranks of different nodes send. A *channel* (sender, receiver, index)
+// delivers in the order of its sends. Nothing is buffered: data stays in the sender's memory until it is
+// received. A rank may leave the call before that, but enters call c only when all that it has sent in call
+// c - 2 has been received. The index encodes the sender's and the receiver's stage, so that both count trips
+// alike.
 //
 // A cell has one writer and one reader and only grows: cell (reader, writer, index) belongs to a pair of
 // ranks, and index is the stage of the steps that use it. The value for trip w is value + w * per_trip; a
@@ -39,15 +40,15 @@
 //
 // A call with a codec (kernels/codec.h). Windows hold wire form and the caller's buffers do not: combines
 // between the two encode and decode. Windows hold whole tiles; every operand starts at a tile's begin, and a
-// wire operand of `count` elements takes the bytes of whole tiles, of which a last, short one is not used in
-// full. All buffers are plain. With a codec on message links only, what a rank sends and receives is in wire
-// form, in memory that no other rank touches; all else is as without a codec.
+// wire operand of `count` elements takes the bytes of whole tiles, even if the last tile is short. All
+// buffers are plain. With a codec on message links only, what a rank sends and receives is in wire form, in
+// memory that no other rank touches; everything else is as without a codec.
 //
 // Calls on a group are numbered. Call c uses bank c mod 2, and no rank enters c before all ranks of its node
-// have entered c - 1. After a plan with `full_exchange` (each rank has heard, directly or not, from every
-// other one of its node) that is known; else the executor waits for the entries. What ranks tell each other
-// before a call (Call::told) says that they have come to it, not that they have entered it. No rank of another
-// node touches a rank's windows.
+// have entered c - 1. After a plan with `full_exchange` (each rank has heard, directly or through others,
+// from every other rank of its node) a rank knows that already; else the executor waits for the entries. What
+// ranks tell each other before a call (Call::told) says that they have come to it, not that they have entered
+// it. No rank of another node touches a rank's windows.
 #pragma once
 
 #include <cstdint>
@@ -65,10 +66,13 @@ namespace pycomm::schedule {
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
 
 enum class Space : uint8_t { in, out, window, outgoing, incoming };
-// Where a caller's buffer lies, and what peers can do with it: nothing; read and write it like their own,
-// since it lies at the same offset on every rank; read it, by a bare copy through the kernel (only `in`); read
-// and write it like their own, at the address that its rank has told them for this call.
-enum class Placement : uint8_t { plain, symmetric, reachable, told };
+// What peers can do with a caller's buffer.
+enum class Placement : uint8_t {
+  plain,      // nothing
+  symmetric,  // read and write it like their own: it lies at the same offset on every rank
+  reachable,  // `in` only: copy it, bit for bit, through the operating system's kernel
+  told,       // read and write it like their own, at the address that its rank tells them right before the call
+};
 // Whether peers use it like their own.
 constexpr bool in_reach(Placement placement) {
   return placement == Placement::symmetric || placement == Placement::told;
@@ -97,18 +101,18 @@ struct Step {
   int32_t transcode = -1;              // combine with wire operands: its entry of Program::transcodes
 };
 
-// What a combine with wire operands needs besides: kernels::transcode() in place of combine().
+// What a combine with wire operands needs besides; kernels::transcode() runs it, in place of combine().
 struct Transcode {
-  bool divides = false;  // by Plan::divisor: what was partial before is finished after
-  // Of an encode. All encodes that a rank makes of one element differ in `turn`.
+  bool divides = false;  // by Plan::divisor: the result is finished
+  // The rest is for encodes. All encodes that a rank makes of one element differ in `turn`.
   uint8_t turn = 0;
   int64_t index = 0;    // kernels::Encoding::index at trip 0: see data_index() in layout.h
-  int64_t element = 0;  // at trip 0, of the rank's `in`: where its residual is
-  int64_t stride = 0;   // of both, from one trip to the next
+  int64_t element = 0;  // the element of the rank's `in` at trip 0, which says where its residual is
+  int64_t stride = 0;   // what both grow by from one trip to the next
 };
 
-// Iterations i of [first, first + trips + stages - 1); a step of stage s works on trip i - s, where that
-// lies in [first, first + trips). The last loops of a program hold what is left over (the tail).
+// Iterations i of [first, first + trips + stages - 1). In each, a step of stage s works on trip i - s, if
+// that lies in [first, first + trips). The last loops of a program run the trips that are shorter (the tail).
 struct Loop {
   int64_t first = 0, trips = 1;
   int32_t step = 0, num_steps = 0;  // range of Program::steps
@@ -122,7 +126,7 @@ struct Program {
   std::vector<Transcode> transcodes;
 };
 
-// What is called: all that a plan depends on, besides the rank's own pointers.
+// What is called. A plan depends on this, on its algorithm and on the geometry alone.
 struct Call {
   World world;  // collective, size, root, peer
   DType dtype = DType::float32;
@@ -138,9 +142,9 @@ struct Call {
   // all_to_all with a count for each pair: a rank knows its own row and column alone, the rest may hold
   // anything.
   bool ragged = false;
-  // Of all_reduce, reduce_scatter and all_gather of floats. A plan does not depend on its seed.
+  // Only for collectives that take one, and floats. A plan does not depend on its seed.
   Codec codec;
-  // Whether anything is encoded. On one node there is nothing to encode on message links alone.
+  // Whether anything is encoded: on one node there are no message links to encode on.
   bool coded() const {
     return codec.kind != CodecKind::none && (codec.links == Links::all || !world.nodes.empty());
   }
@@ -182,8 +186,8 @@ struct Plan {
   uint64_t fingerprint = 0;
 };
 
-// What elements are multiplied by as they are read, and finished sums divided by. Codecs have their own
-// range: what they encode is not scaled for an average.
+// What elements are multiplied by as they are read, and what finished sums are divided by. With a codec an
+// average is not scaled beforehand, since codecs have a range of their own.
 Average factors_of(const Call& call);
 
 // In words, for people and tests: "rank 0 step 3: combine out[0:512] window@1[0:512] <- in[0:512]
@@ -192,9 +196,9 @@ std::string describe(const Plan& plan, int rank, const Step& step);
 // All steps of a rank, loop by loop, after a few lines that say how to read them.
 std::string describe(const Plan& plan, int rank);
 
-// Whether the combine encodes; one wire source and wire destinations are a copy.
+// Whether the combine encodes. (From one wire source to wire destinations it copies.)
 bool encodes(const Program& program, const Step& step);
-// Bytes of an operand of `count` elements, whole tiles of them where it is a wire one.
+// Bytes of an operand of `count` elements; in wire form, those of whole tiles.
 int64_t operand_bytes(const Call& call, Format format, int64_t count);
 
 // Elements of the caller's buffers for this call on one rank.

@@ -30,8 +30,8 @@
 // Each offer has one later accept with the same peer and ref, and is used by exactly one combine of that
 // peer; the k-th offer of a ref to a peer meets that peer's k-th combine that names it. One combine may use
 // several offers. An accept of a chunk that the peer only reads says no more than "before the collective
-// ends": the accept may stand right after the offer or at the end, and costs nothing when the chunk lies in the
-// library's memory.
+// ends": the accept may stand right after the offer or at the end, and costs nothing when the chunk lies in
+// the library's memory.
 //
 // A schedule runs once per *trip*: lower() cuts the data into trips that fit the window, and chunks are
 // fractions of each trip's data. `stage` pipelines trips: in iteration i a step of stage s works on trip i -
@@ -73,7 +73,7 @@ struct ScheduleStep {
   std::vector<Ref> dsts, srcs;  // combine; offer and accept hold their one ref in srcs[0]
 };
 
-// What an algorithm is asked for.
+// What an algorithm writes a schedule for.
 struct World {
   Collective collective = Collective::all_reduce;
   int size = 1;
@@ -93,8 +93,8 @@ struct World {
 struct Schedule {
   std::vector<std::vector<ScheduleStep>> ranks;  // one program per rank
   int stages = 1;                                // 1 + the largest stage used
-  // Data a trip should hold when windows do not force less, in bytes of one block: pipelined algorithms want
-  // small trips. 0: as much as fits.
+  // How much data a trip should hold, in bytes of one block; pipelined algorithms want small trips. Windows
+  // may force less. 0: as much as fits.
   int64_t trip_bytes = 0;
 };
 

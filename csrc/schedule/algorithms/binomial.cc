@@ -1,5 +1,5 @@
-// binomial broadcast and reduce: the tree in which the rank at place v (counted from the root) hangs under v
-// with its lowest bit cleared. All children are served at once, and a parent sums all its children in one
+// binomial broadcast and reduce: the tree in which the parent of the rank at place v, counted from the root,
+// is at v with its lowest set bit cleared. A parent serves all its children at once, and sums them in one
 // pass.
 //
 // Cost: ceil(log2 n) steps; the data crosses each link once, and the root serves log2(n) children. The choice

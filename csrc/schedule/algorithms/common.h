@@ -10,8 +10,8 @@ namespace pycomm::schedule {
 // A world of one: its `in` is the result.
 Schedule alone(const World& world);
 
-// Ends every program with the accepts of its offers that have none yet. For offers that peers only read:
-// their accept says no more than "before the collective ends".
+// Ends every program with an accept for each of its offers that has none yet. Use it for offers that peers
+// only read: their accept says no more than "before the collective ends".
 void accept_all(Schedule& schedule);
 
 // The nodes of a world, in the order of their first ranks.
@@ -20,7 +20,7 @@ struct Nodes {
   std::vector<std::vector<int>> members;  // by node, ascending
   std::vector<int> node, local;           // by rank: its node, and its place among the members
   int count() const { return static_cast<int>(members.size()); }
-  // All ranks, node by node: neighbours share a node where they can.
+  // All ranks, node by node.
   std::vector<int> in_order() const;
 };
 

@@ -1,4 +1,4 @@
-// direct, for all that has no all_reduce in its name: every rank shows what others need of its `in`, and
+// direct, for every collective but all_reduce and barrier: every rank shows what others need of its `in`, and
 // reads what it needs itself, all at once, in one pass.
 //
 // Cost: 1 step whatever n is; every byte crosses once. What a rank moves follows from the collective: (n-1)/n
@@ -20,8 +20,8 @@ struct Need {
   std::vector<Ref> srcs;
 };
 
-// The collective's definition. Ranks start with themselves and go on with the next, so that not all read the
-// same one.
+// The collective's definition. A rank's list begins with itself and goes on with the next rank, so that not
+// all ranks read the same one at once.
 std::vector<Need> needs_of(const World& world, int rank) {
   const int n = world.size;
   std::vector<Need> needs;

@@ -38,8 +38,8 @@ struct Part {
   int first, last;
 };
 
-// What a rank answers for after the steps below distance d: at each, a rank whose bit is set keeps the upper
-// half.
+// What a rank answers for after the steps at distances below d. At each, a rank whose bit is set keeps the
+// upper half.
 Part part_of(int rank, int units, int d) {
   Part part{0, units};
   for (int bit = 1; bit < d; bit *= 2) {
@@ -88,7 +88,8 @@ void reduce_scatter(Builder& b, const std::vector<Cube>& cubes) {
   }
 }
 
-// Within the largest cube; every rank of it shows each unit also to its follower beyond, if it has one.
+// Within the largest cube. A rank beyond it follows the rank `units` places before, which shows it every
+// unit.
 void all_gather(Builder& b, int n, int units) {
   const bool follows = b.rank() >= units;
   const int rank = b.rank() % units, follower = rank + units;

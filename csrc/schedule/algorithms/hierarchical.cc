@@ -33,13 +33,13 @@
 namespace pycomm::schedule {
 namespace {
 
-// The rank of a node that has the share of this number.
+// The rank of a node that drives the share of this number: it sums the share and carries it between nodes.
 int driver_of(const Nodes& nodes, int node, int share) {
   const std::vector<int>& members = nodes.members[node];
   return members[share % static_cast<int>(members.size())];
 }
 
-// What a driver shows of its node's sum: alone on its node it has nothing to sum.
+// Where a driver shows its node's sum. If it is alone on its node, that is its input.
 Ref node_sum(const Nodes& nodes, int driver, Chunk chunk) {
   const bool alone = nodes.members[nodes.node[driver]].size() == 1;
   return {driver, alone ? Buffer::in : Buffer::scratch, chunk};
@@ -50,7 +50,7 @@ struct Share {
   Chunk chunk;
 };
 
-// The ranks of a node show each share to its driver there.
+// Every rank of a node shows each share to its driver there.
 void show_to_drivers(Builder& b, const std::vector<Share>& shares) {
   for (const Share& share : shares) {
     if (share.driver != b.rank()) b.offer(share.driver, b.in(share.chunk));
@@ -63,7 +63,7 @@ std::vector<Ref> inputs_of(const std::vector<int>& members, Chunk chunk) {
   return inputs;
 }
 
-// Then the driver sums what other nodes need.
+// A driver sums its shares over the node.
 void sum_in_node(Builder& b, const Nodes& nodes, const std::vector<Share>& shares) {
   const std::vector<int>& members = nodes.members[nodes.node[b.rank()]];
   if (members.size() == 1) return;
@@ -81,7 +81,7 @@ Schedule all_reduce(const World& world, const Nodes& nodes) {
   for (const auto& members : nodes.members)
     num_shares = std::max(num_shares, static_cast<int>(members.size()));
   const int pieces = num_shares * num_nodes;
-  // A share has a piece for each node: these of them.
+  // A share has a piece for each node; these are pieces [first, last).
   const auto run = [&](int share, int first, int last) {
     return Chunk{0, share * num_nodes + first, share * num_nodes + last, pieces};
   };
@@ -145,7 +145,7 @@ Schedule reduce_scatter(const World& world, const Nodes& nodes) {
   for (int rank = 0; rank < world.size; ++rank) {
     Builder b(schedule, rank);
     const int node = nodes.node[rank];
-    std::vector<Share> own, others;  // a block of its own node belongs to its driver
+    std::vector<Share> own, others;  // in its own node, a block's driver is its owner
     for (int block = 0; block < world.size; ++block) {
       (nodes.node[block] == node ? own : others).push_back({driver_in(node, block), {block}});
     }
@@ -200,9 +200,10 @@ Schedule all_gather(const World& world, const Nodes& nodes) {
   return schedule;
 }
 
-// Where the blocks lie that a rank collects. Each destination of a node's blocks has a *collector* in that
-// node: inside, it is the destination itself; the ranks outside are dealt to the node's ranks in turn. A
-// collector has a row of image blocks for each of its destinations, with a block for each rank of its node.
+// Who collects what a node's ranks send to each destination: the destination's *collector* in that node. For
+// a destination in the node, that is the destination itself; ranks outside are dealt to the node's ranks in
+// turn. A collector has a row of image blocks for each of its destinations, with a block for each rank of its
+// node.
 class Collectors {
  public:
   explicit Collectors(const Nodes& nodes) : nodes_(nodes), order_(nodes.in_order()) {}
@@ -219,7 +220,8 @@ class Collectors {
     return found;
   }
   const std::vector<int>& members(int rank) const { return nodes_.members[nodes_.node[rank]]; }
-  // The image block of a collector for what `source` sends to its destination of this number.
+  // The image block in which a collector keeps what `source` sends to the collector's destination of this
+  // number.
   Chunk block(int source, int destination) const {
     const int size = static_cast<int>(members(source).size());
     return {destination * size + nodes_.local[source]};

@@ -2,7 +2,7 @@
 //
 // Cost: 1 synchronisation, the least possible; each rank reads (n-1) times the data. The choice for small
 // messages on a node. The input is shown as a copy, so that a rank may overwrite its own buffer while others
-// still read.
+// still read the copy.
 //
 // Bruck and Ho, Efficient global combine operations in multi-port message-passing systems, Parallel
 // Processing Letters 3(4), 1993: its case of n - 1 ports.

@@ -12,8 +12,8 @@
 namespace pycomm::schedule {
 namespace {
 
-// Ranks p and q below the odd number `circle` meet in the round p + q; for even n the last rank meets the one
-// that would meet itself. A rank whose partner is itself rests.
+// Ranks p and q below the odd number `circle` meet in round (p + q) mod circle. If n is even, the last rank
+// meets the rank that would meet itself; if n is odd, that rank rests.
 int partner_of(int rank, int round, int n) {
   const int circle = n % 2 == 0 ? n - 1 : n;
   if (rank == circle) return round * (circle + 1) / 2 % circle;

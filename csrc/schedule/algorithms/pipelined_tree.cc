@@ -1,8 +1,8 @@
 // pipelined_tree broadcast and reduce: a binary tree through which small trips follow each other, so that all
 // levels work at once.
 //
-// Cost: log2(n) steps for the first trip, then one step a trip; each rank reads the data once (reduce: twice)
-// and shows it to two others at most. The choice for large data.
+// Cost: log2(n) steps for the first trip, then one step for each further one; each rank reads the data once
+// (reduce: twice) and shows it to two others at most. The choice for large data.
 //
 // Sanders, Speck and Träff, Two-tree algorithms for full bandwidth broadcast, reduction and scan, Parallel
 // Computing 35, 2009, section 2.

@@ -22,8 +22,8 @@
 namespace pycomm::schedule {
 namespace {
 
-// Every sum has scratch of its own, since slower ranks still read the one before; `in` is shown as a copy,
-// since a rank finishes `out`, which may be `in`, before all have read it.
+// Every sum has scratch of its own, since slower ranks may still read the one before. `in` is shown as a
+// copy, since a rank may finish `out`, which may be `in`, before all others have read it.
 void all_reduce(Builder& b, int n) {
   const int rank = b.rank();
   // The sum of the block of ranks that starts at `base`, as `member` knows it after the steps below distance

@@ -1,8 +1,8 @@
 // recursive_halving reduce_scatter: the blocks that a rank still answers for halve at every step.
 //
-// At distance d a rank answers for its own block and those of the d - 1 ranks that follow, as far as n
-// reaches; before, it hands the partial sums of the d blocks beyond to the rank at distance d. It is the
-// all_gather of recursive_doubling run backwards, and as that one it takes any n.
+// In the step at distance d a rank hands the partial sums of d blocks (or as many as are left) to the rank at
+// distance d, and goes on with its own block and those of the d - 1 ranks that follow. This is the all_gather
+// of recursive_doubling run backwards, and works for any n as well.
 //
 // Cost: ceil(log2 n) steps; each rank reads (n-1)/n of the data, the least possible.
 //
@@ -22,7 +22,8 @@ Schedule recursive_halving(const World& world) {
   Schedule schedule;
   for (int rank = 0; rank < n; ++rank) {
     Builder b(schedule, rank);
-    // By distance of the block from the rank that holds it: is the partial sum more than its own `in`?
+    // By a block's distance from its holder: whether the holder's partial sum is in scratch, not just its
+    // `in`.
     std::vector<bool> summed(n, false);
     const auto held = [&](int holder, int distance) {
       return Ref{holder, summed[distance] ? Buffer::scratch : Buffer::in, {(holder + distance) % n}};

@@ -1,5 +1,5 @@
-// tree all_reduce: two binary trees, each sums half of the data up to its root and spreads it down again.
-// The inner ranks of one tree are leaves of the other, so that every rank's link is used in full.
+// tree all_reduce: two binary trees, each of which sums half of the data up to its root and spreads it down
+// again. The inner ranks of one tree are leaves of the other, so that every rank's link is used in full.
 //
 // Cost: 2 log2(n) steps for the first trip; each rank moves at most 2 times the data in and out, and small
 // trips follow each other through the trees: the sum of a trip comes down while later trips go up. The
@@ -16,7 +16,8 @@
 namespace pycomm::schedule {
 namespace {
 
-// The in-order binary tree over places [lo, hi): leaves are the even places. Its root is returned.
+// Sets the parents in the in-order binary tree over places [lo, hi), whose leaves are the even places, and
+// returns its root.
 int hang(std::vector<int>& parent, int lo, int hi) {
   const int root = lo + static_cast<int>(std::bit_floor(static_cast<unsigned>(hi - lo))) - 1;
   if (lo < root) parent[hang(parent, lo, root)] = root;
@@ -24,8 +25,7 @@ int hang(std::vector<int>& parent, int lo, int hi) {
   return root;
 }
 
-// The same tree with its places dealt to ranks by `rank_at`. Places of one node follow each other, so that
-// few links of the tree leave it.
+// That tree over all ranks: rank_at(place) says which rank is at a place.
 template <typename RankAt>
 Tree in_order_tree(int n, RankAt rank_at) {
   std::vector<int> place_parent(n, -1), parent(n, -1);
@@ -40,8 +40,9 @@ Tree in_order_tree(int n, RankAt rank_at) {
 Schedule tree(const World& world) {
   const int n = world.size;
   if (n == 1) return alone(world);
-  // The second tree deals even places to odd ranks: mirrored where n is even, shifted by one where it is
-  // odd.
+  // Ranks of one node have neighbouring places, so that few links of a tree leave the node. In the second
+  // tree the places are mirrored if n is even, and shifted by one if it is odd: so the inner ranks of the
+  // first tree are leaves of the second.
   const std::vector<int> order = Nodes(world).in_order();
   const Tree trees[2] = {
       in_order_tree(n, [&](int place) { return order[place]; }),
@@ -49,8 +50,8 @@ Schedule tree(const World& world) {
   };
   Schedule schedule;
   schedule.trip_bytes = 64 << 10;
-  // A leaf hears of a trip when it has gone up and come down again; meanwhile later trips go up, as many as
-  // there are stages for.
+  // A trip comes down so many iterations after it went up. Meanwhile later trips go up, so that ranks do not
+  // wait for one to go all the way.
   const int down = std::min(2 * trees[0].depth, 3);
   schedule.stages = down + 1;
   for (int rank = 0; rank < n; ++rank) {

@@ -24,7 +24,7 @@ Schedule two_shot(const World& world) {
     }
     std::vector<Ref> dsts, srcs;
     for (int peer = 0; peer < n; ++peer) {
-      const int to = (rank + peer) % n;  // its own first: it is the nearest to store to
+      const int to = (rank + peer) % n;  // its own first
       if (has_out(to)) dsts.push_back(b.out_of(to, chunk(rank)));
       srcs.push_back(b.in_of(peer, chunk(rank)));
     }
