@@ -69,16 +69,15 @@ std::string algorithms_that(Collective collective, bool (*can)(const Algorithm&)
 }
 
 const Algorithm& find_algorithm(Collective collective, const std::string& wanted) {
-  std::string known;
   std::vector<std::string_view> names;
   for (const Algorithm& algorithm : kAlgorithms) {
     if (algorithm.collective != collective) continue;
     if (algorithm.name == wanted) return algorithm;
-    known += std::string(known.empty() ? "" : ", ") + algorithm.name;
     names.emplace_back(algorithm.name);
   }
   throw ValueError(std::string(name(collective)) + " has no algorithm \"" + wanted + "\"" +
-                   did_you_mean(wanted, names) + "; it has " + known);
+                   did_you_mean(wanted, names) + "; it has " +
+                   algorithms_that(collective, [](const Algorithm&) { return true; }));
 }
 
 }  // namespace pycomm::schedule

@@ -38,6 +38,22 @@ std::string describe_operand(const Plan& plan, int rank, const Operand& operand,
   return text;
 }
 
+std::string describe_operands(const Plan& plan, int rank, const Step& combine) {
+  const Program& program = plan.programs[rank];
+  std::string text;
+  for (int32_t i = 0; i < combine.num_dsts + combine.num_srcs; ++i) {
+    if (i == combine.num_dsts) text += " <-";
+    text += describe_operand(plan, rank, program.operands.at(combine.operand + i), combine.count);
+  }
+  if (combine.transcode < 0) return text;
+  const Transcode& transcode = program.transcodes.at(combine.transcode);
+  if (transcode.divides) text += ", finished";
+  if (!encodes(program, combine)) return text;
+  text += ", encoded from element " + std::to_string(transcode.index);
+  if (transcode.stride != 0) text += " + " + std::to_string(transcode.stride) + "w";
+  return text + " in turn " + std::to_string(transcode.turn);
+}
+
 }  // namespace
 
 bool takes_codec(DType dtype) {
@@ -107,27 +123,12 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
   if (index >= 0 && index < static_cast<std::ptrdiff_t>(program.steps.size())) {
     text += " step " + std::to_string(index);
   }
-  if (step.kind == Step::Kind::combine) {
-    text += ": combine";
-    for (int32_t i = 0; i < step.num_dsts + step.num_srcs; ++i) {
-      if (i == step.num_dsts) text += " <-";
-      text += describe_operand(plan, rank, program.operands.at(step.operand + i), step.count);
-    }
-    if (step.transcode >= 0) {
-      const Transcode& transcode = program.transcodes.at(step.transcode);
-      if (transcode.divides) text += ", finished";
-      if (encodes(program, step)) {
-        text += ", encoded from element " + std::to_string(transcode.index);
-        if (transcode.stride != 0) text += " + " + std::to_string(transcode.stride) + "w";
-        text += " in turn " + std::to_string(transcode.turn);
-      }
-    }
-    return text;
-  }
   const auto rank_and = [&](const char* what) {
     return " rank " + std::to_string(step.peer) + ", " + what + " " + std::to_string(step.cell);
   };
   switch (step.kind) {
+    case Step::Kind::combine:
+      return text + ": combine" + describe_operands(plan, rank, step);
     case Step::Kind::send:
     case Step::Kind::recv:
       text += (step.kind == Step::Kind::send ? ": send to" : ": receive from") + rank_and("channel");
@@ -139,7 +140,6 @@ std::string describe(const Plan& plan, int rank, const Step& step) {
       text += ": signal to" + rank_and("cell");
       break;
     case Step::Kind::wait:
-    case Step::Kind::combine:
       text += ": wait for" + rank_and("cell");
       break;
   }

@@ -1,7 +1,6 @@
 // The verifier on correct plans and on plans broken by hand; and a proof of every plan that lower() makes.
 //
-// Tests: schedule/lower/lower.cc, schedule/lower/match.cc, schedule/lower/lowering.cc.
-// Tests: schedule/lower/emit.cc, schedule/lower/layout.cc.
+// Tests: schedule/lower/lower.cc, schedule/lower/lowering.cc, schedule/lower/emit.cc, schedule/lower/layout.cc.
 #include <algorithm>
 #include <cstdio>
 #include <vector>
