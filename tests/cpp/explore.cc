@@ -392,15 +392,29 @@ class Search : Programs {
     return tiles;
   }
 
-  // What an element of an input is numbered in the data, and whether it is the last of its block.
+  // An input element's number in the data, and whether it is the last of its block.
   std::pair<int64_t, bool> place_of(const Call& call, int rank, int64_t element) const {
-    if (call.world.collective == Collective::all_gather) return {element, element + 1 == call.counts[rank]};
-    if (call.world.collective == Collective::all_reduce) return {element, element + 1 == call.counts[0]};
     int64_t tiles = 0;
-    for (int64_t count : call.counts) {
-      if (element < count) return {tiles * kTile + element, element + 1 == count};
-      element -= count;
-      tiles += (count + kTile - 1) / kTile;
+    switch (call.world.collective) {
+      case Collective::all_reduce:
+        return {element, element + 1 == call.counts[0]};
+      case Collective::all_gather:
+        return {element, element + 1 == call.counts[rank]};
+      case Collective::reduce_scatter:
+        for (int64_t count : call.counts) {
+          if (element < count) return {tiles * kTile + element, element + 1 == count};
+          element -= count;
+          tiles += (count + kTile - 1) / kTile;
+        }
+        break;
+      case Collective::broadcast:
+      case Collective::reduce:
+      case Collective::gather:
+      case Collective::scatter:
+      case Collective::all_to_all:
+      case Collective::barrier:
+      case Collective::send_recv:
+        break;  // without codecs
     }
     return {-1, false};
   }
