@@ -142,9 +142,8 @@ class Lowering {
   std::vector<std::set<int>> idle_;  // rank -> steps that are left out
   std::vector<std::map<int, uint8_t>> encode_turns_;  // rank -> combines that encode, and their turns
   bool encodes_once_ = true;
-  std::vector<std::set<std::pair<Buffer, int>>>
-      blocks_read_;                           // rank -> blocks of its own `in` and `out` that are read
-  std::vector<std::vector<int>> num_events_;  // from * ranks + to -> cell -> signals
+  std::vector<std::set<std::pair<Buffer, int>>> blocks_read_;  // rank -> blocks of its own that are read
+  std::vector<std::vector<int>> num_events_;                   // from * ranks + to -> cell -> signals
   bool has_messages_ = false;
   std::vector<std::map<int, std::vector<Message>>> messages_;  // from * ranks + to -> channel -> in order
   std::vector<std::map<int, int64_t>> outboxes_;  // rank -> combine whose result is sent -> where in the mail
