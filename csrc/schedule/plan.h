@@ -71,7 +71,7 @@ enum class Placement : uint8_t {
   plain,      // nothing
   symmetric,  // read and write it like their own: it lies at the same offset on every rank
   reachable,  // `in` only: copy it, bit for bit, through the operating system's kernel
-  told,       // read and write it like their own, at the address that its rank tells them right before the call
+  told,  // read and write it like their own, at the address that its rank tells them right before the call
 };
 // Whether peers use it like their own.
 constexpr bool in_reach(Placement placement) {
