@@ -70,7 +70,7 @@ class Domain {
   // rank made in shrink.
   std::atomic<int64_t>& channel_offset(int src, int dst) const { return channels_[src * size() + dst]; }
 
-  // Whether, before this call, the ranks tell each other where its buffers lie (binder.h). The answer is the
+  // Whether, before this call, the ranks tell each other where its buffers lie (agreement.h). The answer is the
   // same on all ranks: a rank asks when it has left call - 1, hence after all have entered call - 2; so it
   // knows every wish that was made before somebody entered call - 2, which is every wish for this call.
   bool tells(uint64_t call) const {

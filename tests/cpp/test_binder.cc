@@ -1,4 +1,6 @@
 // How requests are bound: inputs that peers read in place, symmetric memory, explain().
+//
+// Tests: runtime/agreement.cc.
 #include <sys/mman.h>
 
 #include <cstring>
