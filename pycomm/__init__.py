@@ -22,6 +22,7 @@ __all__ = [
     "CommError",
     "CommTimeoutError",
     "Communicator",
+    "GradientReducer",
     "MismatchError",
     "PeerLostError",
     "PersistentOp",

@@ -16,5 +16,6 @@ from pycomm.group import Communicator as Communicator
 from pycomm.group import init as init
 from pycomm.group import premul_sum as premul_sum
 from pycomm.group import run_local as run_local
+from pycomm.reducer import GradientReducer as GradientReducer
 from pycomm.sharing import shared_arrays as shared_arrays
 from pycomm.stats import Stats as Stats

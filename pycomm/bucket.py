@@ -63,7 +63,7 @@ class Bucket:
         self._memory = _memory_of(found, comm)
         described = [self._described(x, i) for i, x in enumerate(found)]
         self._named = names is not None
-        self._names = _checked_names(names, len(found))
+        self._names = checked_names(names, len(found))
         self._missing_as_zero = bool(missing_as_zero)
         self._gradients = self._gradients_of(found)
         if dtype is None:
@@ -302,12 +302,12 @@ def segment_ids(names: Sequence[str]) -> list[int]:
     return list(taken)
 
 
-def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
+def checked_names(names: Iterable[str] | None, count: int) -> list[str]:
     if names is None:
         return [str(i) for i in range(count)]
     if isinstance(names, str):
         raise TypeError(f"`names` is {names!r}: pass a list of strings, one for each tensor")
-    found = _listed(names, "names", "strings")
+    found = listed(names, "names", "strings")
     for name in found:
         if not isinstance(name, str):
             raise TypeError(f"`names` holds {name!r}: names are strings")
@@ -325,7 +325,7 @@ def _checked_names(names: Iterable[str] | None, count: int) -> list[str]:
 def _tensors(given: Iterable[Any]) -> list[Any]:
     if isinstance(given, Mapping):
         raise TypeError("`tensors` is a mapping: pass its values, and its keys as names=")
-    found = _listed(given, "tensors", "tensors")
+    found = listed(given, "tensors", "tensors")
     if any(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
         raise TypeError("`tensors` holds names and tensors: pass the tensors, and the names as names=")
     for i, x in enumerate(found):
@@ -333,7 +333,7 @@ def _tensors(given: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _listed(values: Iterable[Any], name: str, of: str) -> list[Any]:
+def listed(values: Iterable[Any], name: str, of: str) -> list[Any]:
     try:
         return list(values)
     except TypeError:

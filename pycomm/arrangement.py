@@ -1,0 +1,157 @@
+"""Gradients in buckets: which go together, where each one lies, and the way there and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pycomm import _native, checks
+from pycomm.bucket import Bucket
+from pycomm.gradients import is_parameter, is_tensor
+from pycomm.group import Communicator
+from pycomm.stats import Stats
+
+_FIRST_BUCKET = 1 << 20  # bytes: full soon after backward() begins
+
+
+class Gradient:
+    """One of a reducer's gradients: that of a torch parameter, an array or tensor, or of a shape, for which
+    this makes an array."""
+
+    def __init__(self, given: Any, name: str, dtype: Any) -> None:
+        self.name = name
+        self.of_shape = isinstance(given, (int, tuple, list)) and not isinstance(given, bool)
+        if self.of_shape:
+            shape = (given,) if isinstance(given, int) else tuple(given)
+            if any(checks.integer(n, "gradients") < 0 for n in shape):
+                raise ValueError(f"`gradients` holds the shape {given!r}: lengths are 0 or more")
+            given = np.zeros(shape, _native.numpy_dtype(_native.packable_dtype(dtype or "float32")[0]))
+        self.of_parameter = is_parameter(given)
+        self.given = given  # parameter, array or tensor
+        self.view: Any = None  # its place in the bucket, if that is where the parameter's gradient shall lie
+
+    @property
+    def value(self) -> Any:
+        return self.given.grad if self.of_parameter else self.given
+
+    def require(self) -> None:
+        """Raises ValueError if backward() has left nothing here that can be packed."""
+        x = self.value
+        if x is None:
+            raise ValueError(f"gradient {self.name!r} is not there, `.grad` is None: call unused() for it")
+        if getattr(x, "is_sparse", False):
+            raise ValueError(
+                f"gradient {self.name!r} is sparse: make the layer with dense gradients (sparse=False)"
+            )
+
+    def forget(self) -> None:
+        """No rank has used it: the optimizer shall leave its parameter out."""
+        if self.of_parameter:
+            self.given.grad = None
+
+    def zero(self) -> None:
+        """Makes it zero, if it is there; a parameter without one keeps none."""
+        x = self.value
+        if x is None:
+            return
+        if is_tensor(x):
+            x.detach().zero_()
+        else:
+            x[...] = 0
+
+    def leave_out(self) -> None:
+        """Counts as zeros in this step."""
+        if self.of_parameter and self.view is None:
+            self.given.grad = None  # the bucket puts zeros in its place
+            return
+        if self.of_parameter:
+            self.given.grad = self.view
+        self.zero()
+
+
+class Arrangement:
+    """Buckets of gradients, filled in this order. A collective call: the same on all ranks.
+
+    A bucket holds gradients of one type, as many as fit `bucket_bytes`, at least one; the first bucket holds
+    1 MiB. With `as_views` the gradients of shapes lie in the buckets, and those of parameters come to lie
+    there in take().
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[Gradient],
+        order: Sequence[int],
+        *,
+        comm: Communicator,
+        dtype: Any,
+        bucket_bytes: float,
+        as_views: bool,
+    ) -> None:
+        self._gradients = gradients
+        self.order = list(order)
+        self.members = self._filled(dtype, bucket_bytes)  # of each bucket
+        self.bucket_of = {i: bucket for bucket, members in enumerate(self.members) for i in members}
+        self.buckets = [
+            Bucket(
+                [gradients[i].given for i in members],
+                dtype=dtype,
+                comm=comm,
+                names=[gradients[i].name for i in members],
+                missing_as_zero=True,
+            )
+            for members in self.members
+        ]
+        if as_views:
+            self._use_views()
+
+    def pack(self, bucket: int, scale: float) -> None:
+        """Brings the bucket's gradients there, each value times `scale`."""
+        members = [self._gradients[i] for i in self.members[bucket]]
+        there = all(g.view is not None and (g.of_shape or g.value is g.view) for g in members)
+        if not there or scale != 1.0:
+            self.buckets[bucket].pack(scale)
+
+    def take(self) -> Stats:
+        """Brings what the buckets hold to the gradients."""
+        for gradient in self._gradients:
+            if gradient.of_parameter and gradient.view is not None:
+                gradient.given.grad = gradient.view
+        found = [bucket.unpack() for bucket in self.buckets]
+        return Stats(
+            math.fsum(stats.sum_squares for stats in found),
+            max((stats.max_abs for stats in found), default=0.0),
+            sum(stats.nans for stats in found),
+            sum(stats.infs for stats in found),
+        )
+
+    def _filled(self, dtype: Any, bucket_bytes: float) -> list[list[int]]:
+        members: list[list[int]] = []
+        kind, room = "", 0.0
+        for i in self.order:
+            of = _native.describe_buffer(self._gradients[i].given, f"gradients[{i}]", False)
+            name, itemsize = _native.packable_dtype(dtype if dtype is not None else of.dtype)
+            size = of.count * itemsize
+            if name != kind or size > room:
+                kind, room = name, min(bucket_bytes, _FIRST_BUCKET) if not members else bucket_bytes
+                members.append([])
+            members[-1].append(i)
+            room -= size
+        return members
+
+    def _use_views(self) -> None:
+        for bucket, members in zip(self.buckets, self.members, strict=True):
+            for i, view in zip(members, bucket.views, strict=True):
+                gradient = self._gradients[i]
+                if gradient.of_shape:
+                    gradient.given = gradient.view = view
+                elif gradient.of_parameter and gradient.given.dtype == view.dtype:
+                    if (
+                        gradient.view is not None and gradient.value is gradient.view
+                    ):  # of the last arrangement
+                        view.copy_(gradient.view)
+                        gradient.given.grad = view
+                    gradient.view = view
+            bucket.tensors = [self._gradients[i].given for i in members]

@@ -1,0 +1,424 @@
+"""Averages of gradients, sent while the others are still being computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from pycomm import _native, checks
+from pycomm.arrangement import Arrangement, Gradient
+from pycomm.bucket import checked_names, listed
+from pycomm.codecs.feedback import ErrorFeedback
+from pycomm.codecs.kinds import Codec, feedback_of, resolve
+from pycomm.flights import ByPriority, Flights, InOrder
+from pycomm.group import Communicator
+from pycomm.stats import Stats
+
+_MIB = 1 << 20
+_SHOWN = 3  # names in a message
+
+
+class _Step:
+    """What has become of the gradients in one step."""
+
+    def __init__(self, arrangement: Arrangement, flights: Flights) -> None:
+        count = len(arrangement.order)
+        self.arrangement = arrangement
+        self.flights = flights
+        self.ready: list[int] = []  # in the order in which they became ready
+        self.is_ready = [False] * count
+        self.is_used = np.zeros(count, np.int64)
+        self.missing = [len(members) for members in arrangement.members]  # of each bucket
+        self.active: int | None = None  # ranks with input; None: not known yet
+        self.works: list[Any] = []
+
+
+class GradientReducer:
+    """Averages a model's gradients over the ranks of `comm` while backward() computes the others.
+
+    Gradients lie in buckets. ready(i) says that gradient i is final; a bucket is sent when all of its
+    gradients are, and finish() waits for the averages, which have the same bits on all ranks. (Li et al.,
+    PyTorch Distributed: experiences on accelerating data parallel training, VLDB 2020.)
+
+    `gradients`, in the same order on all ranks, of float32, float16, bfloat16 or float8: a torch parameter,
+    which stands for its `.grad`; an array or tensor, which is itself the gradient; or a shape, for which the
+    reducer makes an array (see `gradients`). `names`: their names, in errors and for error feedback; "0",
+    "1", ... by default. `dtype`: the element type in which gradients cross, by default their own.
+
+    `bucket_mb`: MiB of a bucket; the first one of a step has 1 MiB, so that communication begins early.
+    `order`: "reverse" fills and sends buckets from the last gradient to the first, as backward() computes
+    them. "ready" does so in the first step, and from then on in the order in which gradients became ready on
+    rank 0 (where gradients are shapes their arrays stay, and with them the buckets). "priority" sends one
+    bucket at a time: of those that wait, the one of the first gradients, which the next forward pass needs
+    first.
+
+    `codec`: as in all_reduce. `error_feedback` takes the place of the codec's own. finish() undoes the
+    residuals' changes in a step that is not finite.
+
+    `gradient_as_bucket_view`: after finish(), parameters' `.grad` are views of the buckets, so that gradients
+    that backward() adds there are not copied: zero them by zero_grad(), or torch's with set_to_none=False.
+    Otherwise, and always with `lag`, gradients are copied to the buckets and back.
+
+    `find_unused`: gradients that are not ready at finish() are unused(), not an error. A parameter that no
+    rank has used has no `.grad` after finish(), so that the optimizer leaves it alone. `uneven_inputs`: ranks
+    may make different numbers of steps (see join). `lag`: see finish().
+
+    To make one is a collective call: ValueError, on all ranks, if their gradients differ. Not thread-safe.
+    Between the first ready() of a step and finish(), the reducer makes calls of `comm`; ranks that make calls
+    of their own there must make them between the same buckets, or get a MismatchError that names both calls.
+    """
+
+    def __init__(
+        self,
+        gradients: Iterable[Any],
+        comm: Communicator,
+        *,
+        names: Iterable[str] | None = None,
+        bucket_mb: float = 25.0,
+        dtype: Any = None,
+        codec: Codec | str | None = None,
+        error_feedback: ErrorFeedback | bool | None = None,
+        order: Literal["ready", "reverse", "priority"] = "ready",
+        gradient_as_bucket_view: bool = True,
+        find_unused: bool = False,
+        uneven_inputs: bool = False,
+        lag: int = 0,
+    ) -> None:
+        if not isinstance(comm, Communicator):
+            raise TypeError(f"`comm` is {checks.shown(comm)}: pass a pycomm.Communicator")
+        if order not in ("ready", "reverse", "priority"):
+            raise ValueError(f'`order` is {order!r}: pass "ready", "reverse" or "priority"')
+        bucket_bytes = checks.number(bucket_mb, "bucket_mb") * _MIB
+        if not bucket_bytes > 0:
+            raise ValueError(f"`bucket_mb` is {bucket_mb!r}: pass a positive number of MiB")
+        self._lag = checks.integer(lag, "lag")
+        if self._lag < 0:
+            raise ValueError(f"`lag` is {lag}: pass 0, or how many steps old the averages may be")
+        given = listed(gradients, "gradients", "gradients")
+        if not given:
+            raise ValueError("`gradients` is empty: pass parameters, arrays or shapes")
+        found = checked_names(names, len(given))
+        self._gradients = [Gradient(x, name, dtype) for x, name in zip(given, found, strict=True)]
+        self._comm = comm
+        self._options: dict[str, Any] = {}
+        self._feedback: ErrorFeedback | None = None
+        if codec is not None:
+            used = _with_feedback(resolve(codec, "all_reduce"), error_feedback)
+            self._options["codec"] = used
+            self._feedback = feedback_of(used, comm)
+        elif error_feedback is not None:
+            raise ValueError(f"error_feedback={error_feedback!r} without `codec`: nothing is lost")
+        self._by_priority = order == "priority"
+        self._find_unused = bool(find_unused)
+        self._uneven = bool(uneven_inputs)
+        self._layout = {
+            "comm": comm,
+            "dtype": dtype,
+            "bucket_bytes": bucket_bytes,
+            "as_views": bool(gradient_as_bucket_view) and self._lag == 0,
+        }
+        self._rearranges = order == "ready" and not any(g.of_shape for g in self._gradients)
+        self._hooks: list[Any] = []
+        self._synchronises = True
+        self._failure: Exception | None = None  # of the group
+        self._steps = 0
+        self._in_flight: deque[_Step] = deque()  # sent and not taken, the oldest first
+        self._arrange(list(reversed(range(len(given)))))
+
+    # ---- a step ----
+
+    @property
+    def gradients(self) -> Sequence[Any]:
+        """What was given; for a shape the array to write that gradient to, zero at first."""
+        return tuple(g.given for g in self._gradients)
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Which gradients are in which bucket, in the order in which buckets are sent."""
+        return tuple(tuple(members) for members in self._step.arrangement.members)
+
+    def ready(self, i: int) -> None:
+        """Gradient `i` is final. Inside no_sync() this does nothing.
+
+        Raises IndexError; ValueError if it was ready before in this step.
+        """
+        if self._synchronises:
+            self._mark(i, used=True)
+
+    def unused(self, i: int) -> None:
+        """Gradient `i` takes no part in this step on this rank: its bucket does not wait for it, and it
+        counts as zeros."""
+        if self._synchronises:
+            self._mark(i, used=False)
+
+    def finish(self) -> Stats | None:
+        """Ends a step: waits for its averages, and leaves them in the gradients.
+
+        Returns the Stats of the averages, all gradients together: `norm`, for example, to clip by, and
+        `finite`. Raises ValueError, and sends nothing more, if gradients are not ready; then call ready() or
+        unused() for these, and finish() again.
+
+        With lag=k the averages are those of k steps ago, so that they have k steps to cross in; the first k
+        calls return None and leave the gradients as they are: take no optimizer step after these. After the
+        last step drain() brings the rest. (Stale synchronous parallel: Ho et al., More effective distributed
+        ML via a stale synchronous parallel parameter server, NIPS 2013.)
+        """
+        if not self._synchronises:
+            raise ValueError("finish() inside no_sync(): call it after the last pass of a step, outside")
+        if self._failure is not None:
+            self._raise_failure()
+        missing = [i for i, is_ready in enumerate(self._step.is_ready) if not is_ready]
+        if missing and not self._find_unused:
+            raise ValueError(
+                f"not ready: {self._shown(missing)}; call ready() or unused() for each gradient of a step,"
+                " or make the GradientReducer with find_unused=True"
+            )
+        for i in missing:
+            self._mark(i, used=False)
+        try:
+            return self._finish()
+        except _native.CommError as error:
+            self._fail(error)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """For all backward passes of a step but the last: gradients add up, and nothing is sent."""
+        if self._step.ready:
+            raise ValueError("no_sync() after ready(): enter it before the first pass of a step")
+        before, self._synchronises = self._synchronises, False
+        try:
+            yield
+        finally:
+            self._synchronises = before
+
+    def join(self) -> Iterator[Stats | None]:
+        """After this rank's last step, with uneven_inputs: takes part in the steps of the other ranks with
+        gradients that count as nothing. Yields what finish() returns in each of these steps; take the
+        optimizer step there as well, so that the replicas stay equal.
+
+        Averages are over the ranks that have input left. The first ready() of a step tells the others that
+        this rank has, in a call of its own.
+        """
+        if not self._uneven:
+            raise ValueError("join() without uneven_inputs: make the GradientReducer with it, on all ranks")
+        while self._count_active(has_input=False):
+            for i in self._step.arrangement.order:
+                self._mark(i, used=False)
+            yield self.finish()
+
+    def drain(self) -> Iterator[Stats]:
+        """With lag=k, after the last step: yields the Stats of the averages that are left, the oldest first,
+        each when they are in the gradients."""
+        while self._in_flight:
+            yield self._take()
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero, in place; parameters without a gradient keep none."""
+        for gradient in self._gradients:
+            gradient.zero()
+
+    # ---- torch ----
+
+    def attach(self) -> None:
+        """Lets backward() call ready(), by hooks on the parameters, until detach(). ValueError if not all
+        gradients are those of torch parameters."""
+        if self._hooks:
+            raise ValueError("attach() a second time: call detach() before")
+        others = [i for i, gradient in enumerate(self._gradients) if not gradient.of_parameter]
+        if others:
+            raise ValueError(f"no torch parameter: {self._shown(others)}; call ready() for these gradients")
+        for i, gradient in enumerate(self._gradients):
+            hook = partial(self._after_backward, i)
+            self._hooks.append(gradient.given.register_post_accumulate_grad_hook(hook))
+
+    def detach(self) -> None:
+        """Takes the hooks of attach() off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _after_backward(self, i: int, _: Any) -> None:
+        self.ready(i)
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later run needs besides model, optimizer and error feedback, equal on all ranks: the number
+        of steps, the order of the gradients, and with lag the averages that are not taken yet, for which it
+        waits. Call it between steps."""
+        self._refuse_open_step("state_dict")
+        for step in self._in_flight:
+            for work in step.works:
+                work.wait()
+        return {
+            "steps": self._steps,
+            "order": list(self._step.arrangement.order),
+            "rearranges": self._rearranges,
+            "in_flight": [
+                [np.array(bucket.data) if not hasattr(bucket.data, "clone") else bucket.data.clone()
+                 for bucket in step.arrangement.buckets]
+                for step in self._in_flight
+            ],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where state_dict() was called, on any number of ranks. A collective call, on a reducer that
+        was made alike and has made no step; ValueError otherwise."""
+        self._refuse_open_step("load_state_dict")
+        if self._steps:
+            raise ValueError("load_state_dict() after a step: load into a new GradientReducer")
+        order = [int(i) for i in state["order"]]
+        if sorted(order) != list(range(len(self._gradients))):
+            raise ValueError(
+                f"the state is that of {len(order)} gradients, and there are {len(self._gradients)} here"
+            )
+        if len(state["in_flight"]) > self._lag:
+            raise ValueError(
+                f"the state holds averages of {len(state['in_flight'])} steps, and lag={self._lag} here: make"
+                " the GradientReducer with the lag that it had"
+            )
+        self._arrange(order)
+        for contents in state["in_flight"]:
+            buckets = self._step.arrangement.buckets
+            if [len(each) for each in contents] != [len(bucket.data) for bucket in buckets]:
+                raise ValueError("the state has other buckets: make the GradientReducer as it was made then")
+            for bucket, each in zip(buckets, contents, strict=True):
+                bucket.data[:] = each
+            self._in_flight.append(self._step)
+            self._begin()
+        self._steps = int(state["steps"])
+        self._rearranges = bool(state["rearranges"])
+
+    def _refuse_open_step(self, method: str) -> None:
+        if self._step.ready:
+            raise ValueError(f"{method}() between ready() and finish(): call it between steps")
+
+    # ---- inside ----
+
+    def _mark(self, i: int, used: bool) -> None:
+        i = checks.integer(i, "i")
+        if not 0 <= i < len(self._gradients):
+            raise IndexError(f"`i` is {i}: there are {len(self._gradients)} gradients")
+        step, gradient = self._step, self._gradients[i]
+        if self._failure is not None:
+            self._raise_failure()
+        if step.is_ready[i]:
+            raise ValueError(
+                f"gradient {gradient.name!r} is ready a second time: call finish() before the next step, and"
+                " no_sync() for all passes of a step but the last"
+            )
+        if used:
+            gradient.require()
+        else:
+            gradient.leave_out()
+        try:
+            active = step.active or self._count_active(has_input=True)
+            bucket = step.arrangement.bucket_of[i]
+            if step.missing[bucket] == 1:
+                step.arrangement.pack(bucket, self._comm.size / active)
+            step.is_ready[i] = True
+            step.ready.append(i)
+            step.is_used[i] = used
+            step.missing[bucket] -= 1
+            if step.missing[bucket] == 0:
+                step.flights.packed(bucket)
+        except _native.CommError as error:
+            self._fail(error)
+
+    def _fail(self, error: _native.CommError) -> NoReturn:
+        """Raises what ended the group: an earlier call may have met it, and this one only heard of it."""
+        self._failure = error
+        for step in (*self._in_flight, self._step):
+            for work in step.flights.works:
+                try:
+                    work.wait()
+                except _native.CommError as met:
+                    if isinstance(self._failure, _native.AbortedError):
+                        self._failure = met
+        raise self._failure
+
+    def _raise_failure(self) -> NoReturn:
+        raise _native.AbortedError(
+            f"the reducer's group has failed before: {self._failure} Make another GradientReducer, of the"
+            " group that comm.shrink() returns or of a new one."
+        )
+
+    def _count_active(self, has_input: bool) -> int:
+        active = self._comm.size
+        if self._uneven:
+            count = np.array([has_input], np.int64)
+            active = int(self._comm.all_reduce(count, tag="GradientReducer: ranks with input")[0])
+        self._step.active = active
+        return active
+
+    def _send(self, arrangement: Arrangement, bucket: int) -> Any:
+        options = self._options | {"step": self._steps} if self._options else {}
+        return self._comm.all_reduce(arrangement.buckets[bucket], op="avg", async_op=True, **options)
+
+    def _finish(self) -> Stats | None:
+        step = self._step
+        step.flights.send_all()
+        step.works = list(step.flights.works)
+        if self._find_unused:
+            used = self._comm.all_reduce(step.is_used, tag="GradientReducer: ranks that used", async_op=True)
+            step.works.append(used)
+        self._in_flight.append(step)
+        self._steps += 1
+        stats = self._take() if len(self._in_flight) > self._lag else None
+        if self._rearranges:
+            self._rearranges = False
+            order = np.array(step.ready, np.int64)
+            self._comm.broadcast(order, root=0, tag="GradientReducer: order")
+            self._arrange(order.tolist())
+        else:
+            self._begin()
+        return stats
+
+    def _take(self) -> Stats:
+        step = self._in_flight.popleft()
+        for work in step.works:
+            work.wait()
+        stats = step.arrangement.take()
+        if self._find_unused:
+            for i in np.flatnonzero(step.is_used == 0):
+                self._gradients[i].forget()
+        if self._feedback is not None and self._lag == 0 and not stats.finite:
+            self._feedback.skip()
+        if step.arrangement.order == self._order:
+            self._spare.append(step.arrangement)
+        return stats
+
+    def _arrange(self, order: list[int]) -> None:
+        self._order = order
+        self._spare: list[Arrangement] = []  # in which no step is
+        self._begin()
+
+    def _begin(self) -> None:
+        arrangement = (
+            self._spare.pop() if self._spare else Arrangement(self._gradients, self._order, **self._layout)
+        )
+        send = partial(self._send, arrangement)
+        flights: Flights
+        if self._by_priority:
+            flights = ByPriority(send, [min(members) for members in arrangement.members], self._comm)
+        else:
+            flights = InOrder(send, len(arrangement.buckets))
+        self._step = _Step(arrangement, flights)
+
+    def _shown(self, indices: list[int]) -> str:
+        shown = ", ".join(repr(self._gradients[i].name) for i in indices[:_SHOWN])
+        return shown + (f" (and {len(indices) - _SHOWN} more)" if len(indices) > _SHOWN else "")
+
+
+def _with_feedback(codec: Codec, error_feedback: ErrorFeedback | bool | None) -> Codec:
+    if error_feedback is None:
+        return codec
+    if not hasattr(codec, "error_feedback"):
+        raise ValueError(f"error_feedback={error_feedback!r}: {codec.name} has none")
+    return replace(codec, error_feedback=error_feedback)  # type: ignore[call-arg]

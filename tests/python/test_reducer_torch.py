@@ -1,0 +1,167 @@
+"""GradientReducer on torch's parameters: hooks, views of buckets, parameters that are not used."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pycomm import Communicator, GradientReducer
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
+
+Ranks = Callable[..., list[Any]]
+SMALL = 0.0005  # MiB: several buckets of model()
+
+
+def alike(net: Any) -> Any:
+    """Weights that do not depend on torch's own generator, which rank threads share."""
+    generator = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+def model(dtype: Any = torch.float64) -> Any:
+    tanh, linear = torch.nn.Tanh, torch.nn.Linear
+    net = torch.nn.Sequential(linear(8, 16), tanh(), linear(16, 16), tanh(), linear(16, 4))
+    return alike(net).to(dtype)
+
+
+def batch(rank: int, step: int, dtype: Any) -> Any:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(6, 8, generator=generator).to(dtype)
+
+
+def losses(parts: list[Any], of: Any) -> Any:
+    """The mean over ranks, as one rank alone computes it."""
+    return torch.stack([of(x).square().mean() for x in parts]).mean()
+
+
+@pytest.mark.parametrize("order", ["ready", "reverse", "priority"])
+@pytest.mark.parametrize("as_views", [True, False])
+def test_trains_as_one_rank_does(ranks: Ranks, order: Any, as_views: bool) -> None:
+    """Within float32's rounding of a reference in float64; the same bits on all ranks."""
+
+    def fn(comm: Communicator) -> list[Any]:
+        mine, reference = model(torch.float32), model()
+        reducer = GradientReducer(
+            mine.parameters(), comm, bucket_mb=SMALL, order=order, gradient_as_bucket_view=as_views
+        )
+        reducer.attach()
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (mine, reference)]
+        for step in range(8):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+            mine(batch(comm.rank, step, torch.float32)).square().mean().backward()
+            stats = reducer.finish()
+            losses([batch(rank, step, torch.float64) for rank in range(comm.size)], reference).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()])
+            assert stats is not None and abs(stats.norm - norm) < 1e-5 * norm
+            for optimizer in optimizers:
+                optimizer.step()
+        assert len(reducer.buckets) > 2
+        for p, q in zip(mine.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5)
+        return [p.detach().numpy().tobytes() for p in mine.parameters()]
+
+    all_ranks = ranks(fn, 3)
+    assert all_ranks == [all_ranks[0]] * 3
+
+
+def test_gradients_come_to_lie_in_the_buckets(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net = model(torch.float32)
+        reducer = GradientReducer(net.parameters(), comm, bucket_mb=SMALL, order="reverse")
+        reducer.attach()
+        places: list[int] = []
+        for step in range(3):
+            net(batch(comm.rank, step, torch.float32)).sum().backward()
+            reducer.finish()
+            now = [p.grad.data_ptr() for p in net.parameters()]
+            places = places or now
+            assert now == places
+            reducer.zero_grad()
+            assert all(not p.grad.any() for p in net.parameters())
+        reducer.detach()
+        net(batch(comm.rank, 0, torch.float32)).sum().backward()
+        with pytest.raises(ValueError, match="not ready"):
+            reducer.finish()
+
+    ranks(fn, 2)
+
+
+class Branches(torch.nn.Module):
+    """Rank r uses layer r, and all use the last; nobody uses `spare`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        self.last = torch.nn.Linear(8, 1)
+        self.spare = torch.nn.Linear(8, 1)
+
+    def forward(self, x: Any, branch: int) -> Any:
+        return self.last(self.branches[branch](x))
+
+
+@pytest.mark.parametrize("order", ["ready", "priority"])
+def test_parameters_that_nobody_uses_have_no_gradient(ranks: Ranks, order: Any) -> None:
+    def fn(comm: Communicator) -> None:
+        net, reference = alike(Branches()), alike(Branches())
+        reducer = GradientReducer(net.parameters(), comm, bucket_mb=SMALL, order=order, find_unused=True)
+        reducer.attach()
+        for step in range(3):
+            for each in (net, reference):
+                each.zero_grad()
+            net(batch(comm.rank, step, torch.float32), comm.rank).sum().backward()
+            reducer.finish()
+            losses = [reference(batch(rank, step, torch.float32), rank).sum() for rank in range(2)]
+            (sum(losses) / 2).backward()
+            for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
+                if name.startswith("spare"):
+                    assert p.grad is None and q.grad is None
+                else:
+                    torch.testing.assert_close(p.grad, q.grad)
+
+    ranks(fn, 2)
+
+
+def test_gradients_that_cannot_be_averaged_are_refused(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        table = torch.nn.Embedding(10, 3, sparse=True)
+        reducer = GradientReducer(table.parameters(), comm, names=["table"])
+        with pytest.raises(ValueError, match="'table' is not there.*unused"):
+            reducer.ready(0)
+        table(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(ValueError, match="'table' is sparse.*sparse=False"):
+            reducer.ready(0)
+        with pytest.raises(ValueError, match="frozen"):
+            GradientReducer([torch.nn.Parameter(torch.zeros(3), requires_grad=False)], comm)
+        reducer.attach()
+        with pytest.raises(ValueError, match="a second time"):
+            reducer.attach()
+
+    ranks(fn, 1)
+
+
+def test_accumulated_passes_are_sent_once(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net, reference = model(torch.float32), model()
+        reducer = GradientReducer(net.parameters(), comm, bucket_mb=SMALL)
+        reducer.attach()
+        for step in range(3):
+            net.zero_grad()
+            reference.zero_grad()
+            with reducer.no_sync():
+                net(batch(comm.rank, 10 + step, torch.float32)).square().mean().backward()
+            net(batch(comm.rank, step, torch.float32)).square().mean().backward()
+            reducer.finish()
+            for part in (10 + step, step):
+                losses([batch(rank, part, torch.float64) for rank in range(2)], reference).backward()
+            for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="a second time"):
+            for _ in range(2):
+                net(batch(comm.rank, 0, torch.float32)).sum().backward()
+
+    ranks(fn, 2)
