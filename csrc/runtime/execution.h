@@ -63,6 +63,10 @@ inline bool Execution::advance(int polls) {
   Run& run = sequence_->run();
   for (;;) {
     if (run.mismatched() >= 0 || !run.advance(polls)) return false;
+    transport::Board& board = sequence_->domain().board();
+    if (run.shares_buffers() && board.given_up(run.call())) {
+      board.raise_failure(transport::Board::Caller::under_way);  // the result may be made of anything
+    }
     sequence_->finish();
     if (plan_++ == bound_->preludes.size()) break;
     start_plan();

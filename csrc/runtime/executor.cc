@@ -41,7 +41,8 @@ void Run::start(Domain& domain, const Prepared& prepared, const Bases& bases, ui
   Link& own = links_[domain.rank()];
   own.bases[static_cast<size_t>(schedule::Space::in)] = const_cast<char*>(bases.in);
   own.bases[static_cast<size_t>(schedule::Space::out)] = bases.out;
-  if ((bases.in_distance | bases.out_distance) != 0 || bases.told) find_peers_buffers(bases);
+  shares_buffers_ = (bases.in_distance | bases.out_distance) != 0 || bases.told;
+  if (shares_buffers_) find_peers_buffers(bases);
   next_entry_ = wait_for_entries ? 0 : domain.group().local_ranks.size();
   loop_ = 0;
   iteration_ = -1;

@@ -86,6 +86,8 @@ class Run {
 
   const Blocked& blocked_on() const { return blocked_; }
   int mismatched() const { return mismatched_; }  // that peer, or -1
+  // Whether the plan uses peers' buffers where they lie.
+  bool shares_buffers() const { return shares_buffers_; }
   uint64_t call() const { return call_; }
   uint64_t fingerprint() const { return fingerprint_; }
   const CallRecord& record() const { return *record_; }
@@ -130,6 +132,7 @@ class Run {
   int32_t step_ = 0;
   Blocked blocked_;
   int mismatched_ = -1;
+  bool shares_buffers_ = false;
   std::vector<void*> pointers_;
   // By peer and channel, how much was sent in all calls before this one, and before the one before.
   std::vector<uint64_t> sent_before_, sent_earlier_;

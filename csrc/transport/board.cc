@@ -136,6 +136,12 @@ std::optional<int> Board::find_lost(uint64_t call) const {
   return std::nullopt;
 }
 
+bool Board::given_up(uint64_t call) const {
+  return failed() && std::ranges::any_of(group_.local_ranks, [&](int rank) {
+           return rank != group_.rank && member(rank).finished.load(std::memory_order_acquire) < call;
+         });
+}
+
 // A rank of another node that waits for nothing publishes nothing, so it may be further than it seems: the
 // rank that is waited for here comes before it.
 Board::Late Board::find_late(uint64_t call, int awaited) {

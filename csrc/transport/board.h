@@ -115,6 +115,9 @@ class Board {
   bool gone(int rank) const { return closed(rank) || group_.dead(rank); }
   // The first of the other ranks that is gone before it finished the call.
   std::optional<int> find_lost(uint64_t call) const;
+  // Whether a rank of the node may have given the call up because of an error, so that its caller may have
+  // changed the buffers that others read.
+  bool given_up(uint64_t call) const;
   struct Late {
     int rank;
     bool waits;  // for others, and moves on in that

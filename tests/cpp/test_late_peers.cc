@@ -57,7 +57,6 @@ TEST(a_late_peer_writes_into_no_new_shared_array) {
         moments.stop();
         return plan;
       };
-      comm.run(bound, patience);  // ends well: rank 0 has done its part
       CHECK_THROWS(CommTimeoutError, comm.run(bound, patience));
       await(moments.all_seen);
       free_shared(data);
@@ -121,6 +120,44 @@ TEST(a_late_peer_writes_into_no_new_symmetric_memory) {
     }
     moments.all_seen = true;
   });
+}
+
+// Whoever has given a call up may change its buffers: what late ranks made of them is no result, although
+// nobody has to wait for anything.
+TEST(a_late_peer_returns_nothing_that_was_read_too_late) {
+  for (const bool told : {false, true}) {
+    for (const Collective kind : {Collective::all_reduce, Collective::broadcast}) {
+      Moments moments;
+      run_threads(2, [&](Communicator& comm) {
+        Patience patience;
+        const auto memory = told ? nullptr : comm.allocate(kBytes, patience);
+        int64_t* const data = told ? take_shared() : reinterpret_cast<int64_t*>(memory->data());
+        Bound bound = comm.bind(request(comm, kind, kCount, data, data));
+        for (int i = 0; i < 3; ++i) comm.run(bound, patience);
+        if (comm.rank() == 1) {
+          const auto stop = [&moments] { moments.stop(); };
+          if (told) {
+            bound.conclude = [stop, choose = bound.conclude](const BoundPlan& own) -> const BoundPlan& {
+              const BoundPlan& plan = choose(own);
+              stop();
+              return plan;
+            };
+          } else {
+            bound.before = stop;
+          }
+          CHECK_THROWS(CommTimeoutError, comm.run(bound, patience));
+        } else {
+          bound.timeout_s = 0.2;
+          if (!told) await(moments.is_late);
+          CHECK_THROWS(CommTimeoutError, comm.run(bound, patience));
+          CHECK(moments.is_late);
+          std::fill_n(data, kCount, 77);
+          moments.go_on = true;
+        }
+        if (told) free_shared(data);
+      });
+    }
+  }
 }
 
 // A rank that closes, or whose call was queued, is not waited for.
