@@ -235,6 +235,21 @@ std::string words(const Plan& plan) {
 
 // ---- What it finds, and how it says so ----
 
+TEST(finds_a_cell_that_moves_from_trip_to_trip) {
+  Call call{.world = {.collective = Collective::all_reduce, .size = 2}, .counts = {1}};
+  Plan plan = make_plan("one_shot", call, small_windows(2));
+  CHECK(!verify(plan));
+  int moved = 0;
+  for (Operand& operand : plan.programs[0].operands) {
+    if (operand.space != Space::outgoing) continue;
+    operand.stride = kCellBytes;
+    ++moved;
+  }
+  CHECK(moved > 0);
+  const auto found = verify(plan);
+  CHECK(found && found->kind == Counterexample::Kind::malformed);
+}
+
 TEST(proves_plans_written_by_hand) {
   CHECK(!verify(one_shot_by_hand(), {.balanced = true}));
   CHECK(!verify(broadcast_by_hand()));

@@ -283,6 +283,10 @@ bool SymbolicRun::resolve(int rank, const Step& step, int64_t trip, std::vector<
         return refuse(Kind::malformed,
                       "it may only write outgoing cells and read incoming ones, of other ranks");
       }
+      if (operand.stride != 0) {
+        return refuse(Kind::malformed,
+                      "a cell is at the same place in every trip, but the operand has a stride");
+      }
       const int64_t index = begin / kCellBytes;
       room = index < plan.cells ? index * kCellBytes + kPayloadBytes : 0;
       base = kCellsFrom + (outgoing ? rank : operand.rank) * int64_t{num_cells_} * kCellBytes;
