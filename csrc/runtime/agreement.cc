@@ -256,6 +256,8 @@ bool Agreement::reaches_arenas() {
 
 // The others may have begun: what goes wrong here is the group's failure.
 const BoundPlan& Agreement::use_told(const BoundPlan& own, Places& places, bool in, bool out) {
+  // A rank that has given the call up may have its array back: touch it no more, if that is known.
+  if (domain_.board().failed()) domain_.board().raise_failure(transport::Board::Caller::under_way);
   try {
     std::unique_ptr<BoundPlan>& plan = places.plans[in + 2 * out];
     if (!plan) {

@@ -111,7 +111,10 @@ std::string Binder::explain(const Request& request) {
   CallRecord record = prepared->record;
   record.count = call.counts[0];  // as it was asked: one block's, which an all_to_all's record adds up
   if (call.codec.kind != CodecKind::none) tell(record, codec_words(call.codec), false);
-  std::string text = describe(record) + " on " + std::to_string(size()) + " ranks\n";
+  const auto& nodes = call.world.nodes;
+  const int num_nodes = nodes.empty() ? 1 : 1 + *std::ranges::max_element(nodes);
+  std::string text = describe(record) + " on " + std::to_string(size()) + " ranks" +
+                     (num_nodes > 1 ? " of " + std::to_string(num_nodes) + " nodes\n" : "\n");
   if (call.world.traits().moves()) {
     text += "buffers    `in` of " + std::to_string(schedule::in_elements(plan.call, rank())) +
             " elements, `out` of " + std::to_string(schedule::out_elements(plan.call, rank())) +

@@ -25,7 +25,8 @@ namespace pycomm::runtime {
 using transport::Cell;
 using transport::FailureKind;
 using transport::GroupKey;
-static_assert(sizeof(Cell) == schedule::kCellBytes && sizeof(Cell::payload) == schedule::kPayloadBytes);
+static_assert(sizeof(Cell) == schedule::kCellBytes && sizeof(Cell::payload) == schedule::kPayloadBytes &&
+              transport::kValueBits == schedule::kSignalBits);
 inline constexpr int kCellsPerPair = 4;  // in each bank
 inline constexpr int64_t kBankBytes = 1 << 20;
 

@@ -64,6 +64,7 @@
 namespace pycomm::schedule {
 
 inline constexpr int kCellBytes = 64, kPayloadBytes = 48;
+inline constexpr int kSignalBits = 24;  // of a signal's value in a call
 
 enum class Space : uint8_t { in, out, window, outgoing, incoming };
 // What peers can do with a caller's buffer.

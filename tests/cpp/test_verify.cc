@@ -547,6 +547,19 @@ TEST(windows_of_earlier_calls_hold_nothing) {
   expect(verify_sequence(calls), Kind::data, 1, -1, {"call 2", "what call 0 left in rank 0's window"});
 }
 
+TEST(signals_fit_a_cell) {
+  Plan plan = one_shot_by_hand();
+  plan.programs[0].steps[1].value = plan.programs[1].steps[2].value = (int64_t{1} << 24) - 1;
+  CHECK(!verify(plan));
+  plan.programs[0].steps[1].value = plan.programs[1].steps[2].value = int64_t{1} << 24;
+  expect(verify(plan), Kind::malformed, 0, 1, {"16777216 does not fit a cell"});
+
+  Call call{.world = {.size = 64}, .dtype = DType::int8, .counts = {int64_t{1} << 36}};
+  const Geometry geometry{.bank_bytes = 1 << 20};
+  CHECK(!make_plan("two_shot", call, geometry, 0).programs[0].steps.empty());
+  CHECK_THROWS(ValueError, make_plan("ring", call, geometry, 0));
+}
+
 TEST(nonsense_is_malformed) {
   Plan plan = one_shot_by_hand();
   plan.call.counts = {8, 8};

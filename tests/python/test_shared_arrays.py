@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,21 @@ def test_it_decorates_with_and_without_parentheses() -> None:
         assert is_shared(fn(LARGE)) and is_shared(fn(LARGE))
     assert make_too.__name__ == "make_too"
     assert not is_shared(np.empty(LARGE))
+
+
+def test_it_decorates_nothing_that_runs_later() -> None:
+    async def waits() -> None: ...
+
+    def generates() -> Iterator[int]:
+        yield 1
+
+    for later in waits, generates:
+        for decorate in (pycomm.shared_arrays, pycomm.shared_arrays()):
+            with pytest.raises(TypeError, match=f"{later.__name__}.*with pycomm.shared_arrays"):
+                decorate(later)
+    for wrong in (5, True):
+        with pytest.raises(TypeError, match=rf"shared_arrays\({wrong}\)"):
+            pycomm.shared_arrays(wrong)  # type: ignore[call-overload]
 
 
 def test_other_threads_enter_it_themselves() -> None:

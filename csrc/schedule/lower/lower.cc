@@ -123,6 +123,11 @@ Plan lower(const Schedule& written, const std::string& algorithm, const Call& as
   }
   const Lowering lowering(schedule, call, geometry);
   const Layout& layout = lowering.layout();
+  if (lowering.most_signals() >> kSignalBits != 0) {
+    throw ValueError("algorithm \"" + algorithm + "\" needs " + std::to_string(lowering.most_signals()) +
+                     " signals from one rank to another in this call, and a cell counts to 2^" +
+                     std::to_string(kSignalBits) + "; use another algorithm, or several calls");
+  }
   Plan plan;
   plan.call = call;
   plan.algorithm = algorithm;

@@ -313,6 +313,14 @@ void Lowering::find_idle_copies() {
   }
 }
 
+int64_t Lowering::most_signals() const {
+  int most = 0;
+  for (const std::vector<int>& cells : num_events_) {
+    for (const int signals : cells) most = std::max(most, signals);
+  }
+  return most * layout_.trips;
+}
+
 // Follows the signals of the first trip and tells whether each rank hears from every rank of its node,
 // directly or through others, that it has entered.
 bool Lowering::full_exchange() const {

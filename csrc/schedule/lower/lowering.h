@@ -49,6 +49,7 @@ class Lowering {
   bool encodes_once() const { return encodes_once_; }
   const Layout& layout() const { return layout_; }
   int cells() const { return schedule_.stages; }
+  int64_t most_signals() const;  // in a cell, in a call
   int channels() const { return has_messages_ ? schedule_.stages * schedule_.stages : 0; }
 
  private:

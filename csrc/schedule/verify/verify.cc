@@ -1,5 +1,7 @@
 #include "schedule/verify/verify.h"
 
+#include <algorithm>
+
 #include "common/error.h"
 #include "schedule/verify/run.h"
 
@@ -97,6 +99,16 @@ std::optional<Counterexample> malformed(const Plan& plan, int call) {
       if (loop.step < 0 || loop.num_steps < 0 ||
           int64_t{loop.step} + loop.num_steps > static_cast<int64_t>(program.steps.size())) {
         return fault(rank, -1, who + ": a loop's steps are not in the program");
+      }
+      for (int32_t i = loop.step; i < loop.step + loop.num_steps; ++i) {
+        const Step& step = program.steps[i];
+        const bool counts = step.kind == Step::Kind::signal || step.kind == Step::Kind::wait;
+        const int64_t most = step.value + (loop.first + std::max<int64_t>(loop.trips - 1, 0)) * step.per_trip;
+        if (counts && most >> kSignalBits > 0) {
+          return fault(rank, i,
+                       who + " step " + std::to_string(i) + ": the value " + std::to_string(most) +
+                           " does not fit a cell, which has " + std::to_string(kSignalBits) + " bits for it");
+        }
       }
     }
     for (size_t i = 0; i < program.steps.size(); ++i) {
