@@ -35,6 +35,7 @@ __all__ = [
     "premul_sum",
     "run_local",
     "shared_arrays",
+    "trace",
 ]
 
 if "pycomm._native" not in sys.modules and find_spec("pycomm._native") is None:

@@ -524,6 +524,11 @@ class Communicator:
         Leaves the group because of an error: as close(), but does not wait for what is queued. Peers in these calls get PeerLostError, which quotes `error`.
         """
 
+    def log_calls(self, capacity: int) -> None:
+        """
+        Collective. From now on the times of this rank's collectives are kept, those of the latest `capacity`; 0: no more. See pycomm.trace.
+        """
+
     @typing.overload
     def recv(
         self,
@@ -842,6 +847,11 @@ class Communicator:
         Collective. Returns the group of the ranks that pass the same color, ordered by key and then by rank, or None for a negative color.
         """
 
+    def take_log(self) -> tuple[list[tuple[int, str, str, str, str, int, int, int, int, int, int]], int]:
+        """
+        The calls that ended since the last take, oldest first, and how many before these were lost. A call is (number, collective, algorithm, codec, tag, bytes, started, finished, first arrival, last arrival, the rank that arrived last); times are those of time.perf_counter_ns(); -1 for that rank: none is known.
+        """
+
     @property
     def codec_step(self) -> int:
         """
@@ -864,6 +874,12 @@ class Communicator:
     def num_nodes(self) -> int:
         """
         The number of nodes that the group's ranks are on.
+        """
+
+    @property
+    def progress_seconds(self) -> float:
+        """
+        The processor time that this group's progress thread has taken, in seconds.
         """
 
     @property

@@ -2,6 +2,7 @@
 compiled module: the launcher above all."""
 
 from pycomm import codecs as codecs
+from pycomm import trace as trace
 from pycomm._native import AbortedError as AbortedError
 from pycomm._native import CommError as CommError
 from pycomm._native import CommTimeoutError as CommTimeoutError

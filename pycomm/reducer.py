@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from pycomm import _native, checks
+from pycomm import _native, checks, trace
 from pycomm.arrangement import Arrangement, Gradient
 from pycomm.bucket import checked_names, listed
 from pycomm.codecs.feedback import ErrorFeedback
@@ -37,6 +37,7 @@ class _Step:
         self.missing = [len(members) for members in arrangement.members]  # of each bucket
         self.active: int | None = None  # ranks with input; None: not known yet
         self.works: list[Any] = []
+        self.times: trace.Step | None = None  # if the group is traced
 
 
 class GradientReducer:
@@ -321,6 +322,8 @@ class GradientReducer:
             active = step.active or self._count_active(has_input=True)
             bucket = step.arrangement.bucket_of[i]
             if step.missing[bucket] == 1:
+                if step.times is not None:
+                    step.times.bucket_ready(bucket, step.arrangement.buckets[bucket].__pycomm_signature__)
                 step.arrangement.pack(bucket, self._comm.size / active)
             step.is_ready[i] = True
             step.ready.append(i)
@@ -328,6 +331,8 @@ class GradientReducer:
             step.missing[bucket] -= 1
             if step.missing[bucket] == 0:
                 step.flights.packed(bucket)
+                if step.times is not None:
+                    step.times.goes_on()
         except _native.CommError as error:
             self._fail(error)
 
@@ -359,10 +364,14 @@ class GradientReducer:
 
     def _send(self, arrangement: Arrangement, bucket: int) -> Any:
         options = self._options | {"step": self._steps} if self._options else {}
+        if self._step.times is not None:
+            self._step.times.bucket_sent(bucket)
         return self._comm.all_reduce(arrangement.buckets[bucket], op="avg", async_op=True, **options)
 
     def _finish(self) -> Stats | None:
         step = self._step
+        if step.times is not None:
+            step.times.stops()
         step.flights.send_all()
         step.works = list(step.flights.works)
         if self._find_unused:
@@ -378,6 +387,10 @@ class GradientReducer:
             self._arrange(order.tolist())
         else:
             self._begin()
+        if step.times is not None:
+            step.times.end_step()
+        if (traced := trace.active(self._comm)) is not None:
+            self._step.times = traced.begin_step()
         return stats
 
     def _take(self) -> Stats:

@@ -118,6 +118,19 @@ py::object empty(PyCommunicator& self, const py::object& shape, const py::object
   return raw.attr("view")(descr).attr("reshape")(py::cast(dims));
 }
 
+using LoggedCall = std::tuple<uint64_t, std::string, std::string, std::string, std::string, int64_t, int64_t,
+                              int64_t, int64_t, int64_t, int>;
+std::pair<std::vector<LoggedCall>, uint64_t> take_log(PyCommunicator& self) {
+  const py::gil_scoped_release release;
+  const auto [taken, dropped] = self->take_log();
+  std::vector<LoggedCall> calls;
+  for (const runtime::CallTimes& call : taken) {
+    calls.emplace_back(call.number, call.collective, call.algorithm, call.codec, call.tag, call.bytes,
+                       call.started, call.finished, call.first_arrival, call.last_arrival, call.last_rank);
+  }
+  return {std::move(calls), dropped};
+}
+
 std::string explain(PyCommunicator& self, const std::string& collective, int64_t count,
                     const py::object& dtype, const std::string& op, std::optional<std::string> algorithm,
                     int root, bool deterministic, const py::object& codec) {
@@ -226,6 +239,26 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")
+      .def(
+          "log_calls",
+          [](PyCommunicator& self, size_t capacity) {
+            GilPatience patience(true);
+            self->log_calls(capacity, patience);
+          },
+          py::arg("capacity"),
+          "Collective. From now on the times of this rank's collectives are kept, those of the latest "
+          "`capacity`; 0: no more. See pycomm.trace.")
+      .def(
+          "take_log", &take_log,
+          "The calls that ended since the last take, oldest first, and how many before these were lost. A "
+          "call "
+          "is (number, collective, algorithm, codec, tag, bytes, started, finished, first arrival, last "
+          "arrival, "
+          "the rank that arrived last); times are those of time.perf_counter_ns(); -1 for that rank: none is "
+          "known.")
+      .def_property_readonly(
+          "progress_seconds", [](PyCommunicator& self) { return self->progress_seconds(); },
+          "The processor time that this group's progress thread has taken, in seconds.")
       .def("explain", &explain, py::arg("collective"), py::arg("count"), py::arg("dtype") = "float32",
            py::kw_only(), py::arg("op") = "sum", py::arg("algorithm") = py::none(), py::arg("root") = 0,
            py::arg("deterministic") = false, py::arg("codec") = py::none(),

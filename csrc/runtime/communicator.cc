@@ -153,6 +153,27 @@ void Communicator::abandon() {
 
 // ---- collective services ----
 
+void Communicator::log_calls(size_t capacity, Patience& patience) {
+  const bool on = capacity > 0;
+  const auto under_token = [this](const auto& change) {
+    const Queue::Holding token(queue_, Queue::Holding::wait);
+    change();
+  };
+  queue_.check_usable();
+  under_token([&] { on ? domain_->board().note_times(true) : sequences_.collectives().set_log(nullptr); });
+  exchange("log_calls()", {on}, patience);
+  under_token([&] {
+    if (!on) return domain_->board().note_times(false);
+    log_ = std::make_unique<CallLog>(capacity);
+    sequences_.collectives().set_log(log_.get());
+  });
+}
+
+CallLog::Taken Communicator::take_log() {
+  const Queue::Holding token(queue_, Queue::Holding::wait);
+  return log_ ? log_->take() : CallLog::Taken{};
+}
+
 std::vector<int64_t> Communicator::exchange(const char* method, const std::vector<int64_t>& mine,
                                             Patience& patience) {
   std::vector<int64_t> all(mine.size() * size());

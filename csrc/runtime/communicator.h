@@ -72,6 +72,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     run(bound, patience);
   }
 
+  // From now on logs this rank's collectives, the latest `capacity` of them; 0: no more. A collective call,
+  // since ranks note for each other when they enter calls.
+  void log_calls(size_t capacity, Patience& patience);
+  CallLog::Taken take_log();
+  // The processor time that the progress thread has taken so far.
+  double progress_seconds() { return queue_.progress_seconds(); }
+
   std::string explain(const Request& request) { return binder_.explain(request); }
   // See PlanCache.
   void add_algorithm(Collective collective, const std::string& name, PlanCache::Write write) {
@@ -125,6 +132,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   bool shrunk_ = false;
   Sequences sequences_;  // under the queue's token, and so is let_go_
   bool let_go_ = false;
+  std::unique_ptr<CallLog> log_;
   PlanCache plans_;
   Binder binder_;
   Queue queue_;

@@ -32,7 +32,8 @@ class Execution {
 
   const Bound* bound_ = nullptr;
   Sequence* sequence_ = nullptr;
-  size_t plan_ = 0;  // which one runs: the preludes come first
+  size_t plan_ = 0;      // which one runs: the preludes come first
+  int64_t started_ = 0;  // where calls are logged
   Pending pending_;
 };
 
@@ -55,6 +56,8 @@ inline void Execution::start_plan() {
 }
 
 inline void Execution::start() {
+  if (sequence_->log()) [[unlikely]]
+    started_ = now_ns();
   if (bound_->before) bound_->before();
   start_plan();
 }
@@ -72,6 +75,8 @@ inline bool Execution::advance(int polls) {
     start_plan();
   }
   if (bound_->then) bound_->then();
+  if (CallLog* const log = sequence_->log(); log && started_ > 0) [[unlikely]]
+    log->add(sequence_->domain(), run.call(), run.record(), started_);
   return true;
 }
 

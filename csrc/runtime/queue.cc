@@ -48,6 +48,17 @@ void Queue::refuse_reentry() const {
                   "let the handler set a flag, and call when the other one has returned");
 }
 
+double Queue::progress_seconds() {
+  const std::lock_guard lock(mutex_);
+  clockid_t clock;
+  timespec time{};
+  if (!progress_.joinable() || pthread_getcpuclockid(progress_.native_handle(), &clock) != 0 ||
+      clock_gettime(clock, &time) != 0) {
+    return 0;
+  }
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 void Queue::check_usable() {
   refuse_child();
   if (closed())

@@ -72,6 +72,7 @@ class Queue {
   bool forked() const { return transport::forked_since(fork_generation_); }
   bool on_progress_thread() const { return std::this_thread::get_id() == progress_.get_id(); }
   bool closed() const { return closed_.load(std::memory_order_relaxed); }
+  double progress_seconds();  // of processor time
   // Throw CommError in a child of fork(); in a call's own wait, as in a signal handler; unless calls can be
   // made.
   void refuse_child() const;

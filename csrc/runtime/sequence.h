@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "runtime/call_log.h"
 #include "runtime/domain.h"
 #include "runtime/executor.h"
 #include "runtime/waiter.h"
@@ -27,6 +28,9 @@ class Sequence {
     run_.start(*domain_, prepared, bases, ++calls_, record, !last_exchanged_);
     last_exchanged_ = prepared.plan.full_exchange;
   }
+  // Where calls are logged; null: nowhere. To be set while no call is under way.
+  CallLog* log() const { return log_; }
+  void set_log(CallLog* log) { log_ = log; }
   // To advance until it says that the program has ended.
   Run& run() { return run_; }
   void finish() { domain_->board().finish(calls_); }
@@ -46,6 +50,7 @@ class Sequence {
   Domain* domain_;
   uint64_t calls_ = 0;
   bool last_exchanged_ = true;
+  CallLog* log_ = nullptr;
   Run run_;
 };
 

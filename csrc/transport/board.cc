@@ -97,6 +97,11 @@ Board::~Board() {
 void Board::enter(uint64_t call, std::span<const std::byte, kRecordBytes> record) {
   Entry& entry = self().entries[call & 1];
   uint64_t& shadow = shadow_[call & 1];
+  if (notes_times_) [[unlikely]] {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    entry.entered_at.store(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(),
+                           std::memory_order_relaxed);
+  }
   if (const uint64_t fingerprint = fingerprint_in(record); shadow != fingerprint) {
     shadow = fingerprint;
     write(entry, call, record);
@@ -115,6 +120,12 @@ std::optional<Record> Board::record_of(int rank, uint64_t call) const {
   Record record;
   std::memcpy(record.data(), words, sizeof words);
   return record;
+}
+
+int64_t Board::entered_at(int rank, uint64_t call) const {
+  const Entry& entry = member(rank).entries[call & 1];
+  const bool there = entry.call.load(std::memory_order_acquire) == call;
+  return there ? entry.entered_at.load(std::memory_order_relaxed) : 0;
 }
 
 std::optional<int> Board::first_to_differ(uint64_t call, uint64_t fingerprint) const {

@@ -38,6 +38,7 @@ using Record = std::array<std::byte, kRecordBytes>;
 struct alignas(64) Entry {
   std::atomic<uint64_t> call;
   std::atomic<uint64_t> address;  // see Board::show_address
+  std::atomic<int64_t> entered_at;
   std::atomic<uint64_t> words[kRecordBytes / 8];
 };
 
@@ -104,6 +105,10 @@ class Board {
   uint64_t address_of(int rank, uint64_t call) const {
     return member(rank).entries[call & 1].address.load(std::memory_order_relaxed);
   }
+  // From now on, enter() notes the time; to be set on all ranks, while this one makes no call.
+  void note_times(bool on) { notes_times_ = on; }
+  // When a rank of this node entered the call, in ns of the steady clock; 0 if that is not known.
+  int64_t entered_at(int rank, uint64_t call) const;
   // The first rank that has recorded another fingerprint for the call than this one.
   std::optional<int> first_to_differ(uint64_t call, uint64_t fingerprint) const;
 
@@ -177,7 +182,8 @@ class Board {
   Member* self_;
   std::vector<int> display_ranks_;
   std::shared_ptr<std::atomic<bool>> raised_;
-  bool held_ = false;            // by hold_told
+  bool held_ = false;  // by hold_told
+  bool notes_times_ = false;
   uint64_t shadow_[2] = {0, 0};  // fingerprint of what entries[i] holds already
   std::mutex pairs_mutex_, status_mutex_;
   std::vector<Board*> pairs_;  // of which this is the parent

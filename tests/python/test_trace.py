@@ -1,0 +1,142 @@
+"""Traces of reducers' steps: the parts add up, and a rank that is late is seen by the others."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pycomm
+from pycomm import Communicator, GradientReducer, trace
+
+Ranks = Callable[..., list[Any]]
+SHAPES = [(1000,), (50, 60), (7,)]
+
+
+def step(reducer: GradientReducer, late: float = 0.0) -> None:
+    for i in reversed(range(len(SHAPES))):
+        time.sleep(0.002 + (late if i == 0 else 0))
+        reducer.gradients[i][...] = i
+        reducer.ready(i)
+    reducer.finish()
+
+
+@pytest.mark.parametrize("order", ["reverse", "priority"])
+def test_the_parts_of_a_step_add_up(ranks: Ranks, order: Any) -> None:
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer(SHAPES, comm, bucket_mb=0.004, order=order)
+        step(reducer)
+        with trace.start(comm) as traced:
+            begin = time.perf_counter_ns()
+            for _ in range(5):
+                step(reducer, late=0.1 if comm.rank == 1 else 0)
+            end = time.perf_counter_ns()
+        assert len(traced.ranks) == 2
+        for steps in traced.ranks:
+            assert len(steps) == 4  # from the next step on
+            for each in steps:
+                assert sorted(flight.bucket for flight in each.flights) == [0, 1, 2]
+                for flight in each.flights:
+                    assert flight.algorithm and flight.bytes > 0 and "bucket of" in flight.signature
+                    assert each.begin < flight.ready <= flight.sent <= flight.finished <= each.end
+                    assert flight.started <= flight.arrived <= flight.finished
+                whole, compute, exposed, late, communication, overlap = trace._shares(each)
+                assert whole == pytest.approx(compute + exposed + late, abs=1e-8)
+                assert min(compute, exposed, late, overlap) >= 0 and communication > 0 and overlap <= 1
+        for each in traced.ranks[comm.rank][1:]:
+            assert begin < each.begin < each.end < end
+        waiting, late = traced.summary(0), traced.summary(1)
+        assert waiting.late_rank == 1
+        assert waiting.late > late.late
+        assert waiting.stolen >= 0
+
+    ranks(fn, 2)
+
+
+def test_it_is_reported_saved_and_drawn(ranks: Ranks, tmp_path: Path, capsys: Any) -> None:
+    def fn(comm: Communicator) -> str | None:
+        reducer = GradientReducer(SHAPES, comm)
+        traced = trace.start(comm, steps=3)
+        for _ in range(6):
+            step(reducer)
+        traced.stop()
+        traced.stop()
+        assert [len(steps) for steps in traced.ranks] == [3, 3]
+        if comm.rank:
+            return None
+        traced.save(tmp_path / "step.json")
+        traced.plot(tmp_path / "step.png", step=0)
+        return traced.report()
+
+    text = ranks(fn, 2)[0]
+    assert text.splitlines()[0].startswith("3 steps")
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["0", "1"]
+    events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+    named = {(event["pid"], event["name"]) for event in events if event["ph"] == "X"}
+    assert {(rank, name) for rank in range(2) for name in ("compute", "in the reducer", "bucket 0")} <= named
+    assert all(event["dur"] > 0 for event in events if event["ph"] == "X")
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_misuse_names_the_remedy(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        with pytest.raises(TypeError, match="pycomm.Communicator"):
+            trace.start(5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="`steps` is 0"):
+            trace.start(comm, steps=0)
+        traced = trace.start(comm)
+        with pytest.raises(ValueError, match="stop"):
+            trace.start(comm)
+        with pytest.raises(ValueError, match="call stop"):
+            traced.report()
+        traced.stop()
+        with pytest.raises(ValueError, match="no step was traced"):
+            traced.summary(0)
+        assert trace.active(comm) is None
+
+    ranks(fn, 2)
+
+
+def test_intervals() -> None:
+    assert trace._merged([(5, 7), (1, 3), (2, 4), (7, 8), (9, 9)]) == [(1, 4), (5, 8)]
+    assert trace._without([(0, 10)], [(8, 12), (2, 3), (-1, 1)]) == [(1, 2), (3, 8)]
+    assert trace._without([(0, 2), (4, 6)], []) == [(0, 2), (4, 6)]
+    assert trace._without([(0, 2)], [(0, 2)]) == []
+
+
+def test_calls_are_logged_while_asked_for(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        x = np.ones(100, np.float32)
+        comm.log_calls(4)
+        for i in range(6):
+            comm.all_reduce(x, tag=f"call {i}")
+        comm.all_reduce(x, codec="int8", tag="coded", async_op=True).wait()
+        calls, dropped = comm.take_log()
+        assert dropped == 3
+        assert [call[4] for call in calls] == ["call 3", "call 4", "call 5", "coded"]
+        before = 0
+        for number, collective, algorithm, codec, tag, size, started, finished, first, last, late in calls:
+            assert number > before and collective == "all_reduce" and algorithm and size == 400
+            assert codec.startswith("int8") == (tag == "coded")
+            assert started <= finished and first <= last <= finished and late in (1 - comm.rank,)
+            before = number
+        comm.log_calls(0)
+        comm.all_reduce(x)
+        assert comm.take_log() == ([], 0)
+
+    ranks(fn, 2)
+
+
+def test_a_trace_ends_with_the_group() -> None:
+    def fn(comm: Communicator) -> None:
+        with pytest.raises(pycomm.CommError), trace.start(comm) as traced:
+            if comm.rank == 1:
+                raise pycomm.CommError("this rank gives up")
+            comm.barrier(timeout=0.2)
+        assert trace.active(comm) is None
+        traced.stop()
+
+    pycomm.run_local(fn, 2)
