@@ -77,6 +77,11 @@ Env read_env(const std::function<const char*(const char* name)>& get) {
   read("PYCOMM_SINGLE_COPY", [&](const char* variable, std::string_view value) {
     env.single_copy = parse_word<bool>(variable, value, {{"0", false}, {"1", true}});
   });
+  read("PYCOMM_PROGRESS_CORE", [&](const char* variable, std::string_view value) {
+    const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), env.progress_core);
+    if (error != std::errc() || end != value.data() + value.size())
+      reject(variable, value, "1 for the first core, 2 for the second, -1 for the last, 0 for any");
+  });
   read("PYCOMM_VERIFY", [&](const char* variable, std::string_view value) {
     env.verify = parse_word<bool>(variable, value, {{"0", false}, {"1", true}});
   });

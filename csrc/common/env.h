@@ -25,6 +25,9 @@ struct Env {
   // PYCOMM_SINGLE_COPY=0|1: whether ranks may read each other's large inputs through the kernel, if all ranks
   // of a group can; 0: this is not even tried.
   bool single_copy = true;
+  // PYCOMM_PROGRESS_CORE=number: the core that a group's progress thread stays on, of those that the process may
+  // use: 1 is the first, -1 the last; 0: any of them.
+  int progress_core = 0;
   // PYCOMM_VERIFY=0|1: whether a plan is proved before it first runs.
   bool verify = false;
 };

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 
 #include "common/error.h"
+#include "common/log.h"
 #include "schedule/lower/layout.h"
 
 namespace pycomm::runtime {
@@ -21,6 +23,25 @@ bool shorter_than_waking(const Bound& bound) {
   const int root = call.world.root;
   const int64_t elements = std::max(schedule::in_elements(call, root), schedule::out_elements(call, root));
   return elements * static_cast<int64_t>(size_of(call.dtype)) <= kShortBytes;
+}
+
+// Keeps this thread on one of the cores that it may use, as PYCOMM_PROGRESS_CORE names it.
+void stay_on_core(int core) {
+  cpu_set_t allowed;
+  if (core == 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  std::vector<int> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed)) cores.push_back(cpu);
+  }
+  const auto count = static_cast<int>(cores.size());
+  if (std::abs(core) > count) {
+    log(LogLevel::warn, "PYCOMM_PROGRESS_CORE=" + std::to_string(core) + ", and this process may use " +
+                            std::to_string(count) + " cores: the progress thread runs on any of them");
+    return;
+  }
+  CPU_ZERO(&allowed);
+  CPU_SET(cores[core > 0 ? core - 1 : count + core], &allowed);
+  sched_setaffinity(0, sizeof allowed, &allowed);
 }
 }  // namespace
 
@@ -338,6 +359,7 @@ void Queue::complete_some(Patience& patience, const WaitPolicy& policy) {
 // this one stands back while somebody is there, and lets the thread that woke it go on first, if they share
 // a core. (A sleep would cost more than most calls: a timer is an exit of a virtual machine.)
 void Queue::progress() {
+  stay_on_core(env().progress_core);
   Patience patience;
   for (bool rested = true;; rested = false) {
     {

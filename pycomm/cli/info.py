@@ -27,6 +27,7 @@ SETTINGS = {  # those of docs/environment.md, with their defaults
     "PYCOMM_DEBUG": "WARN",
     "PYCOMM_ISA": "the best that the CPU has",
     "PYCOMM_SINGLE_COPY": "1",
+    "PYCOMM_PROGRESS_CORE": "0",
     "PYCOMM_SPIN_US": "50",
     "PYCOMM_TIMEOUT": "600",
     "PYCOMM_VERIFY": "0",

@@ -41,6 +41,7 @@ TEST(defaults) {
     CHECK_EQ(env.timeout_s, 600.0);
     CHECK(env.spin_us > 0);
     CHECK(env.single_copy);
+    CHECK_EQ(env.progress_core, 0);
     CHECK(!env.verify);
   }
 }
@@ -54,6 +55,8 @@ TEST(values) {
   CHECK_EQ(read({{"PYCOMM_TIMEOUT", "2.5"}}).timeout_s, 2.5);
   CHECK_EQ(read({{"PYCOMM_SPIN_US", "7"}}).spin_us, 7.0);
   CHECK(read({{"PYCOMM_SINGLE_COPY", "1"}}).single_copy);
+  CHECK_EQ(read({{"PYCOMM_PROGRESS_CORE", "3"}}).progress_core, 3);
+  CHECK_EQ(read({{"PYCOMM_PROGRESS_CORE", "-1"}}).progress_core, -1);
   CHECK(read({{"PYCOMM_VERIFY", "1"}}).verify);
 }
 
@@ -77,6 +80,8 @@ TEST(bad_values_are_errors_that_name_variable_value_and_what_is_allowed) {
       CHECK(error.find(std::string("'") + value + "'") != std::string::npos);
       CHECK(error.find(words) != std::string::npos);
     }
+  for (const char* value : {"nonsense", "1x", " 1", "1.5", "99999999999"})
+    CHECK(error_of("PYCOMM_PROGRESS_CORE", value).find("-1 for the last") != std::string::npos);
   CHECK(error_of("PYCOMM_DEBUG", "info") != "");
   CHECK(error_of("PYCOMM_VERIFY", "2") != "");
 }

@@ -1,6 +1,9 @@
 """Asynchronous calls: order, waiting, errors, and what they keep alive."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -377,3 +380,27 @@ def test_a_done_callback_cannot_close() -> None:
     if not found[0]:
         assert "closes its communicator in a completion callback" in found[1]
     comm.close()
+
+
+@pytest.mark.parametrize("core", ["1", "-1", "1000"])
+def test_the_progress_thread_stays_on_its_core(core: str) -> None:
+    """A thread of its own has the one core that is named, of those of the process; or any, and a warning."""
+    program = """
+import os, time, numpy as np, pycomm
+comm = pycomm.init()
+before = set(os.listdir("/proc/self/task"))
+comm.all_reduce(np.ones(100_000), async_op=True).wait()
+ours = sorted(os.sched_getaffinity(0))
+expected = {"1": ours[:1], "-1": ours[-1:], "1000": ours}[os.environ["PYCOMM_PROGRESS_CORE"]]
+(thread,) = set(os.listdir("/proc/self/task")) - before
+for _ in range(1000):  # it may not have run yet
+    if sorted(os.sched_getaffinity(int(thread))) == expected and comm.progress_seconds > 0:
+        break
+    time.sleep(0.01)
+else:
+    raise SystemExit(f"{os.sched_getaffinity(int(thread))}, not {expected}")
+"""
+    environment = os.environ | {"PYCOMM_PROGRESS_CORE": core, "OPENBLAS_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ("PYCOMM_PROGRESS_CORE=1000" in ran.stderr) == (core == "1000")
