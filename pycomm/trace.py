@@ -57,6 +57,7 @@ class Flight:
     ready: int
     sent: int = 0
     started: int = 0
+    first_arrived: int = 0  # of the other ranks of the node
     arrived: int = 0
     finished: int = 0
     late_rank: int = -1
@@ -270,7 +271,7 @@ class Trace:
                 if not found:
                     continue
                 _, _, flight.algorithm, flight.codec, _, flight.bytes, *times = found.pop()
-                flight.started, flight.finished, _, last, late = times
+                flight.started, flight.finished, flight.first_arrived, last, late = times
                 flight.arrived = min(max(flight.started, last), flight.finished)
                 flight.late_rank = late if last > flight.started else -1
 

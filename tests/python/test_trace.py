@@ -43,6 +43,7 @@ def test_the_parts_of_a_step_add_up(ranks: Ranks, order: Any) -> None:
                     assert flight.algorithm and flight.bytes > 0 and "bucket of" in flight.signature
                     assert each.begin < flight.ready <= flight.sent <= flight.finished <= each.end
                     assert flight.started <= flight.arrived <= flight.finished
+                    assert 0 < flight.first_arrived <= flight.arrived
                 whole, compute, exposed, late, communication, overlap = trace._shares(each)
                 assert whole == pytest.approx(compute + exposed + late, abs=1e-8)
                 assert min(compute, exposed, late, overlap) >= 0 and communication > 0 and overlap <= 1
