@@ -23,15 +23,22 @@ class Gradient:
 
     def __init__(self, given: Any, name: str, dtype: Any) -> None:
         self.name = name
-        self.of_shape = isinstance(given, (int, tuple, list)) and not isinstance(given, bool)
+        self.of_shape = isinstance(given, (int, np.integer, tuple, list)) and not isinstance(given, bool)
         if self.of_shape:
-            shape = (given,) if isinstance(given, int) else tuple(given)
+            shape = tuple(given) if isinstance(given, (tuple, list)) else (given,)
             if any(checks.integer(n, "gradients") < 0 for n in shape):
                 raise ValueError(f"`gradients` holds the shape {given!r}: lengths are 0 or more")
             given = np.zeros(shape, _native.numpy_dtype(_native.packable_dtype(dtype or "float32")[0]))
         self.of_parameter = is_parameter(given)
         self.given = given  # parameter, array or tensor
-        self.view: Any = None  # its place in the bucket, if that is where the parameter's gradient shall lie
+        self.view: Any = None  # its place in the bucket, if that is where it shall lie
+        if self.of_parameter and not given.is_contiguous():
+            raise ValueError(
+                f"parameter {name!r} is not contiguous: before you make the GradientReducer, call"
+                " model.to(memory_format=torch.contiguous_format)"
+            )
+        if isinstance(given, np.ndarray) and not given.flags.writeable:
+            raise ValueError(f"gradient {name!r} is read-only, and its average is written there: pass a copy")
 
     @property
     def value(self) -> Any:
@@ -46,6 +53,28 @@ class Gradient:
             raise ValueError(
                 f"gradient {self.name!r} is sparse: make the layer with dense gradients (sparse=False)"
             )
+        if self.of_parameter and not x.is_contiguous():
+            self.given.grad = x.contiguous()
+
+    @property
+    def lies_in_bucket(self) -> bool:
+        """Asks for the address: `.grad.data = ...` and model.to() give the same object other memory."""
+        x = self.value
+        if self.view is None or x is None:
+            return False
+        if self.of_shape:
+            return x is self.view
+        return bool(x.data_ptr() == self.view.data_ptr() and x.dtype == self.view.dtype)
+
+    def lay_in_bucket(self) -> None:
+        """Makes a parameter's gradient what the bucket holds, if it may lie there: a tensor of its own, so
+        that what is done to that tensor leaves the view alone."""
+        if self.of_parameter and self._may_lie_there and not self.lies_in_bucket:
+            self.given.grad = self.view.detach()
+
+    @property
+    def _may_lie_there(self) -> bool:
+        return self.view is not None and bool(self.given.dtype == self.view.dtype)
 
     def forget(self) -> None:
         """No rank has used it: the optimizer shall leave its parameter out."""
@@ -64,11 +93,10 @@ class Gradient:
 
     def leave_out(self) -> None:
         """Counts as zeros in this step."""
-        if self.of_parameter and self.view is None:
+        if self.of_parameter and not self._may_lie_there:
             self.given.grad = None  # the bucket puts zeros in its place
             return
-        if self.of_parameter:
-            self.given.grad = self.view
+        self.lay_in_bucket()
         self.zero()
 
 
@@ -109,16 +137,13 @@ class Arrangement:
 
     def pack(self, bucket: int, scale: float) -> None:
         """Brings the bucket's gradients there, each value times `scale`."""
-        members = [self._gradients[i] for i in self.members[bucket]]
-        there = all(g.view is not None and (g.of_shape or g.value is g.view) for g in members)
-        if not there or scale != 1.0:
+        if scale != 1.0 or not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
             self.buckets[bucket].pack(scale)
 
     def take(self) -> Stats:
         """Brings what the buckets hold to the gradients."""
         for gradient in self._gradients:
-            if gradient.of_parameter and gradient.view is not None:
-                gradient.given.grad = gradient.view
+            gradient.lay_in_bucket()
         found = [bucket.unpack() for bucket in self.buckets]
         return Stats(
             math.fsum(stats.sum_squares for stats in found),
@@ -132,7 +157,9 @@ class Arrangement:
         kind, room = "", 0.0
         for i in self.order:
             of = _native.describe_buffer(self._gradients[i].given, f"gradients[{i}]", False)
-            name, itemsize = _native.packable_dtype(dtype if dtype is not None else of.dtype)
+            name, itemsize = _native.packable_dtype(of.dtype, f"gradients[{i}]")
+            if dtype is not None:
+                name, itemsize = _native.packable_dtype(dtype)
             size = of.count * itemsize
             if name != kind or size > room:
                 kind, room = name, min(bucket_bytes, _FIRST_BUCKET) if not members else bucket_bytes
@@ -148,10 +175,10 @@ class Arrangement:
                 if gradient.of_shape:
                     gradient.given = gradient.view = view
                 elif gradient.of_parameter and gradient.given.dtype == view.dtype:
-                    if (
-                        gradient.view is not None and gradient.value is gradient.view
-                    ):  # of the last arrangement
+                    moves = gradient.lies_in_bucket  # in one of the last arrangement
+                    if moves:
                         view.copy_(gradient.view)
-                        gradient.given.grad = view
                     gradient.view = view
+                    if moves:
+                        gradient.lay_in_bucket()
             bucket.tensors = [self._gradients[i].given for i in members]

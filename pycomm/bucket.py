@@ -53,8 +53,6 @@ class Bucket:
         names: Iterable[str] | None = None,
         missing_as_zero: bool = False,
     ) -> None:
-        if hasattr(tensors, "shape"):
-            raise TypeError("`tensors` is one array or tensor: pass a list of them")
         if isinstance(dtype, _native.Communicator):
             raise TypeError("`dtype` is a Communicator: name it, as in Bucket(tensors, comm=comm)")
         if comm is not None and not isinstance(comm, _native.Communicator):
@@ -322,12 +320,20 @@ def checked_names(names: Iterable[str] | None, count: int) -> list[str]:
     return found
 
 
-def _tensors(given: Iterable[Any]) -> list[Any]:
+def separate(given: Iterable[Any], name: str) -> list[Any]:
+    """A list of what is meant as several tensors. Raises TypeError for one tensor, and for named ones."""
+    if hasattr(given, "shape"):
+        raise TypeError(f"`{name}` is one array or tensor: pass a list of them")
     if isinstance(given, Mapping):
-        raise TypeError("`tensors` is a mapping: pass its values, and its keys as names=")
-    found = listed(given, "tensors", "tensors")
+        raise TypeError(f"`{name}` is a mapping: pass its values, and its keys as names=")
+    found = listed(given, name, name)
     if any(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
-        raise TypeError("`tensors` holds names and tensors: pass the tensors, and the names as names=")
+        raise TypeError(f"`{name}` holds names and tensors: pass the tensors, and the names as names=")
+    return found
+
+
+def _tensors(given: Iterable[Any]) -> list[Any]:
+    found = separate(given, "tensors")
     for i, x in enumerate(found):
         checks.buffer(x, f"tensors[{i}]")
     return found

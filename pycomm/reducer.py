@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +14,11 @@ import numpy as np
 
 from pycomm import _native, checks, trace
 from pycomm.arrangement import Arrangement, Gradient
-from pycomm.bucket import checked_names, listed
-from pycomm.codecs.feedback import ErrorFeedback
+from pycomm.bucket import checked_names, separate
+from pycomm.codecs.feedback import ErrorFeedback, kept
 from pycomm.codecs.kinds import Codec, feedback_of, resolve
 from pycomm.flights import ByPriority, Flights, InOrder
+from pycomm.gradients import is_tensor
 from pycomm.group import Communicator
 from pycomm.stats import Stats
 
@@ -60,19 +62,21 @@ class GradientReducer:
     first.
 
     `codec`: as in all_reduce. `error_feedback` takes the place of the codec's own. finish() undoes the
-    residuals' changes in a step that is not finite.
+    residuals' changes in a step that is not finite; with `lag` only in its buckets that are not, since later
+    steps have built on the others. By default residuals belong to this reducer (see `error_feedback`).
 
     `gradient_as_bucket_view`: after finish(), parameters' `.grad` are views of the buckets, so that gradients
     that backward() adds there are not copied: zero them by zero_grad(), or torch's with set_to_none=False.
     Otherwise, and always with `lag`, gradients are copied to the buckets and back.
 
-    `find_unused`: gradients that are not ready at finish() are unused(), not an error. A parameter that no
-    rank has used has no `.grad` after finish(), so that the optimizer leaves it alone. `uneven_inputs`: ranks
-    may make different numbers of steps (see join). `lag`: see finish().
+    `find_unused`: gradients that no pass of a step has made ready are unused() at finish(), not an error. A
+    parameter that no rank has used has no `.grad` after finish(), so that the optimizer leaves it alone.
+    `uneven_inputs`: ranks may make different numbers of steps (see join). `lag`: see finish().
 
     To make one is a collective call: ValueError, on all ranks, if their gradients differ. Not thread-safe.
     Between the first ready() of a step and finish(), the reducer makes calls of `comm`; ranks that make calls
-    of their own there must make them between the same buckets, or get a MismatchError that names both calls.
+    of their own there must make them between the same buckets, or get a MismatchError that names both calls;
+    with order="priority" they make none, since buckets are then sent at any time.
     """
 
     def __init__(
@@ -101,16 +105,19 @@ class GradientReducer:
         self._lag = checks.integer(lag, "lag")
         if self._lag < 0:
             raise ValueError(f"`lag` is {lag}: pass 0, or how many steps old the averages may be")
-        given = listed(gradients, "gradients", "gradients")
+        given = separate(gradients, "gradients")
         if not given:
             raise ValueError("`gradients` is empty: pass parameters, arrays or shapes")
         found = checked_names(names, len(given))
+        _refuse_twice(given, found)
         self._gradients = [Gradient(x, name, dtype) for x, name in zip(given, found, strict=True)]
         self._comm = comm
         self._options: dict[str, Any] = {}
         self._feedback: ErrorFeedback | None = None
         if codec is not None:
             used = _with_feedback(resolve(codec, "all_reduce"), error_feedback)
+            if feedback_of(used, comm) is kept(comm):  # in which other reducers' gradients have these names
+                used = _with_feedback(used, ErrorFeedback())
             self._options["codec"] = used
             self._feedback = feedback_of(used, comm)
         elif error_feedback is not None:
@@ -127,6 +134,7 @@ class GradientReducer:
         self._rearranges = order == "ready" and not any(g.of_shape for g in self._gradients)
         self._hooks: list[Any] = []
         self._synchronises = True
+        self._added: set[int] = set()  # gradients that became ready inside no_sync() in this step
         self._failure: Exception | None = None  # of the group
         self._steps = 0
         self._in_flight: deque[_Step] = deque()  # sent and not taken, the oldest first
@@ -140,17 +148,24 @@ class GradientReducer:
         return tuple(g.given for g in self._gradients)
 
     @property
+    def error_feedback(self) -> ErrorFeedback | None:
+        """What keeps the codec's residuals, for checkpoints; None without error feedback."""
+        return self._feedback
+
+    @property
     def buckets(self) -> Sequence[Sequence[int]]:
         """Which gradients are in which bucket, in the order in which buckets are sent."""
         return tuple(tuple(members) for members in self._step.arrangement.members)
 
     def ready(self, i: int) -> None:
-        """Gradient `i` is final. Inside no_sync() this does nothing.
+        """Gradient `i` is final. Inside no_sync() it is not yet: a later pass may add to it.
 
         Raises IndexError; ValueError if it was ready before in this step.
         """
         if self._synchronises:
             self._mark(i, used=True)
+        else:
+            self._added.add(self._checked(i))
 
     def unused(self, i: int) -> None:
         """Gradient `i` takes no part in this step on this rank: its bucket does not wait for it, and it
@@ -174,6 +189,9 @@ class GradientReducer:
             raise ValueError("finish() inside no_sync(): call it after the last pass of a step, outside")
         if self._failure is not None:
             self._raise_failure()
+        for i in sorted(self._added):  # in passes before the last one, which has not used these
+            if not self._step.is_ready[i]:
+                self._mark(i, used=True)
         missing = [i for i, is_ready in enumerate(self._step.is_ready) if not is_ready]
         if missing and not self._find_unused:
             raise ValueError(
@@ -235,7 +253,7 @@ class GradientReducer:
         if others:
             raise ValueError(f"no torch parameter: {self._shown(others)}; call ready() for these gradients")
         for i, gradient in enumerate(self._gradients):
-            hook = partial(self._after_backward, i)
+            hook = partial(_after_backward, weakref.ref(self), i)
             self._hooks.append(gradient.given.register_post_accumulate_grad_hook(hook))
 
     def detach(self) -> None:
@@ -243,9 +261,6 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    def _after_backward(self, i: int, _: Any) -> None:
-        self.ready(i)
 
     # ---- checkpoints ----
 
@@ -262,11 +277,14 @@ class GradientReducer:
             "order": list(self._step.arrangement.order),
             "rearranges": self._rearranges,
             "in_flight": [
-                [np.array(bucket.data) if not hasattr(bucket.data, "clone") else bucket.data.clone()
-                 for bucket in step.arrangement.buckets]
+                {
+                    "order": list(step.arrangement.order),
+                    "is_used": step.is_used.tolist(),
+                    "buckets": [_copied(bucket.data) for bucket in step.arrangement.buckets],
+                }
                 for step in self._in_flight
             ],
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where state_dict() was called, on any number of ranks. A collective call, on a reducer that
@@ -284,17 +302,23 @@ class GradientReducer:
                 f"the state holds averages of {len(state['in_flight'])} steps, and lag={self._lag} here: make"
                 " the GradientReducer with the lag that it had"
             )
+        in_flight = [self._restored(saved) for saved in state["in_flight"]]
         self._arrange(order)
-        for contents in state["in_flight"]:
-            buckets = self._step.arrangement.buckets
-            if [len(each) for each in contents] != [len(bucket.data) for bucket in buckets]:
-                raise ValueError("the state has other buckets: make the GradientReducer as it was made then")
-            for bucket, each in zip(buckets, contents, strict=True):
-                bucket.data[:] = each
-            self._in_flight.append(self._step)
-            self._begin()
+        self._in_flight.extend(in_flight)
         self._steps = int(state["steps"])
         self._rearranges = bool(state["rearranges"])
+
+    def _restored(self, saved: Mapping[str, Any]) -> _Step:
+        """A step whose averages have arrived. Its order may be that from before the rearrangement."""
+        arrangement = Arrangement(self._gradients, saved["order"], **self._layout)
+        places = [bucket.data for bucket in arrangement.buckets]
+        if [(len(x), x.dtype) for x in saved["buckets"]] != [(len(x), x.dtype) for x in places]:
+            raise ValueError("the state has other buckets: make the GradientReducer as it was made then")
+        for place, averages in zip(places, saved["buckets"], strict=True):
+            place[:] = averages
+        step = self._step_in(arrangement)
+        step.is_used[:] = saved["is_used"]
+        return step
 
     def _refuse_open_step(self, method: str) -> None:
         if self._step.ready:
@@ -302,10 +326,14 @@ class GradientReducer:
 
     # ---- inside ----
 
-    def _mark(self, i: int, used: bool) -> None:
+    def _checked(self, i: int) -> int:
         i = checks.integer(i, "i")
         if not 0 <= i < len(self._gradients):
             raise IndexError(f"`i` is {i}: there are {len(self._gradients)} gradients")
+        return i
+
+    def _mark(self, i: int, used: bool) -> None:
+        i = self._checked(i)
         step, gradient = self._step, self._gradients[i]
         if self._failure is not None:
             self._raise_failure()
@@ -379,6 +407,7 @@ class GradientReducer:
             step.works.append(used)
         self._in_flight.append(step)
         self._steps += 1
+        self._added.clear()
         stats = self._take() if len(self._in_flight) > self._lag else None
         if self._rearranges:
             self._rearranges = False
@@ -416,17 +445,38 @@ class GradientReducer:
         arrangement = (
             self._spare.pop() if self._spare else Arrangement(self._gradients, self._order, **self._layout)
         )
+        self._step = self._step_in(arrangement)
+
+    def _step_in(self, arrangement: Arrangement) -> _Step:
         send = partial(self._send, arrangement)
         flights: Flights
         if self._by_priority:
             flights = ByPriority(send, [min(members) for members in arrangement.members], self._comm)
         else:
             flights = InOrder(send, len(arrangement.buckets))
-        self._step = _Step(arrangement, flights)
+        return _Step(arrangement, flights)
 
     def _shown(self, indices: list[int]) -> str:
         shown = ", ".join(repr(self._gradients[i].name) for i in indices[:_SHOWN])
         return shown + (f" (and {len(indices) - _SHOWN} more)" if len(indices) > _SHOWN else "")
+
+
+def _after_backward(reducer: weakref.ref[GradientReducer], i: int, _: Any) -> None:
+    """A hook, which does not keep alive a reducer that its owner has dropped."""
+    found = reducer()
+    if found is not None:
+        found.ready(i)
+
+
+def _copied(data: Any) -> Any:
+    return data.clone() if is_tensor(data) else data.copy()
+
+
+def _refuse_twice(given: list[Any], names: list[str]) -> None:
+    first: dict[int, str] = {}
+    for x, name in zip(given, names, strict=True):
+        if hasattr(x, "shape") and first.setdefault(id(x), name) != name:
+            raise ValueError(f"gradients {first[id(x)]!r} and {name!r} are the same: pass each one once")
 
 
 def _with_feedback(codec: Codec, error_feedback: ErrorFeedback | bool | None) -> Codec:

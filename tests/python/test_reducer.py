@@ -122,6 +122,26 @@ def test_unused_gradients_count_as_zeros(ranks: Ranks, order: Any) -> None:
     ranks(fn, 2)
 
 
+@pytest.mark.parametrize("find", [False, True])
+def test_a_gradient_that_only_an_earlier_pass_has_used_is_not_lost(ranks: Ranks, find: bool) -> None:
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer(SHAPES, comm, bucket_mb=SMALL, find_unused=find)
+        for step in range(2):
+            for i, value in enumerate(values(comm.rank, step)):
+                reducer.gradients[i][...] = value
+            with reducer.no_sync():
+                for i in (0, 1, 2):
+                    reducer.ready(i)
+            for i in range(2, len(SHAPES)):
+                reducer.ready(i)
+            reducer.finish()
+            check(reducer.gradients, average([0, 1], step))
+        with pytest.raises(IndexError, match="`i` is 7"), reducer.no_sync():
+            reducer.ready(7)
+
+    ranks(fn, 2)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_uneven_inputs(ranks: Ranks, order: Any) -> None:
     """Rank r makes r + 1 steps; averages are over those that have input."""
@@ -179,6 +199,89 @@ def test_late_averages(ranks: Ranks) -> None:
                 assert stats.finite
                 compare(reducer.gradients)
             assert taken == 6
+
+    ranks(fn, 2)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("codec", [None, "int8"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_resumed_run_has_the_same_bits(ranks: Ranks, lag: int, codec: str | None, order: Any) -> None:
+    """Also with averages on their way that lie in the order before the rearrangement."""
+
+    def fn(comm: Communicator) -> None:
+        def made() -> GradientReducer:
+            given = [np.zeros(shape, np.float32) for shape in SHAPES]
+            feedback = None if codec is None else ErrorFeedback(exempt=lambda name, shape: False)
+            return GradientReducer(
+                given, comm, bucket_mb=SMALL, order=order, codec=codec, error_feedback=feedback, lag=lag
+            )
+
+        def run(resumed_before: int | None) -> list[Any]:
+            reducer, found = made(), []
+            for step in range(5):
+                if step == resumed_before:
+                    state, feedback = reducer.state_dict(), reducer.error_feedback
+                    reducer = made()
+                    reducer.load_state_dict(state)
+                    if feedback is not None:
+                        assert reducer.error_feedback is not None
+                        reducer.error_feedback.load_state_dict(feedback.state_dict())
+                for i in shuffled(comm.rank, step):
+                    reducer.gradients[i][...] = 0.3 * values(comm.rank, step)[i]
+                    reducer.ready(i)
+                if reducer.finish() is not None:
+                    found.append([np.asarray(x).tobytes() for x in reducer.gradients])
+            found += [[np.asarray(x).tobytes() for x in reducer.gradients] for _ in reducer.drain()]
+            assert len(found) == 5
+            return found
+
+        uninterrupted = run(None)
+        for step in (1, 3):
+            assert run(resumed_before=step) == uninterrupted
+
+    ranks(fn, 2)
+
+
+def test_late_averages_go_on_with_more_ranks(ranks: Ranks) -> None:
+    states: list[Any] = []
+
+    def first(comm: Communicator) -> dict[str, Any]:
+        reducer = GradientReducer(SHAPES, comm, bucket_mb=SMALL, lag=1)
+        for i, value in enumerate(values(comm.rank, 0)):
+            reducer.gradients[i][...] = value
+            reducer.ready(i)
+        reducer.finish()
+        return reducer.state_dict()
+
+    def then(comm: Communicator) -> None:
+        other = GradientReducer(SHAPES, comm, bucket_mb=SMALL, lag=1, dtype="float16")
+        with pytest.raises(ValueError, match="other buckets"):
+            other.load_state_dict(states[0])
+        reducer = GradientReducer(SHAPES, comm, bucket_mb=SMALL, lag=1)
+        reducer.load_state_dict(states[0])
+        for step in range(1, 3):
+            for i, value in enumerate(values(comm.rank, step)):
+                reducer.gradients[i][...] = value
+                reducer.ready(i)
+            reducer.finish()
+            check(reducer.gradients, average([0, 1] if step == 1 else [0, 1, 2], step - 1))
+
+    states += ranks(first, 2)
+    ranks(then, 3)
+
+
+def test_two_reducers_do_not_share_residuals(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        reducers = [GradientReducer([(30, 30)], comm, codec="sign") for _ in range(2)]
+        for reducer, value in zip(reducers, (np.arange(900.0).reshape(30, 30), 0.0), strict=True):
+            reducer.gradients[0][...] = value
+            reducer.ready(0)
+            reducer.finish()
+        feedback = reducers[0].error_feedback
+        assert feedback is not None and feedback.state_dict()["0"].any()
+        assert not reducers[1].gradients[0].any()
+        assert GradientReducer([(3,)], comm).error_feedback is None
 
     ranks(fn, 2)
 
@@ -262,6 +365,54 @@ def test_misuse_names_the_value_and_the_remedy(ranks: Ranks) -> None:
         other = GradientReducer([(3,)], comm)
         with pytest.raises(ValueError, match="of 2 gradients, and there are 1"):
             other.load_state_dict(reducer.state_dict())
+
+    ranks(fn, 2)
+
+
+def read_only() -> Array:
+    x = np.ones(3, np.float32)
+    x.flags.writeable = False
+    return x
+
+
+TWICE = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "error", "match"),
+    [
+        (np.zeros((3, 4), np.float32), TypeError, "one array or tensor"),
+        ({"w": np.zeros(3, np.float32)}, TypeError, "a mapping.*names="),
+        ([("w", np.zeros(3, np.float32))], TypeError, "names and tensors.*names="),
+        ([], ValueError, "is empty"),
+        ([(3,), (-3,)], ValueError, r"shape \(-3,\)"),
+        ([(3.5,)], TypeError, "3.5"),
+        ([None], TypeError, "is None"),
+        ([(3,), np.zeros(3)], TypeError, r"`gradients\[1\]` is float64"),
+        ([np.zeros((4, 4), np.float32).T], ValueError, "not contiguous"),
+        ([read_only()], ValueError, "'0' is read-only"),
+        ([(3,), TWICE, TWICE], ValueError, "'1' and '2' are the same"),
+    ],
+)
+def test_gradients_are_checked(gradients: Any, error: Any, match: str) -> None:
+    def fn(comm: Communicator) -> None:
+        with pytest.raises(error, match=match):
+            GradientReducer(gradients, comm)
+
+    pycomm.run_local(fn, 1)
+
+
+def test_gradients_without_elements_and_scalars(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        for shapes in ([(0,)], [(0, 3), np.int64(2), (), (3, 0)]):
+            reducer = GradientReducer(shapes, comm, codec="bf16")
+            for i, gradient in enumerate(reducer.gradients):
+                gradient[...] = comm.rank + 1
+                reducer.ready(i)
+            stats = reducer.finish()
+            assert stats is not None and stats.max_abs == (1.5 if len(shapes) > 1 else 0)
+            for gradient in reducer.gradients:
+                np.testing.assert_array_equal(gradient, np.full(gradient.shape, 1.5))
 
     ranks(fn, 2)
 

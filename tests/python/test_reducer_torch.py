@@ -1,5 +1,8 @@
 """GradientReducer on torch's parameters: hooks, views of buckets, parameters that are not used."""
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +168,93 @@ def test_accumulated_passes_are_sent_once(ranks: Ranks) -> None:
                 net(batch(comm.rank, 0, torch.float32)).sum().backward()
 
     ranks(fn, 2)
+
+
+@pytest.mark.parametrize("change", ["grad.data", "half", "there and back", "transposed"])
+def test_a_gradient_that_got_other_memory_is_copied(ranks: Ranks, change: str) -> None:
+    """Assigning to `.grad.data`, or model.to(), leaves `.grad` the same object."""
+
+    def fn(comm: Communicator) -> None:
+        net = torch.nn.Linear(4, 4)
+        reducer = GradientReducer(net.parameters(), comm)
+        for step in range(1, 4):
+            for i, p in enumerate(net.parameters()):
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                p.grad.fill_(step * (comm.rank + 1))
+                reducer.ready(i)
+            reducer.finish()
+            for p in net.parameters():
+                assert (p.grad == 1.5 * step).all() and p.grad.dtype == p.dtype
+                if change == "grad.data":
+                    p.grad.data = p.grad.data / 2
+                elif change == "transposed":
+                    p.grad = torch.zeros(p.shape[::-1]).t() if p.ndim == 2 else None
+            if change == "half":
+                net.half()
+            elif change == "there and back":
+                net.double().float()
+
+    ranks(fn, 2)
+
+
+def test_parameters_are_not_lost_over_a_checkpoint_of_late_averages(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net = torch.nn.Linear(4, 4)
+        reducer = GradientReducer(net.parameters(), comm, lag=1, find_unused=True)
+        net.weight.grad = torch.full_like(net.weight, comm.rank + 1.0)
+        reducer.ready(0)
+        assert reducer.finish() is None
+        later = GradientReducer(net.parameters(), comm, lag=1, find_unused=True)
+        later.load_state_dict(reducer.state_dict())
+        assert len(list(later.drain())) == 1
+        assert (net.weight.grad == 1.5).all() and net.bias.grad is None
+
+    ranks(fn, 2)
+
+
+def test_hooks_do_not_keep_the_reducer(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net = model(torch.float32)
+        for step in range(2):
+            reducer = GradientReducer(net.parameters(), comm)
+            reducer.attach()
+            net(batch(comm.rank, step, torch.float32)).sum().backward()  # no hook of the one before
+            reducer.finish()
+            reducer.zero_grad()
+            dropped = weakref.ref(reducer)
+            del reducer
+            gc.collect()
+            assert dropped() is None
+
+    ranks(fn, 1)
+
+
+def test_gradient_checkpointing_and_shared_parameters(ranks: Ranks) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def fn(comm: Communicator) -> None:
+        for reentrant in (False, True):
+            net, reference = model(torch.float32), model()
+            shared = alike(torch.nn.Linear(4, 4))
+            net.extend([shared, shared])
+            reference.extend([copy.deepcopy(shared).double()] * 2)
+            reducer = GradientReducer(net.parameters(), comm, bucket_mb=SMALL)
+            reducer.attach()
+            x = net[0](batch(comm.rank, 0, torch.float32))
+            net[3:](checkpoint(net[1:3], x, use_reentrant=reentrant)).square().mean().backward()
+            reducer.finish()
+            losses([batch(rank, 0, torch.float64) for rank in range(2)], reference).backward()
+            for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-6)
+
+    ranks(fn, 2)
+
+
+def test_channels_last_parameters_are_refused(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="'weight' is not contiguous.*contiguous_format"):
+            GradientReducer(net.parameters(), comm, names=["weight", "bias"])
+
+    ranks(fn, 1)
