@@ -13,6 +13,7 @@ without a copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,24 +73,29 @@ class Model:
         """Mean cross-entropy in nats per byte."""
         return _cross_entropy(self._forward(x)[-1], y)[0]
 
-    def backward(self, x: Tokens, y: Tokens) -> float:
-        """Returns the loss; writes its gradient to `grads`."""
+    def backward(self, x: Tokens, y: Tokens, final: Callable[..., None] = lambda *names: None) -> float:
+        """Returns the loss; writes its gradient to `grads`, and calls `final` with the names of parameters as
+        soon as their gradients are there."""
         p, g = self._p, self._g
         e, h1, h2, logits = self._forward(x)
         loss, d = _cross_entropy(logits, y)
         np.matmul(h2.T, d, out=g["W3"])
         d.sum(axis=0, out=g["b3"])
+        final("b3", "W3")
         d_h1 = d @ p["W3"].T  # the gradient of h2 and, through the residual connection, of h1
         d = d_h1 * (h2 > h1)
         np.matmul(h1.T, d, out=g["W2"])
         d.sum(axis=0, out=g["b2"])
+        final("b2", "W2")
         d_h1 += d @ p["W2"].T
         d_h1 *= h1 > 0
         np.matmul(e.T, d_h1, out=g["W1"])
         d_h1.sum(axis=0, out=g["b1"])
+        final("b1", "W1")
         d_e = (d_h1 @ p["W1"].T).reshape(-1, self.shape.embedding)
         # Sums rows by token, as a product with one-hot rows: a GEMM is far faster than np.add.at.
         np.matmul(self._one_hot[x.ravel()].T, d_e, out=g["embed"])
+        final("embed")
         return loss
 
     def sample(self, prompt: bytes, *, length: int, temperature: float, seed: int) -> bytes:

@@ -43,6 +43,15 @@ def test_gradient_is_that_of_finite_differences(seed: int) -> None:
     assert np.abs(measured).max() > 1e-3
 
 
+def test_a_gradient_is_final_when_backward_says_so() -> None:
+    model, (x, y) = tiny_model(), tiny_batch(11)
+    gradients, said = TINY.views(model.grads), {}
+    model.backward(x, y, lambda *names: said.update({name: gradients[name].copy() for name in names}))
+    assert list(said) == ["b3", "W3", "b2", "W2", "b1", "W1", "embed"]  # the last layer's first
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(said[name], gradient)
+
+
 def test_first_loss_is_that_of_guessing() -> None:
     model = Model(Shape(VOCABULARY, hidden=64), *np.empty((2, Shape(VOCABULARY, hidden=64).count())), seed=0)
     x, y = rank_batch(read_text(), 16, 256, seed=0, step=0)

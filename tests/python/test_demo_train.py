@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pycomm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
+import reducer_numpy
 from lm.bandwidth import Bandwidth, from_json, render
 from lm.data import VOCABULARY, read_text
 from lm.model import Model, Shape
@@ -53,6 +56,28 @@ def test_ranks_together_learn_what_one_learns_alone(size: int) -> None:
 def test_in_float64_the_curves_are_the_same() -> None:
     """So in float32 they differ only by rounding."""
     np.testing.assert_allclose(losses(2, "float64")[0], losses(1, "float64")[0], rtol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_reducer_trains_as_one_all_reduce_does(size: int) -> None:
+    def run(comm: pycomm.Communicator) -> list[float]:
+        model, found = reducer_numpy.train(comm, SMALL, read_text(), STEPS)
+        assert replicas_equal(comm, model)
+        return found
+
+    everyones = pycomm.run_local(run, size)
+    assert everyones == [everyones[0]] * size
+    np.testing.assert_allclose(everyones[0], losses(size)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("codec", [[], ["--codec", "int8"]])
+def test_the_example_of_a_reducer_learns(codec: list[str]) -> None:
+    script = [reducer_numpy.__file__, "--steps", "10", *codec]
+    command = [sys.executable, "-m", "pycomm", "run", "-n", "2", *script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = re.fullmatch(r"\[0\] loss ([0-9.]+) -> ([0-9.]+); replicas equal: True\n", done.stdout)
+    assert said and float(said[2]) < float(said[1]) - 0.5
 
 
 def test_replicas_that_differ_are_noticed() -> None:
