@@ -140,6 +140,20 @@ class Arrangement:
         if scale != 1.0 or not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
             self.buckets[bucket].pack(scale)
 
+    def cosine(self) -> float:
+        """Of the angle between all gradients as they are and what the buckets hold; NaN if one is zero."""
+        product = here = there = 0.0
+        for bucket, members in zip(self.buckets, self.members, strict=True):
+            for i, view in zip(members, bucket.views, strict=True):
+                value = self._gradients[i].value
+                if value is None:
+                    continue
+                a, b = _as_float64(value), _as_float64(view)
+                product += float(a @ b)
+                here += float(a @ a)
+                there += float(b @ b)
+        return product / math.sqrt(here * there) if here * there > 0 else math.nan
+
     def take(self) -> Stats:
         """Brings what the buckets hold to the gradients."""
         for gradient in self._gradients:
@@ -182,3 +196,7 @@ class Arrangement:
                     if moves:
                         gradient.lay_in_bucket()
             bucket.tensors = [self._gradients[i].given for i in members]
+
+
+def _as_float64(x: Any) -> Any:
+    return x.detach().double().reshape(-1) if is_tensor(x) else np.asarray(x, np.float64).reshape(-1)

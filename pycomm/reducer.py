@@ -408,7 +408,7 @@ class GradientReducer:
         self._in_flight.append(step)
         self._steps += 1
         self._added.clear()
-        stats = self._take() if len(self._in_flight) > self._lag else None
+        stats = self._take(step.times) if len(self._in_flight) > self._lag else None
         if self._rearranges:
             self._rearranges = False
             order = np.array(step.ready, np.int64)
@@ -422,10 +422,14 @@ class GradientReducer:
             self._step.times = traced.begin_step()
         return stats
 
-    def _take(self) -> Stats:
+    def _take(self, times: trace.Step | None = None) -> Stats:
         step = self._in_flight.popleft()
         for work in step.works:
             work.wait()
+        if times is not None and self._lag:
+            times.goes_on()  # what only a trace needs is no communication
+            times.cosine = step.arrangement.cosine()
+            times.stops()
         stats = step.arrangement.take()
         if self._find_unused:
             for i in np.flatnonzero(step.is_used == 0):

@@ -83,6 +83,7 @@ class Step:
     end: int = 0
     blocked: list[Interval] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
+    cosine: float | None = None  # with lag: between this step's gradients and the averages that it took
 
     # By the reducer, as it happens.
 
@@ -110,7 +111,9 @@ class Summary:
     """Of one rank, medians over steps, in seconds.
 
     `exposed`: by how much communication made the step longer; `late`: by how much waiting for others did;
-    `overlap`: the share of communication behind which the rank computed.
+    `overlap`: the share of communication behind which the rank computed. `cosine`, with lag: of the angle
+    between the gradients of a step on this rank and the older averages that finish() brought in it, which
+    says how far the gradients had turned; None without lag.
     """
 
     step: float
@@ -121,6 +124,7 @@ class Summary:
     overlap: float
     late_rank: int  # that was waited for longest; -1: none
     stolen: float  # processor time of the progress thread, per step
+    cosine: float | None
 
 
 class Trace:
@@ -178,7 +182,11 @@ class Trace:
         late = max(waits, key=lambda each: waits[each], default=-1)
         step, compute, exposed, waiting, communication, overlap = map(median, zip(*shares, strict=True))
         late_rank = late if waits.get(late) else -1
-        return Summary(step, compute, exposed, waiting, communication, overlap, late_rank, self.stolen[rank])
+        cosines = [each.cosine for each in steps if each.cosine is not None]
+        cosine = median(cosines) if cosines else None
+        return Summary(
+            step, compute, exposed, waiting, communication, overlap, late_rank, self.stolen[rank], cosine
+        )
 
     def report(self) -> str:
         """Prints a table of all ranks, and returns it."""
@@ -186,13 +194,15 @@ class Trace:
             f"{len(self._stopped()[0])} steps, medians in ms       of communication",
             "rank    step  compute  exposed  waiting (for)   total  overlap  progress thread",
         ]
-        for rank in range(len(self.ranks)):
-            s = self.summary(rank)
+        summaries = [self.summary(rank) for rank in range(len(self.ranks))]
+        if any(s.cosine is not None for s in summaries):
+            lines[1] += "  cosine"
+        for rank, s in enumerate(summaries):
             late = f"({s.late_rank})" if s.late_rank >= 0 else ""
             lines.append(
                 f"{rank:>4}{s.step * 1e3:>8.2f}{s.compute * 1e3:>9.2f}{s.exposed * 1e3:>9.2f}"
                 f"{s.late * 1e3:>9.2f} {late:<5}{s.communication * 1e3:>8.2f}{s.overlap:>9.0%}"
-                f"{s.stolen * 1e3:>17.2f}"
+                f"{s.stolen * 1e3:>17.2f}" + ("" if s.cosine is None else f"{s.cosine:>8.2f}")
             )
         text = "\n".join(lines)
         print(text)
@@ -339,7 +349,8 @@ def _length(intervals: Iterable[Interval]) -> int:
 
 def _step(data: dict[str, Any]) -> Step:
     blocked = [(begin, end) for begin, end in data["blocked"]]
-    return Step(data["begin"], data["end"], blocked, [Flight(**flight) for flight in data["flights"]])
+    flights = [Flight(**flight) for flight in data["flights"]]
+    return Step(data["begin"], data["end"], blocked, flights, data["cosine"])
 
 
 def _event(

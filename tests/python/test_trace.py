@@ -57,6 +57,30 @@ def test_the_parts_of_a_step_add_up(ranks: Ranks, order: Any) -> None:
     ranks(fn, 2)
 
 
+def test_how_far_late_gradients_had_turned(ranks: Ranks) -> None:
+    """Gradients turn by 90 degrees in every step, so after two steps they are opposite."""
+
+    def fn(comm: Communicator) -> list[Any]:
+        found = []
+        for lag in (0, 1, 2):
+            reducer = GradientReducer([(2,), (2,)], comm, lag=lag)
+            with trace.start(comm) as traced:
+                for quarter in range(8):
+                    angle = quarter * np.pi / 2
+                    for i in range(2):
+                        reducer.gradients[i][...] = 3 * np.cos(angle), 3 * np.sin(angle)
+                        reducer.ready(i)
+                    reducer.finish()
+            found.append(traced.summary(comm.rank).cosine)
+            assert ("cosine" in traced.report()) == (lag > 0)
+        return found
+
+    for none, orthogonal, opposite in ranks(fn, 2):
+        assert none is None
+        assert orthogonal == pytest.approx(0, abs=1e-6)
+        assert opposite == pytest.approx(-1)
+
+
 def test_it_is_reported_saved_and_drawn(ranks: Ranks, tmp_path: Path, capsys: Any) -> None:
     def fn(comm: Communicator) -> str | None:
         reducer = GradientReducer(SHAPES, comm)
