@@ -29,10 +29,11 @@ _SHOWN = 3  # names in a message
 class _Step:
     """What has become of the gradients in one step."""
 
-    def __init__(self, arrangement: Arrangement, flights: Flights) -> None:
+    flights: Flights
+
+    def __init__(self, arrangement: Arrangement) -> None:
         count = len(arrangement.order)
         self.arrangement = arrangement
-        self.flights = flights
         self.ready: list[int] = []  # in the order in which they became ready
         self.is_ready = [False] * count
         self.is_used = np.zeros(count, np.int64)
@@ -292,6 +293,9 @@ class GradientReducer:
         self._refuse_open_step("load_state_dict")
         if self._steps:
             raise ValueError("load_state_dict() after a step: load into a new GradientReducer")
+        keys = {"steps", "order", "rearranges", "in_flight"}
+        if not isinstance(state, Mapping) or not keys <= state.keys():
+            raise ValueError("`state` is not a GradientReducer's: pass what its state_dict() has returned")
         order = [int(i) for i in state["order"]]
         if sorted(order) != list(range(len(self._gradients))):
             raise ValueError(
@@ -303,9 +307,9 @@ class GradientReducer:
                 " the GradientReducer with the lag that it had"
             )
         in_flight = [self._restored(saved) for saved in state["in_flight"]]
+        self._steps = int(state["steps"])
         self._arrange(order)
         self._in_flight.extend(in_flight)
-        self._steps = int(state["steps"])
         self._rearranges = bool(state["rearranges"])
 
     def _restored(self, saved: Mapping[str, Any]) -> _Step:
@@ -390,12 +394,6 @@ class GradientReducer:
         self._step.active = active
         return active
 
-    def _send(self, arrangement: Arrangement, bucket: int) -> Any:
-        options = self._options | {"step": self._steps} if self._options else {}
-        if self._step.times is not None:
-            self._step.times.bucket_sent(bucket)
-        return self._comm.all_reduce(arrangement.buckets[bucket], op="avg", async_op=True, **options)
-
     def _finish(self) -> Stats | None:
         step = self._step
         if step.times is not None:
@@ -452,13 +450,14 @@ class GradientReducer:
         self._step = self._step_in(arrangement)
 
     def _step_in(self, arrangement: Arrangement) -> _Step:
-        send = partial(self._send, arrangement)
-        flights: Flights
+        options = self._options | {"step": self._steps} if self._options else {}
+        step = _Step(arrangement)
+        send = partial(_send, self._comm, arrangement, options, weakref.ref(step))
         if self._by_priority:
-            flights = ByPriority(send, [min(members) for members in arrangement.members], self._comm)
+            step.flights = ByPriority(send, [min(members) for members in arrangement.members], self._comm)
         else:
-            flights = InOrder(send, len(arrangement.buckets))
-        return _Step(arrangement, flights)
+            step.flights = InOrder(send, len(arrangement.buckets))
+        return step
 
     def _shown(self, indices: list[int]) -> str:
         shown = ", ".join(repr(self._gradients[i].name) for i in indices[:_SHOWN])
@@ -466,10 +465,26 @@ class GradientReducer:
 
 
 def _after_backward(reducer: weakref.ref[GradientReducer], i: int, _: Any) -> None:
-    """A hook, which does not keep alive a reducer that its owner has dropped."""
+    """A hook, which ends with its reducer: it does not keep one alive that its owner has dropped, and leaves
+    the parameters of one whose group has failed to the next."""
     found = reducer()
-    if found is not None:
+    if found is not None and found._failure is None:
         found.ready(i)
+
+
+def _send(
+    comm: Communicator,
+    arrangement: Arrangement,
+    options: Mapping[str, Any],
+    of_step: weakref.ref[_Step],
+    bucket: int,
+) -> Any:
+    """Refers to its step weakly, and not to the reducer: neither becomes a cycle of references, whose end
+    would wait for the garbage collector."""
+    step = of_step()
+    if step is not None and step.times is not None:
+        step.times.bucket_sent(bucket)
+    return comm.all_reduce(arrangement.buckets[bucket], op="avg", async_op=True, **options)
 
 
 def _copied(data: Any) -> Any:

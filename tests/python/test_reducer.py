@@ -3,13 +3,14 @@
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from processes import Died, started
+from processes import Died, Gate, run, started
 
 import pycomm
 from pycomm import Communicator, GradientReducer
@@ -347,9 +348,9 @@ def test_misuse_names_the_value_and_the_remedy(ranks: Ranks) -> None:
             reducer.ready(1)
         with pytest.raises(ValueError, match="not ready: 'weight'"):
             reducer.finish()
-        for wrong in (2, -1):
-            with pytest.raises(IndexError, match=f"`i` is {wrong}: there are 2"):
-                reducer.ready(wrong)
+        for i in (2, -1):
+            with pytest.raises(IndexError, match=f"`i` is {i}: there are 2"):
+                reducer.ready(i)
         with pytest.raises(ValueError, match="between steps"):
             reducer.state_dict()
         with pytest.raises(ValueError, match="before the first pass"), reducer.no_sync():
@@ -363,6 +364,9 @@ def test_misuse_names_the_value_and_the_remedy(ranks: Ranks) -> None:
         with pytest.raises(ValueError, match="after a step"):
             reducer.load_state_dict({})
         other = GradientReducer([(3,)], comm)
+        for wrong in ({}, None, ErrorFeedback().state_dict()):
+            with pytest.raises(ValueError, match="not a GradientReducer's"):
+                other.load_state_dict(wrong)
         with pytest.raises(ValueError, match="of 2 gradients, and there are 1"):
             other.load_state_dict(reducer.state_dict())
 
@@ -459,6 +463,34 @@ def test_a_rank_that_makes_another_call_is_a_mismatch(ranks: Ranks) -> None:
             reducer.finish()
 
     ranks(fn, 2)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ctrl_c_ends_finish_and_the_others_are_told(order: Any) -> None:
+    """Rank 1 has not begun when rank 0 waits for it."""
+    gate = Gate()
+
+    def fn(comm: Communicator) -> str:
+        reducer = GradientReducer([np.ones(shape, np.float32) for shape in SHAPES], comm, order=order)
+        if comm.rank == 1:
+            gate.wait_for(1)
+        else:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            for i in range(len(SHAPES)):
+                reducer.ready(i)
+            reducer.finish()
+        except KeyboardInterrupt:
+            gate.arrive()
+            with pytest.raises(pycomm.CommError, match="interrupted"):
+                reducer.finish()
+            return "interrupted"
+        except pycomm.CommError as error:
+            return str(error)
+        return "finished"
+
+    said = run(fn, 2)
+    assert said[0] == "interrupted" and "rank 0 was interrupted" in said[1]
 
 
 @pytest.mark.parametrize("order", ORDERS)

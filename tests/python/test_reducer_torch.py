@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import pycomm
 from pycomm import Communicator, GradientReducer
 
 torch = pytest.importorskip("torch")
@@ -214,20 +215,42 @@ def test_parameters_are_not_lost_over_a_checkpoint_of_late_averages(ranks: Ranks
 
 
 def test_hooks_do_not_keep_the_reducer(ranks: Ranks) -> None:
+    """Not even until the garbage collector comes, which would be at another time on each rank."""
+
     def fn(comm: Communicator) -> None:
         net = model(torch.float32)
-        for step in range(2):
-            reducer = GradientReducer(net.parameters(), comm)
-            reducer.attach()
-            net(batch(comm.rank, step, torch.float32)).sum().backward()  # no hook of the one before
-            reducer.finish()
-            reducer.zero_grad()
-            dropped = weakref.ref(reducer)
-            del reducer
-            gc.collect()
-            assert dropped() is None
+        gc.disable()
+        try:
+            for order in ("ready", "reverse", "priority"):
+                reducer = GradientReducer(net.parameters(), comm, order=order)
+                reducer.attach()
+                net(batch(comm.rank, 0, torch.float32)).sum().backward()  # no hook of the one before
+                reducer.finish()
+                reducer.zero_grad()
+                dropped = weakref.ref(reducer)
+                del reducer
+                assert dropped() is None
+        finally:
+            gc.enable()
 
     ranks(fn, 1)
+
+
+def test_hooks_of_a_failed_group_leave_backward_alone(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        net = model(torch.float32)
+        reducer = GradientReducer(net.parameters(), comm)
+        reducer.attach()
+        with pytest.raises(pycomm.CommError):
+            if comm.rank == 1:
+                comm.all_reduce(torch.zeros(1), async_op=True)
+            net(batch(comm.rank, 0, torch.float32)).sum().backward()
+            reducer.finish()
+        net(batch(comm.rank, 0, torch.float32)).sum().backward()
+        with pytest.raises(pycomm.AbortedError, match="another GradientReducer"):
+            reducer.finish()
+
+    ranks(fn, 2)
 
 
 def test_gradient_checkpointing_and_shared_parameters(ranks: Ranks) -> None:
