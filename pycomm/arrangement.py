@@ -135,10 +135,10 @@ class Arrangement:
         if as_views:
             self._use_views()
 
-    def pack(self, bucket: int, scale: float) -> None:
-        """Brings the bucket's gradients there, each value times `scale`."""
-        if scale != 1.0 or not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
-            self.buckets[bucket].pack(scale)
+    def pack(self, bucket: int) -> None:
+        """Brings the bucket's gradients there."""
+        if not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
+            self.buckets[bucket].pack()
 
     def cosine(self) -> float:
         """Of the angle between all gradients as they are and what the buckets hold; NaN if one is zero."""
@@ -154,11 +154,11 @@ class Arrangement:
                 there += float(b @ b)
         return product / math.sqrt(here * there) if here * there > 0 else math.nan
 
-    def take(self) -> Stats:
-        """Brings what the buckets hold to the gradients."""
+    def take(self, scale: float) -> Stats:
+        """Brings what the buckets hold to the gradients, each value times `scale`."""
         for gradient in self._gradients:
             gradient.lay_in_bucket()
-        found = [bucket.unpack() for bucket in self.buckets]
+        found = [bucket.unpack(scale) for bucket in self.buckets]
         return Stats(
             math.fsum(stats.sum_squares for stats in found),
             max((stats.max_abs for stats in found), default=0.0),

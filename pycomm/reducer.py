@@ -39,6 +39,7 @@ class _Step:
         self.is_used = np.zeros(count, np.int64)
         self.missing = [len(members) for members in arrangement.members]  # of each bucket
         self.active: int | None = None  # ranks with input; None: not known yet
+        self.scale = 1.0  # makes averages over all ranks those over the active ones
         self.works: list[Any] = []
         self.times: trace.Step | None = None  # if the group is traced
 
@@ -281,6 +282,7 @@ class GradientReducer:
                 {
                     "order": list(step.arrangement.order),
                     "is_used": step.is_used.tolist(),
+                    "scale": step.scale,
                     "buckets": [_copied(bucket.data) for bucket in step.arrangement.buckets],
                 }
                 for step in self._in_flight
@@ -322,6 +324,7 @@ class GradientReducer:
             place[:] = averages
         step = self._step_in(arrangement)
         step.is_used[:] = saved["is_used"]
+        step.scale = float(saved["scale"])
         return step
 
     def _refuse_open_step(self, method: str) -> None:
@@ -351,12 +354,13 @@ class GradientReducer:
         else:
             gradient.leave_out()
         try:
-            active = step.active or self._count_active(has_input=True)
+            if not step.active:
+                self._count_active(has_input=True)
             bucket = step.arrangement.bucket_of[i]
             if step.missing[bucket] == 1:
                 if step.times is not None:
                     step.times.bucket_ready(bucket, step.arrangement.buckets[bucket].__pycomm_signature__)
-                step.arrangement.pack(bucket, self._comm.size / active)
+                step.arrangement.pack(bucket)
             step.is_ready[i] = True
             step.ready.append(i)
             step.is_used[i] = used
@@ -392,6 +396,7 @@ class GradientReducer:
             count = np.array([has_input], np.int64)
             active = int(self._comm.all_reduce(count, tag="GradientReducer: ranks with input")[0])
         self._step.active = active
+        self._step.scale = self._comm.size / max(active, 1)
         return active
 
     def _finish(self) -> Stats | None:
@@ -428,7 +433,7 @@ class GradientReducer:
             times.goes_on()  # what only a trace needs is no communication
             times.cosine = step.arrangement.cosine()
             times.stops()
-        stats = step.arrangement.take()
+        stats = step.arrangement.take(step.scale)
         if self._find_unused:
             for i in np.flatnonzero(step.is_used == 0):
                 self._gradients[i].forget()

@@ -170,6 +170,42 @@ def test_uneven_inputs(ranks: Ranks, order: Any) -> None:
     assert ranks(fn, 3) == [3, 3, 3]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_averages_over_few_ranks_overflow_nowhere(ranks: Ranks, dtype: str) -> None:
+    """The gradients of three ranks of four, and then of one: near the largest number of float16."""
+
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer([(300,)], comm, dtype=dtype, uneven_inputs=True)
+        last = 60000 + 32 * comm.rank
+        found = []
+        for _ in range([2, 1, 1, 0][comm.rank]):
+            reducer.gradients[0][...] = last
+            reducer.ready(0)
+            reducer.finish()
+            found.append(float(reducer.gradients[0][0]))
+        found += [float(reducer.gradients[0][0]) for _ in reducer.join()]
+        np.testing.assert_allclose(found, [60032, 60000], rtol=2.0**-10 if dtype == "float16" else 1e-6)
+
+    ranks(fn, 4)
+
+
+def test_late_averages_over_few_ranks_are_restored(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer([(3,)], comm, lag=1, uneven_inputs=True)
+        if comm.rank == 0:
+            reducer.gradients[0][...] = 5
+            reducer.ready(0)
+            assert reducer.finish() is None
+        joined = list(reducer.join())
+        assert joined == [None] * comm.rank
+        later = GradientReducer([(3,)], comm, lag=1, uneven_inputs=True)
+        later.load_state_dict(reducer.state_dict())
+        assert [stats.max_abs for stats in later.drain()] == [5]
+        np.testing.assert_array_equal(later.gradients[0], [5, 5, 5])
+
+    ranks(fn, 2)
+
+
 def test_late_averages(ranks: Ranks) -> None:
     """With lag, also over a checkpoint in between."""
 
