@@ -1,10 +1,8 @@
 """What communication costs a training step, and why: when each bucket was ready, sent and done, on each rank.
 
-with pycomm.trace.start(comm) as trace:
-    ...  # steps through a GradientReducer
-trace.report()              # prints exposed communication, overlap, waiting for late ranks
-trace.save("step.json")     # for ui.perfetto.dev or chrome://tracing
-trace.plot("step.png")      # one step, ranks as rows
+Make steps of a GradientReducer inside of ``with pycomm.trace.start(comm) as trace:``. Afterwards
+``trace.report()`` prints a table, ``trace.save("step.json")`` writes a file for ui.perfetto.dev or
+chrome://tracing, and ``trace.plot("step.png")`` draws a step.
 """
 
 from __future__ import annotations
