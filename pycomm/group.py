@@ -61,12 +61,13 @@ class Communicator(_native.Communicator):
     It is also a context manager that closes the group at the end.
     """
 
-    def __init__(self, other: _native.Communicator | None = None) -> None:
+    def __init__(self, other: _native.Communicator | None = None, in_threads: bool = False) -> None:
         if not isinstance(other, _native.Communicator):
             raise TypeError(
                 "a Communicator is not made by hand: use pycomm.init(), or pycomm.run_local(fn, n)"
             )
         super().__init__(other)
+        self._in_threads = in_threads  # ranks of one process share what a process has once
         introduce(self)
 
     def broadcast_object(self, obj: object, root: int = 0) -> objects.Object:
@@ -98,7 +99,7 @@ class Communicator(_native.Communicator):
         """The group of those ranks that gave the same color, ordered by key and then by rank here; None for a
         negative color. Collective."""
         group = super().split(color, key)
-        return None if group is None else type(self)(group)
+        return None if group is None else type(self)(group, self._in_threads)
 
     def shrink(self) -> Communicator:
         """The group of those ranks that are still there, in the same order: to go on after a PeerLostError.
@@ -106,7 +107,7 @@ class Communicator(_native.Communicator):
         Collective among them. The old communicator is of no more use, nor is symmetric memory made with it.
         Raises CommTimeoutError if a rank that lives does not come.
         """
-        return type(self)(super().shrink())
+        return type(self)(super().shrink(), self._in_threads)
 
     def __enter__(self) -> Communicator:
         return self
@@ -198,7 +199,8 @@ def run_local(
     n = checks.integer(n, "n")
     if n < 1:
         raise ValueError(f"n={n}: a group has at least one rank")
-    comms = [Communicator(comm) for comm in _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)]
+    joined = _native.join_threads(n, timeout, _node_of_each(nodes, n), delays)
+    comms = [Communicator(comm, in_threads=True) for comm in joined]
     results: dict[int, T] = {}
     errors: list[BaseException] = []
     memory = shared_arrays if _native.makes_shared_arrays() else nullcontext
