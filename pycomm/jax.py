@@ -87,7 +87,8 @@ def all_reduce(x: jax.typing.ArrayLike, comm: Communicator, op: str = "sum") -> 
     Raises TypeError for what is no Communicator, and for a dtype that `op` does not take; ValueError for an
     unknown `op`, and for ranks that are threads of one process (run_local); NotImplementedError for programs
     of several devices or of other devices than CPUs. All of these come while JAX traces or compiles, before
-    this rank has moved. Errors of a call that runs are a JaxRuntimeError, whose text has pycomm's (docs/jax.md).
+    this rank has moved. Errors of a call that runs are a jax.errors.JaxRuntimeError, whose text ends with
+    pycomm's error (docs/jax.md).
     """
     return _bind(x, _Call(comm, "all_reduce", op))
 
@@ -126,9 +127,11 @@ def _bind(x: Any, call: _Call) -> Any:
             "ranks that are threads of one process (run_local) would wait for each other forever inside of"
             " JAX: make them processes, with `pycomm run -n 2 script.py`"
         )
+    if not 0 <= call.root < comm.size:
+        raise ValueError(f"`root` is {call.root}: ranks of this group are 0 to {comm.size - 1}")
     x = jnp.asarray(x)
-    # Refuses operators, dtypes and roots that the call would refuse.
-    comm.explain(call.collective, 0, x.dtype.name, op=call.op, root=call.root)
+    # Refuses operators and dtypes that the call would refuse.
+    comm.explain(call.collective, 0, x.dtype.name, op=call.op)
     if call.collective not in _ELEMENTWISE:
         if x.ndim == 0:
             raise ValueError(f"{call.collective} of a number: pass an array with an axis 0, x.reshape(1)")
