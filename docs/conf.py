@@ -30,6 +30,7 @@ html_extra_path = ["site"]  # index.html, which leads to the root document
 html_copy_source = False
 myst_heading_anchors = 4  # those of git hosts
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["jax"]  # which the documentation does without
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
@@ -41,6 +42,7 @@ TABLE_OF_CONTENTS = """
 :caption: Use
 
 docs/pytorch
+docs/jax
 docs/coming-from
 docs/shared-arrays
 docs/codecs

@@ -211,7 +211,7 @@ def _differentiate(values: Any, tangents: Any, *, call: _Call) -> Any:
     return _linear(values, tangents, call=call)
 
 
-ad.primitive_jvps[_collective] = _differentiate
+ad.primitive_jvps.update({_collective: _differentiate})
 
 
 def _batch(arguments: Any, axes: Any, *, call: _Call) -> Any:
@@ -222,4 +222,4 @@ def _batch(arguments: Any, axes: Any, *, call: _Call) -> Any:
     return _collective.bind(x, call=call), axis
 
 
-batching.primitive_batchers[_collective] = _batch
+batching.primitive_batchers.update({_collective: _batch})

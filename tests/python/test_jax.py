@@ -167,6 +167,9 @@ def test_derivatives(size: int) -> None:
             vs = drawn(size, (ROWS, 2), seed=2)
             got = jax.jit(lambda x, v, of=squares: jax.jvp(of, (x,), (v,))[1])(x, vs[comm.rank])
             close(got, transposed(expected(vs))[comm.rank])
+            # The same in reverse, which transposes the transpose.
+            twice = jax.grad(lambda x, of=squares, v=vs[comm.rank]: (of(x) * v).sum())
+            close(twice(x), transposed(expected(vs))[comm.rank])
 
     run(fn, size)
 
@@ -336,6 +339,8 @@ def test_communicators_as_static_arguments() -> None:
         for _ in range(3):
             assert compiled(jnp.ones(()), comm) == 2
             assert compiled(jnp.ones(()), alone) == 1
+            assert pj.all_reduce(jnp.ones(()), comm) == 2
+            assert pj.all_reduce(jnp.ones(()), alone) == 1
         assert traced == [comm, alone]
 
     run(fn, 2)
