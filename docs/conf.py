@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sphinx.ext.autodoc.mock import _MockObject
+
 import pycomm
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,7 @@ html_copy_source = False
 myst_heading_anchors = 4  # those of git hosts
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["jax"]  # which the documentation does without
+_MockObject.__setitem__ = lambda *_: None  # pycomm.jax enters rules into JAX's tables
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100

@@ -22,7 +22,7 @@ try:
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 except ImportError as error:
-    raise ImportError(f"pycomm.jax needs JAX, 0.10 or later: `pip install jax` ({error})") from error
+    raise ImportError(f"pycomm.jax needs JAX, 0.7 or later: `pip install jax` ({error})") from error
 
 __all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"]
 
@@ -144,7 +144,16 @@ def _bind(x: Any, call: _Call) -> Any:
 
 
 _collective = Primitive("pycomm")
-_collective.def_impl(jax.jit(_collective.bind, static_argnames="call"))
+_compiled = jax.jit(_collective.bind, static_argnames="call")
+
+
+def _outside_of_jit(x: Any, *, call: _Call) -> Any:
+    """A compiled program as well, and so in order with those that are still on their way."""
+    with jax.disable_jit(False):
+        return _compiled(x, call=call)
+
+
+_collective.def_impl(_outside_of_jit)
 
 # The effect of ordered io_callbacks: JAX runs what has it in the program's order, and drops none of it. Our
 # callback is not an io_callback, which first hands its arguments to JAX again, as jax.Arrays: where a process
@@ -211,7 +220,7 @@ def _differentiate(values: Any, tangents: Any, *, call: _Call) -> Any:
     return _linear(values, tangents, call=call)
 
 
-ad.primitive_jvps.update({_collective: _differentiate})
+ad.primitive_jvps[_collective] = _differentiate
 
 
 def _batch(arguments: Any, axes: Any, *, call: _Call) -> Any:
@@ -222,4 +231,4 @@ def _batch(arguments: Any, axes: Any, *, call: _Call) -> Any:
     return _collective.bind(x, call=call), axis
 
 
-batching.primitive_batchers.update({_collective: _batch})
+batching.primitive_batchers[_collective] = _batch

@@ -103,6 +103,9 @@ def test_values(size: int) -> None:
             want = expected(xs)[comm.rank]
             close(call(pj, x, comm), want)
             close(jax.jit(lambda x, call=call: call(pj, x, comm))(x), want)
+            close(jax.jit(lambda x, call=call: call(pj, x, comm)).lower(x).compile()(x), want)
+            with jax.disable_jit():
+                close(call(pj, x, comm), want)
             # What the collective gets, and what becomes of its result, is in another layout.
             close(jax.jit(lambda x, call=call: call(pj, x.T.T, comm).T)(x), want.T)
         for op, of in {"min": np.min, "max": np.max, "prod": np.prod}.items():
@@ -398,7 +401,11 @@ def test_what_is_refused_before_anything_moves() -> None:
         of = jax.vmap(lambda x: jax.lax.cond(x[0] > 0, lambda x: pj.all_reduce(x, comm), lambda x: x, x))
         refused(NotImplementedError, "IO effect not supported in vmap-of-cond", lambda: of(x))
 
-        devices = "all_reduce in a program of 2 devices"
+        traced = jax.jit(lambda x: pj.all_reduce(x, comm)).trace(x)
+        with pytest.raises(NotImplementedError, match="all_reduce takes CPU arrays: .* JAX_PLATFORMS=cpu"):
+            traced.lower(lowering_platforms=("cuda",))
+
+        devices = "all_reduce in a program of 2 devices|Ordered effects not supported in `pmap`"
         mesh = jax.sharding.Mesh(jax.devices(), "i")
         rows = jax.sharding.PartitionSpec("i")
         four = jnp.ones(4)
@@ -411,7 +418,9 @@ def test_what_is_refused_before_anything_moves() -> None:
             lambda: jax.jit(lambda x: pj.all_reduce(x, comm))(sharded),
             lambda: pj.all_reduce(sharded, comm),
         ):
-            with pytest.raises(NotImplementedError, match=devices):
+            with pytest.raises(
+                (NotImplementedError, ValueError), match=devices
+            ):  # pmap's is JAX's before 0.10
                 call()
         # No derivative is asked for where it is stopped; and nothing above has moved this rank.
         stopped = jax.grad(lambda x: (x * pj.all_reduce(jax.lax.stop_gradient(x), comm, "max")).sum())
@@ -500,4 +509,4 @@ def test_without_jax_the_import_says_what_to_install() -> None:
     script = "import sys; sys.modules['jax'] = None\nimport pycomm.jax"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "ImportError: pycomm.jax needs JAX, 0.10 or later: `pip install jax`" in done.stderr
+    assert "ImportError: pycomm.jax needs JAX, 0.7 or later: `pip install jax`" in done.stderr
