@@ -1,0 +1,124 @@
+"""The handle of a call of torch.distributed: pycomm's callback completes it, and no thread waits for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import Work as _TorchWork
+
+from pycomm import CommTimeoutError, Work
+
+Finish = Callable[[], None]
+
+
+def seconds(timeout: timedelta | None) -> float | None:
+    """torch says "no timeout of its own" with zero and with negative ones."""
+    found = 0.0 if timeout is None else timeout.total_seconds()
+    return found if found > 0 else None
+
+
+class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
+    """What a collective returns to torch.
+
+    `result` is the tensors that the call fills, kept alive until then. The future holds them, or fails with
+    the error's text in a RuntimeError, which is all that torch's futures keep of an error.
+    """
+
+    def __init__(self, result: list[Any]) -> None:
+        super().__init__()
+        self._result = result
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._native: list[Work] = []
+        self._trigger: Any = None
+        self._future: Any = None
+
+    def follow(self, works: list[Work], finish: Finish | None = None) -> None:
+        """Completes when all of `works` have and `finish` has brought results to the caller's tensors."""
+        self._native = works
+        left = len(works)
+
+        def one_less(work: Work) -> None:
+            nonlocal left
+            with self._lock:
+                left -= 1
+                last = left == 0
+            if last:
+                self._settle(finish)
+
+        for work in works:
+            work.add_done_callback(one_less)
+        if not works:
+            self._settle(finish)
+
+    def _settle(self, finish: Finish | None) -> None:
+        error = next((e for e in (work.exception() for work in self._native) if e is not None), None)
+        if error is None and finish is not None:
+            try:
+                finish()
+            except Exception as raised:
+                error = raised
+        self.complete(error)
+
+    def complete(self, error: BaseException | None = None) -> None:
+        with self._lock:
+            self._error = error
+            self._native = []
+            self._done.set()
+            trigger = self._trigger
+        if trigger is not None:
+            trigger.set_result(None)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        limit = seconds(timeout)
+        if not self._done.wait(limit):
+            raise CommTimeoutError(f"the call has not completed within {limit} s; it goes on")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self._done.is_set()
+
+    def is_success(self) -> bool:
+        return self._done.is_set() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        return self._error
+
+    def result(self) -> list[Any]:
+        self.wait()
+        return self._result
+
+    def get_future(self) -> Any:
+        with self._lock:
+            if self._future is not None:
+                return self._future
+            # Future.set_exception would end the process where C++ waits, as DDP's backward does. What a
+            # callback raises reaches C++ as a RuntimeError.
+            trigger = torch.futures.Future()
+            self._future = trigger.then(self._outcome)
+            if not self._done.is_set():
+                self._trigger = trigger
+                return self._future
+        trigger.set_result(None)
+        return self._future
+
+    def _outcome(self, _: Any) -> list[Any]:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def completed(result: list[Any]) -> Handle:
+    handle = Handle(result)
+    handle.complete()
+    return handle
