@@ -26,6 +26,8 @@ class ProcessGroup(Collectives, _TorchProcessGroup):  # type: ignore[misc]  # to
         Collectives.__init__(self, comm, timeout)
         self._store = store
         self._group_name = self._group_desc = ""
+        # The device alone, so that torch knows whose tensors the group takes.
+        self._register_backend(torch.device("cpu"), _TorchProcessGroup.BackendType.CUSTOM, None)
 
     # Called by C++: functional collectives, DeviceMesh and FSDP2 look up a group by its name.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed import Work as _TorchWork
 
-from pycomm import CommTimeoutError, Work
+from pycomm import CommError, CommTimeoutError, Work
 
 Finish = Callable[[], None]
 
@@ -76,6 +76,12 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         limit = seconds(timeout)
+        for work in self._native:  # whoever waits for pycomm's Work drives it
+            try:
+                work.wait(limit)
+            except CommError:
+                if not work.is_completed():
+                    raise
         if not self._done.wait(limit):
             raise CommTimeoutError(f"the call has not completed within {limit} s; it goes on")
         if self._error is not None:

@@ -195,7 +195,7 @@ def test_a_late_rank_is_named_at_the_deadline() -> None:
         message = ""
         if dist.get_rank() == 0:
             work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
-            with pytest.raises(RuntimeError, match="has not completed within 0.1 s; it goes on"):
+            with pytest.raises(RuntimeError, match="not completed within 0.1.* s; it goes on"):
                 work.wait(datetime.timedelta(seconds=0.1))
             with pytest.raises(pycomm.CommTimeoutError) as caught:
                 work.wait()

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from groups import on_ranks
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 SIZE = 2
@@ -110,6 +114,47 @@ def fsdp_of_uneven_shards() -> Any:
     return train(model)
 
 
+def hsdp() -> Any:
+    """Two replicas, each of one shard: gradients are averaged over the mesh's other dimension."""
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (SIZE, 1), mesh_dim_names=("replicas", "shards")))
+    return train(model)
+
+
+def zero() -> Any:
+    model = ddp()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+    return weights(model)
+
+
+def tensor_parallel() -> Any:
+    model = net()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (SIZE,)), plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(batch(step, rank=0)).square().mean().backward()
+        optimizer.step()
+    return weights(model)
+
+
+def compiled() -> Any:
+    """Functional collectives in a graph."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(x: Any) -> Any:
+        total = funcol.all_reduce(x, "sum", dist.group.WORLD)
+        parts = funcol.reduce_scatter_tensor(total.reshape(-1), "avg", 0, dist.group.WORLD)
+        return funcol.all_gather_tensor(parts * 2, 0, dist.group.WORLD)
+
+    return step(batch(0))
+
+
 WAYS: dict[str, Callable[[], Any]] = {
     "ddp": lambda: train(ddp()),
     "bucket views": lambda: train(ddp(gradient_as_bucket_view=True)),
@@ -121,6 +166,10 @@ WAYS: dict[str, Callable[[], Any]] = {
     "batch norm": batch_norm,
     "fsdp2": fsdp,
     "fsdp2, uneven shards": fsdp_of_uneven_shards,
+    "hsdp": hsdp,
+    "zero": zero,
+    "tensor parallel": tensor_parallel,
+    "compiled": compiled,
 }
 
 
