@@ -337,12 +337,13 @@ def _op(opts: Any, x: Any) -> Any:
 
 
 def _source(x: Any) -> Any:
-    """What a call reads: contiguous, without the history that autograd keeps."""
+    """What a call reads: contiguous."""
     _check_tensor(x)
-    return (x.detach() if x.requires_grad else x).contiguous()
+    return x.contiguous()
 
 
 def _writable(x: Any) -> Any:
+    """What a call writes: without its history, for which pycomm alone would refuse it."""
     _check_tensor(x)
     if any(stride == 0 and count > 1 for stride, count in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(
