@@ -70,9 +70,10 @@ def work_until_told(comm: Communicator, calls: list[Callable[[int], object]]) ->
     raise AssertionError("not reached")
 
 
-def busy(comm: Communicator) -> tuple[str, str, float]:
+def busy(comm: Communicator, begins: Callable[[], None] = lambda: None) -> tuple[str, str, float]:
     """Calls collectives of many kinds, sizes and algorithms, one on symmetric memory."""
     x, big, shared = np.ones(100, np.float32), np.ones(300_000, np.float32), comm.empty(20_000)
+    begins()
     names = _native.algorithms("all_reduce")
     calls: list[Callable[[int], object]] = [
         lambda step: comm.all_reduce(x, op="max", algorithm=names[step % len(names)]),
@@ -94,8 +95,7 @@ def test_a_killed_rank_is_named_within_a_second(seed: int) -> None:
     gate = Gate()
 
     def fn(comm: Communicator) -> object:
-        gate.arrive()
-        return busy(comm)
+        return busy(comm, gate.arrive)
 
     with started(fn, size) as ranks:
         gate.wait_for(size)
