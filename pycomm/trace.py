@@ -157,13 +157,15 @@ class Trace:
         comm, self._comm = self._comm, None
         if comm is None:
             return
+        comm.barrier(tag="trace.stop()")  # what was sent before has ended, and is in the log
         stolen = (comm.progress_seconds - self._progress) / max(self._taken, 1)
         calls, _ = comm.take_log()
         _active.pop(comm, None)
         comm.log_calls(0)
-        self._steps = deque([step for step in self._steps if step.end][-self._kept :])
-        self._fill_in(calls)
-        mine = [asdict(step) for step in self._steps]
+        ended = [step for step in self._steps if step.end]
+        self._fill_in(ended, calls)
+        whole = [step for step in ended if all(flight.finished for flight in step.flights)]
+        mine = [asdict(step) for step in whole[-self._kept :]]
         for step in mine:
             step["blocked"] = [list(interval) for interval in step["blocked"]]
         everyones: Any = comm.all_gather_object({"stolen": stolen, "steps": mine})
@@ -268,12 +270,13 @@ class Trace:
 
     # ---- inside ----
 
-    def _fill_in(self, calls: list[Any]) -> None:
-        """Brings the times of calls to the flights that they carried: a signature's calls are in order."""
+    def _fill_in(self, steps: list[Step], calls: list[Any]) -> None:
+        """Brings the times of calls to the flights that they carried: a signature's calls are in order. The
+        oldest steps' calls may have left the log."""
         by_tag: dict[str, list[Any]] = {}
         for call in calls:
             by_tag.setdefault(call[4], []).append(call)
-        for step in reversed(self._steps):  # older steps' calls may have left the log
+        for step in reversed(steps):
             for flight in reversed(step.flights):
                 found = by_tag.get(flight.signature)
                 if not found:

@@ -224,6 +224,7 @@ void take_scatter(Invocation& call, const PyCommunicator& comm, PyObject* x, con
     }
     call.result = py::reinterpret_borrow<py::object>(args[Arg::out]);
     call.out = get_array(args[Arg::out], "out");
+    call.in.dtype = call.out.dtype;
     require_writable(call.out, "out");
     if (rows.empty()) rows.assign(n, call.out.rows());
     if (rows[me] != call.out.rows()) {
@@ -321,6 +322,7 @@ void take_message(Invocation& call, const PyCommunicator& comm, const Method& me
   call.request.call.counts.assign(1, buffer.count);
   call.request.call.world.root = side.sends ? comm->rank() : peer;
   call.request.call.world.peer = side.sends ? peer : comm->rank();
+  call.in.dtype = buffer.dtype;
   (side.sends ? call.in : call.out) = buffer;
   call.x = py::reinterpret_borrow<py::object>(args[side.buffer]);
   call.result = side.sends ? py::none() : call.x;
@@ -349,7 +351,7 @@ Invocation begin_call(const Method& method, const PyCommunicator& comm, const Ar
 
 void finish_request(Invocation& call) {
   Request& request = call.request;
-  request.call.dtype = call.in.data || call.in.count ? call.in.dtype : call.out.dtype;
+  request.call.dtype = call.in.dtype;
   request.in = call.in.data;
   request.out = call.out.data;
   check_premul(request);

@@ -364,3 +364,27 @@ def test_tensors_on_a_gpu() -> None:
         for describe in (on_gpu, lambda x: _native.describe_buffer(x, "x")):
             with pytest.raises(TypeError, match=r"`x` is not a dense tensor \(torch.sparse_.*x.to_dense\(\)"):
                 describe(x)
+
+
+def test_empty_tensors_keep_their_type(ranks: Ranks) -> None:
+    """They have no address. A rank that has only one of the two buffers takes the type from that."""
+
+    def fn(comm: Communicator) -> None:
+        for dtype in (torch.uint8, torch.float64, torch.bfloat16):
+            x = torch.zeros(0, dtype=dtype)
+            if comm.rank == 0:
+                comm.send(x, 1)
+                comm.send(torch.ones(3, dtype=dtype), 1)
+            else:
+                comm.recv(x, 0)
+                y = torch.zeros(3, dtype=dtype)
+                comm.recv(y, 0)
+                assert (y == 1).all()
+            comm.gather(x, root=1)
+            if comm.rank == 0:
+                comm.scatter(torch.zeros(0, dtype=dtype), out=x)
+            else:
+                comm.scatter(out=x)
+            comm.all_reduce(x)
+
+    ranks(fn, 2)

@@ -42,7 +42,7 @@ def test_the_parts_of_a_step_add_up(ranks: Ranks, order: Any) -> None:
                 for flight in each.flights:
                     assert flight.algorithm and flight.bytes > 0 and "bucket of" in flight.signature
                     assert each.begin < flight.ready <= flight.sent <= flight.finished <= each.end
-                    assert flight.started <= flight.arrived <= flight.finished
+                    assert flight.sent <= flight.started <= flight.arrived <= flight.finished
                     assert 0 < flight.first_arrived <= flight.arrived
                 whole, compute, exposed, late, communication, overlap = trace._shares(each)
                 assert whole == pytest.approx(compute + exposed + late, abs=1e-8)
@@ -72,6 +72,8 @@ def test_how_far_late_gradients_had_turned(ranks: Ranks) -> None:
                         reducer.ready(i)
                     reducer.finish()
             found.append(traced.summary(comm.rank).cosine)
+            for flight in (flight for step in traced.ranks[comm.rank] for flight in step.flights):
+                assert flight.sent <= flight.started
             assert ("cosine" in traced.report()) == (lag > 0)
         return found
 
@@ -104,6 +106,25 @@ def test_it_is_reported_saved_and_drawn(ranks: Ranks, tmp_path: Path, capsys: An
     assert {(rank, name) for rank in range(2) for name in ("compute", "in the reducer", "bucket 0")} <= named
     assert all(event["dur"] > 0 for event in events if event["ph"] == "X")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_whose_calls_have_left_the_log_are_left_out(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer([(8,)] * 100, comm, bucket_mb=1e-6)
+        assert len(reducer.buckets) == 100
+        reached = trace.start(comm, steps=4)
+        for _ in range(6):
+            for i in reversed(range(100)):
+                reducer.ready(i)
+            reducer.finish()
+        reached.stop()
+        for steps in reached.ranks:
+            assert 0 < len(steps) < 4
+            for each in steps:
+                assert len(each.flights) == 100
+                assert all(flight.sent <= flight.started < flight.finished for flight in each.flights)
+
+    ranks(fn, 2)
 
 
 def test_misuse_names_the_remedy(ranks: Ranks) -> None:
