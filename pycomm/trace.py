@@ -27,7 +27,8 @@ _active: WeakKeyDictionary[Communicator, Trace] = WeakKeyDictionary()
 
 
 def start(comm: Communicator, steps: int = 100) -> Trace:
-    """Traces the steps of GradientReducers of `comm` from their next step on, and keeps the latest `steps`.
+    """Traces the steps of GradientReducers of `comm` from their next step on, and keeps the latest `steps`
+    (fewer, where steps have more than 64 calls).
 
     A collective call. Ends with the block of a `with` statement, or stop().
     """
