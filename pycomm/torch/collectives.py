@@ -24,15 +24,17 @@ from pycomm.torch.messages import Inbox, Outbox, as_bytes
 from pycomm.torch.work import Finish, Handle, completed, seconds
 
 _OPS = {
-    ReduceOp.SUM: "sum",
-    ReduceOp.AVG: "avg",
-    ReduceOp.PRODUCT: "prod",
-    ReduceOp.MIN: "min",
-    ReduceOp.MAX: "max",
-    ReduceOp.BAND: "band",
-    ReduceOp.BOR: "bor",
-    ReduceOp.BXOR: "bxor",
+    "SUM": "sum",
+    "AVG": "avg",
+    "PRODUCT": "prod",
+    "MIN": "min",
+    "MAX": "max",
+    "BAND": "band",
+    "BOR": "bor",
+    "BXOR": "bxor",
 }
+# To compare two of torch's operators takes longer than a small call; their hashes differ.
+_OP_OF_HASH: dict[int, Any] = {hash(ReduceOp(getattr(ReduceOp, name))): op for name, op in _OPS.items()}
 # What Gloo's sum of bytes is, read as truth values.
 _OPS_OF_BOOL = {"sum": "bor", "prod": "band"}
 
@@ -49,13 +51,25 @@ class Collectives:
 
     def __init__(self, comm: Communicator, timeout: timedelta) -> None:
         self._comm = comm
-        self._timeout = timeout
+        self.set_timeout(timeout)
         self._inboxes = [Inbox(comm, rank) for rank in range(comm.size)]
         self._outboxes = [Outbox(comm, rank) for rank in range(comm.size)]
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._seconds = seconds(timeout)
+
     # Reductions
 
-    def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle:
+    def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle | None:
+        if opts is not None and not opts.asyncOp:  # dist.all_reduce's, of which each microsecond counts
+            try:
+                (x,) = tensors
+                op = _OP_OF_HASH[hash(opts.reduceOp)]
+                timeout = self._seconds if opts.timeout.days < 0 else self._limit(opts)
+                self._comm.all_reduce(x, op=op, timeout=timeout)
+                return None
+            except (TypeError, ValueError, KeyError):
+                pass  # refused before it began: the general way takes more kinds of tensors
         target = _Target(_one(tensors, "tensors"))
         return self._run(
             opts,
@@ -251,7 +265,7 @@ class Collectives:
     def _run(self, opts: Any, result: list[Any], calls: list[_Call], *targets: _Target | _Parts) -> Handle:
         """Makes the calls, and then brings what they wrote to where the caller wants it."""
         finishes = [target.finish for target in targets if target.finish is not None]
-        timeout = seconds(getattr(opts, "timeout", None)) or seconds(self._timeout)
+        timeout = self._limit(opts)
 
         def finish() -> None:
             for each in finishes:
@@ -266,6 +280,11 @@ class Collectives:
         works = [method(*args, timeout=timeout, async_op=True, **more) for method, args, more in calls]
         handle.follow(works, finish if finishes else None)
         return handle
+
+    def _limit(self, opts: Any) -> float | None:
+        """How many seconds the call may take."""
+        own = None if opts is None else opts.timeout
+        return self._seconds if own is None or own.days < 0 else seconds(own) or self._seconds
 
     def _elements(self, splits: list[int], x: Any, flat: Any, name: str) -> list[int]:
         """How many elements of `flat` each rank's rows of `x` are."""
@@ -325,15 +344,12 @@ class _Parts:
 def _op(opts: Any, x: Any) -> Any:
     """pycomm's operator for torch's."""
     given = ReduceOp.SUM if opts is None else opts.reduceOp
-    kind = getattr(given, "op", given)
-    if kind == ReduceOp.PREMUL_SUM:
-        return pycomm.premul_sum(float(given.factor))
-    if kind not in _OPS:
-        raise ValueError(
-            f"pycomm has no {given}: pass one of {', '.join(op.name for op in _OPS)}, PREMUL_SUM"
-        )
-    name = _OPS[kind]
-    return _OPS_OF_BOOL.get(name, name) if x.dtype == torch.bool else name
+    op = _OP_OF_HASH.get(hash(given))
+    if op is None:
+        if given == ReduceOp.PREMUL_SUM:
+            return pycomm.premul_sum(float(given.factor))
+        raise ValueError(f"pycomm has no {given}: pass one of {', '.join(_OPS)}, PREMUL_SUM")
+    return _OPS_OF_BOOL.get(op, op) if x.dtype is torch.bool else op
 
 
 def _source(x: Any) -> Any:

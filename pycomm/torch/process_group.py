@@ -57,9 +57,6 @@ class ProcessGroup(Collectives, _TorchProcessGroup):  # type: ignore[misc]  # to
     def get_group_store(self) -> Any:
         return self._store
 
-    def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout = timeout
-
     def shutdown(self) -> None:
         self.close()
 

@@ -52,12 +52,15 @@ OPS = {
 
 
 class Engine:
+    backend = "gloo"
+
     def __init__(self, rank: int, size: int, directory: str) -> None:
         torch.set_num_threads(1)  # each rank has one core
-        dist.init_process_group("gloo", f"file://{directory}/gloo", rank=rank, world_size=size)
+        meeting = f"file://{directory}/{self.backend}"
+        dist.init_process_group(self.backend, meeting, rank=rank, world_size=size)
         self.rank = rank
         self.size = size
-        self.version = f"Gloo of torch {torch.__version__}"
+        self.version = f"{self.backend.capitalize()} of torch {torch.__version__}"
 
     def barrier(self) -> None:
         dist.barrier()
