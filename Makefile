@@ -1,4 +1,4 @@
-# make demo | test | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
+# make demo | test | test-torch | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
 # These need Python >= 3.10, a C++20 compiler and make; the rest is installed into .venv.
 
 VENV := .venv
@@ -14,7 +14,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(shell nproc)
 # The tests start a thousand interpreters, which would each compile NumPy.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules \
+.PHONY: demo test test-torch docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules \
   compile compile-with-tests
 .DELETE_ON_ERROR:
 
@@ -28,6 +28,15 @@ test: build
 	@ctest --test-dir build --output-on-failure --no-tests=error -j $$(nproc)
 	@echo "== Python tests"
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal
+
+# With torch, of any version (TORCH=2.14.1), in an environment of its own that has the rest from .venv.
+TORCH := 2.13.0
+TORCH_VENV := $(VENV)-torch-$(TORCH)
+SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+test-torch: build $(TORCH_VENV)/.done
+	@echo "== PyTorch tests"
+	@OPENBLAS_NUM_THREADS=1 $(TORCH_VENV)/bin/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal tests/pytorch \
+	  tests/python/test_torch.py tests/python/test_reducer_torch.py tests/python/test_docs.py
 
 build:
 	@$(MAKE) --no-print-directory -j2 compile-with-tests $(VENV)/.dev
@@ -73,6 +82,13 @@ $(VENV)/.python: pyproject.toml scripts/requirements.py
 	@python=$$(scripts/find_python) && echo "== environment: $(VENV) with $$($$python --version)" && \
 	  rm -rf $(VENV) && $$python -m venv $(VENV)
 	@$(PIP) install "pip>=23"
+	@touch $@
+
+$(TORCH_VENV)/.done: $(VENV)/.dev
+	@echo "== environment: $(TORCH_VENV)"
+	@rm -rf $(TORCH_VENV) && $(BIN)/python -m venv $(TORCH_VENV)
+	@$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check -qq install --no-compile torch==$(TORCH)
+	@echo "import site; site.addsitedir('$$($(BIN)/$(SITE))')" >"$$($(TORCH_VENV)/bin/$(SITE))/rest.pth"
 	@touch $@
 
 # ---- what a reviewer then need not check ----
@@ -142,4 +158,4 @@ build-gpu-modules:
 	@cmake --build build-gpu --parallel $$(nproc) --target _native _cuda
 
 clean:
-	rm -rf build build-* $(VENV)
+	rm -rf build build-* $(VENV) $(VENV)-torch-*
