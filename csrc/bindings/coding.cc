@@ -70,7 +70,15 @@ Coder::Coder(const char* collective, const Arguments& args) : args_(args) {
 }
 
 void Coder::check(const runtime::Request& request) const {
-  runtime::check_floats(request.call, codec_.attr("name").cast<std::string>());
+  const auto kind = codec_.attr("name").cast<std::string>();
+  if (kind == "lossless") return runtime::check_lossless(request.call.dtype, "the buffer");
+  runtime::check_floats(request.call, kind);
+}
+
+void Coder::check_item(DType dtype, const std::string& item) const {
+  const auto kind = codec_.attr("name").cast<std::string>();
+  if (kind == "lossless") return runtime::check_lossless(dtype, "`" + item + "`");
+  require_codec_dtype(dtype, item.c_str());
 }
 
 std::vector<std::string> Coder::names(const std::vector<size_t>& items) const {
@@ -116,6 +124,10 @@ std::shared_ptr<Feeding> Coder::code(runtime::Request& request, const Parts& par
                                      const std::vector<size_t>& exempt, PyObject* x, int64_t count) const {
   check(request);
   const auto kind = codec_.attr("name").cast<std::string>();
+  if (kind == "lossless") {
+    request.composite = runtime::Lossless();
+    return nullptr;
+  }
   auto coding = std::make_shared<Coding>();
   int64_t carried = count;
   py::list places;

@@ -52,6 +52,7 @@ class Coder {
   bool feeds() const { return !feedback_.is_none(); }
   // Throws TypeError for elements or an operator that no codec takes, even if all tensors are exempt.
   void check(const runtime::Request& request) const;
+  void check_item(DType dtype, const std::string& item) const;  // of a list
   // Names for the items of a list, made from the tag. Throws ValueError if error feedback needs names and the
   // call has no tag.
   std::vector<std::string> names(const std::vector<size_t>& items) const;
@@ -71,7 +72,8 @@ class Coder {
   pybind11::object codec_, feedback_;
 };
 
-// The codec that `codec=` names, as plans carry it. Throws ValueError for topk and shared_int.
+// The codec that `codec=` names, as plans carry it. Throws ValueError for those that no plan
+// carries.
 Codec native_codec(const pybind11::object& codec, const char* collective);
 
 uint32_t step_argument(PyObject* step);  // 32 bits; throws TypeError, ValueError

@@ -42,7 +42,8 @@ constexpr Method kReduceScatter{"reduce_scatter",
                                 false};
 constexpr Method kAllGather{
     "all_gather", Collective::all_gather, kCommon | kCodecArguments | bit(Arg::counts), 1, nullptr, false};
-constexpr Method kBroadcast{"broadcast", Collective::broadcast, kCommon | bit(Arg::root), 1, nullptr, false};
+constexpr Method kBroadcast{
+    "broadcast", Collective::broadcast, kCommon | bit(Arg::root) | bit(Arg::codec), 1, nullptr, false};
 constexpr Method kReduce{"reduce", Collective::reduce, kReduces | bit(Arg::root), 1, nullptr, false};
 constexpr Method kGather{
     "gather", Collective::gather, kCommon | bit(Arg::root) | bit(Arg::counts), 1, nullptr, false};

@@ -60,15 +60,17 @@ inline constexpr const char* kAllGather =
 Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
 
 `counts`: the rows of each rank, if they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
-(ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.)";
+(ranks, *x.shape). Returns `out`, made if not given. `codec`: as in all_reduce, or "lossless", for bfloat16, which changes
+no bit (pycomm.codecs.Lossless). Other arguments and errors as all_reduce.)";
 
 inline constexpr const char* kBroadcast =
-    R"(broadcast($self, x, *, root=0, out=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None)
+    R"(broadcast($self, x, *, root=0, out=None, algorithm=None, timeout=None, tag=None, async_op=False, stream=None, codec=None)
 --
 
 Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
 
 All ranks pass the same count and dtype. The root's `x` is only read. Returns the buffer that holds the result.
+`codec`: "lossless" alone, for bfloat16: moves two thirds of the bytes and changes no bit (pycomm.codecs.Lossless).
 `comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.)";
 
 inline constexpr const char* kReduce =

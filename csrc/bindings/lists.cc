@@ -267,7 +267,7 @@ std::vector<Group::Kind> kinds_with_codec(const List& list, const Coder& coder, 
   std::vector<size_t> all(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     all[i] = i;
-    require_codec_dtype(list.in(i).dtype, ("x[" + std::to_string(i) + "]").c_str());
+    coder.check_item(list.in(i).dtype, "x[" + std::to_string(i) + "]");
     const auto& shape = list.in(i).shape;
     parts.shapes.push_back(py::tuple(py::cast(std::vector<int64_t>(shape.begin(), shape.end()))));
   }

@@ -26,6 +26,7 @@ class Binder {
 
   int rank() const { return domain_.rank(); }
   int size() const { return domain_.size(); }
+  Domain& domain() const { return domain_; }
 
   // Throws ValueError, TypeError. The request's placement, world and operator are filled in.
   Bound bind(Request& request);

@@ -81,6 +81,12 @@ void check_floats(const schedule::Call& call, const std::string& codec) {
   }
 }
 
+void check_lossless(DType dtype, const std::string& buffer) {
+  if (dtype == DType::bfloat16) return;
+  throw TypeError("codec lossless is for bfloat16; " + buffer + " is " + name(dtype) +
+                  ": convert it, or leave codec out");
+}
+
 void check_coding(const Request& request) {
   const schedule::Call& call = request.call;
   const Coding& coding = *request.coding;

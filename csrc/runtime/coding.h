@@ -61,17 +61,19 @@ struct Coding {
 };
 
 // Codecs that no plan carries; composites.h makes their calls. Of the Coding only the segments, the
-// residuals and, for SharedInt, the seed and the step count.
+// residuals and, for SharedInt, the seed and the step count. Lossless has no Coding.
 struct TopK {
   int64_t k;  // elements kept
 };
 struct SharedInt {
   int width;  // bits: 8, 16 or 32
 };
-using Composite = std::variant<std::monostate, TopK, SharedInt>;
+struct Lossless {};
+using Composite = std::variant<std::monostate, TopK, SharedInt, Lossless>;
 
 // A codec takes these elements and this operator. Throws TypeError that names `codec`.
 void check_floats(const schedule::Call& call, const std::string& codec);
+void check_lossless(DType dtype, const std::string& buffer);  // bfloat16; `buffer`: what the error names
 // The checks of a request with `coding` that need no plan. Throws TypeError, ValueError.
 void check_coding(const Request& request);
 // Completes a bound call: writes the codec into its record, and adds the host work that no plan does. Throws

@@ -1,13 +1,16 @@
 #include "runtime/composites.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "common/error.h"
 #include "common/hash.h"
 #include "kernels/copy.h"
+#include "kernels/lossless.h"
 #include "kernels/topk.h"
 #include "runtime/coding.h"
 
@@ -25,11 +28,16 @@ std::unique_ptr<T[]> room(int64_t count) {
 CallRecord record_of_whole(const Request& request, const std::string& codec, bool steps) {
   const schedule::Call& call = request.call;
   CallRecord record;
+  record.collective = call.world.collective;
+  record.root = call.world.root;
   record.count = call.counts[0];
   record.dtype = call.dtype;
   record.op = call.op;
   record.prescale = call.prescale;
-  record.fingerprint = Hasher().add(call.counts[0]).add(call.dtype).add(call.op).add(call.prescale).digest();
+  Hasher fingerprint;
+  fingerprint.add(record.collective).add(record.root).add(call.dtype).add(call.op).add(call.prescale);
+  for (const int64_t count : call.counts) fingerprint.add(count);
+  record.fingerprint = fingerprint.digest();
   tell(record, codec, steps);
   return record;
 }
@@ -195,6 +203,146 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
   return bound;
 }
 
+// ---- lossless ----
+
+// One all_gather or broadcast of encoded data. Used by one run at a time.
+class LosslessCall {
+ public:
+  LosslessCall(Binder& binder, const Request& request);
+  Bound bind(const std::shared_ptr<LosslessCall>& self);
+
+ private:
+  bool gathers() const { return request_.call.world.collective == Collective::all_gather; }
+  bool gives() const { return gathers() || binder_.rank() == request_.call.world.root; }
+  int64_t count_of(int block) const { return request_.call.counts[block]; }
+  int own_block() const { return gathers() ? binder_.rank() : 0; }
+  // The bytes that a block takes if each gets this share of its bound.
+  int64_t room_of(int block, int share) const;
+  Request moving(int share);
+  void encode();
+  const BoundPlan& agreed(const BoundPlan& own);
+  void decode() const;
+
+  Binder& binder_;
+  const Request request_;
+  CallRecord whole_;
+  int32_t share_ = 0;                 // what this rank needs, then what all use
+  int64_t encoded_ = 0;               // bytes of what this rank gives
+  std::unique_ptr<char[]> given_;     // what it gives
+  std::unique_ptr<char[]> moved_;     // what all get: of a gather all blocks, one after the other
+  std::array<BoundPlan, kLosslessShares> plans_;  // by share, once they have been needed
+};
+
+LosslessCall::LosslessCall(Binder& binder, const Request& request) : binder_(binder), request_(request) {
+  const schedule::Call& call = request_.call;
+  whole_ = record_of_whole(request, "lossless", false);
+  const auto blocks = static_cast<int>(call.counts.size());
+  int64_t all = 0;
+  for (int block = 0; block < blocks; ++block) all += room_of(block, kLosslessShares);
+  moved_ = room<char>(all);
+  if (gathers()) given_ = room<char>(room_of(own_block(), kLosslessShares));
+}
+
+int64_t LosslessCall::room_of(int block, int share) const {
+  const int64_t bound = kernels::lossless_bound(count_of(block));
+  return (bound * share + kLosslessShares - 1) / kLosslessShares;
+}
+
+// The part of the call that moves encoded bytes.
+Request LosslessCall::moving(int share) {
+  Request part;
+  part.call.world = request_.call.world;
+  part.call.dtype = DType::uint8;
+  const auto blocks = static_cast<int>(request_.call.counts.size());
+  for (int block = 0; block < blocks; ++block) part.call.counts.push_back(room_of(block, share));
+  part.call.in_place = !gathers();
+  part.in = gathers() ? given_.get() : moved_.get();
+  part.out = moved_.get();
+  part.algorithm = request_.algorithm;
+  part.tag = request_.tag;
+  part.timeout_s = request_.timeout_s;
+  part.part_of = whole_;
+  return part;
+}
+
+Bound LosslessCall::bind(const std::shared_ptr<LosslessCall>& self) {
+  Bound bound = binder_.bind(moving(kLosslessShares));
+  std::memcpy(whole_.algorithm, bound.prepared->record.algorithm, sizeof whole_.algorithm);
+  std::memcpy(bound.record.algorithm, whole_.algorithm, sizeof whole_.algorithm);
+  bound.preludes.clear();  // they would choose another plan, in the place of which agreed() chooses one
+  Request agree;
+  agree.call.world.collective = gathers() ? Collective::all_reduce : Collective::broadcast;
+  agree.call.world.root = request_.call.world.root;
+  agree.call.dtype = DType::int32;
+  agree.call.op = Op::max;
+  agree.call.counts = {1};
+  agree.call.in_place = true;
+  agree.in = agree.out = &share_;
+  agree.tag = request_.tag;
+  agree.timeout_s = request_.timeout_s;
+  agree.part_of = whole_;
+  bound.preludes.push_back({.plan = binder_.bind(agree)});
+  bound.before = [self] { self->encode(); };
+  bound.conclude = [self](const BoundPlan& own) -> const BoundPlan& { return self->agreed(own); };
+  bound.then = [self] { self->decode(); };
+  return bound;
+}
+
+void LosslessCall::encode() {
+  share_ = 1;
+  if (!gives()) return;
+  char* const to = gathers() ? given_.get() : moved_.get();
+  const int64_t count = count_of(own_block());
+  encoded_ = static_cast<int64_t>(kernels::lossless_encode(request_.in, static_cast<size_t>(count), to));
+  if (count > 0) {
+    const int64_t bound = kernels::lossless_bound(count);
+    share_ = static_cast<int32_t>(std::max<int64_t>(1, (encoded_ * kLosslessShares + bound - 1) / bound));
+  }
+}
+
+// The others may have begun: what goes wrong here is the group's failure.
+const BoundPlan& LosslessCall::agreed(const BoundPlan& own) {
+  if (gives()) {
+    char* const given = gathers() ? given_.get() : moved_.get();
+    std::memset(given + encoded_, 0, static_cast<size_t>(room_of(own_block(), share_) - encoded_));
+  }
+  if (share_ == kLosslessShares) return own;
+  BoundPlan& plan = plans_[share_];
+  try {
+    if (!plan.prepared) plan = binder_.bind(moving(share_));
+    return plan;
+  } catch (const std::exception& error) {
+    transport::Board& board = binder_.domain().board();
+    board.fail(FailureKind::aborted, "rank " + std::to_string(binder_.rank()) +
+                                         " could not prepare a call with codec lossless: " + error.what());
+    board.raise_failure(transport::Board::Caller::under_way);
+  }
+}
+
+void LosslessCall::decode() const {
+  const auto item = static_cast<int64_t>(size_of(request_.call.dtype));
+  const auto blocks = static_cast<int>(request_.call.counts.size());
+  const char* from = moved_.get();
+  auto* to = static_cast<char*>(request_.out);
+  for (int block = 0; block < blocks; ++block) {
+    const int64_t bytes = room_of(block, share_), count = count_of(block);
+    if (gives() && block == own_block()) {
+      if (to != request_.in) kernels::copy_bytes(to, request_.in, static_cast<size_t>(count * item));
+    } else {
+      kernels::lossless_decode(from, static_cast<size_t>(bytes), to, static_cast<size_t>(count));
+    }
+    from += bytes;
+    to += count * item;
+  }
+}
+
+Bound bind_lossless(Binder& binder, const Request& request) {
+  check_lossless(request.call.dtype, "the buffer");
+  if (binder.size() == 1) return binder.bind(request);
+  const auto call = std::make_shared<LosslessCall>(binder, request);
+  return call->bind(call);
+}
+
 }  // namespace
 
 Bound bind(Binder& binder, Request& request) {
@@ -202,6 +350,7 @@ Bound bind(Binder& binder, Request& request) {
   if (const auto* shared = std::get_if<SharedInt>(&request.composite)) {
     return bind_shared_int(binder, request, shared->width);
   }
+  if (std::holds_alternative<Lossless>(request.composite)) return bind_lossless(binder, request);
   return binder.bind(request);
 }
 
