@@ -1,6 +1,7 @@
 """pytest-benchmark of the inner loops: `pytest bench/test_bench_kernels.py --benchmark-only -k resnet50`.
 
-The cases of `pycomm bench kernels` on the CPU, with torch's fastest implementation if torch can be imported.
+The cases of `pycomm bench kernels` on the CPU, with the fastest other implementation: torch's, if torch can
+be imported, or zlib.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pycomm.bench import codec_cases, pack_cases, topk_cases
+from pycomm.bench import codec_cases, lossless_cases, pack_cases, topk_cases
 from pycomm.bench.kernels import Case, Cpu
 from pycomm.bench.shapes import MODELS
 
@@ -32,6 +33,7 @@ KERNELS = {
         if (kind, what) != ("sign", "encode, stochastic")
     ],
     topk_cases: ["topk 1%"],
+    lossless_cases: ["lossless encode", "lossless decode"],
 }
 ALL = [(model, family, kernel) for model in MODELS for family, names in KERNELS.items() for kernel in names]
 
@@ -58,9 +60,9 @@ def test_kernel(benchmark: Any, case: Case) -> None:
     benchmark(case.run)
 
 
-def test_fastest_way_of_torch(benchmark: Any, case: Case) -> None:
+def test_fastest_other_way(benchmark: Any, case: Case) -> None:
     if not case.rivals:
-        pytest.skip("no torch here, or nothing of it to compare")
+        pytest.skip("no torch here, or nothing to compare")
     device = Cpu()
     fastest = min(case.rivals, key=lambda name: min(device.seconds(case.rivals[name], 1) for _ in range(3)))
     benchmark.group = f"{case.workload}: {case.kernel}"

@@ -48,6 +48,9 @@ __all__: list[str] = [
     "isa",
     "join",
     "join_threads",
+    "lossless_bound",
+    "lossless_decode",
+    "lossless_encode",
     "makes_shared_arrays",
     "numpy_dtype",
     "packable_dtype",
@@ -112,7 +115,8 @@ class Communicator:
         Gives every rank the `x` of all ranks, concatenated on axis 0 in rank order.
 
         `counts`: the rows of each rank, if they differ. `x` may be this rank's own part of `out`; `out` may also be stacked,
-        (ranks, *x.shape). Returns `out`, made if not given. Other arguments and errors as all_reduce.
+        (ranks, *x.shape). Returns `out`, made if not given. `codec`: as in all_reduce, or "lossless", for bfloat16, which changes
+        no bit (pycomm.codecs.Lossless). Other arguments and errors as all_reduce.
         """
 
     @typing.overload
@@ -384,11 +388,13 @@ class Communicator:
         tag: str | None = None,
         async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
+        codec: typing.Any = None,
     ) -> T:
         """
         Gives every rank rank `root`'s `x`, in place or into `out`; `x` may be a list. Arguments and errors as all_reduce.
 
         All ranks pass the same count and dtype. The root's `x` is only read. Returns the buffer that holds the result.
+        `codec`: "lossless" alone, for bfloat16: moves two thirds of the bytes and changes no bit (pycomm.codecs.Lossless).
         `comm.broadcast(list(model.state_dict().values()))` gives a torch model the same weights and buffers on all ranks.
         """
 
@@ -404,6 +410,7 @@ class Communicator:
         tag: str | None = None,
         async_op: typing.Literal[False] = False,
         stream: typing.Any = None,
+        codec: typing.Any = None,
     ) -> T: ...
     @typing.overload
     def broadcast(
@@ -417,6 +424,7 @@ class Communicator:
         tag: str | None = None,
         async_op: typing.Literal[True],
         stream: typing.Any = None,
+        codec: typing.Any = None,
     ) -> Work: ...
     @typing.overload
     def broadcast(
@@ -430,6 +438,7 @@ class Communicator:
         tag: str | None = None,
         async_op: bool,
         stream: typing.Any = None,
+        codec: typing.Any = None,
     ) -> typing.Any: ...
     def close(self) -> None:
         """
@@ -1222,6 +1231,21 @@ def join_threads(
 ) -> list[Communicator]:
     """
     Returns the communicators of `size` rank threads of this process. `nodes`: a made-up node for each rank; empty, all are on one. `delays`: a seed for delays of messages between nodes.
+    """
+
+def lossless_bound(count: int) -> int:
+    """
+    The most bytes that `count` elements of bfloat16 take under codec lossless.
+    """
+
+def lossless_decode(wire: typing.Any, out: typing.Any) -> int:
+    """
+    Decodes as many elements as `out` has; returns how many bytes of `wire` they took. Raises ValueError for bytes that lossless_encode has not made: `out` is undefined then.
+    """
+
+def lossless_encode(x: typing.Any, wire: typing.Any) -> int:
+    """
+    Encodes bfloat16 into `wire`, which has room for lossless_bound(x.size) bytes; returns how many of them it took. Bytes after these are undefined.
     """
 
 def makes_shared_arrays() -> bool:

@@ -13,6 +13,7 @@
 #include "bindings/gil.h"
 #include "common/caches.h"
 #include "common/error.h"
+#include "kernels/lossless.h"
 #include "kernels/topk.h"
 #include "schedule/plan.h"
 
@@ -200,6 +201,34 @@ void topk_decode_add(const py::object& record, int64_t k, const py::object& sum)
                            static_cast<size_t>(to.count));
 }
 
+// The buffer of elements that codec lossless encodes or decodes.
+Array lossless_buffer(const py::object& object, const char* name) {
+  const Array buffer = get_array(object.ptr(), name);
+  if (buffer.dtype == DType::bfloat16) return buffer;
+  throw TypeError(std::string("`") + name + "` is " + pycomm::name(buffer.dtype) +
+                  ": codec lossless is for bfloat16");
+}
+
+int64_t lossless_encode(const py::object& x, const py::object& wire) {
+  const Array from = lossless_buffer(x, "x"), to = get_array(wire.ptr(), "wire");
+  require_writable(to, "wire");
+  const int64_t bound = kernels::lossless_bound(from.count);
+  if (to.bytes() < bound) {
+    throw ValueError("`wire` has " + std::to_string(to.bytes()) + " bytes: " + std::to_string(from.count) +
+                     " elements may take " + std::to_string(bound));
+  }
+  const Unlocked unlocked;
+  return static_cast<int64_t>(kernels::lossless_encode(from.data, static_cast<size_t>(from.count), to.data));
+}
+
+int64_t lossless_decode(const py::object& wire, const py::object& out) {
+  const Array from = get_array(wire.ptr(), "wire"), to = lossless_buffer(out, "out");
+  require_writable(to, "out");
+  const Unlocked unlocked;
+  return static_cast<int64_t>(kernels::lossless_decode(from.data, static_cast<size_t>(from.bytes()), to.data,
+                                                       static_cast<size_t>(to.count)));
+}
+
 }  // namespace
 
 const kernels::Isa& isa_argument(const std::optional<std::string>& name) {
@@ -279,6 +308,15 @@ void add_codecs(py::module_& module) {
              "residual_scale * residual, and writes what it leaves out to `next_residual`.");
   module.def("topk_decode_add", &topk_decode_add, py::arg("record"), py::arg("k"), py::arg("sum"),
              "Adds a record's entries to `sum`.");
+  module.def("lossless_bound", &kernels::lossless_bound, py::arg("count"),
+             "The most bytes that `count` elements of bfloat16 take under codec lossless.");
+  module.def(
+      "lossless_encode", &lossless_encode, py::arg("x"), py::arg("wire"),
+      "Encodes bfloat16 into `wire`, which has room for lossless_bound(x.size) bytes; returns how many of "
+      "them it took. Bytes after these are undefined.");
+  module.def("lossless_decode", &lossless_decode, py::arg("wire"), py::arg("out"),
+             "Decodes as many elements as `out` has; returns how many bytes of `wire` they took. Raises "
+             "ValueError for bytes that lossless_encode has not made: `out` is undefined then.");
 }
 
 }  // namespace pycomm::bindings

@@ -27,8 +27,6 @@ void store(uint8_t* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-uint8_t exponent_of(uint16_t x) { return static_cast<uint8_t>(x >> 7); }
-
 // The elements of each stream of a block: [begin, begin + count).
 struct Part {
   size_t begin, count;
@@ -57,7 +55,8 @@ struct Code {
 void Code::assign_codes() {
   std::array<uint32_t, kMaxBits + 1> next{}, used{};
   for (size_t i = 0; i < size; ++i) ++used[symbols[i].bits];
-  for (int bits = 1; bits <= kMaxBits; ++bits) next[bits] = (next[bits - 1] + (bits > 1 ? used[bits - 1] : 0)) * 2;
+  for (int bits = 1; bits <= kMaxBits; ++bits)
+    next[bits] = (next[bits - 1] + (bits > 1 ? used[bits - 1] : 0)) * 2;
   for (size_t i = 0; i < size; ++i) {
     Symbol& symbol = symbols[i];
     uint32_t code = next[symbol.bits]++;
@@ -98,8 +97,8 @@ Code code_of(const Counts& counts) {
   }
   size_t taken = 2 * code.size - 2;
   for (size_t level = kMaxBits; level-- > 0;) {
-    const auto symbols = static_cast<size_t>(
-        std::count(is_symbol[level].begin(), is_symbol[level].begin() + taken, true));
+    const auto symbols =
+        static_cast<size_t>(std::count(is_symbol[level].begin(), is_symbol[level].begin() + taken, true));
     for (size_t i = 0; i < symbols; ++i) ++rarest[i]->bits;
     taken = 2 * (taken - symbols);
   }
@@ -126,13 +125,10 @@ uint8_t* write_header(const Code& code, const std::array<size_t, kStreams>& size
     to[at / 2] = static_cast<uint8_t>(to[at / 2] | (code.symbols[i].bits + 1) << (at % 2 * 4));
   }
   to += (nibbles + 1) / 2;
-  for (size_t s = 0; s + 1 < kStreams; ++s, to += sizeof(uint32_t)) store(to, static_cast<uint32_t>(sizes[s]));
+  for (size_t s = 0; s + 1 < kStreams; ++s, to += sizeof(uint32_t))
+    store(to, static_cast<uint32_t>(sizes[s]));
   return to;
 }
-
-// An exponent's code, with its length above it.
-using Codes = std::array<uint32_t, kExponents>;
-constexpr int kLengthAt = 24;
 
 struct Bits {
   uint64_t code;
@@ -141,13 +137,24 @@ struct Bits {
 Bits joined(Bits first, Bits then) {
   return {first.code | then.code << first.length, first.length + then.length};
 }
-Bits code_at(const Codes& codes, uint8_t exponent) {
-  const uint32_t entry = codes[exponent];
-  return {entry & ((1u << kLengthAt) - 1), entry >> kLengthAt};
-}
 
-// Writes up to kWord - 1 bytes past the end of the stream.
-void write_stream(const uint8_t* x, size_t count, const Codes& codes, uint8_t* to) {
+class Codes {
+ public:
+  explicit Codes(const Code& code) {
+    for (size_t i = 0; i < code.size; ++i) {
+      codes_[code.symbols[i].exponent] = code.symbols[i].code;
+      lengths_[code.symbols[i].exponent] = code.symbols[i].bits;
+    }
+  }
+  Bits at(uint8_t exponent) const { return {codes_[exponent], lengths_[exponent]}; }
+
+ private:
+  std::array<uint16_t, kExponents> codes_;
+  std::array<uint8_t, kExponents> lengths_;
+};
+
+// Writes up to kWord bytes past the end of the stream.
+void write_stream(const uint8_t* exponents, size_t count, const Codes& codes, uint8_t* to) {
   uint64_t pending = 0;
   uint32_t length = 0;
   const auto put = [&](Bits bits) {
@@ -158,54 +165,49 @@ void write_stream(const uint8_t* x, size_t count, const Codes& codes, uint8_t* t
     pending >>= length / 8 * 8;
     length %= 8;
   };
+  const auto at = [&](size_t i) { return codes.at(exponents[i]); };
   size_t i = 0;
   for (; i + 4 <= count; i += 4) {  // 44 bits at most
-    const auto four = load<uint64_t>(x + i * kElement);
-    const auto at = [&](int k) { return code_at(codes, static_cast<uint8_t>(four >> (16 * k + 7))); };
-    put(joined(joined(at(0), at(1)), joined(at(2), at(3))));
+    put(joined(joined(at(i), at(i + 1)), joined(at(i + 2), at(i + 3))));
   }
-  for (; i < count; ++i) put(code_at(codes, exponent_of(load<uint16_t>(x + i * kElement))));
+  for (; i < count; ++i) put(at(i));
 }
 
-void split_off(const uint8_t* __restrict x, size_t n, uint8_t* __restrict rest) {
+void split(const uint8_t* __restrict x, size_t n, uint8_t* __restrict rest, uint8_t* __restrict exponents) {
   for (size_t i = 0; i < n; ++i) {
     const auto element = load<uint16_t>(x + i * kElement);
     rest[i] = static_cast<uint8_t>((element >> 8 & 0x80) | (element & 0x7f));
+    exponents[i] = static_cast<uint8_t>(element >> 7);
   }
 }
 
 // Each stream is counted by itself: so its size is known before it is written.
-void count_exponents(const uint8_t* x, size_t n, std::array<Counts, kStreams>& counts) {
+void count_exponents(const uint8_t* exponents, size_t n, std::array<Counts, kStreams>& counts) {
   for (Counts& each : counts) each.fill(0);
   const size_t together = part_of(n, kStreams - 1).count;
   const uint8_t* begin[kStreams];
-  for (size_t s = 0; s < kStreams; ++s) begin[s] = x + part_of(n, s).begin * kElement;
+  for (size_t s = 0; s < kStreams; ++s) begin[s] = exponents + part_of(n, s).begin;
   for (size_t i = 0; i < together; ++i) {
-    for (size_t s = 0; s < kStreams; ++s) ++counts[s][exponent_of(load<uint16_t>(begin[s] + i * kElement))];
+    for (size_t s = 0; s < kStreams; ++s) ++counts[s][begin[s][i]];
   }
   for (size_t s = 0; s < kStreams; ++s) {
-    for (size_t i = together; i < part_of(n, s).count; ++i) {
-      ++counts[s][exponent_of(load<uint16_t>(begin[s] + i * kElement))];
-    }
+    for (size_t i = together; i < part_of(n, s).count; ++i) ++counts[s][begin[s][i]];
   }
 }
 
 // Returns the bytes after the block's first word.
-size_t encode_block(const uint8_t* x, size_t n, uint8_t* to) {
+size_t encode_block(const uint8_t* x, size_t n, uint8_t* exponents, uint8_t* to) {
+  split(x, n, to, exponents);
   std::array<Counts, kStreams> counts;
-  count_exponents(x, n, counts);
+  count_exponents(exponents, n, counts);
   Counts all{};
   for (const Counts& each : counts) {
     for (size_t e = 0; e < kExponents; ++e) all[e] += each[e];
   }
   const Code code = code_of(all);
   std::array<size_t, kStreams> sizes{};
-  size_t total = n + header_bytes(size_t{1} + code.symbols[code.size - 1].exponent - code.symbols[0].exponent);
-  Codes codes;
-  for (size_t i = 0; i < code.size; ++i) {
-    const Code::Symbol& symbol = code.symbols[i];
-    codes[symbol.exponent] = symbol.code | uint32_t{symbol.bits} << kLengthAt;
-  }
+  size_t total =
+      n + header_bytes(size_t{1} + code.symbols[code.size - 1].exponent - code.symbols[0].exponent);
   for (size_t s = 0; s < kStreams; ++s) {
     for (size_t i = 0; i < code.size; ++i) {
       sizes[s] += size_t{counts[s][code.symbols[i].exponent]} * code.symbols[i].bits;
@@ -217,10 +219,10 @@ size_t encode_block(const uint8_t* x, size_t n, uint8_t* to) {
     copy_bytes(to, x, n * kElement);
     return n * kElement;
   }
-  split_off(x, n, to);
+  const Codes codes(code);
   to = write_header(code, sizes, to + n);
   for (size_t s = 0; s < kStreams; to += sizes[s], ++s) {  // in order: each writes past its end
-    write_stream(x + part_of(n, s).begin * kElement, part_of(n, s).count, codes, to);
+    write_stream(exponents + part_of(n, s).begin, part_of(n, s).count, codes, to);
   }
   return total;
 }
@@ -314,16 +316,19 @@ void decode_rest(const Table& table, const uint8_t* codes, size_t bytes, Stream&
   }
 }
 
-void merge(const uint8_t* __restrict rest, const uint8_t* __restrict exponents, size_t n, uint8_t* __restrict x) {
+void merge(const uint8_t* __restrict rest, const uint8_t* __restrict exponents, size_t n,
+           uint8_t* __restrict x) {
   for (size_t i = 0; i < n; ++i) {
-    store(x + i * kElement, static_cast<uint16_t>((rest[i] & 0x80) << 8 | exponents[i] << 7 | (rest[i] & 0x7f)));
+    store(x + i * kElement,
+          static_cast<uint16_t>((rest[i] & 0x80) << 8 | exponents[i] << 7 | (rest[i] & 0x7f)));
   }
 }
 
 // Reads the code of a block; moves `from` to the streams' sizes. There are two bytes at least.
 Code read_code(const uint8_t*& from, const uint8_t* end) {
   const uint8_t least = from[0], largest = from[1];
-  if (least > largest) refuse("its least exponent is " + std::to_string(least) + ", its largest " + std::to_string(largest));
+  if (least > largest)
+    refuse("its least exponent is " + std::to_string(least) + ", its largest " + std::to_string(largest));
   const size_t exponents = size_t{1} + largest - least;
   if (static_cast<size_t>(end - from) < header_bytes(exponents)) refuse("a block ends in its code");
   from += 2;
@@ -384,9 +389,11 @@ int64_t lossless_bound(int64_t count) {
 size_t lossless_encode(const void* x, size_t count, void* wire) {
   const auto* from = static_cast<const uint8_t*>(x);
   auto* const begin = static_cast<uint8_t*>(wire);
+  const auto exponents = std::make_unique_for_overwrite<uint8_t[]>(std::min(count, kBlock));
   uint8_t* to = begin;
   for (size_t i = 0; i < count; i += kBlock) {
-    const size_t bytes = encode_block(from + i * kElement, std::min(count - i, kBlock), to + sizeof(uint32_t));
+    const size_t bytes = encode_block(from + i * kElement, std::min(count - i, kBlock), exponents.get(),
+                                      to + sizeof(uint32_t));
     store(to, static_cast<uint32_t>(bytes));
     to += sizeof(uint32_t) + bytes;
   }

@@ -226,10 +226,10 @@ class LosslessCall {
   Binder& binder_;
   const Request request_;
   CallRecord whole_;
-  int32_t share_ = 0;                 // what this rank needs, then what all use
-  int64_t encoded_ = 0;               // bytes of what this rank gives
-  std::unique_ptr<char[]> given_;     // what it gives
-  std::unique_ptr<char[]> moved_;     // what all get: of a gather all blocks, one after the other
+  int32_t share_ = 0;                             // what this rank needs, then what all use
+  int64_t encoded_ = 0;                           // bytes of what this rank gives
+  std::unique_ptr<char[]> given_;                 // what it gives
+  std::unique_ptr<char[]> moved_;                 // what all get: of a gather all blocks, one after the other
   std::array<BoundPlan, kLosslessShares> plans_;  // by share, once they have been needed
 };
 

@@ -29,6 +29,7 @@ FAMILIES = {
     "pack": "pycomm.bench.pack_cases",
     "codec": "pycomm.bench.codec_cases",
     "topk": "pycomm.bench.topk_cases",
+    "lossless": "pycomm.bench.lossless_cases",
 }
 CUDA_FAMILIES = dict.fromkeys(("reduce", "pack", "codec", "topk"), "pycomm.bench.cuda_cases")
 CACHE_BYTES = 512 << 20  # more than any GPU's cache; buffers in rotation have this size together
@@ -41,7 +42,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one size. `rivals`: other implementations of the same."""
+    """One kernel at one size. `rivals`: other implementations of the same. `ratio`: the encoded bytes over
+    the others, where the data decide it."""
 
     family: str
     kernel: str
@@ -49,6 +51,7 @@ class Case:
     bytes: int  # read plus written
     run: Call
     rivals: Mapping[str, Call] = field(default_factory=dict)
+    ratio: float | None = None
 
 
 class Device(Protocol):
@@ -162,6 +165,7 @@ class Row:
     times: Times
     copies: dict[str, Times]
     rivals: dict[str, Times]
+    ratio: float | None
 
     @property
     def gbps(self) -> float:
@@ -234,4 +238,5 @@ def measure_case(device: Device, case: Case) -> Row:
         times["kernel", ""],
         of["copy"],
         of["rival"],
+        case.ratio,
     )

@@ -15,11 +15,15 @@ def table(rows: Sequence[Row]) -> Table:
     shown = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("workload", "kernel", "moved(MB)", "time(us) min (median)", "GB/s", "of the copy"):
         shown.add_column(name, justify="left" if name in ("workload", "kernel") else "right")
+    with_ratio = any(row.ratio is not None for row in rows)
+    if with_ratio:
+        shown.add_column("encoded", justify="right")
     shown.add_column("fastest other way: time(us), over ours", justify="left")
     for row in rows:
         other = ""
         if row.fastest_rival:
             other = f"{row.fastest_rival} {row.rivals[row.fastest_rival].min_us:.0f}, {row.speedup:.2f}x"
+        ratio = [f"{row.ratio:.3f}" if row.ratio is not None else ""] if with_ratio else []
         shown.add_row(
             row.workload,
             row.kernel,
@@ -27,6 +31,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row.times.min_us:.1f} ({row.times.median_us:.1f})",
             f"{row.gbps:.1f}",
             f"{row.share:.0%}",
+            *ratio,
             other,
         )
     return shown

@@ -3,6 +3,8 @@
 docs/codecs.md describes what each codec does to values, its error and its bytes; csrc/kernels/codec.h defines
 the wire format and the arithmetic. Codecs work for sums and averages of float32, float16 and bfloat16 arrays
 and tensors. All ranks must pass the same codec, and all end with the same bits.
+Lossless is none of them: it changes no bit, for all_gather and broadcast of bfloat16
+(csrc/kernels/lossless.h).
 """
 
 from pycomm.codecs.feedback import ErrorFeedback, one_dimensional

@@ -24,6 +24,7 @@ class Codec:
 
     name: ClassVar[str]
     feedback_by_default: ClassVar[bool] = False
+    # The methods of the communicator that take it.
     carried_by: ClassVar[tuple[str, ...]] = ("all_reduce", "all_reduce_init", "reduce_scatter", "all_gather")
 
     @property
@@ -248,10 +249,9 @@ class Lossless(Codec):
 
     Exponents are coded, signs and mantissas sent as they are: Gaussian data, such as weights and gradients,
     take 1.33 bytes an element. Data that cannot be made smaller take 4 bytes more for each 65536 elements.
-    All ranks send the share of that bound which the rank that needs most does, rounded up to a 128th.
-    The root of a broadcast, and each rank of an all_gather, encodes and decodes on the CPU: see docs/codecs.md
-    for when that pays. Raises TypeError for other dtypes than bfloat16. (ZipNN: Hershcovitch et al., 2024;
-    DFloat11: Zhang et al., 2025.)
+    Of that bound all ranks send the share that the rank with the least gain needs, rounded up to a 128th.
+    Calls raise TypeError for another dtype, ValueError from another collective. docs/codecs.md says when it
+    pays. (Hershcovitch et al., ZipNN, 2024; Zhang et al., DFloat11, 2025.)
     """
 
     name = "lossless"
@@ -290,7 +290,8 @@ def resolve(codec: Any, collective: str) -> Codec:
     found = codec if isinstance(codec, Codec) else _named(codec)
     if collective not in found.carried_by:
         others = ", ".join(name for name, each in NAMED.items() if collective in each.carried_by)
-        can = " and ".join(name for name in found.carried_by if name != "all_reduce_init")
+        *most, last = (name for name in found.carried_by if name != "all_reduce_init")
+        can = f"{', '.join(most)} and {last}" if most else last
         remedy = f"pass {others}" if others else "leave codec out"
         raise ValueError(f"{collective} cannot carry {found.name}, {can} can: {remedy}")
     return found

@@ -1,4 +1,4 @@
-// Calls that consist of several plans: topk, shared_int.
+// Calls that consist of several plans: topk, shared_int, lossless.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -6,9 +6,11 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <random>
 #include <vector>
 
 #include "check.h"
+#include "common/error.h"
 #include "float_calls.h"
 
 using namespace float_calls;
@@ -91,5 +93,60 @@ TEST(shared_int_does_not_depend_on_the_algorithm) {
       }
     });
     CHECK(copies.equal());
+  }
+}
+
+// Blocks of all lengths, of which one rank's cannot be made smaller, by calls that run again on other data.
+TEST(lossless_changes_no_bit) {
+  const int n = 3;
+  const auto block = [](int rank, int64_t count, int step) {
+    std::vector<uint16_t> x;
+    std::mt19937 random(static_cast<unsigned>(100 * rank + step));
+    for (const float value : noise(count, 100 * rank + step)) {
+      const auto any = static_cast<uint16_t>(random());
+      x.push_back(rank == step ? any : static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16));
+    }
+    return x;
+  };
+  for (const std::vector<int64_t>& counts : {std::vector<int64_t>{70000, 70000, 70000}, {500, 0, 90000}}) {
+    run_threads(n, [&](Communicator& comm) {
+      Patience patience;
+      std::vector<uint16_t> in(counts[comm.rank()]), out(std::reduce(counts.begin(), counts.end())),
+          sent(500);
+      Request gather, spread;
+      gather.call.world = {.collective = Collective::all_gather, .size = n};
+      gather.call.counts = counts;
+      gather.in = in.data();
+      gather.out = out.data();
+      spread.call.world = {.collective = Collective::broadcast, .size = n, .root = 1};
+      spread.call.counts = {500};
+      spread.call.in_place = true;
+      spread.in = spread.out = sent.data();
+      for (Request* request : {&gather, &spread}) {
+        request->call.dtype = DType::bfloat16;
+        request->composite = Lossless{};
+      }
+      Bound gathers = comm.bind(gather), spreads = comm.bind(spread);
+      for (int step = 0; step < 4; ++step) {
+        std::ranges::copy(block(comm.rank(), counts[comm.rank()], step), in.begin());
+        std::ranges::copy(block(comm.rank(), 500, step), sent.begin());
+        if (step % 2) {
+          comm.submit(gathers)->wait(INFINITY, patience);
+          comm.submit(spreads)->wait(INFINITY, patience);
+        } else {
+          comm.run(gathers, patience);
+          comm.run(spreads, patience);
+        }
+        std::vector<uint16_t> all;
+        for (int r = 0; r < n; ++r) {
+          const auto part = block(r, counts[r], step);
+          all.insert(all.end(), part.begin(), part.end());
+        }
+        CHECK(out == all);
+        CHECK(sent == block(1, 500, step));
+      }
+      gather.call.dtype = DType::float32;
+      CHECK_THROWS(TypeError, comm.bind(gather));
+    });
   }
 }

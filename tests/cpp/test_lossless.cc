@@ -1,7 +1,5 @@
 // bfloat16 coded without loss: against a decoder that follows the header's text bit by bit, codes against
 // Huffman's own algorithm, and hostile bytes.
-#include "kernels/lossless.h"
-
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -16,6 +14,7 @@
 
 #include "check.h"
 #include "common/error.h"
+#include "kernels/lossless.h"
 
 using namespace pycomm;
 using namespace pycomm::kernels;
@@ -55,23 +54,38 @@ Elements elements(size_t count, Kind kind, uint32_t seed) {
     const auto rest = static_cast<uint16_t>(any & 0x807f);
     const auto gaussian = static_cast<uint16_t>(std::bit_cast<uint32_t>(normal(random)) >> 16);
     switch (kind) {
-      case Kind::gaussian: x[i] = gaussian; break;
-      case Kind::anything: x[i] = any; break;
-      case Kind::constant: x[i] = 0; break;
-      case Kind::two: x[i] = static_cast<uint16_t>(rest | (any & 0x80)); break;
+      case Kind::gaussian:
+        x[i] = gaussian;
+        break;
+      case Kind::anything:
+        x[i] = any;
+        break;
+      case Kind::constant:
+        x[i] = 0;
+        break;
+      case Kind::two:
+        x[i] = static_cast<uint16_t>(rest | (any & 0x80));
+        break;
       // 2^-k of them have exponent k, up to 31: codes of more than 11 bits, were they not limited.
       case Kind::skewed:
-        x[i] = static_cast<uint16_t>(rest | std::countr_zero(static_cast<uint32_t>(random()) | 1u << 31) << 7);
+        x[i] =
+            static_cast<uint16_t>(rest | std::countr_zero(static_cast<uint32_t>(random()) | 1u << 31) << 7);
         break;
       // Streams of one block that are shorter than others by far.
-      case Kind::patches: x[i] = i / 10000 % 2 ? gaussian : 0; break;
-      case Kind::all_alike: x[i] = static_cast<uint16_t>(rest | (i & 0xff) << 7); break;
+      case Kind::patches:
+        x[i] = i / 10000 % 2 ? gaussian : 0;
+        break;
+      case Kind::all_alike:
+        x[i] = static_cast<uint16_t>(rest | (i & 0xff) << 7);
+        break;
     }
   }
   return x;
 }
 
-uint32_t word(const uint8_t* at) { return at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24; }
+uint32_t word(const uint8_t* at) {
+  return at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24;
+}
 
 // The code of a coded block, and where its streams' sizes are.
 struct Header {
@@ -183,7 +197,8 @@ TEST(elements_lie_anywhere) {
   std::memcpy(from.data() + 1, x.data(), 2 * x.size());
   Bytes wire(static_cast<size_t>(lossless_bound(5000)) + 1);
   const size_t bytes = lossless_encode(from.data() + 1, x.size(), wire.data() + 1);
-  CHECK(std::equal(wire.begin() + 1, wire.begin() + 1 + static_cast<std::ptrdiff_t>(bytes), encoded(x).begin()));
+  CHECK(std::equal(wire.begin() + 1, wire.begin() + 1 + static_cast<std::ptrdiff_t>(bytes),
+                   encoded(x).begin()));
   CHECK_EQ(lossless_decode(wire.data() + 1, wire.size() - 1, to.data() + 1, x.size()), bytes);
   CHECK(to == from);
 }
@@ -301,7 +316,8 @@ TEST(hostile_streams) {
       const auto size = static_cast<uint32_t>(random() % (count / 4 + 2));
       for (int i = 0; i < 4; ++i) forged.push_back(static_cast<uint8_t>(size >> 8 * i));
     }
-    for (size_t left = random() % (count + 8); left > 0; --left) forged.push_back(static_cast<uint8_t>(random()));
+    for (size_t left = random() % (count + 8); left > 0; --left)
+      forged.push_back(static_cast<uint8_t>(random()));
     const auto bytes = static_cast<uint32_t>(forged.size() - 4);
     for (int i = 0; i < 4; ++i) forged[i] = static_cast<uint8_t>(bytes >> 8 * i);
     const auto y = std::make_unique<uint16_t[]>(count);
@@ -340,9 +356,23 @@ TEST(errors_say_what_is_wrong) {
     wire[0] = 900 % 256;
     wire[1] = 900 / 256;
   });
+  says("a block of 1000 bytes", [](Bytes& wire) {  // with no room for a code
+    wire = Bytes(4 + 1000);
+    wire[0] = 1000 % 256;
+    wire[1] = 1000 / 256;
+  });
   says("its least exponent is 255", [&](Bytes& wire) { wire[code] = 255; });
   says("a code of 14 bits", [&](Bytes& wire) { wire[code + 2] = 15; });
-  says("its code is not whole", [&](Bytes& wire) { wire[code + 2] ^= 1; });
+  for (const int bits : {-1, 1}) {  // too few codes, and too many
+    says("its code is not whole",
+         [&](Bytes& wire) { wire[code + 2] = static_cast<uint8_t>((wire[code + 2] & 0xf0) | (bits + 1)); });
+  }
+  const auto zeros_and_a_byte = [&](Bytes& wire) {
+    wire = encoded(Elements(1000));
+    ++wire[0];
+    wire.push_back(0);
+  };
+  says("it goes on after its end", zeros_and_a_byte);
   says("a stream of ", [&](Bytes& wire) {
     const size_t sizes = static_cast<size_t>(header_of(wire.data() + 4, x.size()).sizes - wire.data());
     wire[sizes + 3] = 0x7f;

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pycomm import _native
-from pycomm.bench import kernels, pack_cases, shapes
+from pycomm.bench import kernels, lossless_cases, pack_cases, shapes
 from pycomm.bench.kernels import Call, Case
 from pycomm.cli import main
 
@@ -35,7 +35,7 @@ def family(monkeypatch: pytest.MonkeyPatch) -> None:
         for workload in workloads:
             rivals: dict[str, Call] = {"a": lambda: 4e-3, "b": lambda: 3e-3}
             yield Case("toy", "with rivals", workload, 2_000_000, lambda: 2e-3, rivals)
-            yield Case("toy", "alone", workload, 2_000_000, lambda: 1e-3)
+            yield Case("toy", "alone", workload, 2_000_000, lambda: 1e-3, ratio=0.625)
 
     module = types.ModuleType("toy_cases")
     module.cases = cases  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def test_the_command(family: None, tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["bench", "kernels", "--workloads", "resnet50", "--json", str(report), "--plot", str(chart)]
     assert main.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "a clock" in shown and "b 3000, 1.50x" in shown and "50%" in shown
+    assert "a clock" in shown and "b 3000, 1.50x" in shown and "50%" in shown and "0.625" in shown
     rows = json.loads(report.read_text())["rows"]
     assert [row["kernel"] for row in rows] == ["with rivals", "alone"]
     assert rows[0]["share"] == pytest.approx(0.5)
@@ -95,6 +95,22 @@ def test_the_cases_of_pack_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> 
             assert stats.sum_squares == pytest.approx(want, rel=1e-12)  # type: ignore[attr-defined]
         count += 1
     assert count == 5 * len(pack_cases.CASTS)
+
+
+def test_the_cases_of_lossless_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ml_dtypes")
+    small = [shapes.Parameter("a", (7,)), shapes.Parameter("b", (300, 70))]
+    monkeypatch.setattr(shapes, "parameters", lambda model: small)
+    encode, decode = lossless_cases.cases(Clock(), ["resnet50"])
+    size = encode.run()
+    assert decode.run() == size  # all that was encoded
+    assert encode.bytes == decode.bytes == 2 * 21000 + size  # type: ignore[operator]
+    assert encode.ratio == size / 42000 < 0.68  # type: ignore[operator]
+    (compress,), (decompress,) = encode.rivals.values(), decode.rivals.values()
+    wanted = pack_cases.numbers(21000, 0).astype(_native.numpy_dtype("bfloat16"))
+    assert decompress().tobytes() == wanted.tobytes()  # type: ignore[attr-defined]
+    exponents, rest = compress()  # type: ignore[misc]
+    assert f"({(len(exponents) + len(rest)) / 42000:.3f} of the bytes)" in next(iter(encode.rivals))
 
 
 def test_the_cpu_is_one_core_and_copies_all() -> None:
