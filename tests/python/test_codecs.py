@@ -221,7 +221,7 @@ def test_wrong_arguments_move_nothing(ranks: Ranks) -> None:
             (ValueError, "`step` is -1", lambda: reduce(x, codec="int8", step=-1)),
             (ValueError, "`step` is 4294967296", lambda: reduce(x, codec="topk", tag="w", step=1 << 32)),
             (TypeError, "`step` is 1.5: pass an integer", lambda: reduce(x, codec="int8", step=1.5)),
-            (TypeError, "takes no codec: all_reduce", lambda: comm.broadcast(x, codec="int8")),
+            (TypeError, "takes no codec: all_reduce", lambda: comm.reduce(x, codec="int8")),
             (TypeError, "`counts` is a int", lambda: comm.reduce_scatter(x, codec="int8", counts=3)),
             (TypeError, r"`tag` is \['a'\]", lambda: reduce(x, codec="sign", tag=["a"])),
             (TypeError, "`x` is a str", lambda: reduce("a", codec="topk", tag="w")),

@@ -153,7 +153,9 @@ def test_hierarchical_is_chosen_and_explained() -> None:
             once = comm.explain(collective, 16384, "float32", codec="int8@wire", deterministic=True)
             assert "hierarchical" not in once.split("plan")[0] or collective == "all_gather"
         assert "codec=int8" in comm.explain("all_reduce", 100, codec="int8")
-        with pytest.raises(ValueError, match="broadcast takes no codec"):
+        with pytest.raises(
+            ValueError, match="broadcast cannot carry int8, all_reduce, reduce_scatter and all_gather can"
+        ):
             comm.explain("broadcast", 100, codec="int8")
         with pytest.raises(ValueError, match="topk, whose calls run several plans"):
             comm.explain("all_reduce", 100, codec="topk")
