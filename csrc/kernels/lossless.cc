@@ -55,8 +55,8 @@ struct Code {
 void Code::assign_codes() {
   std::array<uint32_t, kMaxBits + 1> next{}, used{};
   for (size_t i = 0; i < size; ++i) ++used[symbols[i].bits];
-  for (int bits = 1; bits <= kMaxBits; ++bits)
-    next[bits] = (next[bits - 1] + (bits > 1 ? used[bits - 1] : 0)) * 2;
+  used[0] = 0;  // a symbol without bits is alone
+  for (int bits = 1; bits <= kMaxBits; ++bits) next[bits] = (next[bits - 1] + used[bits - 1]) * 2;
   for (size_t i = 0; i < size; ++i) {
     Symbol& symbol = symbols[i];
     uint32_t code = next[symbol.bits]++;
@@ -81,7 +81,7 @@ Code code_of(const Counts& counts) {
     return counts[a->exponent] != counts[b->exponent] ? counts[a->exponent] < counts[b->exponent] : a < b;
   });
   using List = std::array<uint32_t, 2 * kExponents>;
-  List list, last;
+  List list{}, last{};
   std::array<std::array<bool, 2 * kExponents>, kMaxBits> is_symbol;
   size_t length = 0;
   for (auto& mark : is_symbol) {

@@ -25,11 +25,12 @@
 
 namespace pycomm::kernels {
 
-// The most bytes that `count` elements take: theirs, and 4 for each block.
+// The most bytes that `count` elements take: their own, and 4 for each block.
 int64_t lossless_bound(int64_t count);
 
-// Encodes `count` elements, which may lie at any address; returns how many bytes of `wire` they took. There is
-// room for lossless_bound(count), of which bytes past the end may be overwritten.
+// Encodes `count` elements; returns how many bytes of `wire` they took. It has room for lossless_bound(count),
+// and bytes there that were not taken may be overwritten too. Here as below, `x` and `wire` may lie at any
+// address.
 size_t lossless_encode(const void* x, size_t count, void* wire);
 
 // Decodes `count` elements; returns how many of the `bytes` of `wire` they took. The bytes may be anything:

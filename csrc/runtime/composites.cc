@@ -1,11 +1,12 @@
 #include "runtime/composites.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <utility>
+#include <vector>
 
 #include "common/error.h"
 #include "common/hash.h"
@@ -42,6 +43,18 @@ CallRecord record_of_whole(const Request& request, const std::string& codec, boo
   return record;
 }
 
+// A part of the request's call; `whole` is what all of its parts say.
+Request part_of(const Request& request, const CallRecord& whole, Collective kind, DType dtype) {
+  Request part;
+  part.call.world.collective = kind;
+  part.call.world.root = request.call.world.root;
+  part.call.dtype = dtype;
+  part.tag = request.tag;
+  part.timeout_s = request.timeout_s;
+  part.part_of = whole;
+  return part;
+}
+
 // ---- topk ----
 
 Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
@@ -71,18 +84,14 @@ Bound bind_topk(Binder& binder, const Request& request, int64_t k) {
       State{room<char>(bytes * binder.size()), room<float>(call.dtype == DType::float32 ? 0 : count),
             room<char>(cut ? count * static_cast<int64_t>(size_of(call.dtype)) : 0)});
 
-  Request gather;
-  gather.call.world.collective = Collective::all_gather;
-  gather.call.dtype = DType::uint8;
+  CallRecord whole =
+      record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*coding), false);
+  std::strncpy(whole.algorithm, "direct", sizeof whole.algorithm - 1);
+  Request gather = part_of(request, whole, Collective::all_gather, DType::uint8);
   gather.call.counts.assign(binder.size(), bytes);
   gather.call.in_place = true;
   gather.out = state->records.get();
   gather.in = state->records.get() + binder.rank() * bytes;
-  gather.tag = request.tag;
-  gather.timeout_s = request.timeout_s;
-  gather.part_of =
-      record_of_whole(request, "topk(" + std::to_string(k) + ")" + feedback_words(*coding), false);
-  std::strncpy(gather.part_of->algorithm, "direct", sizeof gather.part_of->algorithm - 1);
   Bound bound = binder.bind(gather);
 
   bound.coding = coding;
@@ -156,16 +165,11 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
   const CallRecord whole = record_of_whole(request, codec + ")", true);
 
   const auto part = [&](DType dtype, Op op, int64_t elements, void* data) {
-    Request reduce;
-    reduce.call.world.collective = Collective::all_reduce;
-    reduce.call.dtype = dtype;
+    Request reduce = part_of(request, whole, Collective::all_reduce, dtype);
     reduce.call.op = op;
     reduce.call.counts = {elements};
     reduce.call.in_place = true;
     reduce.in = reduce.out = data;
-    reduce.tag = request.tag;
-    reduce.timeout_s = request.timeout_s;
-    reduce.part_of = whole;
     return reduce;
   };
   Request sum = part(width == 8    ? DType::int8
@@ -205,82 +209,65 @@ Bound bind_shared_int(Binder& binder, const Request& request, int width) {
 
 // ---- lossless ----
 
-// One all_gather or broadcast of encoded data. Used by one run at a time.
+// One all_gather or broadcast of encoded data. Used by one run at a time; has buffers only while one is under
+// way, since calls are remembered.
 class LosslessCall {
  public:
-  LosslessCall(Binder& binder, const Request& request);
+  LosslessCall(Binder& binder, const Request& request)
+      : binder_(binder), request_(request), whole_(record_of_whole(request, "lossless", false)) {}
   Bound bind(const std::shared_ptr<LosslessCall>& self);
 
  private:
   bool gathers() const { return request_.call.world.collective == Collective::all_gather; }
   bool gives() const { return gathers() || binder_.rank() == request_.call.world.root; }
-  int64_t count_of(int block) const { return request_.call.counts[block]; }
   int own_block() const { return gathers() ? binder_.rank() : 0; }
-  // The bytes that a block takes if each gets this share of its bound.
-  int64_t room_of(int block, int share) const;
-  Request moving(int share);
+  // The bytes for a block, if each gets this share of its bound; for all of them.
+  int64_t room_of(int64_t count, int share) const;
+  std::vector<int64_t> rooms_of(int share) const;
+  // The part of the call that moves encoded bytes, on no buffers yet.
+  Request moving(int share) const;
   void encode();
   const BoundPlan& agreed(const BoundPlan& own);
-  void decode() const;
+  void decode();
 
   Binder& binder_;
   const Request request_;
   CallRecord whole_;
-  int32_t share_ = 0;                             // what this rank needs, then what all use
-  int64_t encoded_ = 0;                           // bytes of what this rank gives
-  std::unique_ptr<char[]> given_;                 // what it gives
-  std::unique_ptr<char[]> moved_;                 // what all get: of a gather all blocks, one after the other
-  std::array<BoundPlan, kLosslessShares> plans_;  // by share, once they have been needed
+  std::unique_ptr<char[]> given_, moved_;  // what this rank gives; all blocks, one after the other
+  int64_t encoded_ = 0;                    // bytes of what it gives
+  int32_t share_ = 0;                      // what it needs, then what all use
+  std::map<int32_t, BoundPlan> plans_;     // by share
 };
 
-LosslessCall::LosslessCall(Binder& binder, const Request& request) : binder_(binder), request_(request) {
-  const schedule::Call& call = request_.call;
-  whole_ = record_of_whole(request, "lossless", false);
-  const auto blocks = static_cast<int>(call.counts.size());
-  int64_t all = 0;
-  for (int block = 0; block < blocks; ++block) all += room_of(block, kLosslessShares);
-  moved_ = room<char>(all);
-  if (gathers()) given_ = room<char>(room_of(own_block(), kLosslessShares));
+int64_t LosslessCall::room_of(int64_t count, int share) const {
+  return (kernels::lossless_bound(count) * share + kLosslessShares - 1) / kLosslessShares;
 }
 
-int64_t LosslessCall::room_of(int block, int share) const {
-  const int64_t bound = kernels::lossless_bound(count_of(block));
-  return (bound * share + kLosslessShares - 1) / kLosslessShares;
+std::vector<int64_t> LosslessCall::rooms_of(int share) const {
+  std::vector<int64_t> rooms;
+  for (const int64_t count : request_.call.counts) rooms.push_back(room_of(count, share));
+  return rooms;
 }
 
-// The part of the call that moves encoded bytes.
-Request LosslessCall::moving(int share) {
-  Request part;
-  part.call.world = request_.call.world;
-  part.call.dtype = DType::uint8;
-  const auto blocks = static_cast<int>(request_.call.counts.size());
-  for (int block = 0; block < blocks; ++block) part.call.counts.push_back(room_of(block, share));
+Request LosslessCall::moving(int share) const {
+  Request part = part_of(request_, whole_, request_.call.world.collective, DType::uint8);
+  part.call.counts = rooms_of(share);
   part.call.in_place = !gathers();
-  part.in = gathers() ? given_.get() : moved_.get();
-  part.out = moved_.get();
   part.algorithm = request_.algorithm;
-  part.tag = request_.tag;
-  part.timeout_s = request_.timeout_s;
-  part.part_of = whole_;
   return part;
 }
 
 Bound LosslessCall::bind(const std::shared_ptr<LosslessCall>& self) {
-  Bound bound = binder_.bind(moving(kLosslessShares));
+  Bound bound = binder_.bind(moving(kLosslessShares));  // so that what cannot run is an error here
   std::memcpy(whole_.algorithm, bound.prepared->record.algorithm, sizeof whole_.algorithm);
   std::memcpy(bound.record.algorithm, whole_.algorithm, sizeof whole_.algorithm);
-  bound.preludes.clear();  // they would choose another plan, in the place of which agreed() chooses one
-  Request agree;
-  agree.call.world.collective = gathers() ? Collective::all_reduce : Collective::broadcast;
-  agree.call.world.root = request_.call.world.root;
-  agree.call.dtype = DType::int32;
+  bound.preludes.clear();  // they would choose another plan; that is for agreed() to do
+  Request agree =
+      part_of(request_, whole_, gathers() ? Collective::all_reduce : Collective::broadcast, DType::int32);
   agree.call.op = Op::max;
   agree.call.counts = {1};
   agree.call.in_place = true;
   agree.in = agree.out = &share_;
-  agree.tag = request_.tag;
-  agree.timeout_s = request_.timeout_s;
-  agree.part_of = whole_;
   bound.preludes.push_back({.plan = binder_.bind(agree)});
   bound.before = [self] { self->encode(); };
   bound.conclude = [self](const BoundPlan& own) -> const BoundPlan& { return self->agreed(own); };
@@ -291,25 +278,25 @@ Bound LosslessCall::bind(const std::shared_ptr<LosslessCall>& self) {
 void LosslessCall::encode() {
   share_ = 1;
   if (!gives()) return;
-  char* const to = gathers() ? given_.get() : moved_.get();
-  const int64_t count = count_of(own_block());
-  encoded_ = static_cast<int64_t>(kernels::lossless_encode(request_.in, static_cast<size_t>(count), to));
-  if (count > 0) {
-    const int64_t bound = kernels::lossless_bound(count);
-    share_ = static_cast<int32_t>(std::max<int64_t>(1, (encoded_ * kLosslessShares + bound - 1) / bound));
-  }
+  const int64_t count = request_.call.counts[own_block()], bound = kernels::lossless_bound(count);
+  given_ = room<char>(bound);
+  encoded_ =
+      static_cast<int64_t>(kernels::lossless_encode(request_.in, static_cast<size_t>(count), given_.get()));
+  while (room_of(count, share_) < encoded_) ++share_;
 }
 
 // The others may have begun: what goes wrong here is the group's failure.
 const BoundPlan& LosslessCall::agreed(const BoundPlan& own) {
-  if (gives()) {
-    char* const given = gathers() ? given_.get() : moved_.get();
-    std::memset(given + encoded_, 0, static_cast<size_t>(room_of(own_block(), share_) - encoded_));
-  }
-  if (share_ == kLosslessShares) return own;
-  BoundPlan& plan = plans_[share_];
   try {
-    if (!plan.prepared) plan = binder_.bind(moving(share_));
+    const std::vector<int64_t> rooms = rooms_of(share_);
+    if (gives()) {
+      std::memset(given_.get() + encoded_, 0, static_cast<size_t>(rooms[own_block()] - encoded_));
+    }
+    if (gathers() || !gives()) moved_ = room<char>(std::reduce(rooms.begin(), rooms.end()));
+    BoundPlan& plan = plans_[share_];
+    if (!plan.prepared) plan = share_ == kLosslessShares ? own : binder_.bind(moving(share_));
+    plan.bases.in = gives() ? given_.get() : moved_.get();
+    plan.bases.out = moved_ ? moved_.get() : given_.get();  // a root works in place
     return plan;
   } catch (const std::exception& error) {
     transport::Board& board = binder_.domain().board();
@@ -319,21 +306,24 @@ const BoundPlan& LosslessCall::agreed(const BoundPlan& own) {
   }
 }
 
-void LosslessCall::decode() const {
+void LosslessCall::decode() {
   const auto item = static_cast<int64_t>(size_of(request_.call.dtype));
-  const auto blocks = static_cast<int>(request_.call.counts.size());
-  const char* from = moved_.get();
+  const std::vector<int64_t> rooms = rooms_of(share_);
   auto* to = static_cast<char*>(request_.out);
-  for (int block = 0; block < blocks; ++block) {
-    const int64_t bytes = room_of(block, share_), count = count_of(block);
-    if (gives() && block == own_block()) {
-      if (to != request_.in) kernels::copy_bytes(to, request_.in, static_cast<size_t>(count * item));
-    } else {
-      kernels::lossless_decode(from, static_cast<size_t>(bytes), to, static_cast<size_t>(count));
+  int64_t at = 0;
+  for (size_t block = 0; block < rooms.size(); ++block) {
+    const int64_t bytes = request_.call.counts[block] * item;
+    if (!gives() || static_cast<int>(block) != own_block()) {
+      kernels::lossless_decode(moved_.get() + at, static_cast<size_t>(rooms[block]), to,
+                               static_cast<size_t>(request_.call.counts[block]));
+    } else if (to != request_.in) {
+      kernels::copy_bytes(to, request_.in, static_cast<size_t>(bytes));
     }
-    from += bytes;
-    to += count * item;
+    at += rooms[block];
+    to += bytes;
   }
+  given_.reset();
+  moved_.reset();
 }
 
 Bound bind_lossless(Binder& binder, const Request& request) {
