@@ -316,7 +316,7 @@ void LosslessCall::decode() {
     if (!gives() || static_cast<int>(block) != own_block()) {
       kernels::lossless_decode(moved_.get() + at, static_cast<size_t>(rooms[block]), to,
                                static_cast<size_t>(request_.call.counts[block]));
-    } else if (to != request_.in) {
+    } else if (bytes > 0 && to != request_.in) {
       kernels::copy_bytes(to, request_.in, static_cast<size_t>(bytes));
     }
     at += rooms[block];
