@@ -106,6 +106,7 @@ Code code_of(const Counts& counts) {
   return code;
 }
 
+// `exponents`: from the least to the largest.
 size_t header_bytes(size_t exponents) { return 2 + (exponents + 1) / 2 + (kStreams - 1) * sizeof(uint32_t); }
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -229,15 +230,17 @@ size_t encode_block(const uint8_t* x, size_t n, uint8_t* exponents, uint8_t* to)
 
 // ---- decode ----
 
-// What the next bits of a stream hold: in order of bytes, how many bits that takes, how many exponents these
-// are, and the exponents.
+// What the next bits of a stream hold. From the lowest byte on: how many bits that takes; how many exponents;
+// the exponents, six at most.
 using Entry = uint64_t;
 constexpr int kMostAtOnce = 6;
 uint32_t bits_in(Entry entry) { return entry & 0xff; }
 uint32_t count_in(Entry entry) { return entry >> 8 & 0xff; }
 Entry exponents_in(Entry entry) { return entry >> 16; }
 
-// Entries for k bits that are known begin at 1 << k, so that a longer one is a symbol and a shorter one.
+// The 2^k entries for the next k bits begin at index 2^k. Each is made of one for fewer bits: the first code
+// takes some, and what the bits after it hold is known by then. If that is six exponents already, the entry
+// holds the first one alone. Lookups are of kMaxBits.
 class Table {
  public:
   explicit Table(const Code& code) {
@@ -275,7 +278,7 @@ struct Stream {
 constexpr int kLookups = 5;  // 55 bits, of the 57 at least that a load gives
 constexpr size_t kRoom = (kLookups - 1) * kMostAtOnce + kWord;  // what they write at most
 
-// As long as all of these streams can go on without care for their ends.
+// Decodes these streams in turn, as long as none of them is near an end.
 template <size_t N>
 void decode_together(const Table& table, const uint8_t* codes, size_t bytes, Stream* streams) {
   if (bytes < kWord) return;
@@ -365,7 +368,6 @@ void decode_block(const uint8_t* from, size_t bytes, size_t n, uint8_t* exponent
   }
   if (code.size == 1) {
     std::memset(exponents, code.symbols[0].exponent, n);
-    streams = {};  // empty
     if (room > 0) refuse("it goes on after its end");
   } else {
     const Table table(code);

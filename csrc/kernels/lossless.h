@@ -10,14 +10,15 @@
 //   uint32             the bytes that follow; 2n: these are the elements as they are
 //   n bytes            of each element the sign (bit 7) and the mantissa
 //   2 bytes            the least and the largest exponent that occur
-//   a nibble each      of the exponents from the least to the largest: the bits of its code and 1, or 0 if it
-//                      does not occur; the low nibble first
+//   a nibble each      for the exponents from the least to the largest, the low nibble first: the length of its
+//                      code plus 1, or 0 if it does not occur
 //   3 uint32           the bytes of the first three streams; the fourth takes the rest
 //   four streams       of codes, each of a quarter of the elements in order (rounded up; the last ones get
 //                      fewer), in the order of bits from low to high
 //
-// in little-endian order. Codes are given out by length, then by exponent, and begin with their high bit. A
-// block that would not save 8 bytes is stored as it is, so the wire is never larger than the bound.
+// in little-endian order. Codes are given out by length, then by exponent, and begin with their high bit. An
+// exponent that occurs alone has a code of length 0, and the streams are empty. A block that would not save 8
+// bytes is stored as it is, so the wire is never larger than the bound.
 #pragma once
 
 #include <cstddef>
