@@ -191,6 +191,8 @@ class GradientReducer:
             raise ValueError("finish() inside no_sync(): call it after the last pass of a step, outside")
         if self._failure is not None:
             self._raise_failure()
+        if self._step.times is not None:
+            self._step.times.stops()
         for i in sorted(self._added):  # in passes before the last one, which has not used these
             if not self._step.is_ready[i]:
                 self._mark(i, used=True)
@@ -340,8 +342,12 @@ class GradientReducer:
         return i
 
     def _mark(self, i: int, used: bool) -> None:
+        step = self._step
+        times = step.times
+        if times is not None:
+            times.stops()
         i = self._checked(i)
-        step, gradient = self._step, self._gradients[i]
+        gradient = self._gradients[i]
         if self._failure is not None:
             self._raise_failure()
         if step.is_ready[i]:
@@ -358,8 +364,8 @@ class GradientReducer:
                 self._count_active(has_input=True)
             bucket = step.arrangement.bucket_of[i]
             if step.missing[bucket] == 1:
-                if step.times is not None:
-                    step.times.bucket_ready(bucket, step.arrangement.buckets[bucket].__pycomm_signature__)
+                if times is not None:
+                    times.bucket_ready(bucket, step.arrangement.buckets[bucket].__pycomm_signature__)
                 step.arrangement.pack(bucket)
             step.is_ready[i] = True
             step.ready.append(i)
@@ -367,10 +373,10 @@ class GradientReducer:
             step.missing[bucket] -= 1
             if step.missing[bucket] == 0:
                 step.flights.packed(bucket)
-                if step.times is not None:
-                    step.times.goes_on()
         except _native.CommError as error:
             self._fail(error)
+        if times is not None:
+            times.goes_on()
 
     def _fail(self, error: _native.CommError) -> NoReturn:
         """Raises what ended the group: an earlier call may have met it, and this one only heard of it."""
@@ -401,8 +407,6 @@ class GradientReducer:
 
     def _finish(self) -> Stats | None:
         step = self._step
-        if step.times is not None:
-            step.times.stops()
         step.flights.send_all()
         step.works = list(step.flights.works)
         if self._find_unused:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -48,16 +48,21 @@ def active(comm: Communicator) -> Trace | None:
 
 @dataclass
 class Flight:
-    """A bucket's way in one step, times in ns. Its call lasts from `started` to `finished`; up to `arrived`
-    it waits for the rank `late_rank`, the rest is communication."""
+    """A bucket's way in one step on one rank, times in ns of the clock that all processes of a machine share.
+
+    From `sent` to `arrived` it waits for the rank `late_rank`, which sends it last. From `departed` to
+    `finished` it is on its way: that is communication, also where no thread has a core to move it. In between
+    it waits for its turn, behind the bucket before it.
+    """
 
     bucket: int
     signature: str
     ready: int
     sent: int = 0
-    started: int = 0
-    first_arrived: int = 0  # of the other ranks of the node
-    arrived: int = 0
+    first_arrived: int = 0  # when the first of the other ranks sent it; 0: there is none
+    arrived: int = 0  # when the last rank had sent it
+    departed: int = 0
+    started: int = 0  # its call, by the thread that moves it
     finished: int = 0
     late_rank: int = -1
     bytes: int = 0
@@ -66,11 +71,11 @@ class Flight:
 
     @property
     def communicates(self) -> Interval:
-        return self.arrived, self.finished
+        return self.departed, self.finished
 
     @property
     def waits(self) -> Interval:
-        return self.started, self.arrived
+        return self.sent, self.arrived
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Step:
     """One step of a reducer on one rank. In `blocked` the training thread was inside the reducer; else it
     computed."""
 
+    number: int  # the same on all ranks
     begin: int
     end: int = 0
     blocked: list[Interval] = field(default_factory=list)
@@ -94,7 +100,6 @@ class Step:
         self.blocked.append((self._since, now()))
 
     def bucket_ready(self, bucket: int, signature: str) -> None:
-        self.stops()
         self.flights.append(Flight(bucket, signature, ready=self._since))
 
     def bucket_sent(self, bucket: int) -> None:
@@ -103,6 +108,17 @@ class Step:
     def end_step(self) -> None:
         self.goes_on()
         self.end = self.blocked[-1][1]
+
+    # As what JSON holds, for another process.
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"blocked": [list(interval) for interval in self.blocked]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Step:
+        blocked = [(begin, end) for begin, end in data["blocked"]]
+        flights = [Flight(**flight) for flight in data["flights"]]
+        return cls(**data | {"blocked": blocked, "flights": flights})
 
 
 @dataclass
@@ -166,12 +182,11 @@ class Trace:
         ended = [step for step in self._steps if step.end]
         self._fill_in(ended, calls)
         whole = [step for step in ended if all(flight.finished for flight in step.flights)]
-        mine = [asdict(step) for step in whole[-self._kept :]]
-        for step in mine:
-            step["blocked"] = [list(interval) for interval in step["blocked"]]
+        mine = [step.as_dict() for step in whole[-self._kept :]]
         everyones: Any = comm.all_gather_object({"stolen": stolen, "steps": mine})
         self.stolen = [each["stolen"] for each in everyones]
-        self.ranks = [[_step(step) for step in each["steps"]] for each in everyones]
+        self.ranks = [[Step.from_dict(step) for step in each["steps"]] for each in everyones]
+        _bring_together(self.ranks)
 
     def summary(self, rank: int) -> Summary:
         """What the steps of a rank cost; after stop(). Raises ValueError if no step was traced."""
@@ -224,7 +239,7 @@ class Trace:
                     events.append(_event(rank, 0, "in the reducer", interval))
                 for flight in step.flights:
                     what = {key: getattr(flight, key) for key in ("bytes", "algorithm", "codec", "signature")}
-                    what |= {"ready": flight.ready / 1e3, "sent": flight.sent / 1e3}
+                    what |= {time: getattr(flight, time) / 1e3 for time in ("ready", "sent", "started")}
                     waits = f"waits for rank {flight.late_rank}"
                     events.append(_event(rank, 1, waits, flight.waits))
                     events.append(_event(rank, 1, f"bucket {flight.bucket}", flight.communicates, what))
@@ -236,35 +251,15 @@ class Trace:
         from matplotlib.figure import Figure
 
         chosen = [steps[step] for steps in self._stopped()]
-        origin = min(each.begin for each in chosen)
-
-        def bars(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
-            return [((a - origin) / 1e6, (b - a) / 1e6) for a, b in intervals]
-
         figure = Figure(figsize=(10, 1 + 0.9 * len(chosen)), layout="constrained")
-        axes = figure.subplots()
-        for rank, each in enumerate(chosen):
-            computes = _without([(each.begin, each.end)], each.blocked)
-            axes.broken_barh(bars(computes), (rank + 0.05, 0.4), color="#94a3b8")
-            axes.broken_barh(bars(each.blocked), (rank + 0.05, 0.4), color="#dc2626")
-            for flight in each.flights:
-                color = ("#c2410c", "#f59e0b")[flight.bucket % 2]
-                axes.broken_barh(bars([flight.waits]), (rank + 0.5, 0.4), color="#e2e8f0")
-                axes.broken_barh(bars([flight.communicates]), (rank + 0.5, 0.4), color=color)
-        axes.set(xlabel="ms", yticks=[rank + 0.5 for rank in range(len(chosen))])
-        axes.set_yticklabels([f"rank {rank}" for rank in range(len(chosen))])
-        axes.invert_yaxis()
-        axes.set_title(
-            "above: computing (gray), in the reducer (red); below: buckets, waiting for a late rank (light)",
-            fontsize=9,
-        )
+        draw(figure.subplots(), chosen)
         figure.savefig(path, dpi=120)
 
     # ---- for the reducer ----
 
     def begin_step(self) -> Step:
         """The next step of a reducer, which counts once it has ended."""
-        step = Step(begin=now())
+        step = Step(self._taken, begin=now())
         self._steps.append(step)
         self._taken += 1
         return step
@@ -283,9 +278,7 @@ class Trace:
                 if not found:
                     continue
                 _, _, flight.algorithm, flight.codec, _, flight.bytes, *times = found.pop()
-                flight.started, flight.finished, flight.first_arrived, last, late = times
-                flight.arrived = min(max(flight.started, last), flight.finished)
-                flight.late_rank = late if last > flight.started else -1
+                flight.started, flight.finished = times[:2]
 
     def _stopped(self) -> list[list[Step]]:
         if not self.ranks:
@@ -299,18 +292,67 @@ def now() -> int:
     return time.perf_counter_ns()
 
 
+def draw(axes: Any, steps: Sequence[Step]) -> None:
+    """Draws one step, that of each rank, into axes of matplotlib."""
+    origin = min(step.begin for step in steps)
+
+    def bars(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
+        return [((a - origin) / 1e6, (b - a) / 1e6) for a, b in intervals]
+
+    for rank, step in enumerate(steps):
+        computes = _without([(step.begin, step.end)], step.blocked)
+        axes.broken_barh(bars(computes), (rank + 0.05, 0.4), color="#94a3b8")
+        axes.broken_barh(bars(step.blocked), (rank + 0.05, 0.4), color="#dc2626")
+        for flight in step.flights:
+            color = ("#c2410c", "#f59e0b")[flight.bucket % 2]
+            axes.broken_barh(bars([flight.waits]), (rank + 0.5, 0.4), color="#e2e8f0")
+            axes.broken_barh(bars([flight.communicates]), (rank + 0.5, 0.4), color=color)
+    axes.set(xlabel="ms", yticks=[rank + 0.5 for rank in range(len(steps))])
+    axes.set_yticklabels([f"rank {rank}" for rank in range(len(steps))])
+    axes.invert_yaxis()
+    axes.set_title(
+        "above: computing (gray), in the reducer (red); below: buckets, waiting for a late rank (light)",
+        fontsize=9,
+    )
+
+
+def _bring_together(ranks: list[list[Step]]) -> None:
+    """Keeps the steps that every rank has, and brings to each flight when the other ranks sent the bucket.
+
+    A rank comes with a bucket when its training thread sends it. That its progress thread starts the call
+    later, for want of a core, makes communication longer, and nobody late.
+    """
+    common = set.intersection(*({step.number for step in steps} for steps in ranks))
+    for steps in ranks:
+        steps[:] = [step for step in steps if step.number in common]
+    sent = [{(step.number, f.bucket): f.sent for step in steps for f in step.flights} for steps in ranks]
+    for rank, steps in enumerate(ranks):
+        before = 0  # when the bucket before had finished
+        for step in steps:
+            for flight in sorted(step.flights, key=lambda each: each.sent):
+                key = step.number, flight.bucket
+                others = {r: times[key] for r, times in enumerate(sent) if r != rank}
+                last = max(others, key=lambda r: others[r], default=rank)
+                flight.first_arrived = min(others.values(), default=0)
+                flight.arrived = min(max(sent[last][key], flight.sent), flight.finished)
+                flight.late_rank = last if flight.arrived > flight.sent else -1
+                flight.departed = min(max(flight.arrived, before), flight.finished)
+                before = flight.finished
+
+
 def _shares(step: Step) -> tuple[float, float, float, float, float, float]:
     """Of a step: its time, compute, exposed, late, communication, and overlap."""
     computes = _without([(step.begin, step.end)], step.blocked)
     communicates = _merged(flight.communicates for flight in step.flights)
     waits = _without(_merged(flight.waits for flight in step.flights), communicates)
-    late = _length(step.blocked) - _length(_without(step.blocked, waits))
+    blocked = _merged(step.blocked)
+    late = _length(blocked) - _length(_without(blocked, waits))
     hidden = _length(communicates) - _length(_without(communicates, computes))
     total = _length(communicates)
     return (
         (step.end - step.begin) / 1e9,
         _length(computes) / 1e9,
-        (_length(step.blocked) - late) / 1e9,
+        (_length(blocked) - late) / 1e9,
         late / 1e9,
         total / 1e9,
         hidden / total if total else 0.0,
@@ -347,12 +389,6 @@ def _without(intervals: Iterable[Interval], others: Iterable[Interval]) -> list[
 
 def _length(intervals: Iterable[Interval]) -> int:
     return sum(end - begin for begin, end in intervals)
-
-
-def _step(data: dict[str, Any]) -> Step:
-    blocked = [(begin, end) for begin, end in data["blocked"]]
-    flights = [Flight(**flight) for flight in data["flights"]]
-    return Step(data["begin"], data["end"], blocked, flights, data["cosine"])
 
 
 def _event(
