@@ -2,13 +2,16 @@
 
     pycomm run -n 2 examples/reducer_numpy.py --codec int8
 
-lm/train.py does the same with one all_reduce after backward. Here a GradientReducer sends a layer's gradients
-as soon as they are final, and finish() waits for what is left.
+Each rank computes gradients on its share of the batch. A GradientReducer sends those of a layer as soon as
+they are final, and finish() waits for what is left. Each rank then takes the same optimizer step with the
+same averages on the same parameters, so that the replicas stay equal bit for bit. `train` is all of it, and
+what `make demo` runs.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 from lm.data import VOCABULARY, Tokens, rank_batch, read_text, split_text
@@ -21,13 +24,19 @@ BUCKET_MB = 1.0  # the model's gradients have 4 MiB: W2 is most of them
 
 
 def train(
-    comm: pycomm.Communicator, shape: Shape, text: Tokens, steps: int, codec: str | None = None
+    comm: pycomm.Communicator,
+    shape: Shape,
+    text: Tokens,
+    steps: int,
+    codec: str | None = None,
+    report: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Model, list[float]]:
-    """Returns the model and the loss of each step, averaged over ranks."""
+    """Returns the model and the loss of each step, averaged over ranks. After a step each rank calls `report`
+    with the loss on its own share of the batch."""
     n = shape.count()
     model = Model(shape, np.empty(n, np.float32), np.empty(n, np.float32), seed=SEED)
     optimizer = Adam(model.params, model.grads)
-    comm.broadcast(model.params, root=0)
+    comm.broadcast(model.params, root=0)  # the replicas start equal, whatever each rank drew
 
     gradients = shape.views(model.grads)
     reducer = pycomm.GradientReducer(
@@ -48,6 +57,7 @@ def train(
         stats = reducer.finish()
         if stats is not None and stats.finite:
             optimizer.step(learning_rate(step, steps))
+        report(losses[step])
     return model, comm.all_reduce(losses, op="avg").tolist()
 
 

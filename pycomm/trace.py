@@ -50,9 +50,9 @@ def active(comm: Communicator) -> Trace | None:
 class Flight:
     """A bucket's way in one step on one rank, times in ns of the clock that all processes of a machine share.
 
-    From `sent` to `arrived` it waits for the rank `late_rank`, which sends it last. From `departed` to
-    `finished` it is on its way: that is communication, also where no thread has a core to move it. In between
-    it waits for its turn, behind the bucket before it.
+    At `turn` it has been sent here, and the bucket before it is back. From then on it waits for `late_rank`,
+    which sends it last, until it has `arrived` there as well. After that it is on its way until it has
+    `finished`: that is communication, also while no thread has a core to move it.
     """
 
     bucket: int
@@ -61,7 +61,7 @@ class Flight:
     sent: int = 0
     first_arrived: int = 0  # when the first of the other ranks sent it; 0: there is none
     arrived: int = 0  # when the last rank had sent it
-    departed: int = 0
+    turn: int = 0
     started: int = 0  # its call, by the thread that moves it
     finished: int = 0
     late_rank: int = -1
@@ -71,11 +71,11 @@ class Flight:
 
     @property
     def communicates(self) -> Interval:
-        return self.departed, self.finished
+        return max(self.turn, self.arrived), self.finished
 
     @property
     def waits(self) -> Interval:
-        return self.sent, self.arrived
+        return self.turn, max(self.turn, self.arrived)
 
 
 @dataclass
@@ -311,7 +311,8 @@ def draw(axes: Any, steps: Sequence[Step]) -> None:
     axes.set_yticklabels([f"rank {rank}" for rank in range(len(steps))])
     axes.invert_yaxis()
     axes.set_title(
-        "above: computing (gray), in the reducer (red); below: buckets, waiting for a late rank (light)",
+        "A step. Above: computing (gray), in the reducer (red); below: buckets on their way (orange),"
+        " waiting for a late rank (light)",
         fontsize=9,
     )
 
@@ -327,7 +328,7 @@ def _bring_together(ranks: list[list[Step]]) -> None:
         steps[:] = [step for step in steps if step.number in common]
     sent = [{(step.number, f.bucket): f.sent for step in steps for f in step.flights} for steps in ranks]
     for rank, steps in enumerate(ranks):
-        before = 0  # when the bucket before had finished
+        before = 0  # when the bucket before was back
         for step in steps:
             for flight in sorted(step.flights, key=lambda each: each.sent):
                 key = step.number, flight.bucket
@@ -335,8 +336,8 @@ def _bring_together(ranks: list[list[Step]]) -> None:
                 last = max(others, key=lambda r: others[r], default=rank)
                 flight.first_arrived = min(others.values(), default=0)
                 flight.arrived = min(max(sent[last][key], flight.sent), flight.finished)
-                flight.late_rank = last if flight.arrived > flight.sent else -1
-                flight.departed = min(max(flight.arrived, before), flight.finished)
+                flight.turn = min(max(flight.sent, before), flight.finished)
+                flight.late_rank = last if flight.arrived > flight.turn else -1
                 before = flight.finished
 
 

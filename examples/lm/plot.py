@@ -1,4 +1,4 @@
-"""The demo's chart: loss curves and their difference on the left, bandwidth on the right."""
+"""The demo's chart: loss curves and their difference on the left, bandwidth on the right, a step below."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from pycomm import trace
 
 from .bandwidth import Bandwidth, human
 
@@ -21,10 +23,11 @@ STYLES = {
 }
 
 
-def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> None:
-    """`losses`: those of two runs, by label."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subfigures(1, 2)
+def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, step: list[trace.Step], path: Path) -> None:
+    """`losses`: those of two runs, by label. `step`: one step, as each rank saw it."""
+    figure = Figure(figsize=(12, 6 + 0.6 * len(step)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 1 + 0.6 * len(step)))
+    left, right = above.subfigures(1, 2)
     loss, difference = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     right_axes = right.subplots()
 
@@ -58,5 +61,7 @@ def draw(losses: dict[str, list[float]], bandwidth: Bandwidth, path: Path) -> No
         title=f"all_reduce, float32 sum, {bandwidth.ranks} ranks", xlabel="size", ylabel="bus bandwidth, GB/s"
     )
     right_axes.legend(loc="lower right")
+
+    trace.draw(below.subplots(), step)
     figure.supxlabel(bandwidth.machine, fontsize=7, color="#64748b")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""The demo's training loop (examples/lm/train.py) on rank threads; its reading of `pycomm bench --json`."""
+"""The demo: its training loop (examples/reducer_numpy.py), reports, and reading of `pycomm bench --json`."""
 
 from __future__ import annotations
 
@@ -14,60 +14,77 @@ import pytest
 from rich.console import Console
 
 import pycomm
+from pycomm import trace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import reducer_numpy
 from lm.bandwidth import Bandwidth, from_json, render
-from lm.data import VOCABULARY, read_text
-from lm.model import Model, Shape
+from lm.data import VOCABULARY, rank_batch, read_text
+from lm.model import Adam, Model, Shape
+from lm.plot import draw
+from lm.train import GLOBAL_BATCH, SEED, learning_rate, replicas_equal
 from lm.train import STEPS as MOST_STEPS
-from lm.train import replicas_equal, train
-from train_lm import FEWEST_STEPS, SECONDS, affordable_steps
+from reducer_numpy import train
+from train_lm import FEWEST_STEPS, SECONDS, Run, affordable_steps, communication, events, on_shared_cores
 
 SMALL = Shape(VOCABULARY, hidden=32)
 STEPS = 30
 
 
-def losses(size: int, dtype: str = "float32") -> tuple[list[float], list[float]]:
-    """Returns the losses that rank 0 reports, and each rank's checksum of its parameters."""
-    text, reported = read_text(), []
+def reduced(size: int) -> list[float]:
+    """The losses of training through a reducer, on `size` ranks."""
 
-    def run(comm: pycomm.Communicator) -> float:
-        model = train(comm, SMALL, text, STEPS, lambda event: reported.append(event["loss"]), dtype)
+    def run(comm: pycomm.Communicator) -> tuple[list[float], list[float]]:
+        mine: list[float] = []
+        model, losses = train(comm, SMALL, read_text(), STEPS, report=mine.append)
         assert replicas_equal(comm, model)
-        return float(model.params.sum(dtype=np.float64))
+        return losses, mine
 
-    checksums = pycomm.run_local(run, size)
-    return reported, checksums
+    everyones = pycomm.run_local(run, size)
+    for losses, _ in everyones:
+        assert losses == everyones[0][0]
+    np.testing.assert_allclose(np.mean([mine for _, mine in everyones], axis=0), everyones[0][0], rtol=1e-12)
+    return everyones[0][0]
+
+
+def plain(size: int, dtype: str) -> list[float]:
+    """The losses of the same training with one all_reduce after backward."""
+    text, n = read_text(), SMALL.count()
+
+    def run(comm: pycomm.Communicator) -> list[float]:
+        bucket = np.empty(n + 1, dtype)  # the last element is the loss
+        model = Model(SMALL, np.empty(n, dtype), bucket[:n], seed=SEED)
+        optimizer = Adam(model.params, model.grads)
+        losses = []
+        for step in range(STEPS):
+            rows = {"seed": SEED, "step": step, "rank": comm.rank, "size": comm.size}
+            bucket[n] = model.backward(*rank_batch(text, SMALL.context, GLOBAL_BATCH, **rows))
+            comm.all_reduce(bucket, op="avg")
+            optimizer.step(learning_rate(step, STEPS))
+            losses.append(float(bucket[n]))
+        return losses
+
+    return pycomm.run_local(run, size)[0]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_together_learn_what_one_learns_alone(size: int) -> None:
-    alone, _ = losses(1)
-    together, checksums = losses(size)
+    alone, together = reduced(1), reduced(size)
     assert len(alone) == len(together) == STEPS
     assert alone[-1] < alone[0] - 1
     np.testing.assert_allclose(together[:10], alone[:10], rtol=1e-5)
     np.testing.assert_allclose(together, alone, rtol=1e-3)
-    assert len(set(checksums)) == 1
 
 
 def test_in_float64_the_curves_are_the_same() -> None:
     """So in float32 they differ only by rounding."""
-    np.testing.assert_allclose(losses(2, "float64")[0], losses(1, "float64")[0], rtol=1e-13)
+    np.testing.assert_allclose(plain(2, "float64"), plain(1, "float64"), rtol=1e-13)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_reducer_trains_as_one_all_reduce_does(size: int) -> None:
-    def run(comm: pycomm.Communicator) -> list[float]:
-        model, found = reducer_numpy.train(comm, SMALL, read_text(), STEPS)
-        assert replicas_equal(comm, model)
-        return found
-
-    everyones = pycomm.run_local(run, size)
-    assert everyones == [everyones[0]] * size
-    np.testing.assert_allclose(everyones[0], losses(size)[0], rtol=1e-4)
+    np.testing.assert_allclose(reduced(size), plain(size, "float32"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("codec", [[], ["--codec", "int8"]])
@@ -78,6 +95,30 @@ def test_the_example_of_a_reducer_learns(codec: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     said = re.fullmatch(r"\[0\] loss ([0-9.]+) -> ([0-9.]+); replicas equal: True\n", done.stdout)
     assert said and float(said[2]) < float(said[1]) - 0.5
+
+
+def test_the_demo_reports_and_draws_its_communication(tmp_path: Path) -> None:
+    run = Run(2)
+    for event in events(2, 3):
+        run.hear(event)
+    assert len(run.steps) == len(run.losses()) == 3
+    assert run.end["replicas_equal"]
+    took = run.end["communication"]
+    parts = took["compute"] + took["exposed"] + took["late"]
+    assert took["step"] == pytest.approx(parts)  # medians of two steps are their means
+    said = communication(run)
+    assert f"{took['exposed'] * 1e3:.2f} ms exposed" in said and f"{took['overlap']:.0%} of it" in said
+    step = [trace.Step.from_dict(data) for data in run.end["typical_step"]]
+    assert [len(each.flights) for each in step] == [5, 5]  # b3 W3 b2, W2, b1, W1, embed
+    bandwidth = Bandwidth("m", 2, {"pycomm, plain": {1024: 2.0, 2048: 3.0}})
+    draw({"1 rank": run.losses(), "2 ranks": run.losses()}, bandwidth, step, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_says_what_overlap_is_worth_without_cores_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    assert on_shared_cores(2) == []
+    assert on_shared_cores(3)[0].startswith("3 ranks on 4 cores")
 
 
 def test_replicas_that_differ_are_noticed() -> None:

@@ -42,7 +42,8 @@ def test_the_parts_of_a_step_add_up(ranks: Ranks, order: Any) -> None:
                 for flight in each.flights:
                     assert flight.algorithm and flight.bytes > 0 and "bucket of" in flight.signature
                     assert each.begin < flight.ready <= flight.sent <= flight.finished <= each.end
-                    assert flight.sent <= flight.arrived <= flight.departed < flight.finished
+                    assert flight.sent <= min(flight.arrived, flight.turn)
+                    assert max(flight.arrived, flight.turn) < flight.finished
                     assert flight.sent <= flight.started < flight.finished
                     assert 0 < flight.first_arrived <= flight.arrived
                 whole, compute, exposed, late, communication, overlap = trace._shares(each)
@@ -152,23 +153,23 @@ def flights(*sent_and_finished: tuple[int, int]) -> list[trace.Flight]:
 
 
 def test_a_bucket_is_on_its_way_once_all_ranks_have_sent_it() -> None:
-    """Rank 1 sends its first bucket 5 after rank 0, and its second one while the first is on its way."""
+    """Rank 1 sends the first bucket 5 after rank 0 has, and the second one 3 after the first is back."""
     ranks = [
         [trace.Step(7, 0, 50, [(30, 50)], flights((10, 40), (20, 48)))],
-        [trace.Step(6, 0, 1), trace.Step(7, 1, 50, [(35, 49)], flights((15, 41), (30, 49)))],
+        [trace.Step(6, 0, 1), trace.Step(7, 1, 50, [(35, 49)], flights((15, 41), (43, 49)))],
     ]
     trace._bring_together(ranks)
     assert [[step.number for step in steps] for steps in ranks] == [[7], [7]]  # what both have
     here, there = ranks[0][0].flights, ranks[1][0].flights
-    assert [f.waits for f in here] == [(10, 15), (20, 30)]
-    assert [f.communicates for f in here] == [(15, 40), (40, 48)]
-    assert [f.communicates for f in there] == [(15, 41), (41, 49)]
+    assert [f.waits for f in here] == [(10, 15), (40, 43)]
+    assert [f.communicates for f in here] == [(15, 40), (43, 48)]
+    assert [f.communicates for f in there] == [(15, 41), (43, 49)]
     assert [f.late_rank for f in here + there] == [1, 1, -1, -1]
-    assert [f.first_arrived for f in here + there] == [15, 30, 10, 20]
+    assert [f.first_arrived for f in here + there] == [15, 43, 10, 20]
     step, compute, exposed, late, communication, overlap = trace._shares(ranks[0][0])
     in_ns = [round(x * 1e9) for x in (step, compute, exposed, late, communication)]
-    assert in_ns == [50, 30, 20, 0, 33]  # nobody waits from 30 on: the first bucket is on its way
-    assert overlap == pytest.approx(15 / 33)
+    assert in_ns == [50, 30, 17, 3, 30]
+    assert overlap == pytest.approx(0.5)  # from 15 to 30
 
 
 def test_alone_nobody_is_late() -> None:
