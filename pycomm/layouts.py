@@ -17,6 +17,7 @@ from typing import Any
 _LONGEST = 130
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _RANKS = re.compile(r"rank (\d+) called ")
+_LIST = re.compile(r"(\w+) (of \d+, #[0-9a-f]{8})")
 _SIGNATURE = re.compile(r"bucket of (\d+), #([0-9a-f]{8}): ([^\"]*)\"")
 
 
@@ -26,6 +27,12 @@ def signature(names: Sequence[str], shapes: Sequence[Any]) -> str:
     plain = text.isascii() and '"' not in text and text.count("; ") == max(len(names) - 1, 0)
     short = plain and len(text) <= _LONGEST
     return f"of {len(names)}, #{whole}: {text if short else _letters(names, shapes)}"
+
+
+def lists(tag: str) -> list[tuple[str, str]]:
+    """The lists of tensors that the tag of a call begins with: for each the word before it, and what tells it
+    from others. `exempt of 1, #0a1b2c3d, bucket of 2, #1a2b3c4d: ...` has two."""
+    return _LIST.findall(tag.split(":", 1)[0])
 
 
 def first_difference(text: str, names: Sequence[str], shapes: Sequence[Any]) -> str:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from pycomm import checks
+from pycomm import checks, layouts
 from pycomm.group import Communicator
 
 Interval = tuple[int, int]  # ns
@@ -267,18 +267,18 @@ class Trace:
     # ---- inside ----
 
     def _fill_in(self, steps: list[Step], calls: list[Any]) -> None:
-        """Brings the times of calls to the flights that they carried: a signature's calls are in order. The
+        """Brings the times of calls to the flights that they carried: a bucket's calls are in order. The
         oldest steps' calls may have left the log."""
-        by_tag: dict[str, list[Any]] = {}
-        for call in calls:
-            by_tag.setdefault(call[4], []).append(call)
+        by_bucket = _by_bucket(calls)
         for step in reversed(steps):
             for flight in reversed(step.flights):
-                found = by_tag.get(flight.signature)
-                if not found:
+                ((_, bucket),) = layouts.lists(flight.signature)
+                if not by_bucket.get(bucket):
                     continue
-                _, _, flight.algorithm, flight.codec, _, flight.bytes, *times = found.pop()
-                flight.started, flight.finished = times[:2]
+                found = by_bucket[bucket].pop()
+                flight.algorithm, flight.codec = found[0][2:4]
+                flight.bytes = sum(call[5] for call in found if layouts.lists(call[4])[-1][1] == bucket)
+                flight.started, flight.finished = found[0][6], found[-1][7]
 
     def _stopped(self) -> list[list[Step]]:
         if not self.ranks:
@@ -315,6 +315,23 @@ def draw(axes: Any, steps: Sequence[Step]) -> None:
         " waiting for a late rank (light)",
         fontsize=9,
     )
+
+
+def _by_bucket(calls: list[Any]) -> dict[str, list[list[Any]]]:
+    """The calls of each bucket, in order, those of one step together: the bucket's own and what follows it.
+
+    What a codec leaves out has a call of its own; the tag of the bucket's call names that list as well.
+    """
+    found: dict[str, list[list[Any]]] = {}
+    part_of: dict[str, str] = {}
+    for call in calls:
+        *parts, (word, key) = layouts.lists(call[4]) or [("", "")]
+        if word == "bucket":
+            found.setdefault(key, []).append([call])
+            part_of.update((part, key) for _, part in parts)
+        elif bucket := found.get(part_of.get(key, key)):
+            bucket[-1].append(call)
+    return found
 
 
 def _bring_together(ranks: list[list[Step]]) -> None:

@@ -172,6 +172,59 @@ def test_a_bucket_is_on_its_way_once_all_ranks_have_sent_it() -> None:
     assert overlap == pytest.approx(0.5)  # from 15 to 30
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [{"codec": "bf16"}, {"codec": "int8", "error_feedback": True}],
+    ids=lambda codec: codec["codec"],
+)
+def test_compressed_buckets_are_traced(ranks: Ranks, codec: Any) -> None:
+    """With error feedback 1-D tensors stay exact, in a call of their own, which the bucket waits for."""
+
+    def fn(comm: Communicator) -> None:
+        shapes = [(40,), (30, 40), (20,), (50, 60)]
+        reducer = GradientReducer(shapes, comm, bucket_mb=0.006, **codec)
+        assert reducer.buckets == ((3,), (2, 1, 0))
+        like = [[np.empty(shapes[i], np.float32) for i in bucket] for bucket in reducer.buckets]
+        sizes = [pycomm.Bucket(arrays).data.nbytes for arrays in like]
+        with trace.start(comm) as traced:
+            for _ in range(4):
+                for i in reversed(range(4)):
+                    reducer.ready(i)
+                reducer.finish()
+            calls = comm.all_reduce(np.ones(3), tag="no bucket")
+            assert (calls == 2).all()
+        for steps in traced.ranks:
+            assert [step.number for step in steps] == [0, 1, 2]
+            for each in steps:
+                assert [flight.bucket for flight in each.flights] == [0, 1]
+                for flight, size in zip(each.flights, sizes, strict=True):
+                    assert flight.codec.startswith(codec["codec"])
+                    assert flight.bytes == size
+                    assert flight.sent <= flight.started < flight.finished <= each.end
+
+    ranks(fn, 2)
+
+
+def call(tag: str, size: int, started: int, finished: int) -> list[Any]:
+    return [0, "all_reduce", "ring", "", tag, size, started, finished, 0, 0, -1]
+
+
+def test_calls_that_belong_to_a_bucket() -> None:
+    one, two = "of 2, #11111111", "of 3, #22222222"
+    calls = [
+        call("exempt of 1, #33333333: 'b' (4,)", 16, 1, 2),  # of a step whose other calls are lost
+        call(f"exempt of 1, #33333333, bucket {one}: 'w' (8, 4); 'b' (4,)", 144, 3, 5),
+        call("exempt of 1, #33333333: 'b' (4,)", 16, 5, 6),
+        call(f"bucket {two}: ABC", 400, 6, 8),
+        call("of another's", 8, 8, 9),
+        call(f"exempt of 1, #33333333, bucket {one}: 'w' (8, 4); 'b' (4,)", 144, 9, 11),
+        call("exempt of 1, #33333333: 'b' (4,)", 16, 11, 12),
+        call(f"factors {two}: ABC", 100, 12, 14),
+    ]
+    found = trace._by_bucket(calls)
+    assert found == {one: [calls[1:3], calls[5:7]], two: [[calls[3], calls[7]]]}
+
+
 def test_alone_nobody_is_late() -> None:
     ranks = [[trace.Step(0, 0, 50, [(10, 30)], flights((10, 30)))]]
     trace._bring_together(ranks)
