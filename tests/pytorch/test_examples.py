@@ -74,3 +74,18 @@ def test_alone_it_goes_on_from_the_checkpoint_of_two(
     assert list(found) == [STEPS + 2]
     assert found[STEPS + 2] < expected[STEPS]
     assert checkpoint(path)["step"] == STEPS + 2
+
+
+def test_with_a_codec_it_is_resumed_with_what_the_codec_owes(
+    whole: tuple[dict[int, float], Path], tmp_path: Path
+) -> None:
+    def ends(path: Path, *stops: int) -> dict[int, float]:
+        for steps in stops:
+            found = losses("pycomm run", "--codec", "powersgd", "--checkpoint", str(path), steps=steps)
+        return found
+
+    expected, resumed = ends(tmp_path / "whole.pt", STEPS), ends(tmp_path / "resumed.pt", 2, STEPS)
+    assert resumed == expected != whole[0]
+    weights = [checkpoint(tmp_path / name)["model"] for name in ("whole.pt", "resumed.pt")]
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
