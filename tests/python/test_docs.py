@@ -19,7 +19,8 @@ from pycomm.codecs.kinds import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 HELLO = ROOT / "examples" / "hello.py"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = ROOT / "examples" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", EXAMPLES, *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
 
 
@@ -76,6 +77,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in slugs, anchor
+
+
+def test_every_example_is_listed() -> None:
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \|", EXAMPLES.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in EXAMPLES.parent.glob("*.py"))
 
 
 def test_the_readme_of_a_package_index_has_no_dead_links() -> None:

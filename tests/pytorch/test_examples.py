@@ -41,6 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], P
     return losses("pycomm run", "--checkpoint", str(path)), path
 
 
+@pytest.mark.slow  # each start imports torch
 def test_resumed_under_the_other_launcher_it_learns_the_same(
     whole: tuple[dict[int, float], Path], tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_alone_it_goes_on_from_the_checkpoint_of_two(
     assert checkpoint(path)["step"] == STEPS + 2
 
 
+@pytest.mark.slow
 def test_with_a_codec_it_is_resumed_with_what_the_codec_owes(
     whole: tuple[dict[int, float], Path], tmp_path: Path
 ) -> None:
