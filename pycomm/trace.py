@@ -293,7 +293,7 @@ def now() -> int:
 
 
 def draw(axes: Any, steps: Sequence[Step]) -> None:
-    """Draws one step, that of each rank, into axes of matplotlib."""
+    """Draws one step, as each rank saw it, into axes of matplotlib: `[steps[i] for steps in trace.ranks]`."""
     origin = min(step.begin for step in steps)
 
     def bars(intervals: Iterable[Interval]) -> list[tuple[float, float]]:
