@@ -8,8 +8,8 @@
     ... --backend gloo            # the same training on torch's own backend
     ... --checkpoint last.pt      # saves there, and goes on from what is there
 
-Two lines of it are pycomm's: the import that registers the backend, and compress(). The rest is PyTorch. All
-ranks together take GLOBAL_BATCH rows a step, so that what is learnt does not depend on how many they are.
+Needs PyTorch. Two lines are pycomm's: the import that registers the backend, and compress(). All ranks together
+take GLOBAL_BATCH rows a step, so that the training is the same on any number of ranks, but for dropout.
 """
 
 from __future__ import annotations
