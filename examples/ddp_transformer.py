@@ -8,8 +8,9 @@
     ... --backend gloo            # the same training on torch's own backend
     ... --checkpoint last.pt      # saves there, and goes on from what is there
 
-Needs PyTorch. Two lines are pycomm's: the import that registers the backend, and compress(). All ranks together
-take GLOBAL_BATCH rows a step, so that the training is the same on any number of ranks, but for dropout.
+Needs PyTorch. Two lines are pycomm's: the import that registers the backend, and compress(). All ranks
+together take GLOBAL_BATCH rows a step, so that the training is the same on any number of ranks, but for
+dropout.
 """
 
 from __future__ import annotations
