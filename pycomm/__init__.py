@@ -4,8 +4,6 @@ comm = pycomm.init()
 comm.all_reduce(gradient, op="avg")
 """
 
-import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pycomm import interpreter  # noqa: F401
@@ -37,13 +35,6 @@ __all__ = [
     "shared_arrays",
     "trace",
 ]
-
-if "pycomm._native" not in sys.modules and find_spec("pycomm._native") is None:
-    raise ImportError(
-        f"{__path__[0]} is the source folder of pycomm, without the compiled module: leave it to import an "
-        "installed pycomm, or build one here with `pip install -e .`"
-    )
-
 
 if not TYPE_CHECKING:  # which a name that is misspelt would pass
 

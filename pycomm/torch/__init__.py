@@ -1,4 +1,5 @@
-"""pycomm as a backend of torch.distributed: importing this registers it.
+"""pycomm as a backend of torch.distributed: importing this registers it, as `import torch` does by itself where
+pycomm is installed (pycomm.autoload).
 
 import pycomm.torch
 torch.distributed.init_process_group("pycomm")  # or "cpu:pycomm"
@@ -12,8 +13,15 @@ import torch.distributed
 if not torch.distributed.is_available():
     raise ImportError("this build of torch has no torch.distributed, which pycomm.torch is a backend of")
 
-from pycomm.torch import process_group
+from torch._C._distributed_c10d import Backend as _TorchBackend
+
+from pycomm import autoload
+
+if "__init__" in vars(_TorchBackend):  # Python may derive from it: torch 2.14 and later
+    from pycomm.torch.backend import Backend as Member
+else:
+    from pycomm.torch.process_group import ProcessGroup as Member
 
 __all__: list[str] = []
 
-process_group.register()
+autoload.register()
