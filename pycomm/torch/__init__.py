@@ -17,10 +17,12 @@ from torch._C._distributed_c10d import Backend as _TorchBackend
 
 from pycomm import autoload
 
-if "__init__" in vars(_TorchBackend):  # Python may derive from it: torch 2.14 and later
-    from pycomm.torch.backend import Backend as Member
-else:
+try:
+    _TorchBackend(0, 1)
+except TypeError:  # torch before 2.14: C++ alone can derive from it
     from pycomm.torch.process_group import ProcessGroup as Member
+else:
+    from pycomm.torch.backend import Backend as Member
 
 __all__: list[str] = []
 

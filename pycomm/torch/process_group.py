@@ -1,17 +1,20 @@
 """How torch before 2.14 takes a backend that is written in Python: as a process group of its own.
 
 Such a group stands in place of torch's own, and has no backend for each device: `_get_backend(device)` finds
-none. monitored_barrier, which only Gloo has, is refused.
+none, and what needs one is refused.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from inspect import Parameter, Signature
 from types import FrameType
 from typing import Any
 
 import torch
+from torch._C import _distributed_c10d as c10d
 from torch.distributed import ProcessGroup as _TorchProcessGroup
 
 import pycomm
@@ -61,6 +64,48 @@ class ProcessGroup(Member, _TorchProcessGroup):  # type: ignore[misc]  # torch i
         raise RuntimeError(
             "monitored_barrier is Gloo's: call barrier(), whose error names the rank that is missing"
         )
+
+    def split_group(self, *args: Any, **more: Any) -> None:  # torch's own would follow a null pointer
+        raise RuntimeError("split_group needs a backend for each device, as of torch 2.14: call new_group()")
+
+
+def _in_every_form(name: str, tensors: int, options: type, **fields: str) -> Callable[..., Any]:
+    """The call with its `opts`, and in the short forms that torch's own group has, as `group.broadcast(x, 0)`:
+    `tensors` arguments, then what goes into `fields` of the options, and a timeout."""
+    ours = getattr(Member, name)
+    fields["timeout"] = "timeout"
+    short = Signature([Parameter(each, Parameter.POSITIONAL_OR_KEYWORD, default=None) for each in fields])
+
+    def call(self: ProcessGroup, *args: Any, opts: Any = None, **more: Any) -> Any:
+        if args and isinstance(args[-1], options):
+            return ours(self, *args, **more)
+        if opts is not None:
+            return ours(self, *args, opts, **more)
+        opts = options()
+        for field, value in short.bind(*args[tensors:], **more).arguments.items():
+            if value is not None:
+                setattr(opts, fields[field], value)
+        given: Sequence[Any] = args[:tensors]
+        if tensors <= 2 and any(isinstance(each, torch.Tensor) for each in given):
+            given = [[each] for each in given]
+        return ours(self, *given, opts)
+
+    return call
+
+
+for _name, _tensors, _options, _fields in (
+    ("allgather", 2, c10d.AllgatherOptions, {}),
+    ("allreduce", 1, c10d.AllreduceOptions, {"op": "reduceOp"}),
+    ("all_to_all_single", 4, c10d.AllToAllOptions, {}),
+    ("alltoall_base", 4, c10d.AllToAllOptions, {}),
+    ("barrier", 0, c10d.BarrierOptions, {}),
+    ("broadcast", 1, c10d.BroadcastOptions, {"root": "rootRank"}),
+    ("gather", 2, c10d.GatherOptions, {"root": "rootRank"}),
+    ("reduce", 1, c10d.ReduceOptions, {"root": "rootRank", "op": "reduceOp"}),
+    ("reduce_scatter", 2, c10d.ReduceScatterOptions, {"op": "reduceOp"}),
+    ("scatter", 2, c10d.ScatterOptions, {"root": "rootRank"}),
+):
+    setattr(ProcessGroup, _name, _in_every_form(_name, _tensors, _options, **_fields))
 
 
 def _refuse_other_backends() -> None:

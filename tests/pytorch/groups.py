@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from processes import Rank, outcomes_of
 
-import pycomm.torch  # noqa: F401
+import pycomm.torch
+
+# Before torch 2.14 pycomm's object is the group itself. From then on it is the backend of a group that is torch's own.
+IS_THE_GROUP = issubclass(pycomm.torch.Member, dist.ProcessGroup)
 
 torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
 
