@@ -1,4 +1,4 @@
-"""Tells torch.distributed the name of the backend, and loads the backend when torch first makes a group of it.
+"""Tells torch.distributed the name of the backend, which is loaded when torch first makes a group of it.
 
 `import torch` calls `register` through the entry point `torch.backends`, in every program where pycomm is
 installed. So importing this module loads neither NumPy nor the compiled module, and nothing here raises.
@@ -13,7 +13,7 @@ NAME = "pycomm"
 
 
 def register() -> None:
-    """Makes `init_process_group("pycomm")` possible, and "cpu:pycomm". Once is enough; more calls do nothing."""
+    """For `init_process_group("pycomm")` and "cpu:pycomm". A second call does nothing."""
     from torch import distributed  # not before torch itself asks for it
 
     if distributed.is_available() and NAME.upper() not in distributed.Backend._plugins:
@@ -22,6 +22,6 @@ def register() -> None:
 
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    from pycomm.torch import Member
+    from pycomm.torch import backend_class
 
-    return Member.join(store, rank, size, timeout)
+    return backend_class.join(store, rank, size, timeout)

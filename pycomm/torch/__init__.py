@@ -1,5 +1,5 @@
-"""pycomm as a backend of torch.distributed: importing this registers it, as `import torch` does by itself where
-pycomm is installed (pycomm.autoload).
+"""pycomm as a backend of torch.distributed: importing this registers it. Where pycomm is installed, `import
+torch` has done so (pycomm.autoload).
 
 import pycomm.torch
 torch.distributed.init_process_group("pycomm")  # or "cpu:pycomm"
@@ -16,13 +16,19 @@ if not torch.distributed.is_available():
 from torch._C._distributed_c10d import Backend as _TorchBackend
 
 from pycomm import autoload
+from pycomm.torch.member import Member
 
+backend_class: type[Member]
 try:
     _TorchBackend(0, 1)
 except TypeError:  # torch before 2.14: C++ alone can derive from it
-    from pycomm.torch.process_group import ProcessGroup as Member
+    from pycomm.torch.process_group import ProcessGroup
+
+    backend_class = ProcessGroup
 else:
-    from pycomm.torch.backend import Backend as Member
+    from pycomm.torch.backend import Backend
+
+    backend_class = Backend
 
 __all__: list[str] = []
 

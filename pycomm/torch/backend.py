@@ -1,7 +1,7 @@
 """How torch takes a backend that is written in Python, from 2.14 on: as the backend of one device.
 
-The group is torch's own. It has a backend for each device ("cpu:pycomm,cuda:nccl"), and calls this one with the
-tensors of the CPU. Of a call's handle, it passes on `wait` and `get_future` alone.
+The group is torch's own. It has a backend for each device ("cpu:pycomm,cuda:nccl"), and calls this one with
+the tensors of the CPU. Of a call's handle, it passes on `wait` and `get_future` alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Backend(Member, _TorchBackend):  # type: ignore[misc]  # torch is not type
 
     @property
     def options(self) -> Any:
-        return _TorchBackend.Options(NAME, self._timeout)
+        return _TorchBackend.Options(NAME, timedelta(seconds=self._seconds or 0))
 
     def split(self, store: Any, ranks: list[int], opts: Any) -> Member:
         """The backend of the group of `ranks`, which meet at `store`: for split_group of this group."""
@@ -48,6 +48,12 @@ class Backend(Member, _TorchBackend):  # type: ignore[misc]  # torch is not type
         if wait_all_ranks:
             raise ValueError("wait_all_ranks=True: pycomm names one late rank; pass False")
         self.barrier(opts).wait()
+
+    def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle | None:
+        count = self._count + 1
+        handle = super().allreduce(tensors, opts)
+        self._count = count  # by one, whether it took the short way or _run
+        return handle
 
     def _run(self, *args: Any) -> Handle:
         self._count += 1

@@ -1,5 +1,6 @@
-"""How a rank joins a process group and leaves it, however torch takes a backend that is written in Python
-(pycomm.torch.backend, pycomm.torch.process_group)."""
+"""How a rank joins a process group and leaves it, in whichever way torch takes the backend
+(pycomm.torch.backend, pycomm.torch.process_group).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +12,9 @@ from torch.distributed import PrefixStore
 import pycomm
 from pycomm.autoload import NAME
 from pycomm.torch.collectives import Collectives
+from pycomm.torch.work import seconds
 
-
-# Kept alive until they leave. What torch puts around a group with TORCH_DISTRIBUTED_DEBUG=DETAIL keeps its own half
-# of the object alone.
+# Kept alive until they leave: with TORCH_DISTRIBUTED_DEBUG=DETAIL torch keeps no more than its half of one.
 _members: set[Member] = set()
 
 
@@ -28,10 +28,10 @@ class Member(Collectives):
 
     @classmethod
     def join(cls, store: Any, rank: int, size: int, timeout: timedelta) -> Member:
-        # A store may outlive a group, and the next group of that name would find what the last one left there.
+        # A store may outlive a group; the next group of that name would find what the last one left there.
         turn = store.add(f"pycomm/{rank}", 1)
         comm = pycomm.init(
-            store=PrefixStore(f"pycomm/{turn}", store), rank=rank, size=size, timeout=timeout.total_seconds()
+            store=PrefixStore(f"pycomm/{turn}", store), rank=rank, size=size, timeout=seconds(timeout)
         )
         return cls(comm, store, timeout)
 

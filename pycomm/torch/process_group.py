@@ -70,17 +70,19 @@ class ProcessGroup(Member, _TorchProcessGroup):  # type: ignore[misc]  # torch i
 
 
 def _in_every_form(name: str, tensors: int, options: type, **fields: str) -> Callable[..., Any]:
-    """The call with its `opts`, and in the short forms that torch's own group has, as `group.broadcast(x, 0)`:
-    `tensors` arguments, then what goes into `fields` of the options, and a timeout."""
+    """The call with its `opts`, and as torch's own group takes it besides: `group.broadcast(x, 0)`.
+
+    Such a form has so many `tensors` arguments, then what goes into `fields` of the options, then a timeout.
+    """
     ours = getattr(Member, name)
     fields["timeout"] = "timeout"
     short = Signature([Parameter(each, Parameter.POSITIONAL_OR_KEYWORD, default=None) for each in fields])
 
-    def call(self: ProcessGroup, *args: Any, opts: Any = None, **more: Any) -> Any:
-        if args and isinstance(args[-1], options):
+    def call(self: ProcessGroup, *args: Any, **more: Any) -> Any:
+        if args and not more and type(args[-1]) is options:  # as torch.distributed calls it, and often
+            return ours(self, *args)
+        if "opts" in more:
             return ours(self, *args, **more)
-        if opts is not None:
-            return ours(self, *args, opts, **more)
         opts = options()
         for field, value in short.bind(*args[tensors:], **more).arguments.items():
             if value is not None:

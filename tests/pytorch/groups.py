@@ -10,8 +10,8 @@ from processes import Rank, outcomes_of
 
 import pycomm.torch
 
-# Before torch 2.14 pycomm's object is the group itself. From then on it is the backend of a group that is torch's own.
-IS_THE_GROUP = issubclass(pycomm.torch.Member, dist.ProcessGroup)
+# Before torch 2.14 pycomm's object is the group itself, and from then on a backend of one that is torch's.
+IS_THE_GROUP = issubclass(pycomm.torch.backend_class, dist.ProcessGroup)
 
 torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
 

@@ -260,7 +260,8 @@ def test_groups_come_and_go() -> None:
         for _ in range(5):
             group = dist.new_group([0, 1])
             dist.all_reduce(torch.ones(1), group=group)
-            assert dist.get_backend(group) == "pycomm" and group.size() == 2 and group.rank() == dist.get_rank()
+            assert dist.get_backend(group) == "pycomm"
+            assert group.size() == 2 and group.rank() == dist.get_rank()
             dist.destroy_process_group(group)
             with pytest.raises(pycomm.AbortedError):
                 group.barrier()

@@ -1,5 +1,5 @@
-"""Process groups as objects: their forms of calls, names, timeouts, how they are split and left, and what stands
-beside pycomm in one."""
+"""Process groups as objects: the forms of their methods, names, timeouts, how they are split and left, and
+another backend beside pycomm in one."""
 
 import gc
 from collections.abc import Callable
@@ -164,7 +164,7 @@ def test_two_backends_in_one_device_string(config: str) -> None:
     def fn() -> None:
         for group in (dist.group.WORLD, dist.new_group([0, 1])):
             ours, theirs = (group._get_backend(torch.device(device)) for device in ("cpu", "cuda"))
-            assert type(ours) is pycomm.torch.Member and type(theirs) is dist.ProcessGroupGloo
+            assert type(ours) is pycomm.torch.backend_class and type(theirs) is dist.ProcessGroupGloo
             for call in (group.allreduce, theirs.allreduce):
                 x = full(1)
                 call([x]).wait()
@@ -195,7 +195,7 @@ def test_a_second_backend_is_refused(config: str) -> None:
 def test_the_backend_of_a_device() -> None:
     def fn() -> None:
         backend = dist.group.WORLD._get_backend(CPU)
-        assert dist.get_backend_impl() is backend and type(backend) is pycomm.torch.Member
+        assert dist.get_backend_impl() is backend and type(backend) is pycomm.torch.backend_class
         assert (backend.name(), backend.rank(), backend.size()) == ("pycomm", dist.get_rank(), 2)
         x = full(1)
         work = backend.allreduce([x])
@@ -222,8 +222,8 @@ def test_split_group() -> None:
         x = full(rank)
         group.allreduce(x).wait()
         assert x.tolist() == [float(sum(mine))] * 2
-        if rank == 0:
-            with pytest.raises(pycomm.CommTimeoutError, match="waited 0.2 s .* for rank 0"):  # who is 2 elsewhere
+        if rank == 0:  # and 1 in the half, where rank 2 is 0
+            with pytest.raises(pycomm.CommTimeoutError, match="waited 0.2 s .* for rank 0"):
                 group.barrier().wait()
         dist.barrier()
         with pytest.raises(ValueError, match=f"rank {rank} is in none of the groups"):
