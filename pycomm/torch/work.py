@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -37,10 +38,16 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         self._native: list[Work] = []
         self._trigger: Any = None
         self._future: Any = None
+        self._stays = False
+
+    def __del__(self) -> None:
+        if self._stays:
+            _DROPPED.append(self)
 
     def follow(self, works: list[Work], finish: Finish | None = None) -> None:
         """Completes when all of `works` have and `finish` has brought results to the caller's tensors."""
         self._native = works
+        self._stays = sum(tensor.numel() for tensor in self._result) == 1
         left = len(works)
 
         def one_less(work: Work) -> None:
@@ -105,6 +112,7 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         return self._result
 
     def get_future(self) -> Any:
+        self._stays = False
         with self._lock:
             if self._future is not None:
                 return self._future
@@ -122,6 +130,12 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         if self._error is not None:
             raise self._error
         return self._result
+
+
+# DDP's join() hands the work of an all_reduce of one element from Python to C++, which keeps the C++ half alone: it
+# would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++ has let go. So
+# the latest of such handles stay.
+_DROPPED: deque[Handle] = deque(maxlen=64)
 
 
 def completed(result: list[Any]) -> Handle:
