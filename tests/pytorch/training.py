@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and optimizers import it: once here, not in every rank
 import torch.distributed as dist
 from groups import on_ranks
 from torch.nn.parallel import DistributedDataParallel
