@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,12 @@ from torch.distributed import Work as _TorchWork
 
 from pycomm import CommError, CommTimeoutError, Work
 
+
+class _Thread(threading.local):
+    calls_back = False  # it runs callbacks of futures
+
+
+_THREAD = _Thread()
 Finish = Callable[[], None]
 
 
@@ -78,8 +85,13 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
             self._native = []
             self._done.set()
             trigger = self._trigger
-        if trigger is not None:
+        if trigger is None:
+            return
+        outer, _THREAD.calls_back = _THREAD.calls_back, True
+        try:
             trigger.set_result(None)
+        finally:
+            _THREAD.calls_back = outer
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         limit = seconds(timeout)
@@ -112,7 +124,12 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         return self._result
 
     def get_future(self) -> Any:
+        """In a callback of another future, it waits for the call: that thread drives calls, and the future's
+        wait() would not."""
         self._stays = False
+        if _THREAD.calls_back and self._native:
+            with suppress(Exception):  # the future will say
+                self.wait()
         with self._lock:
             if self._future is not None:
                 return self._future
@@ -132,9 +149,9 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         return self._result
 
 
-# DDP's join() hands the work of an all_reduce of one element from Python to C++, which keeps the C++ half alone: it
-# would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++ has let go. So
-# the latest of such handles stay.
+# DDP's join() hands the work of an all_reduce of one element from Python to C++, which keeps the C++ half
+# alone: it would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++ has
+# let go. So the latest of such handles stay.
 _DROPPED: deque[Handle] = deque(maxlen=64)
 
 

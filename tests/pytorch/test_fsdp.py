@@ -1,6 +1,7 @@
 """FSDP2 (`fully_shard`) and HSDP on pycomm, unmodified, in all modes: the same weights as on Gloo."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ def uneven_shards() -> Any:
 def by_columns() -> Any:
     """Weights of 32 x 32, sharded along their second dimension."""
     shard = torch.distributed.tensor.Shard
-    return train(sharded(shard_placement_fn=lambda p: shard(1) if p.shape[-1] == 32 and p.dim() == 2 else None))
+    return train(
+        sharded(shard_placement_fn=lambda p: shard(1) if p.shape[-1] == 32 and p.dim() == 2 else None)
+    )
 
 
 def accumulating() -> Any:
@@ -65,7 +68,7 @@ def prefetching() -> Any:
     """Several all_gathers are under way."""
     model = sharded()
     layers = [layer for layer in model if list(layer.parameters())]
-    for layer, ahead in zip(layers, layers[1:], strict=False):
+    for layer, ahead in pairwise(layers):
         layer.set_modules_to_forward_prefetch([ahead])
         ahead.set_modules_to_backward_prefetch([layer])
     model._set_unshard_async_op(True)
@@ -73,7 +76,7 @@ def prefetching() -> Any:
 
 
 def hooked() -> Any:
-    """By two groups: FSDP's own group shards on one rank alone, and the hook averages over the other group."""
+    """FSDP's own group shards on one rank alone; the hook averages over another group."""
     mesh = init_device_mesh("cpu", (SIZE, 1), mesh_dim_names=("replicas", "shards"))
     group = mesh["replicas"].get_group()
     model = sharded(mesh=mesh["shards"])
