@@ -5,7 +5,7 @@ import pycomm.torch
 torch.distributed.init_process_group("pycomm")  # or "cpu:pycomm"
 
 It takes CPU tensors, of ranks on one machine. What torch builds on a process group then runs on pycomm: DDP,
-FSDP2, DeviceMesh and the others.
+FSDP2, DeviceMesh and the others. empty() and the classes beside it make tensors that the ranks use in place.
 """
 
 import torch.distributed
@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Backend as _TorchBackend
 
 from pycomm import autoload
 from pycomm.torch.member import Member
+from pycomm.torch.symmetric import SymmMemAllGather, SymmMemReduceScatter, empty
 
 backend_class: type[Member]
 try:
@@ -30,6 +31,6 @@ else:
 
     backend_class = Backend
 
-__all__: list[str] = []
+__all__ = ["SymmMemAllGather", "SymmMemReduceScatter", "empty"]
 
 autoload.register()

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp
 
 import pycomm
 from pycomm import Communicator
@@ -306,6 +306,20 @@ class Collectives:
         if not 0 <= rank < self._comm.size:
             raise ValueError(f"`{name}` is {rank}: the group's ranks go from 0 to {self._comm.size - 1}")
         return rank
+
+
+def communicator_of(group: Any) -> Communicator:
+    """Raises TypeError for a process group that is not pycomm's."""
+    found = group
+    if isinstance(group, ProcessGroup) and not isinstance(group, Collectives):
+        with suppress(RuntimeError):  # it has a backend for each device, but none for this one
+            found = group._get_backend(torch.device("cpu"))
+    if not isinstance(found, Collectives):
+        name = group.name() if isinstance(group, ProcessGroup) else repr(group)
+        raise TypeError(
+            f'the process group is {name}: pass one that pycomm made, as after init_process_group("pycomm")'
+        )
+    return found._comm
 
 
 _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]

@@ -150,8 +150,8 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
 
 
 # DDP's join() hands the work of an all_reduce of one element from Python to C++, which keeps the C++ half
-# alone: it would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++ has
-# let go. So the latest of such handles stay.
+# alone: it would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++
+# has let go. So the latest of such handles stay.
 _DROPPED: deque[Handle] = deque(maxlen=64)
 
 

@@ -63,7 +63,7 @@ def one_rank() -> Any:
 
 
 def check_as_on_gloo(way: Callable[[], Any], alike: bool = True) -> None:
-    """`way()` returns the same on both backends, to float rounding; on all ranks the same bits, if `alike`."""
+    """`way()` returns the same on both, to float rounding; the same bits on all ranks, if `alike`."""
     expected = on_ranks(way, SIZE, "gloo")
     found = on_ranks(way, SIZE, "pycomm")
     for mine, theirs in zip(found, expected, strict=True):
