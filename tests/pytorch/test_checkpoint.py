@@ -51,9 +51,7 @@ def resumed(make: Callable[[], Any], folder: Path) -> Any:
     optimizer = sgd(model)
     saved = state(model, optimizer)
     dcp.load(saved, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     go_on(model, optimizer, STEPS)
     return weights(model)
 
