@@ -1,4 +1,4 @@
-"""torchrun starts all ranks again after one was killed: they resume from the checkpoint, and nothing stays."""
+"""torchrun starts all ranks again after one was killed: they resume from a checkpoint, and nothing stays."""
 
 import os
 import secrets
