@@ -1,4 +1,4 @@
-"""A rank is killed in the middle of backward(): the others get an error that names it, and leave as they like.
+"""A rank is killed in the middle of backward(): the others get an error that names it, and leave normally.
 
 PYCOMM_KILL_RUNS=20 runs more of them; `-s` shows how long it took.
 """
