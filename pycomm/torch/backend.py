@@ -14,9 +14,11 @@ from torch._C._distributed_c10d import Backend as _TorchBackend
 import pycomm
 from pycomm.autoload import NAME
 from pycomm.torch.member import Member
+from pycomm.torch.uncompiled import uncompiled
 from pycomm.torch.work import Handle
 
 
+@uncompiled
 class Backend(Member, _TorchBackend):  # type: ignore[misc]  # torch is not typed here
     # All that torch asks for: it calls itself, until the stack is full, for one that is not answered here.
     supports_splitting = True

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 import pycomm
 from pycomm import Communicator
 from pycomm.torch.messages import Inbox, Outbox, as_bytes
+from pycomm.torch.uncompiled import uncompiled
 from pycomm.torch.work import Finish, Handle, completed, seconds
 
 _OPS = {
@@ -46,6 +47,7 @@ _COPIED_AS_BYTES = {
 }
 
 
+@uncompiled
 class Collectives:
     """One rank's view of a process group. `timeout` is how long a call waits for a late rank."""
 

@@ -12,12 +12,14 @@ from torch.distributed import PrefixStore
 import pycomm
 from pycomm.autoload import NAME
 from pycomm.torch.collectives import Collectives
+from pycomm.torch.uncompiled import uncompiled
 from pycomm.torch.work import seconds
 
 # Kept alive until they leave: with TORCH_DISTRIBUTED_DEBUG=DETAIL torch keeps no more than its half of one.
 _members: set[Member] = set()
 
 
+@uncompiled
 class Member(Collectives):
     """One rank of a process group whose ranks meet at `store`."""
 

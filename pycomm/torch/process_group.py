@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup as _TorchProcessGroup
 import pycomm
 from pycomm.autoload import NAME
 from pycomm.torch.member import Member
+from pycomm.torch.uncompiled import uncompiled
 
 
 class ProcessGroup(Member, _TorchProcessGroup):  # type: ignore[misc]  # torch is not typed here
@@ -108,6 +109,7 @@ for _name, _tensors, _options, _fields in (
     ("scatter", 2, c10d.ScatterOptions, {"root": "rootRank"}),
 ):
     setattr(ProcessGroup, _name, _in_every_form(_name, _tensors, _options, **_fields))
+uncompiled(ProcessGroup)
 
 
 def _refuse_other_backends() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed import Work as _TorchWork
 
 from pycomm import CommError, CommTimeoutError, Work
+from pycomm.torch.uncompiled import uncompiled
 
 
 class _Thread(threading.local):
@@ -29,6 +30,7 @@ def seconds(timeout: timedelta | None) -> float | None:
     return found if found > 0 else None
 
 
+@uncompiled
 class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
     """What a collective returns to torch.
 
