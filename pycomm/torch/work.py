@@ -38,6 +38,8 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
     the error's text in a RuntimeError, which is all that torch's futures keep of an error.
     """
 
+    _stays = False  # when nobody in Python needs it any more
+
     def __init__(self, result: list[Any]) -> None:
         super().__init__()
         self._result = result
@@ -47,7 +49,6 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         self._native: list[Work] = []
         self._trigger: Any = None
         self._future: Any = None
-        self._stays = False
 
     def __del__(self) -> None:
         if self._stays:
@@ -56,7 +57,7 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
     def follow(self, works: list[Work], finish: Finish | None = None) -> None:
         """Completes when all of `works` have and `finish` has brought results to the caller's tensors."""
         self._native = works
-        self._stays = sum(tensor.numel() for tensor in self._result) == 1
+        self._stays = len(self._result) == 1 and self._result[0].numel() == 1
         left = len(works)
 
         def one_less(work: Work) -> None:
