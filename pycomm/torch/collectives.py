@@ -20,7 +20,9 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 import pycomm
 from pycomm import Communicator
+from pycomm.torch import sparse
 from pycomm.torch.messages import Inbox, Outbox, as_bytes
+from pycomm.torch.profiling import recorded
 from pycomm.torch.uncompiled import uncompiled
 from pycomm.torch.work import Finish, Handle, completed, seconds
 
@@ -62,6 +64,7 @@ class Collectives:
 
     # Reductions
 
+    @recorded("all_reduce")
     def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle | None:
         if opts is not None and not opts.asyncOp:  # dist.all_reduce's, of which each microsecond counts
             try:
@@ -72,7 +75,11 @@ class Collectives:
                 return None
             except (TypeError, ValueError, KeyError):
                 pass  # refused before it began: the general way takes more kinds of tensors
-        target = _Target(_one(tensors, "tensors"))
+        x = _one(tensors, "tensors")
+        if x.layout is torch.sparse_coo:
+            sparse.all_reduce(self._comm, x, _op(opts, x), self._limit(opts))
+            return completed(tensors)
+        target = _Target(x)
         return self._run(
             opts,
             tensors,
@@ -80,6 +87,7 @@ class Collectives:
             target,
         )
 
+    @recorded("all_reduce")
     def allreduce_coalesced(self, tensors: list[Any], opts: Any = None) -> Handle:
         targets = [_Target(tensor) for tensor in tensors]
         calls: list[_Call] = []
@@ -88,6 +96,7 @@ class Collectives:
             calls.append((self._comm.all_reduce, (buffers,), {"op": _op(opts, buffers[0])}))
         return self._run(opts, tensors, calls, *targets)
 
+    @recorded("reduce")
     def reduce(self, tensors: list[Any], opts: Any) -> Handle:
         x = _one(tensors, "tensors")
         if self._comm.rank != opts.rootRank:
@@ -98,6 +107,7 @@ class Collectives:
         call = (self._comm.reduce, (target.buffer,), {"root": opts.rootRank, "op": _op(opts, target.buffer)})
         return self._run(opts, tensors, [call], target)
 
+    @recorded("reduce_scatter", 1)
     def reduce_scatter(self, outputs: list[Any], inputs: list[list[Any]], opts: Any = None) -> Handle:
         out, parts = _one(outputs, "output tensors"), _one(inputs, "input lists")
         _check_length(parts, self._comm.size, "input_list")
@@ -116,6 +126,7 @@ class Collectives:
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Handle:
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
+    @recorded("reduce_scatter_tensor", 1)
     def reduce_scatter_single_coalesced(
         self, outputs: list[Any], inputs: list[Any], opts: Any = None
     ) -> Handle:
@@ -130,6 +141,7 @@ class Collectives:
 
     # Copies
 
+    @recorded("broadcast")
     def broadcast(self, tensors: list[Any], opts: Any) -> Handle:
         x = _one(tensors, "tensors")
         if self._comm.rank == opts.rootRank:
@@ -144,6 +156,7 @@ class Collectives:
             target,
         )
 
+    @recorded("all_gather", 1)
     def allgather(self, outputs: list[list[Any]], inputs: list[Any], opts: Any = None) -> Handle:
         outs, x = _one(outputs, "output lists"), _one(inputs, "input tensors")
         _check_length(outs, self._comm.size, "tensor_list")
@@ -152,6 +165,7 @@ class Collectives:
         call = (self._comm.all_gather, (_movable(_source(x)).reshape(-1),), {"out": _movable(parts.buffer)})
         return self._run(opts, outs, [call], parts)
 
+    @recorded("all_gather", 1)
     def allgather_coalesced(self, outputs: list[list[Any]], inputs: list[Any], opts: Any = None) -> Handle:
         _check_length(outputs, self._comm.size, "output_tensor_lists")
         for i, outs in enumerate(outputs):
@@ -168,6 +182,7 @@ class Collectives:
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Handle:
         return self.all_gather_single_coalesced([output], [input], opts)
 
+    @recorded("all_gather", 1)
     def all_gather_single_coalesced(self, outputs: list[Any], inputs: list[Any], opts: Any = None) -> Handle:
         targets, calls = [], []
         for out, x in zip(outputs, inputs, strict=True):
@@ -178,6 +193,7 @@ class Collectives:
             targets.append(target)
         return self._run(opts, outputs, calls, *targets)
 
+    @recorded("gather", 1)
     def gather(self, outputs: list[list[Any]], inputs: list[Any], opts: Any) -> Handle:
         x = _one(inputs, "input tensors")
         source = _movable(_source(x)).reshape(-1)
@@ -190,6 +206,7 @@ class Collectives:
         more = {"root": opts.rootRank, "out": _movable(parts.buffer)}
         return self._run(opts, outs, [(self._comm.gather, (source,), more)], parts)
 
+    @recorded("scatter", 1)
     def scatter(self, outputs: list[Any], inputs: list[list[Any]], opts: Any) -> Handle:
         out = _one(outputs, "output tensors")
         target = _Target(out)
@@ -202,6 +219,7 @@ class Collectives:
             source = (_movable(_joined(parts)),)
         return self._run(opts, outputs, [(self._comm.scatter, source, more)], target)
 
+    @recorded("all_to_all", 1)
     def alltoall(self, outputs: list[Any], inputs: list[Any], opts: Any = None) -> Handle:
         _check_length(outputs, self._comm.size, "output_tensor_list")
         _check_length(inputs, self._comm.size, "input_tensor_list")
@@ -215,6 +233,7 @@ class Collectives:
         }
         return self._run(opts, outputs, [(self._comm.all_to_all, (source,), more)], parts)
 
+    @recorded("all_to_all", 1)
     def all_to_all_single(
         self, output: Any, input: Any, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> Handle:
@@ -230,11 +249,13 @@ class Collectives:
                 self._elements([], tensor, tensor, name)
         return self._run(opts, [output], [(self._comm.all_to_all, (source,), more)], target)
 
+    @recorded("barrier")
     def barrier(self, opts: Any = None) -> Handle:
         return self._run(opts, [], [(self._comm.barrier, (), {})])
 
     # Messages
 
+    @recorded("send")
     def send(self, tensors: list[Any], target: int, tag: int = 0) -> Handle:
         x = _source(_one(tensors, "tensors"))
         if target == self._comm.rank:
@@ -244,6 +265,7 @@ class Collectives:
         handle.follow(self._outboxes[self._rank(target, "dst")].send(x, tag))
         return handle
 
+    @recorded("recv")
     def recv(self, tensors: list[Any], source: int, tag: int = 0) -> Handle:
         x = _writable(_one(tensors, "tensors"))
         return self._inboxes[self._rank(source, "src")].receive(x, tag)

@@ -47,6 +47,7 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._native: list[Work] = []
+        self._callbacks: list[Finish] = []
         self._trigger: Any = None
         self._future: Any = None
 
@@ -86,6 +87,8 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         with self._lock:
             self._error = error
             self._native = []
+            for callback in self._callbacks:
+                callback()
             self._done.set()
             trigger = self._trigger
         if trigger is None:
@@ -95,6 +98,14 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
             trigger.set_result(None)
         finally:
             _THREAD.calls_back = outer
+
+    def when_complete(self, callback: Finish) -> None:
+        """Calls it before whoever waits goes on; at once if the call has completed."""
+        with self._lock:
+            if not self._done.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         limit = seconds(timeout)

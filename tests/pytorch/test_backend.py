@@ -86,6 +86,26 @@ def test_operators() -> None:
     on_ranks(fn, 2)
 
 
+def test_sparse_tensors() -> None:
+    def fn() -> None:
+        rank = dist.get_rank()
+        small = 1.0 if rank == 0 else 2.0**-8  # bfloat16 has no 1 + 2**-8, but 1 + 2**-7
+        x = torch.sparse_coo_tensor([[2]], [small], (4,), dtype=torch.bfloat16)
+        dist.all_reduce(x)
+        assert x.to_dense().tolist() == [0, 0, 1 + 2.0**-7, 0]
+        x = torch.sparse_coo_tensor([[2]], [1.0], (4,))
+        with pytest.raises(ValueError, match="'max' of sparse tensors"):
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        with pytest.raises(ValueError, match="layout torch.sparse_coo cannot be sent"):
+            dist.broadcast(x, 0)
+        with pytest.raises(ValueError, match=r"\(5,\) with 1 sparse, \(6,\) with 1 sparse"):
+            dist.all_reduce(torch.sparse_coo_tensor([[2]], [1.0], (5 + rank,)))
+        dist.all_reduce(x)  # the group is as it was
+        assert x.to_dense().tolist() == [0, 0, 3, 0]
+
+    on_ranks(fn, 3)
+
+
 def test_copies_of_any_dtype() -> None:
     def fn() -> None:
         rank, n = dist.get_rank(), dist.get_world_size()

@@ -69,6 +69,23 @@ def all_reduce_complex() -> Any:
 
 
 @case
+def all_reduce_sparse() -> Any:
+    """Rank r has r elements, two of them at equal indices."""
+    rank, results = dist.get_rank(), []
+    for dense in ((), (3,), (0,)):
+        for dtype in (torch.float32, torch.float64, torch.int64, torch.bfloat16):
+            rows = torch.arange(rank) // 2
+            x = torch.sparse_coo_tensor(
+                torch.stack([rows, rows + 1]), whole(rank, *dense, dtype=dtype), (4, 5, *dense)
+            )
+            dist.all_reduce(x)
+            results.append(x.to_dense())
+    work = dist.all_reduce(x, async_op=True)
+    work.wait()
+    return results, x.to_dense(), x.is_coalesced()
+
+
+@case
 def all_reduce_coalesced() -> Any:
     tensors = [whole(3), whole(2, 2, seed=1), whole(50_000, seed=2), whole(0)]
     dist.all_reduce_coalesced(tensors)

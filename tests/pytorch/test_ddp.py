@@ -143,6 +143,19 @@ def batch_norm() -> Any:
     return torch.cat([train(trained), model[1].running_mean, model[1].running_var])
 
 
+def sparse_gradients() -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 6, sparse=True), torch.nn.Linear(6, 2))
+    trained = ddp(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        words = batch(step).abs().mul(5).long().clamp(max=19)  # each rank's own
+        trained(words).square().mean().backward()
+        optimizer.step()
+    return weights(model)
+
+
 WAYS: dict[str, Callable[[], Any]] = {
     "plain": lambda: train(ddp()),
     "bucket views": lambda: train(ddp(gradient_as_bucket_view=True)),
@@ -162,6 +175,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "hook: PowerSGD": power_sgd,
     "hook: post-local SGD": post_local_sgd,
     "batch norm": batch_norm,
+    "sparse gradients": sparse_gradients,
 }
 
 

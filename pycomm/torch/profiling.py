@@ -1,0 +1,48 @@
+"""Calls as events in torch's profilers, named as those of torch's own backends are: "pycomm:all_reduce"."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.autograd import _profiler_enabled
+from torch.autograd import _record_function_with_args_enter as _enter
+from torch.autograd import _record_function_with_args_exit as _exit
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def recorded(name: str, passed: int = 0) -> Callable[[_Method], _Method]:
+    """For methods that return a Handle, or None when all is done: while a profiler is on, an event lasts until the call completes.
+
+    The event has the shapes of the tensors that the rank passes in, in the argument number `passed`.
+    """
+
+    def decorate(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **more: Any) -> Any:
+            if not _profiler_enabled():
+                return method(self, *args, **more)
+            event = _enter(f"pycomm:{name}", *_tensors(args[passed]) if len(args) > passed else ())
+            try:
+                handle = method(self, *args, **more)
+            except BaseException:
+                _exit(event)
+                raise
+            if handle is None:
+                _exit(event)
+            else:
+                handle.when_complete(lambda: _exit(event))
+            return handle
+
+        return cast(_Method, call)
+
+    return decorate
+
+
+def _tensors(given: Any) -> list[Any]:
+    if isinstance(given, torch.Tensor):
+        return [given]
+    return [tensor for each in given for tensor in _tensors(each)] if isinstance(given, list | tuple) else []
