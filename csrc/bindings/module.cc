@@ -240,6 +240,23 @@ PYBIND11_MODULE(_native, module) {
           "abandon", [](PyCommunicator& self) { self->abandon(); },
           "For rank threads: this rank has failed and will make no more calls.")
       .def(
+          "find_sender",
+          [](PyCommunicator& self, const std::vector<int>& skip) -> std::optional<int> {
+            const GilPatience patience(true);
+            const int src = self->find_sender(skip);
+            return src < 0 ? std::nullopt : std::optional(src);
+          },
+          py::arg("skip") = std::vector<int>(),
+          "A rank that has called send to this one, where no recv of this rank takes that message yet; None "
+          "if "
+          "there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls "
+          "find "
+          "them in turn. Ranks in `skip` are not looked at. Local, and returns at once. Raises PeerLostError "
+          "where a rank has ended, as recv does, "
+          "or where all other ranks have closed their communicators and all they sent is received; "
+          "ValueError in "
+          "a group on several nodes.")
+      .def(
           "log_calls",
           [](PyCommunicator& self, size_t capacity) {
             GilPatience patience(true);

@@ -67,6 +67,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     if (bound.coding) count(bound);
     return queue_.submit(std::move(bound));
   }
+  int find_sender(const std::vector<int>& skip) { return queue_.find_sender(skip); }
   void execute(Request request, Patience& patience) {
     Bound bound = bind(request);
     run(bound, patience);

@@ -13,6 +13,8 @@
 
 namespace pycomm::runtime {
 
+using transport::Board;
+
 namespace {
 constexpr int64_t kShortBytes = 64 << 10;  // moved in less time than another thread takes to wake up
 
@@ -254,6 +256,50 @@ std::shared_ptr<Work> Queue::submit(Bound bound) {
   domain_.board().waker().doorbell.ring();  // whoever drives may sleep
   if (!work->is_completed()) wake_progress();
   return work;
+}
+
+int Queue::find_sender(const std::vector<int>& skip) {
+  check_usable();
+  refuse_reentry();
+  Board& board = domain_.board();
+  const int me = domain_.rank(), size = domain_.size();
+  if (!board.group().nodes.empty()) {
+    throw ValueError("find_sender knows the ranks of one node, and this group is on several: name a source");
+  }
+  const Driving here(*this);
+  attention_.fetch_add(1);  // of the progress thread, which may hold the token in its sleep
+  board.waker().doorbell.ring();
+  const Holding token(*this, Holding::wait);
+  bool any_open = size == 1 || !skip.empty();
+  for (int i = 1; i <= size; ++i) {
+    const int src = (last_sender_ + i) % size;
+    if (src == me || std::ranges::find(skip, src) != skip.end()) continue;
+    const bool closed = board.closed(src), dead = board.group().dead(src);  // it may have sent before that
+    bool received = false;
+    {
+      const std::lock_guard lock(mutex_);
+      received = queues_.contains({src, me});
+    }
+    if (!received && domain_.channel_offset(src, me).load(std::memory_order_acquire) != 0) {
+      const Sequence& messages = sequences_.of({src, me});
+      if (messages.domain().board().member(0).entered.load(std::memory_order_acquire) > messages.calls()) {
+        return last_sender_ = src;
+      }
+    }
+    any_open = any_open || received || !closed;
+    if (closed || !dead) continue;
+    board.fail(FailureKind::peer_lost, board.name_of(src) + " (pid " +
+                                           std::to_string(board.group().pid_of(src)) + ") has ended, where " +
+                                           board.name() + " looks for a message of any rank. Look at that " +
+                                           "rank's own output for the cause; this group cannot go on.");
+  }
+  if (!any_open) {
+    board.fail(FailureKind::peer_lost, "all other ranks have closed their communicators, where " +
+                                           board.name() + " looks for a message of any rank.");
+  }
+  if (!board.failed()) return -1;
+  settle();
+  board.raise_failure(Board::Caller::under_way);
 }
 
 // After an error: what peers were told is held until they have stopped, and they hear that this rank has.

@@ -68,6 +68,11 @@ class Queue {
   // there already, no other thread has to wake up for it.
   std::shared_ptr<Work> submit(Bound bound);
 
+  // A rank that has begun to send to this one what no call here receives, in turn if several have; -1: none.
+  // Does not look at the ranks in `skip`. Throws ValueError in a group on several nodes, where that is not
+  // known, and PeerLostError if a rank has ended, or all others have closed.
+  int find_sender(const std::vector<int>& skip);
+
   bool idle() const { return queued_.load(std::memory_order_acquire) == 0; }
   bool forked() const { return transport::forked_since(fork_generation_); }
   bool on_progress_thread() const { return std::this_thread::get_id() == progress_.get_id(); }
@@ -145,6 +150,7 @@ class Queue {
   std::atomic<bool> closed_{false};
 
   Token token_;
+  int last_sender_ = 0;         // that find_sender found; under the token
   std::vector<Active> active_;  // the first queued call of each sequence
   std::atomic<int> token_waiters_{0};
 
