@@ -56,7 +56,7 @@ class Collectives:
     def __init__(self, comm: Communicator, timeout: timedelta) -> None:
         self._comm = comm
         self.set_timeout(timeout)
-        self._inboxes = [Inbox(comm, rank) for rank in range(comm.size)]
+        self._inbox = Inbox(comm)
         self._outboxes = [Outbox(comm, rank) for rank in range(comm.size)]
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -259,7 +259,7 @@ class Collectives:
     def send(self, tensors: list[Any], target: int, tag: int = 0) -> Handle:
         x = _source(_one(tensors, "tensors"))
         if target == self._comm.rank:
-            self._inboxes[target].put(x, tag)
+            self._inbox.put(x, tag)
             return completed(tensors)
         handle = Handle(tensors)
         handle.follow(self._outboxes[self._rank(target, "dst")].send(x, tag))
@@ -268,10 +268,11 @@ class Collectives:
     @recorded("recv")
     def recv(self, tensors: list[Any], source: int, tag: int = 0) -> Handle:
         x = _writable(_one(tensors, "tensors"))
-        return self._inboxes[self._rank(source, "src")].receive(x, tag)
+        return self._inbox.receive(x, self._rank(source, "src"), tag)
 
+    @recorded("recvAnySource")
     def recv_anysource(self, tensors: list[Any], tag: int = 0) -> Handle:
-        raise ValueError("pycomm receives from a rank that is named: pass `src`")
+        return self._inbox.receive_any(_writable(_one(tensors, "tensors")), tag, self._seconds)
 
     # The older names
 

@@ -15,9 +15,9 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def recorded(name: str, passed: int = 0) -> Callable[[_Method], _Method]:
-    """For methods that return a Handle, or None when all is done: while a profiler is on, an event lasts until the call completes.
+    """While a profiler is on, an event lasts from the call of a method until the Handle that it returns completes.
 
-    The event has the shapes of the tensors that the rank passes in, in the argument number `passed`.
+    A method that returns None has completed. The event has the shapes of the tensors that the rank passes in, in the argument number `passed`.
     """
 
     def decorate(method: _Method) -> _Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,7 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
     def __init__(self, result: list[Any]) -> None:
         super().__init__()
         self._result = result
+        self.source = -1  # of a receive: the rank that sent
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -133,6 +135,9 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
     def exception(self) -> BaseException | None:
         return self._error
 
+    def _source_rank(self) -> int:
+        return self.source
+
     def result(self) -> list[Any]:
         self.wait()
         return self._result
@@ -167,6 +172,41 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
 # alone: it would find no methods of a Handle that is gone, and wait forever. Python does not learn when C++
 # has let go. So the latest of such handles stay.
 _DROPPED: deque[Handle] = deque(maxlen=64)
+
+
+@uncompiled
+class FromAny(Handle):
+    """A receive from any rank, which goes on while somebody waits for it or asks whether it has completed.
+
+    `look` takes what has come, and raises where no message can come any more. `limit`: how many seconds
+    wait() waits.
+    """
+
+    def __init__(self, result: list[Any], look: Callable[[], None], limit: float | None) -> None:
+        super().__init__(result)
+        self._look, self._limit = look, limit
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        limit = seconds(timeout) or self._limit or float("inf")
+        end, pause = time.monotonic() + limit, 1e-5
+        while not self._done.is_set():
+            self._look()
+            if not self._done.wait(pause) and time.monotonic() > end:
+                raise CommTimeoutError(
+                    f"no message has come from any rank within {limit} s; the receive goes on"
+                )
+            pause = min(2 * pause, 1e-3)
+        return super().wait()
+
+    def is_completed(self) -> bool:
+        with suppress(CommError):  # wait() raises it
+            self._done.is_set() or self._look()
+        return self._done.is_set()
+
+    def get_future(self) -> Any:
+        raise ValueError(
+            "a receive from any rank goes on while somebody waits for it: call wait(), or pass `src`"
+        )
 
 
 def completed(result: list[Any]) -> Handle:

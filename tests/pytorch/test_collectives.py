@@ -276,6 +276,27 @@ def messages_take_their_tags() -> Any:
 
 
 @case
+def messages_from_any_rank() -> Any:
+    """Who comes first is open, the order of each rank's messages is not."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    if rank > 0:
+        for i in range(3):
+            dist.send(torch.tensor([rank, i]), 0)
+        dist.send(torch.tensor([rank, 7]), 0, tag=1)
+        return None
+    out = torch.zeros(2, dtype=torch.int64)
+    tagged, found = [], []
+    for _ in range(n - 1):
+        source = dist.recv(out, tag=1)
+        tagged.append((source, *out.tolist()))
+    for _ in range(3 * (n - 1)):
+        work = dist.irecv(out)
+        work.wait()
+        found.append((work._source_rank(), *out.tolist()))
+    return sorted(tagged), [[each for each in found if each[0] == source] for source in range(n)]
+
+
+@case
 def batch_of_messages() -> Any:
     rank, n = dist.get_rank(), dist.get_world_size()
     if n == 1:
