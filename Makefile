@@ -1,4 +1,4 @@
-# make demo | test | test-torch | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
+# make demo | test | test-torch | torch-suite | docs | lint | format | stubs | check-stubs | sanitize | build | cuda | clean | test-gpu | bench-gpu
 # These need Python >= 3.10, a C++20 compiler and make; the rest is installed into .venv.
 
 VENV := .venv
@@ -14,8 +14,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(shell nproc)
 # The tests start a thousand interpreters, which would each compile NumPy.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-torch docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu build-gpu-modules \
-  compile compile-with-tests
+.PHONY: demo test test-torch torch-suite docs build cuda lint format stubs check-stubs sanitize clean test-gpu bench-gpu \
+  build-gpu-modules compile compile-with-tests
 .DELETE_ON_ERROR:
 
 demo:
@@ -83,6 +83,11 @@ $(VENV)/.python: pyproject.toml scripts/requirements.py
 	  rm -rf $(VENV) && $$python -m venv $(VENV)
 	@$(PIP) install "pip>=23"
 	@touch $@
+
+# torch's own tests of a backend, on pycomm and on Gloo: some seven minutes.
+torch-suite: build $(TORCH_VENV)/.done
+	@echo "== the tests in torch's wheel"
+	@OPENBLAS_NUM_THREADS=1 $(TORCH_VENV)/bin/python tests/pytorch/run_torch_suite.py
 
 $(TORCH_VENV)/.done: $(VENV)/.dev
 	@echo "== environment: $(TORCH_VENV)"

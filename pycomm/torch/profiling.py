@@ -15,9 +15,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def recorded(name: str, passed: int = 0) -> Callable[[_Method], _Method]:
-    """While a profiler is on, an event lasts from the call of a method until the Handle that it returns completes.
+    """Decorates a method that returns a Handle, or None when all is done.
 
-    A method that returns None has completed. The event has the shapes of the tensors that the rank passes in, in the argument number `passed`.
+    While a profiler is on, an event lasts from the call until it completes. It has the shapes of the tensors
+    that the rank passes in, which are in the argument number `passed`.
     """
 
     def decorate(method: _Method) -> _Method:
