@@ -530,7 +530,7 @@ class Communicator:
     ) -> typing.Any: ...
     def find_sender(self, skip: collections.abc.Sequence[typing.SupportsInt] = []) -> int | None:
         """
-        A rank that has called send to this one, where no recv of this rank takes that message yet; None if there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls find them in turn. Ranks in `skip` are not looked at. Local, and returns at once. Raises PeerLostError where a rank has ended, as recv does, or where all other ranks have closed their communicators and all they sent is received; ValueError in a group on several nodes.
+        A rank that has called send to this one, where no recv of this rank takes that message yet; None if there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls find them in turn. Ranks in `skip` are not looked at. Local; waits only for a blocking call that another thread makes. Raises PeerLostError where a rank has ended, as recv does, or where all other ranks have closed their communicators and all they sent is received; ValueError in a group on several nodes.
         """
 
     def leave(self, error: str) -> None:

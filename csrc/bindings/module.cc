@@ -248,14 +248,11 @@ PYBIND11_MODULE(_native, module) {
           },
           py::arg("skip") = std::vector<int>(),
           "A rank that has called send to this one, where no recv of this rank takes that message yet; None "
-          "if "
-          "there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls "
-          "find "
-          "them in turn. Ranks in `skip` are not looked at. Local, and returns at once. Raises PeerLostError "
-          "where a rank has ended, as recv does, "
-          "or where all other ranks have closed their communicators and all they sent is received; "
-          "ValueError in "
-          "a group on several nodes.")
+          "if there is none now. It may still be sending: recv waits for the rest. If several ranks have, "
+          "calls find them in turn. Ranks in `skip` are not looked at. Local; waits only for a blocking call "
+          "that another thread makes. Raises PeerLostError where a rank has ended, as recv does, or where "
+          "all other ranks have closed their communicators and all they sent is received; ValueError in a "
+          "group on several nodes.")
       .def(
           "log_calls",
           [](PyCommunicator& self, size_t capacity) {

@@ -99,9 +99,9 @@ def test_complaints() -> None:
     ours = outcomes(
         **{**passing, "known": "failed", "new": "skipped"}, bad="failed", none="skipped", more="failed"
     )
-    reasons = known_differences(
-        "# page\n\n| test | why |\n|---|---|\n| test_known | a reason |\n| test_gone | another |\n"
-    )
+    page = "| test | from torch | why |\n|---|---|---|\n| test_known | 2.9 | a reason |\n| test_gone | 2.13 | another |\n"
+    assert known_differences(page, "2.9.1") == {"test_known": "a reason"}
+    reasons = known_differences(page, "2.13.0+cpu")
     assert reasons == {"test_known": "a reason", "test_gone": "another"}
     new, stale, more = complaints_of(gloo, ours, reasons)
     assert new == "test_new passed on Gloo and skipped on pycomm: why"

@@ -124,7 +124,7 @@ class _LikeGloo(ast.NodeTransformer):
     """Adds `backend` to what BACKEND is compared with, and to collections of names, where Gloo is there.
 
     More is asked of it in what are tests for MPI alone: those of all_to_all between CPUs. And less in one
-    thing: Gloo's events are all asynchronous, but a blocking call may as well run on the thread that makes it.
+    thing: Gloo's events are all asynchronous, but a blocking call may run on the thread that makes it.
     """
 
     def __init__(self, backend: str) -> None:
