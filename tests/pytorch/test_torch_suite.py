@@ -99,7 +99,8 @@ def test_complaints() -> None:
     ours = outcomes(
         **{**passing, "known": "failed", "new": "skipped"}, bad="failed", none="skipped", more="failed"
     )
-    page = "| test | from torch | why |\n|---|---|---|\n| test_known | 2.9 | a reason |\n| test_gone | 2.13 | another |\n"
+    page = "| test | from torch | why |\n|---|---|---|\n| test_known | 2.9 | a reason |\n"
+    page += "| test_gone | 2.13 | another |\n"
     assert known_differences(page, "2.9.1") == {"test_known": "a reason"}
     reasons = known_differences(page, "2.13.0+cpu")
     assert reasons == {"test_known": "a reason", "test_gone": "another"}
