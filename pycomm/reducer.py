@@ -6,7 +6,6 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -15,8 +14,9 @@ import numpy as np
 from pycomm import _native, checks, trace
 from pycomm.arrangement import Arrangement, Gradient
 from pycomm.bucket import checked_names, separate
-from pycomm.codecs.feedback import ErrorFeedback, kept
-from pycomm.codecs.kinds import Codec, feedback_of, resolve
+from pycomm.codecs.feedback import ErrorFeedback
+from pycomm.codecs.kinds import Codec, feedback_of
+from pycomm.codecs.powersgd import PowerSGD, chosen
 from pycomm.flights import ByPriority, Flights, InOrder
 from pycomm.gradients import is_tensor
 from pycomm.group import Communicator
@@ -63,9 +63,10 @@ class GradientReducer:
     bucket at a time: of those that wait, the one of the first gradients, which the next forward pass needs
     first.
 
-    `codec`: as in all_reduce. `error_feedback` takes the place of the codec's own. finish() undoes the
-    residuals' changes in a step that is not finite; with `lag` only in its buckets that are not, since later
-    steps have built on the others. By default residuals belong to this reducer (see `error_feedback`).
+    `codec`: as in all_reduce, or "powersgd" or a codecs.PowerSGD, which makes a bucket's second call when the
+    next bucket is sent, or in finish(). `error_feedback` takes the place of the codec's own. finish() undoes
+    the residuals' changes in a step that is not finite; with `lag` only in its buckets that are not, since
+    later steps have built on the others. By default residuals belong to this reducer (see `error_feedback`).
 
     `gradient_as_bucket_view`: after finish(), parameters' `.grad` are views of the buckets, so that gradients
     that backward() adds there are not copied: zero them by zero_grad(), or torch's with set_to_none=False.
@@ -89,7 +90,7 @@ class GradientReducer:
         names: Iterable[str] | None = None,
         bucket_mb: float = 25.0,
         dtype: Any = None,
-        codec: Codec | str | None = None,
+        codec: Codec | PowerSGD | str | None = None,
         error_feedback: ErrorFeedback | bool | None = None,
         order: Literal["ready", "reverse", "priority"] = "ready",
         gradient_as_bucket_view: bool = True,
@@ -116,12 +117,19 @@ class GradientReducer:
         self._comm = comm
         self._options: dict[str, Any] = {}
         self._feedback: ErrorFeedback | None = None
+        self._powersgd: PowerSGD | None = None
         if codec is not None:
-            used = _with_feedback(resolve(codec, "all_reduce"), error_feedback)
-            if feedback_of(used, comm) is kept(comm):  # in which other reducers' gradients have these names
-                used = _with_feedback(used, ErrorFeedback())
-            self._options["codec"] = used
-            self._feedback = feedback_of(used, comm)
+            used = chosen(codec, error_feedback, comm)
+            if isinstance(used, PowerSGD):
+                if order == "priority":
+                    raise ValueError(
+                        'order="priority" with powersgd, whose buckets fly twice: pass "ready" or "reverse"'
+                    )
+                self._powersgd = used
+                self._feedback = used.error_feedback
+            else:
+                self._options["codec"] = used
+                self._feedback = feedback_of(used, comm)
         elif error_feedback is not None:
             raise ValueError(f"error_feedback={error_feedback!r} without `codec`: nothing is lost")
         self._by_priority = order == "priority"
@@ -276,7 +284,7 @@ class GradientReducer:
         for step in self._in_flight:
             for work in step.works:
                 work.wait()
-        return {
+        state = {
             "steps": self._steps,
             "order": list(self._step.arrangement.order),
             "rearranges": self._rearranges,
@@ -290,6 +298,9 @@ class GradientReducer:
                 for step in self._in_flight
             ],
         }
+        if self._powersgd is not None:
+            state["factors"] = self._powersgd.factors
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where state_dict() was called, on any number of ranks. A collective call, on a reducer that
@@ -311,6 +322,8 @@ class GradientReducer:
                 " the GradientReducer with the lag that it had"
             )
         in_flight = [self._restored(saved) for saved in state["in_flight"]]
+        if self._powersgd is not None:
+            self._powersgd.load_factors(state.get("factors", {}))
         self._steps = int(state["steps"])
         self._arrange(order)
         self._in_flight.extend(in_flight)
@@ -408,6 +421,8 @@ class GradientReducer:
     def _finish(self) -> Stats | None:
         step = self._step
         step.flights.send_all()
+        if self._powersgd is not None:
+            self._powersgd.turn()
         step.works = list(step.flights.works)
         if self._find_unused:
             used = self._comm.all_reduce(step.is_used, tag="GradientReducer: ranks that used", async_op=True)
@@ -461,7 +476,7 @@ class GradientReducer:
     def _step_in(self, arrangement: Arrangement) -> _Step:
         options = self._options | {"step": self._steps} if self._options else {}
         step = _Step(arrangement)
-        send = partial(_send, self._comm, arrangement, options, weakref.ref(step))
+        send = partial(_send, self._comm, arrangement, options, self._powersgd, weakref.ref(step))
         if self._by_priority:
             step.flights = ByPriority(send, [min(members) for members in arrangement.members], self._comm)
         else:
@@ -485,6 +500,7 @@ def _send(
     comm: Communicator,
     arrangement: Arrangement,
     options: Mapping[str, Any],
+    powersgd: PowerSGD | None,
     of_step: weakref.ref[_Step],
     bucket: int,
 ) -> Any:
@@ -493,7 +509,10 @@ def _send(
     step = of_step()
     if step is not None and step.times is not None:
         step.times.bucket_sent(bucket)
-    return comm.all_reduce(arrangement.buckets[bucket], op="avg", async_op=True, **options)
+    of = arrangement.buckets[bucket]
+    if powersgd is not None and powersgd.compressed(of.names, [tuple(view.shape) for view in of.views]):
+        return powersgd.begin(of.views, comm, of.names)
+    return comm.all_reduce(of, op="avg", async_op=True, **options)
 
 
 def _copied(data: Any) -> Any:
@@ -505,11 +524,3 @@ def _refuse_twice(given: list[Any], names: list[str]) -> None:
     for x, name in zip(given, names, strict=True):
         if hasattr(x, "shape") and first.setdefault(id(x), name) != name:
             raise ValueError(f"gradients {first[id(x)]!r} and {name!r} are the same: pass each one once")
-
-
-def _with_feedback(codec: Codec, error_feedback: ErrorFeedback | bool | None) -> Codec:
-    if error_feedback is None:
-        return codec
-    if not hasattr(codec, "error_feedback"):
-        raise ValueError(f"error_feedback={error_feedback!r}: {codec.name} has none")
-    return replace(codec, error_feedback=error_feedback)  # type: ignore[call-arg]

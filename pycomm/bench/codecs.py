@@ -19,6 +19,7 @@ from rich.table import Table
 
 import pycomm
 from pycomm import codecs
+from pycomm.codecs.kinds import wire_bytes
 
 Vector = npt.NDArray[np.float32]
 Kind = Callable[..., codecs.Codec]
@@ -165,16 +166,6 @@ def _same(codec: codecs.Codec) -> codecs.Codec:
 
 def _fed(kind: Kind) -> codecs.Codec:
     return kind(error_feedback=codecs.ErrorFeedback(exempt=lambda name, shape: False))
-
-
-def wire_bytes(codec: codecs.Codec, count: int) -> int:
-    """How many bytes one encode of `count` elements puts on the wire."""
-    if isinstance(codec, codecs.TopK):
-        return 16 + 8 * codec.kept(count)
-    if isinstance(codec, codecs.SharedInt):
-        return codec.width // 8 * count + 4 * -(-count // 128)  # and the exchange of magnitudes
-    assert isinstance(codec, codecs.BlockCodec)
-    return codec.native().wire_bytes(count)
 
 
 def _run(

@@ -23,6 +23,7 @@ from pycomm.codecs.kinds import (
     Sign,
     TopK,
 )
+from pycomm.codecs.powersgd import PowerSGD
 
 __all__ = [
     "BF16",
@@ -36,6 +37,7 @@ __all__ = [
     "Int4",
     "Int8",
     "Lossless",
+    "PowerSGD",
     "SharedInt",
     "Sign",
     "TopK",

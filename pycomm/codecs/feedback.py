@@ -18,6 +18,7 @@ from pycomm.gradients import is_tensor
 
 Residual = npt.NDArray[np.float32]
 Places = tuple[tuple[str, int, int], ...]  # name, begin, end: a parameter's elements in the data of a call
+_Key = tuple[Places, int, Callable[[int], Any]]
 Rule = Callable[[str, tuple[int, ...]], bool]
 _WATCHED = 10  # steps
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -56,7 +57,7 @@ class ErrorFeedback:
             raise TypeError(f"`exempt` is {exempt!r}: pass a function of a name and a shape")
         self.exempt = exempt
         self._scale = 1.0
-        self._calls: dict[tuple[Places, int], CallResiduals] = {}
+        self._calls: dict[_Key, CallResiduals] = {}
         self._where: dict[str, CallResiduals] = {}
         self._loaded: dict[str, Residual] = {}
         self._to_watch = 0  # steps until unused ones of these are reported
@@ -158,11 +159,16 @@ class ErrorFeedback:
         return [i for i, each in enumerate(zip(names, shapes, strict=True)) if self.exempt(*each)]
 
     def residuals(
-        self, comm: _native.Communicator, places: Places, count: int, of_torch: bool
+        self,
+        comm: _native.Communicator,
+        places: Places,
+        count: int,
+        of_torch: bool,
+        make: Callable[[int], Any] = _native.Residuals,
     ) -> CallResiduals:
         """The residuals for a call on `count` elements of a tensor or array, with parameters at `places`.
 
-        Nothing changes before begun() is called.
+        Nothing changes before begun() is called. `make(count)` makes what holds them, see CallResiduals.
         """
         owner = self._comm and self._comm()
         if owner is not None and owner is not comm:
@@ -170,9 +176,9 @@ class ErrorFeedback:
                 "this ErrorFeedback holds the residuals of another communicator: make one for each, on each"
                 " rank; state_dict() and load_state_dict() move residuals from one to the other"
             )
-        of_call = self._calls.get((places, count))
+        of_call = self._calls.get((places, count, make))
         if of_call is None:
-            of_call = CallResiduals(places, count, of_torch)
+            of_call = CallResiduals(places, count, of_torch, make)
         of_call.let_go()
         self._watch_for_strangers(name for name, _, _ in places)
         moving = [name for name, _, _ in places if self._where.get(name) is not of_call]
@@ -281,22 +287,27 @@ def _checked(name: str, residual: Any) -> Residual:
 
 
 class CallResiduals:
-    """The residuals of one call, in the call's element order."""
+    """The residuals of one call, in the call's element order.
 
-    def __init__(self, places: Places, count: int, of_torch: bool) -> None:
-        self.residuals = _native.Residuals(count)
-        self.key = places, count
+    `make(count)` returns what holds them: `now`, a float32 array of `count` elements, and take_back(), which
+    undoes the last call's change.
+    """
+
+    def __init__(self, places: Places, count: int, of_torch: bool, make: Callable[[int], Any]) -> None:
+        self.residuals = make(count)
+        self.key = places, count, make
         self.places = places
         self.of_torch = of_torch
         self.holds = 0  # parameters whose latest residuals are in this object
         self._slices = {name: slice(begin, end) for name, begin, end in places}
-        self._work: _native.Work | None = None
+        self._work: Any = None
 
     def part(self, name: str) -> Residual:
         """A view, to use once settle() has returned."""
-        return self.residuals.now[self._slices[name]]
+        found: Residual = self.residuals.now[self._slices[name]]
+        return found
 
-    def start(self, work: _native.Work) -> None:
+    def start(self, work: Any) -> None:
         """`work` is the last asynchronous call with these residuals; calls run in order."""
         self._work = work
 

@@ -287,6 +287,11 @@ NAMED: dict[str, Codec] = {**DEFAULTS, Lossless.name: Lossless()}
 
 def resolve(codec: Any, collective: str) -> Codec:
     """What `codec=` of a call of this name asks for. Raises TypeError, ValueError."""
+    if codec == "powersgd" or getattr(codec, "name", None) == "powersgd":
+        raise ValueError(
+            f"{collective} cannot carry powersgd, which makes several calls of each step: call"
+            " pycomm.codecs.PowerSGD().all_reduce(gradients, comm), or give it to a GradientReducer"
+        )
     found = codec if isinstance(codec, Codec) else _named(codec)
     if collective not in found.carried_by:
         others = ", ".join(name for name, each in NAMED.items() if collective in each.carried_by)
@@ -331,6 +336,31 @@ def feedback_of(codec: Codec, comm: _native.Communicator) -> ErrorFeedback | Non
     if isinstance(given, ErrorFeedback):
         return given
     return kept(comm) if _feeds_back(codec) else None
+
+
+def with_residuals(
+    codec: Codec, error_feedback: ErrorFeedback | bool | None, comm: _native.Communicator
+) -> Codec:
+    """The codec of somebody who makes many calls: with this error feedback, unless it is None, and with
+    residuals that are apart from those of the communicator's other calls."""
+    used = codec
+    if error_feedback is not None:
+        if not hasattr(codec, "error_feedback"):
+            raise ValueError(f"error_feedback={error_feedback!r}: {codec.name} has none")
+        used = replace(codec, error_feedback=error_feedback)  # type: ignore[call-arg]
+    if feedback_of(used, comm) is kept(comm):  # in which parameters of others may have the same names
+        used = replace(used, error_feedback=ErrorFeedback())  # type: ignore[call-arg]
+    return used
+
+
+def wire_bytes(codec: Codec, count: int) -> int:
+    """How many bytes one encode of `count` elements puts on the wire."""
+    if isinstance(codec, TopK):
+        return 16 + 8 * codec.kept(count)
+    if isinstance(codec, SharedInt):
+        return codec.width // 8 * count + 4 * -(-count // 128)  # and the exchange of magnitudes
+    assert isinstance(codec, BlockCodec)
+    return codec.native().wire_bytes(count)
 
 
 def require_names(codec: Codec) -> NoReturn:
