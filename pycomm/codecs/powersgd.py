@@ -409,14 +409,19 @@ def _checked_gradient(x: Any, i: int) -> Any:
 
 
 def chosen(
-    codec: Codec | PowerSGD | str, error_feedback: ErrorFeedback | bool | None, comm: _native.Communicator
+    codec: Codec | PowerSGD | str,
+    error_feedback: ErrorFeedback | bool | None,
+    comm: _native.Communicator,
+    collective: str = "all_reduce",
 ) -> Codec | PowerSGD:
     """What `codec=` and `error_feedback=` ask for in a class that averages a model's gradients; residuals are
     apart from those of the communicator's other calls. Raises TypeError, ValueError."""
+    if collective != "all_reduce":
+        return with_residuals(resolve(codec, collective), error_feedback, comm)
     if isinstance(codec, PowerSGD):
         if error_feedback is not None:
             raise ValueError(f"error_feedback={error_feedback!r} beside a PowerSGD: pass it to that one")
         return codec
     if codec == PowerSGD.name:
         return PowerSGD(error_feedback=True if error_feedback is None else error_feedback)
-    return with_residuals(resolve(codec, "all_reduce"), error_feedback, comm)
+    return with_residuals(resolve(codec, collective), error_feedback, comm)

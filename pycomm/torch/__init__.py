@@ -5,7 +5,8 @@ import pycomm.torch
 torch.distributed.init_process_group("pycomm")  # or "cpu:pycomm"
 
 It takes CPU tensors, of ranks on one machine. What torch builds on a process group then runs on pycomm: DDP,
-FSDP2, DeviceMesh and the others. empty() and the classes beside it make tensors that the ranks use in place.
+FSDP2, DeviceMesh and the others. empty() and the classes beside it make tensors that the ranks use in place;
+compress() lets gradients cross compressed.
 """
 
 import torch.distributed
@@ -16,6 +17,7 @@ if not torch.distributed.is_available():
 from torch._C._distributed_c10d import Backend as _TorchBackend
 
 from pycomm import autoload
+from pycomm.torch.compress import compress
 from pycomm.torch.member import Member
 from pycomm.torch.symmetric import SymmMemAllGather, SymmMemReduceScatter, empty
 
@@ -31,6 +33,6 @@ else:
 
     backend_class = Backend
 
-__all__ = ["SymmMemAllGather", "SymmMemReduceScatter", "empty"]
+__all__ = ["SymmMemAllGather", "SymmMemReduceScatter", "compress", "empty"]
 
 autoload.register()

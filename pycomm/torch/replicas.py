@@ -1,0 +1,116 @@
+"""Compression in DistributedDataParallel: a communication hook that averages its buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import pycomm
+from pycomm.codecs.feedback import ErrorFeedback, Rule
+from pycomm.codecs.kinds import Codec
+from pycomm.codecs.powersgd import PowerSGD
+from pycomm.torch.compression import Compression, communicator_of
+
+_Names = tuple[str, ...]
+
+
+@dataclass
+class _Flight:
+    """One of DDP's buckets on its way."""
+
+    names: _Names
+    gradients: list[Any]  # views of DDP's buffer
+    bucket: pycomm.Bucket | None  # where the compressed ones are encoded
+    works: list[Any]
+    buffer: Any
+    future: Any
+
+    def land(self) -> bool:
+        """Brings the averages to DDP. Returns whether they are finite."""
+        for work in self.works:
+            work.wait()
+        if self.bucket is not None:
+            self.bucket.unpack()
+        self.future.set_result(self.buffer)
+        return all(bool(x.isfinite().all()) for x in self.gradients)
+
+
+class Replicas(Compression):
+    """Buckets are sent while backward() goes on, and wait for their averages in the hook of the last one.
+
+    DDP fills other buckets from its second step on, and so do other models: what is kept is kept by the names
+    of parameters, and a pycomm.Bucket is made for whatever parameters come together.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        codec: Codec | PowerSGD | str,
+        error_feedback: ErrorFeedback | bool | None,
+        exempt: Iterable[str] | Rule,
+    ) -> None:
+        if model.mixed_precision is not None:
+            raise ValueError(
+                "mixed_precision of DistributedDataParallel has a hook of its own: use torch.autocast, or a"
+                " model of bfloat16"
+            )
+        if model.skip_all_reduce_unused_params:
+            raise ValueError(
+                "skip_all_reduce_unused_params leaves out buckets, on which the hook relies: pass False"
+            )
+        self._names = {
+            id(p): name
+            for name, p in model.module.named_parameters()
+            if p.requires_grad and name not in model.parameters_to_ignore
+        }
+        named = {self._names[id(p)]: p for p in model.module.parameters() if id(p) in self._names}
+        comm = communicator_of(model.process_group)
+        super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
+        self._buckets: dict[_Names, pycomm.Bucket] = {}
+        self._flights: list[_Flight] = []
+        model.register_comm_hook(None, lambda state, bucket: self._average(bucket))
+
+    def _average(self, of_ddp: Any) -> Any:
+        if of_ddp.index() == 0:
+            self._flights.clear()  # of a step that has failed
+        names = [self._names[id(p)] for p in of_ddp.parameters()]
+        flight = self._sent_off(names, of_ddp.gradients(), of_ddp.buffer())
+        self._flights.append(flight)
+        if of_ddp.is_last():
+            self._land()
+        return flight.future
+
+    def _sent_off(self, names: list[str], gradients: list[Any], buffer: Any) -> _Flight:
+        pairs = list(zip(names, gradients, strict=True))
+        compressed = [(name, x) for name, x in pairs if name in self._compressed]
+        exact = [x for name, x in pairs if name not in self._compressed]
+        kept, tensors = tuple(name for name, _ in compressed), [x for _, x in compressed]
+        flight = _Flight(kept, gradients, None, [], buffer, torch.futures.Future())
+        self._count(tensors, exact)
+        if exact:
+            tag = "compress: exempt parameters"
+            flight.works.append(self._comm.all_reduce(exact, op="avg", tag=tag, async_op=True))
+        if compressed and isinstance(self._codec, PowerSGD):
+            flight.works.append(self._codec.begin(tensors, self._comm, kept))
+        elif compressed:
+            bucket = self._buckets.get(kept)
+            if bucket is None:
+                bucket = pycomm.Bucket(tensors, names=kept, comm=self._comm)
+            bucket.tensors = tensors
+            bucket.pack()
+            step = self._next_step()
+            work = self._comm.all_reduce(bucket, op="avg", codec=self._codec, step=step, async_op=True)
+            flight.works.append(work)
+            flight.bucket = bucket
+        return flight
+
+    def _land(self) -> None:
+        flights, self._flights = self._flights, []
+        finite = [flight.land() for flight in flights]
+        if self._feedback is not None and not all(finite):
+            self._feedback.skip()
+        self._buckets = {flight.names: flight.bucket for flight in flights if flight.bucket is not None}
