@@ -212,6 +212,21 @@ class ErrorFeedback:
         self._round.update(names)
         self._of_round.append(of_call)
 
+    def owed(self, name: str) -> Residual | None:
+        """A copy of what is owed of a parameter; None before a call about it."""
+        source = self._where.get(name)
+        if source is not None:
+            source.settle()
+        found = self._loaded.get(name) if source is None else source.part(name)
+        return None if found is None else found.copy()
+
+    def owe(self, name: str, residual: Residual | None) -> None:
+        """Undoes the last call for one of its parameters, whose result nobody used: `residual` is what was
+        owed before."""
+        source = self._where[name]
+        source.settle()
+        source.part(name)[:] = 0 if residual is None else residual
+
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
         """Counts steps; after some, warns of loaded residuals that no call has used, since they may be
         misnamed.

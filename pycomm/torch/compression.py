@@ -46,11 +46,11 @@ class Compression:
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         rule = _rule(exempt, self._shapes)
         self._compressed = {name for name, shape in self._shapes.items() if not rule(name, shape)}
-        for name in self._compressed:
-            if parameters[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        for name, p in parameters.items():
+            if name in self._compressed and p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise TypeError(
-                    f"parameter {name!r} is {parameters[name].dtype}, and codecs carry float32, float16 and"
-                    " bfloat16: convert the model, or name the parameter in `exempt`"
+                    f"parameter {name!r} is {p.dtype}, and codecs carry float32, float16 and bfloat16:"
+                    " convert the model, or name the parameter in `exempt`"
                 )
         if not self._compressed:
             raise ValueError(f"`exempt` leaves none of {len(self._shapes)} parameters to be compressed")

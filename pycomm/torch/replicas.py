@@ -72,11 +72,15 @@ class Replicas(Compression):
         super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
         self._buckets: dict[_Names, pycomm.Bucket] = {}
         self._flights: list[_Flight] = []
+        self._finds_unused = model.find_unused_parameters and self._feedback is not None
+        self._model = model
+        self._owed: dict[str, Any] = {}  # of parameters that this rank's pass may not have used
         model.register_comm_hook(None, lambda state, bucket: self._average(bucket))
 
     def _average(self, of_ddp: Any) -> Any:
         if of_ddp.index() == 0:
             self._flights.clear()  # of a step that has failed
+            self._owed.clear()
         names = [self._names[id(p)] for p in of_ddp.parameters()]
         flight = self._sent_off(names, of_ddp.gradients(), of_ddp.buffer())
         self._flights.append(flight)
@@ -91,6 +95,8 @@ class Replicas(Compression):
         kept, tensors = tuple(name for name, _ in compressed), [x for _, x in compressed]
         flight = _Flight(kept, gradients, None, [], buffer, torch.futures.Future())
         self._count(tensors, exact)
+        if self._finds_unused and self._feedback is not None:
+            self._owed |= {name: self._feedback.owed(name) for name, x in compressed if not x.any()}
         if exact:
             tag = "compress: exempt parameters"
             flight.works.append(self._comm.all_reduce(exact, op="avg", tag=tag, async_op=True))
@@ -114,3 +120,14 @@ class Replicas(Compression):
         if self._feedback is not None and not all(finite):
             self._feedback.skip()
         self._buckets = {flight.names: flight.bucket for flight in flights if flight.bucket is not None}
+        if self._owed and torch._C._current_graph_task_id() != -1:  # not in DDP's join()
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._owe_to_unused))  # after DDP's own callback, which comes in between
+
+    def _owe_to_unused(self) -> None:
+        """DDP drops the average of a parameter that no rank has used: what was paid there is still owed."""
+        assert self._feedback is not None
+        used = self._model.reducer._get_local_used_map().tolist()  # over all ranks, by now
+        for name, is_used in zip(self._names.values(), used, strict=True):
+            if name in self._owed and not is_used:
+                self._feedback.owe(name, self._owed[name])

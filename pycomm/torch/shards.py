@@ -104,6 +104,11 @@ class Shards(Compression):
         comm = communicator_of(groups[0]._reduce_scatter_process_group)
         named = dict(model.named_parameters())
         super().__init__(comm, named, codec, error_feedback, exempt, "reduce_scatter")
+        if self._feedback is not None and any(_divides_before(group) for group in groups):
+            raise ValueError(
+                "gradients of a module cross as float16, which FSDP2 divides before it sums them, so that"
+                " residuals would have another unit: pass reduce_dtype=torch.float32, or error_feedback=False"
+            )
         names = {id(p): name for name, p in named.items()}
         self._units = []
         for module, group in zip(modules, groups, strict=True):
@@ -208,6 +213,11 @@ def _param_group(module: Any) -> Any:
     if not hasattr(groups[0].mesh_info, "shard_process_group"):
         raise ValueError("a module is replicated and not sharded: use DistributedDataParallel there")
     return groups[0]
+
+
+def _divides_before(group: Any) -> bool:
+    policy, own = group.mp_policy, group.fsdp_params[0].sharded_param.dtype
+    return bool((policy.reduce_dtype or policy.param_dtype or own) == torch.float16)
 
 
 def _operator(op: Any) -> tuple[Any, float]:
