@@ -622,3 +622,46 @@ def test_wrong_arguments() -> None:
         assert all(torch.equal(after["residuals"][n], r) for n, r in state["residuals"].items())
 
     on_ranks(fn, SIZE)
+
+
+# ---- training ----
+
+
+def loss_after(codec: Any, **options: Any) -> float:
+    """Of a net that learns what another one computes, from other inputs on each rank."""
+
+    def learner(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.Tanh(), torch.nn.Linear(48, 24))
+
+    target, model, steps = learner(1), ddp(learner(0)), 200
+    if codec is not None:
+        pycomm.torch.compress(model, codec, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(steps):
+        x = torch.randn(32, 24, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - target(x).detach()).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    x = torch.randn(2000, 24, generator=torch.Generator().manual_seed(77))
+    with torch.no_grad():
+        return float((model(x) - target(x)).square().mean())
+
+
+def test_training_reaches_the_loss_of_exact_averages() -> None:
+    """Within 15% of it, with error feedback. Without, PowerSGD stays at several times this loss."""
+
+    def fn() -> tuple[float, ...]:
+        return (
+            loss_after(None),
+            loss_after("int8", error_feedback=True),
+            loss_after(PowerSGD(1)),
+            loss_after(PowerSGD(1, error_feedback=False)),
+        )
+
+    exact, int8, powersgd, without = on_ranks(fn, SIZE)[0]
+    assert int8 <= 1.15 * exact and powersgd <= 1.15 * exact
+    assert without > 3 * exact
