@@ -129,6 +129,19 @@ def test_steps_whose_calls_have_left_the_log_are_left_out(ranks: Ranks) -> None:
     ranks(fn, 2)
 
 
+def test_buckets_of_which_tensors_are_exempt_from_a_codec(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer(SHAPES, comm, codec="int8", error_feedback=True)
+        with trace.start(comm) as traced:
+            for _ in range(3):
+                step(reducer)
+        for steps in traced.ranks:
+            assert len(steps) == 2
+            assert all(each.codec.startswith("int8") and each.bytes for s in steps for each in s.flights)
+
+    ranks(fn, 2)
+
+
 def test_misuse_names_the_remedy(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         with pytest.raises(TypeError, match="pycomm.Communicator"):
