@@ -11,6 +11,7 @@ import torch
 import torch._dynamo  # which DDP and FSDP2 would otherwise import anew in every rank
 import torch.distributed as dist
 from groups import on_ranks
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -308,6 +309,34 @@ def test_parameters_that_are_not_used(codec: str) -> None:
             assert gradients(model).keys() == exact.keys()
             sums.add(exact)
         sums.check()
+
+    on_ranks(fn, SIZE)
+
+
+@pytest.mark.parametrize("codec", ["int8", "powersgd"])
+def test_a_static_graph_and_uneven_inputs(codec: str) -> None:
+    """Under join() a rank that has no more input averages zeros, and pays what it owes."""
+
+    def fn() -> None:
+        static = ddp(static_graph=True)
+        sums = Sums(static, pycomm.torch.compress(static, codec, error_feedback=True))
+        for step in range(4):
+            sums.step(step)
+        sums.check()
+        model = ddp()
+        sums = Sums(model, pycomm.torch.compress(model, codec, error_feedback=True))
+        with Join([model]):
+            for step in range(3 + 2 * dist.get_rank()):
+                model.zero_grad()
+                backward(model, step)
+                if dist.get_rank() == 1:
+                    alone = step >= 3
+                    exact = true_average(step, [1] if alone else range(SIZE))
+                    sums.add({name: grad / (SIZE if alone else 1) for name, grad in exact.items()})
+        left = owed(sums.compression)
+        for name, residual in left.items() if dist.get_rank() == 1 else ():
+            paid = sums.got[name].reshape(-1) + residual
+            torch.testing.assert_close(paid, sums.want[name].reshape(-1), rtol=0, atol=2e-6)
 
     on_ranks(fn, SIZE)
 
