@@ -34,6 +34,7 @@ myst_heading_anchors = 4  # those of git hosts
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["jax", "torch"]  # which the documentation does without
 _MockObject.__setitem__ = lambda *_: None  # pycomm.jax enters rules into JAX's tables
+_MockObject.__bool__ = lambda _: True  # pycomm.torch asks torch.distributed.is_available()
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100

@@ -24,6 +24,8 @@ def compress(
 ) -> Compression:
     """Lets the gradients of a parallel model cross compressed; the training loop stays as it is.
 
+    Returns what has the checkpoints, the loss scale and the bytes.
+
     `model`: a DistributedDataParallel, whose buckets pycomm then averages in a communication hook; or a model
     with modules under fully_shard (FSDP2), whose gradients pycomm then reduce-scatters. Its process group is
     pycomm's. All ranks make this call alike, before the first backward().

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,21 +23,20 @@ _Names = tuple[str, ...]
 class _Flight:
     """One of DDP's buckets on its way."""
 
-    names: _Names
-    gradients: list[Any]  # views of DDP's buffer
-    bucket: pycomm.Bucket | None  # where the compressed ones are encoded
-    works: list[Any]
-    buffer: Any
+    buffer: Any  # DDP's, of which gradients are views
     future: Any
+    names: _Names  # of what is in `bucket`
+    bucket: pycomm.Bucket | None = None  # where gradients are encoded
+    others: list[Any] = field(default_factory=list)  # gradients
+    works: list[Any] = field(default_factory=list)
 
     def land(self) -> bool:
         """Brings the averages to DDP. Returns whether they are finite."""
         for work in self.works:
             work.wait()
-        if self.bucket is not None:
-            self.bucket.unpack()
+        finite = self.bucket is None or self.bucket.unpack().finite
         self.future.set_result(self.buffer)
-        return all(bool(x.isfinite().all()) for x in self.gradients)
+        return finite and all(bool(x.isfinite().all()) for x in self.others)
 
 
 class Replicas(Compression):
@@ -73,7 +73,7 @@ class Replicas(Compression):
         self._buckets: dict[_Names, pycomm.Bucket] = {}
         self._flights: list[_Flight] = []
         self._finds_unused = model.find_unused_parameters and self._feedback is not None
-        self._model = model
+        self._model = weakref.ref(model)  # which keeps this alive: a cycle through C++ would never end
         self._owed: dict[str, Any] = {}  # of parameters that this rank's pass may not have used
         model.register_comm_hook(None, lambda state, bucket: self._average(bucket))
 
@@ -93,7 +93,7 @@ class Replicas(Compression):
         compressed = [(name, x) for name, x in pairs if name in self._compressed]
         exact = [x for name, x in pairs if name not in self._compressed]
         kept, tensors = tuple(name for name, _ in compressed), [x for _, x in compressed]
-        flight = _Flight(kept, gradients, None, [], buffer, torch.futures.Future())
+        flight = _Flight(buffer, torch.futures.Future(), kept, others=exact)
         self._count(tensors, exact)
         if self._finds_unused and self._feedback is not None:
             self._owed |= {name: self._feedback.owed(name) for name, x in compressed if not x.any()}
@@ -102,6 +102,7 @@ class Replicas(Compression):
             flight.works.append(self._comm.all_reduce(exact, op="avg", tag=tag, async_op=True))
         if compressed and isinstance(self._codec, PowerSGD):
             flight.works.append(self._codec.begin(tensors, self._comm, kept))
+            flight.others = gradients
         elif compressed:
             bucket = self._buckets.get(kept)
             if bucket is None:
@@ -127,7 +128,9 @@ class Replicas(Compression):
     def _owe_to_unused(self) -> None:
         """DDP drops the average of a parameter that no rank has used: what was paid there is still owed."""
         assert self._feedback is not None
-        used = self._model.reducer._get_local_used_map().tolist()  # over all ranks, by now
+        model = self._model()
+        assert model is not None
+        used = model.reducer._get_local_used_map().tolist()  # over all ranks, by now
         for name, is_used in zip(self._names.values(), used, strict=True):
             if name in self._owed and not is_used:
                 self._feedback.owe(name, self._owed[name])

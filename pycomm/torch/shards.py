@@ -150,7 +150,7 @@ class Shards(Compression):
                     outs[i].copy_(part)
         if factor != 1.0:
             out.mul_(factor)
-        self._is_finite &= bool(out.isfinite().all())
+        self._is_finite = self._is_finite and (self._feedback is None or bool(out.isfinite().all()))
 
     def _reduce_coded(self, unit: _Unit, out: Any, x: Any, op: Any) -> None:
         self._count([x], [])
