@@ -287,18 +287,24 @@ NAMED: dict[str, Codec] = {**DEFAULTS, Lossless.name: Lossless()}
 
 def resolve(codec: Any, collective: str) -> Codec:
     """What `codec=` of a call of this name asks for. Raises TypeError, ValueError."""
-    others = ", ".join(name for name, each in NAMED.items() if collective in each.carried_by)
-    remedy = f"pass {others}" if others else "leave codec out"
     if codec == "powersgd" or getattr(codec, "name", None) == "powersgd":
-        if collective.startswith("all_reduce"):
-            remedy = "call PowerSGD().all_reduce(gradients, comm), or give it to a GradientReducer"
-        raise ValueError(f"{collective} cannot carry powersgd, which makes several calls of each step: {remedy}")
+        remedy = (
+            "call pycomm.codecs.PowerSGD().all_reduce(gradients, comm), or give it to a GradientReducer"
+            if collective.startswith("all_reduce")
+            else _others(collective)
+        )
+        raise ValueError(f"{collective} cannot carry powersgd, which makes several calls a step: {remedy}")
     found = codec if isinstance(codec, Codec) else _named(codec)
     if collective not in found.carried_by:
         *most, last = (name for name in found.carried_by if name != "all_reduce_init")
         can = f"{', '.join(most)} and {last}" if most else last
-        raise ValueError(f"{collective} cannot carry {found.name}, {can} can: {remedy}")
+        raise ValueError(f"{collective} cannot carry {found.name}, {can} can: {_others(collective)}")
     return found
+
+
+def _others(collective: str) -> str:
+    others = ", ".join(name for name, each in NAMED.items() if collective in each.carried_by)
+    return f"pass {others}" if others else "leave codec out"
 
 
 def _named(codec: Any) -> Codec:
