@@ -466,6 +466,11 @@ class Communicator:
         Local. Says in words which plan a call would run, and why. `count`: elements of `x` or, if it holds a block for each rank, of one block.
         """
 
+    def find_sender(self, skip: collections.abc.Sequence[int] = []) -> int | None:
+        """
+        A rank that has called send to this one, where no recv of this rank takes that message yet; None if there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls find them in turn. Ranks in `skip` are not looked at. Local; waits only for a blocking call that another thread makes. Raises PeerLostError where a rank has ended, as recv does, or where all other ranks have closed their communicators and all they sent is received; ValueError in a group on several nodes.
+        """
+
     @typing.overload
     def gather(
         self,
@@ -528,11 +533,6 @@ class Communicator:
         async_op: bool,
         stream: typing.Any = None,
     ) -> typing.Any: ...
-    def find_sender(self, skip: collections.abc.Sequence[typing.SupportsInt] = []) -> int | None:
-        """
-        A rank that has called send to this one, where no recv of this rank takes that message yet; None if there is none now. It may still be sending: recv waits for the rest. If several ranks have, calls find them in turn. Ranks in `skip` are not looked at. Local; waits only for a blocking call that another thread makes. Raises PeerLostError where a rank has ended, as recv does, or where all other ranks have closed their communicators and all they sent is received; ValueError in a group on several nodes.
-        """
-
     def leave(self, error: str) -> None:
         """
         Leaves the group because of an error: as close(), but does not wait for what is queued. Peers in these calls get PeerLostError, which quotes `error`.

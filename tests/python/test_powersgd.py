@@ -360,7 +360,7 @@ def test_a_trace_knows_its_buckets() -> None:
                     reducer.ready(i)
                 reducer.finish()
         sent = {flight.bytes for step in trace.ranks[0] for flight in step.flights}
-        assert sent == {4 * 4 * 64, 4 * 256}  # P; a bucket with a gap
+        assert sent == {2 * 4 * 4 * 64, 4 * 256}  # P and Q; a bucket with a gap
 
     pycomm.run_local(fn, 2)
 
