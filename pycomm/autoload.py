@@ -16,7 +16,7 @@ def register() -> None:
     """For `init_process_group("pycomm")` and "cpu:pycomm". A second call does nothing."""
     from torch import distributed  # not before torch itself asks for it
 
-    if distributed.is_available() and NAME.upper() not in distributed.Backend._plugins:
+    if distributed.is_available() and not hasattr(distributed.Backend, NAME.upper()):
         # A list: torch 2.13 takes a string's letters for devices.
         distributed.Backend.register_backend(NAME, _create, devices=["cpu"])
 

@@ -26,6 +26,8 @@ def on_ranks(
     with tempfile.TemporaryDirectory() as folder:
 
         def body(rank: int) -> Any:
+            # Makes the pool anew, which ends the process if two threads do so at once.
+            torch.set_num_threads(1)
             store = dist.FileStore(f"{folder}/store", size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             result = fn()
