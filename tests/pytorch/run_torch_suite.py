@@ -99,15 +99,18 @@ def run_all(backend: str, size: int, words: str, timeout: int, logs: Path, conso
     process.start()
     theirs.close()
     outcomes = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"{backend}, {size} ranks", total=None)
-        for outcome in received(ours):
-            if isinstance(outcome, int):
-                progress.update(task, total=outcome)
-                continue
-            outcomes[outcome.test] = outcome
-            progress.advance(task)
-    process.join()
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(f"{backend}, {size} ranks", total=None)
+            for outcome in received(ours):
+                if isinstance(outcome, int):
+                    progress.update(task, total=outcome)
+                    continue
+                outcomes[outcome.test] = outcome
+                progress.advance(task)
+    finally:
+        ours.close()  # a process without a reader ends with the test that it runs
+        process.join()
     if process.exitcode:
         raise SystemExit(
             f"the tests of {backend} on {size} ranks could not be run: exit code {process.exitcode}"
