@@ -22,7 +22,7 @@ import pycomm
 from pycomm import Communicator
 from pycomm.torch import sparse
 from pycomm.torch.messages import Inbox, Outbox, as_bytes
-from pycomm.torch.profiling import recorded
+from pycomm.torch.profiling import is_profiled, recorded
 from pycomm.torch.uncompiled import uncompiled
 from pycomm.torch.work import Finish, Handle, completed, seconds
 
@@ -64,9 +64,9 @@ class Collectives:
 
     # Reductions
 
-    @recorded("all_reduce")
     def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle | None:
-        if opts is not None and not opts.asyncOp:  # dist.all_reduce's, of which each microsecond counts
+        # dist.all_reduce's, of which each microsecond counts
+        if opts is not None and not opts.asyncOp and not is_profiled():
             try:
                 (x,) = tensors
                 op = _OP_OF_HASH[hash(opts.reduceOp)]
@@ -75,6 +75,10 @@ class Collectives:
                 return None
             except (TypeError, ValueError, KeyError):
                 pass  # refused before it began: the general way takes more kinds of tensors
+        return self._allreduce(tensors, opts)
+
+    @recorded("all_reduce")
+    def _allreduce(self, tensors: list[Any], opts: Any) -> Handle:
         x = _one(tensors, "tensors")
         if x.layout is torch.sparse_coo:
             sparse.all_reduce(self._comm, x, _op(opts, x), self._limit(opts))

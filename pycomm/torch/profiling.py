@@ -7,24 +7,23 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch.autograd import _profiler_enabled
 from torch.autograd import _record_function_with_args_enter as _enter
 from torch.autograd import _record_function_with_args_exit as _exit
+
+is_profiled = torch.autograd._profiler_enabled
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def recorded(name: str, passed: int = 0) -> Callable[[_Method], _Method]:
-    """Decorates a method that returns a Handle, or None when all is done.
-
-    While a profiler is on, an event lasts from the call until it completes. It has the shapes of the tensors
-    that the rank passes in, which are in the argument number `passed`.
+    """Decorates a method that returns a Handle: while a profiler is on, an event lasts from the call until
+    it completes, and has the shapes of the tensors that the rank passes in, in the argument number `passed`.
     """
 
     def decorate(method: _Method) -> _Method:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **more: Any) -> Any:
-            if not _profiler_enabled():
+            if not is_profiled():
                 return method(self, *args, **more)
             event = _enter(f"pycomm:{name}", *_tensors(args[passed]) if len(args) > passed else ())
             try:
@@ -32,10 +31,7 @@ def recorded(name: str, passed: int = 0) -> Callable[[_Method], _Method]:
             except BaseException:
                 _exit(event)
                 raise
-            if handle is None:
-                _exit(event)
-            else:
-                handle.when_complete(lambda: _exit(event))
+            handle.when_complete(lambda: _exit(event))
             return handle
 
         return cast(_Method, call)

@@ -287,12 +287,11 @@ def messages_from_any_rank() -> Any:
     out = torch.zeros(2, dtype=torch.int64)
     tagged, found = [], []
     for _ in range(n - 1):
-        source = dist.recv(out, tag=1)
-        tagged.append((source, *out.tolist()))
+        dist.irecv(out, tag=1).wait()
+        tagged.append(out.tolist())
     for _ in range(3 * (n - 1)):
-        work = dist.irecv(out)
-        work.wait()
-        found.append((work._source_rank(), *out.tolist()))
+        dist.irecv(out).wait()
+        found.append(out.tolist())
     return sorted(tagged), [[each for each in found if each[0] == source] for source in range(n)]
 
 
