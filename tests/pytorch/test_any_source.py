@@ -13,7 +13,7 @@ import pycomm
 
 
 def receive(x: torch.Tensor) -> int | None:
-    """Returns the source, if torch is told who has sent: from 2.14 on, recv without `src` raises in the end."""
+    """The source, if torch can be told who has sent: from 2.14 on, recv without `src` raises in the end."""
     if IS_THE_GROUP:
         return dist.recv(x)
     dist.irecv(x).wait()
