@@ -230,6 +230,7 @@ def test_another_number_of_ranks_owes_the_same(size: int) -> None:
 def test_of_torch(ranks: Ranks) -> None:
     """The same results as of arrays; bfloat16 is computed in float32."""
     torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
 
     def fn(comm: Communicator) -> None:
         arrays, tensors, halves = PowerSGD(2), PowerSGD(2), PowerSGD(2)
