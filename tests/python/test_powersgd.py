@@ -227,12 +227,12 @@ def test_another_number_of_ranks_owes_the_same(size: int) -> None:
     assert np.abs(owed).max() > 0.1
 
 
-def test_of_torch(ranks: Ranks) -> None:
+def test_of_torch() -> None:
     """The same results as of arrays; bfloat16 is computed in float32."""
     torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # a child of fork has no other threads of torch's pool
 
     def fn(comm: Communicator) -> None:
+        torch.set_num_threads(1)  # of this thread: the forked ranks of other tests have no pool of torch's
         arrays, tensors, halves = PowerSGD(2), PowerSGD(2), PowerSGD(2)
         for step in range(3):
             given = gradients(step, comm.rank)
@@ -253,7 +253,7 @@ def test_of_torch(ranks: Ranks) -> None:
         with pytest.raises(TypeError, match="`gradients\\[0\\]` is a parameter: pass its gradient"):
             tensors.all_reduce([torch.nn.Parameter(torch.zeros(8, 8))], comm)
 
-    ranks(fn, 2)
+    pycomm.run_local(fn, 2)
 
 
 # ---- in the reducer ----
