@@ -13,7 +13,6 @@ from pycomm import Communicator
 from pycomm.codecs.feedback import ErrorFeedback, Rule
 from pycomm.codecs.kinds import Codec, feedback_of, wire_bytes
 from pycomm.codecs.powersgd import PowerSGD, chosen
-from pycomm.torch.collectives import Collectives
 
 _STEPS = 1 << 32  # steps of a codec's random bits
 _KEYS = {"calls", "residuals", "factors"}
@@ -132,16 +131,6 @@ class Compression:
         for x in uncompressed:
             self._sent += x.nbytes
             self._uncompressed += x.nbytes
-
-
-def communicator_of(group: Any) -> Communicator:
-    """Raises ValueError for a process group of another backend."""
-    if not isinstance(group, Collectives):
-        raise ValueError(
-            f"the model's process group is of {group.name()}, which has no codecs: make it with"
-            ' init_process_group("pycomm") after `import pycomm.torch`'
-        )
-    return group._comm
 
 
 def _rule(exempt: Iterable[str] | Rule, shapes: Mapping[str, Any]) -> Rule:

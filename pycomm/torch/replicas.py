@@ -14,7 +14,8 @@ import pycomm
 from pycomm.codecs.feedback import ErrorFeedback, Rule
 from pycomm.codecs.kinds import Codec
 from pycomm.codecs.powersgd import PowerSGD
-from pycomm.torch.compression import Compression, communicator_of
+from pycomm.torch.collectives import communicator_of
+from pycomm.torch.compression import Compression
 
 _Names = tuple[str, ...]
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from pycomm.codecs.feedback import ErrorFeedback, Rule
 from pycomm.codecs.kinds import Codec
 from pycomm.codecs.powersgd import PowerSGD
-from pycomm.torch.compression import Compression, communicator_of
+from pycomm.torch.collectives import communicator_of
+from pycomm.torch.compression import Compression
 from pycomm.torch.work import completed
 
 
