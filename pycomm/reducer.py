@@ -41,6 +41,7 @@ class _Step:
         self.active: int | None = None  # ranks with input; None: not known yet
         self.scale = 1.0  # makes averages over all ranks those over the active ones
         self.works: list[Any] = []
+        self.owed: dict[int, Any] = {}  # before the step, of gradients that this rank has not used
         self.times: trace.Step | None = None  # if the group is traced
 
 
@@ -372,6 +373,8 @@ class GradientReducer:
             gradient.require()
         else:
             gradient.leave_out()
+            if self._find_unused and self._feedback is not None and self._lag == 0:
+                step.owed[i] = self._feedback.owed(gradient.name)
         try:
             if not step.active:
                 self._count_active(has_input=True)
@@ -456,8 +459,12 @@ class GradientReducer:
         if self._find_unused:
             for i in np.flatnonzero(step.is_used == 0):
                 self._gradients[i].forget()
-        if self._feedback is not None and self._lag == 0 and not stats.finite:
-            self._feedback.skip()
+        if self._feedback is not None and self._lag == 0:
+            if not stats.finite:
+                self._feedback.skip()
+            elif self._find_unused:  # what was paid to a parameter that nobody used is still owed
+                for i in np.flatnonzero(step.is_used == 0).tolist():
+                    self._feedback.owe(self._gradients[i].name, step.owed[i])
         if step.arrangement.order == self._order:
             self._spare.append(step.arrangement)
         return stats

@@ -222,10 +222,11 @@ class ErrorFeedback:
 
     def owe(self, name: str, residual: Residual | None) -> None:
         """Undoes the last call for one of its parameters, whose result nobody used: `residual` is what was
-        owed before."""
-        source = self._where[name]
-        source.settle()
-        source.part(name)[:] = 0 if residual is None else residual
+        owed before. One that is exempt is owed nothing."""
+        source = self._where.get(name)
+        if source is not None:
+            source.settle()
+            source.part(name)[:] = 0 if residual is None else residual
 
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
         """Counts steps; after some, warns of loaded residuals that no call has used, since they may be

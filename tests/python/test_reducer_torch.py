@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pycomm
@@ -281,3 +282,35 @@ def test_channels_last_parameters_are_refused(ranks: Ranks) -> None:
             GradientReducer(net.parameters(), comm, names=["weight", "bias"])
 
     ranks(fn, 1)
+
+
+@pytest.mark.parametrize("codec", ["int4", "powersgd"])
+def test_what_nobody_used_is_owed_what_it_was(ranks: Ranks, codec: str) -> None:
+    """The average of such a gradient is dropped, with what error feedback had put into it."""
+    torch = pytest.importorskip("torch")
+
+    def fn(comm: Communicator) -> None:
+        given = [torch.nn.Parameter(torch.zeros(24, 24)) for _ in range(3)]
+        reducer = GradientReducer(given, comm, codec=codec, error_feedback=True, find_unused=True)
+        assert reducer.error_feedback is not None
+        total, want = np.zeros((3, 24, 24)), np.zeros((3, 24, 24))
+        for step in range(7):
+            reducer.zero_grad()
+            for rank in range(comm.size):
+                i = (rank + step) % 3  # of three parameters nobody uses one
+                gradient = np.random.default_rng([step, rank]).standard_normal((24, 24)).astype(np.float32)
+                want[i] += gradient.astype("d") / comm.size
+                if rank == comm.rank:
+                    given[i].grad = torch.from_numpy(gradient)
+                    reducer.ready(i)
+            reducer.finish()
+            for i, p in enumerate(given):
+                assert (p.grad is None) == (i == (step + 2) % 3)
+                if p.grad is not None:
+                    total[i] += p.grad.numpy()
+        for i in range(3):
+            mine = np.asarray(reducer.error_feedback.state_dict()[str(i)])
+            left = comm.all_gather(mine).reshape(comm.size, -1).mean(axis=0, dtype="d")
+            np.testing.assert_allclose(total[i].ravel() + left, want[i].ravel(), atol=2e-5)
+
+    ranks(fn, 2)
