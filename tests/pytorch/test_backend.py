@@ -96,7 +96,9 @@ def test_sparse_tensors() -> None:
         x = torch.sparse_coo_tensor([[2]], [1.0], (4,))
         with pytest.raises(ValueError, match="'max' of sparse tensors"):
             dist.all_reduce(x, dist.ReduceOp.MAX)
-        with pytest.raises(ValueError, match="layout torch.sparse_coo cannot be sent"):
+        # torch's own group, of 2.14 and later, refuses it before pycomm sees it.
+        refusal = "layout torch.sparse_coo cannot be sent" if IS_THE_GROUP else "c10d::broadcast_"
+        with pytest.raises(ValueError if IS_THE_GROUP else NotImplementedError, match=refusal):
             dist.broadcast(x, 0)
         with pytest.raises(ValueError, match=r"\(5,\) with 1 sparse, \(6,\) with 1 sparse"):
             dist.all_reduce(torch.sparse_coo_tensor([[2]], [1.0], (5 + rank,)))
