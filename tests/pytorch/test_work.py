@@ -65,7 +65,7 @@ def test_nothing_is_left_by_many_calls() -> None:
         gc.disable()
         grown = growth(call, 10_000)
         assert seen == [1] * 10_000
-        assert sum(isinstance(each, Handle) for each in gc.get_objects()) <= 1  # the last one, while it ends
+        assert sum(isinstance(each, Handle) for each in gc.get_objects()) < 10  # while the last ones end
         return grown
 
     assert max(on_ranks(fn, 2)) < 2  # 200 bytes for each call would be more
@@ -86,7 +86,7 @@ def test_nothing_is_left_by_many_steps() -> None:
         gc.collect()
         gc.disable()
         grown = growth(step, 500)
-        assert sum(isinstance(each, Handle) for each in gc.get_objects()) <= 1
+        assert sum(isinstance(each, Handle) for each in gc.get_objects()) < 10
         return grown
 
     assert max(on_ranks(fn, 2)) < 2  # 4 KiB for each step would be more
