@@ -280,9 +280,9 @@ def messages_from_any_rank() -> Any:
     """Who comes first is open, the order of each rank's messages is not."""
     rank, n = dist.get_rank(), dist.get_world_size()
     if rank > 0:
-        for i in range(3):
-            dist.send(torch.tensor([rank, i]), 0)
-        dist.send(torch.tensor([rank, 7]), 0, tag=1)
+        works = [dist.isend(torch.tensor([rank, i]), 0, tag=int(i == 3)) for i in range(4)]
+        for work in works:
+            work.wait()
         return None
     out = torch.zeros(2, dtype=torch.int64)
     tagged, found = [], []
