@@ -64,21 +64,20 @@ class Collectives:
 
     # Reductions
 
-    def allreduce(self, tensors: list[Any], opts: Any = None) -> Handle | None:
-        # dist.all_reduce's, of which each microsecond counts
-        if opts is not None and not opts.asyncOp and not is_profiled():
-            try:
-                (x,) = tensors
-                op = _OP_OF_HASH[hash(opts.reduceOp)]
-                timeout = self._seconds if opts.timeout.days < 0 else self._limit(opts)
+    def allreduce(self, tensors: list[Any], *opts: Any, **more: Any) -> Handle | None:
+        try:  # the short way of dist.all_reduce, of which each microsecond counts
+            (options,), (x,) = opts, tensors
+            if not options.asyncOp and not is_profiled():
+                op = _OP_OF_HASH[hash(options.reduceOp)]
+                timeout = self._seconds if options.timeout.days < 0 else self._limit(options)
                 self._comm.all_reduce(x, op=op, timeout=timeout)
                 return None
-            except (TypeError, ValueError, KeyError):
-                pass  # refused before it began: the general way takes more kinds of tensors
-        return self._allreduce(tensors, opts)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            pass  # refused before it began: the general way takes more kinds of tensors and options
+        return self._allreduce(tensors, *opts, **more)
 
     @recorded("all_reduce")
-    def _allreduce(self, tensors: list[Any], opts: Any) -> Handle:
+    def _allreduce(self, tensors: list[Any], opts: Any = None) -> Handle:
         x = _one(tensors, "tensors")
         if x.layout is torch.sparse_coo:
             sparse.all_reduce(self._comm, x, _op(opts, x), self._limit(opts))

@@ -98,7 +98,7 @@ def _in_every_form(name: str, tensors: int, options: type, **fields: str) -> Cal
 
 for _name, _tensors, _options, _fields in (
     ("allgather", 2, c10d.AllgatherOptions, {}),
-    ("allreduce", 1, c10d.AllreduceOptions, {"op": "reduceOp"}),
+    ("_allreduce", 1, c10d.AllreduceOptions, {"op": "reduceOp"}),
     ("all_to_all_single", 4, c10d.AllToAllOptions, {}),
     ("alltoall_base", 4, c10d.AllToAllOptions, {}),
     ("barrier", 0, c10d.BarrierOptions, {}),
