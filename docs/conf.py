@@ -46,6 +46,7 @@ TABLE_OF_CONTENTS = """
 :caption: Use
 
 docs/pytorch
+docs/torch-distributed
 docs/jax
 docs/coming-from
 docs/shared-arrays

@@ -1,7 +1,7 @@
 """torch's own tests of a distributed backend on pycomm, beside Gloo: python tests/pytorch/run_torch_suite.py
 
 Takes some seven minutes on two cores. Needs torch, rich, and expecttest, which torch's tests import. Fails if
-a test ends worse on pycomm than on Gloo and no row of a table in docs/pytorch.md says why, and if such a row
+a test ends worse on pycomm than on Gloo and no row of a table in docs/torch-distributed.md says why, and if such a row
 holds no more. What each test prints is kept in a file.
 """
 
@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch_suite import Outcome
 
-PAGE = Path(__file__).parents[2] / "docs" / "pytorch.md"
+PAGE = Path(__file__).parents[2] / "docs" / "torch-distributed.md"
 BACKENDS = ("gloo", "pycomm")
 STATUSES = ("passed", "skipped", "failed")  # from good to bad
 Outcomes = dict[str, Outcome]  # by the test's name

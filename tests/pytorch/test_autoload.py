@@ -73,6 +73,10 @@ def test_switched_off(info: Path) -> None:
 def test_without_the_compiled_module(info: Path) -> None:
     """As in a folder of sources: torch is as it was, and a group says what is missing."""
     shutil.copytree(PACKAGE, info / "pycomm", ignore=shutil.ignore_patterns("_native.*.so", "__pycache__"))
+    (info / "sitecustomize.py").write_text(  # an editable install would find the compiled module elsewhere
+        "import sys\n"
+        "sys.meta_path = [each for each in sys.meta_path if 'editable' not in type(each).__module__]\n"
+    )
     out, error = python(ONE_RANK, info)
     assert out == "['pycomm', 'pycomm.autoload', 'pycomm.interpreter']\n"
     assert "ImportError" in error and "without the compiled module: leave it" in error
