@@ -1,8 +1,8 @@
 """torch's own tests of a distributed backend on pycomm, beside Gloo: python tests/pytorch/run_torch_suite.py
 
-Takes some seven minutes on two cores. Needs torch, rich, and expecttest, which torch's tests import. Fails if
-a test ends worse on pycomm than on Gloo and no row of a table in docs/torch-distributed.md says why, and if such a row
-holds no more. What each test prints is kept in a file.
+Takes some seven minutes on two cores. Needs torch, rich, and expecttest, which torch's tests import. Fails
+if a test ends worse on pycomm than on Gloo and no row of a table in docs/torch-distributed.md says why, and
+if such a row holds no more. What each test prints is kept in a file.
 """
 
 from __future__ import annotations
