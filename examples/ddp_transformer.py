@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/ddp_transformer.py
     python examples/ddp_transformer.py
 
-    ... --codec int8              # gradients cross compressed, with error feedback
+    ... --codec int8              # gradients cross compressed
     ... --backend gloo            # the same training on torch's own backend
     ... --checkpoint last.pt      # saves there, and goes on from what is there
 

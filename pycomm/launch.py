@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import cast
@@ -51,8 +51,11 @@ def launch(command: Sequence[str], size: int, on_failure: str = "end") -> int:
     by a signal), or 0. When one fails, the others are ended (`on_failure="end"`) or left alone ("wait")."""
     _check_limit(size)
     with _Job(size, on_failure) as job:
-        for rank, cores in enumerate(split_cores(size)):
-            job.start(rank, command, cores)
+        each = split_cores(size)
+        # Where ranks share cores, a pool of threads in each would spin in the others' time.
+        shared = {"OMP_NUM_THREADS": "1"} if size > 1 and each[0] == each[-1] else {}
+        for rank, cores in enumerate(each):
+            job.start(rank, command, cores, shared)
         return job.run()
 
 
@@ -147,13 +150,19 @@ class _Job:
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
-    def start(self, rank: int, command: Sequence[str], cores: set[int]) -> None:
+    def start(self, rank: int, command: Sequence[str], cores: set[int], defaults: Mapping[str, str]) -> None:
         try:
             process = subprocess.Popen(
                 command,
                 bufsize=0,
                 # Otherwise Python buffers what a rank prints to a pipe.
-                env={"PYTHONUNBUFFERED": "1", **os.environ, **self._environment, **_numbers(rank)},
+                env={
+                    "PYTHONUNBUFFERED": "1",
+                    **defaults,
+                    **os.environ,
+                    **self._environment,
+                    **_numbers(rank),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -444,7 +444,7 @@ class GradientReducer:
         if step.times is not None:
             step.times.end_step()
         if (traced := trace.active(self._comm)) is not None:
-            self._step.times = traced.begin_step()
+            self._step.times = traced.begin_step(self._step.arrangement.buckets[0].__pycomm_signature__)
         return stats
 
     def _take(self, times: trace.Step | None = None) -> Stats:

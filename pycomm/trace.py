@@ -83,7 +83,8 @@ class Step:
     """One step of a reducer on one rank. In `blocked` the training thread was inside the reducer; else it
     computed."""
 
-    number: int  # the same on all ranks
+    reducer: str  # the signature of its first bucket
+    number: int  # among the reducer's steps in this trace, the same on all ranks
     begin: int
     end: int = 0
     blocked: list[Interval] = field(default_factory=list)
@@ -153,6 +154,7 @@ class Trace:
         self._steps: deque[Step] = deque(maxlen=steps + 1)  # the last one has not ended
         self._kept = steps
         self._taken = 0  # steps, also those that are not kept
+        self._numbers: dict[str, int] = {}  # of the latest step, by reducer
         comm.log_calls(64 * steps)
         self._progress = comm.progress_seconds
         _active[comm] = self
@@ -189,8 +191,12 @@ class Trace:
         _bring_together(self.ranks)
 
     def summary(self, rank: int) -> Summary:
-        """What the steps of a rank cost; after stop(). Raises ValueError if no step was traced."""
-        steps = self._stopped()[rank]
+        """What the steps of a rank cost; after stop(). Raises ValueError if no step was traced, IndexError if
+        there is no such rank."""
+        ranks = self._stopped()
+        if not 0 <= rank < len(ranks):
+            raise IndexError(f"`rank` is {rank}: there are {len(ranks)} ranks")
+        steps = ranks[rank]
         shares = [_shares(step) for step in steps]
         waits: dict[int, int] = {}
         for flight in (flight for step in steps for flight in step.flights):
@@ -257,9 +263,10 @@ class Trace:
 
     # ---- for the reducer ----
 
-    def begin_step(self) -> Step:
+    def begin_step(self, reducer: str) -> Step:
         """The next step of a reducer, which counts once it has ended."""
-        step = Step(self._taken, begin=now())
+        self._numbers[reducer] = self._numbers.get(reducer, -1) + 1
+        step = Step(reducer, self._numbers[reducer], begin=now())
         self._steps.append(step)
         self._taken += 1
         return step
@@ -284,7 +291,10 @@ class Trace:
         if not self.ranks:
             raise ValueError("the trace goes on: call stop(), on all ranks, or leave its `with` block")
         if not all(self.ranks):
-            raise ValueError("no step was traced: a step is one of a GradientReducer of this group")
+            raise ValueError(
+                "no whole step was traced: a step of a GradientReducer of this group lasts from one finish()"
+                " to the next, so that it takes two to trace one"
+            )
         return self.ranks
 
 
@@ -340,15 +350,18 @@ def _bring_together(ranks: list[list[Step]]) -> None:
     A rank comes with a bucket when its training thread sends it. That its progress thread starts the call
     later, for want of a core, makes communication longer, and nobody late.
     """
-    common = set.intersection(*({step.number for step in steps} for steps in ranks))
+    common = set.intersection(*({(step.reducer, step.number) for step in steps} for steps in ranks))
     for steps in ranks:
-        steps[:] = [step for step in steps if step.number in common]
-    sent = [{(step.number, f.bucket): f.sent for step in steps for f in step.flights} for steps in ranks]
+        steps[:] = [step for step in steps if (step.reducer, step.number) in common]
+    sent = [
+        {(step.reducer, step.number, f.bucket): f.sent for step in steps for f in step.flights}
+        for steps in ranks
+    ]
     for rank, steps in enumerate(ranks):
         before = 0  # when the bucket before was back
         for step in steps:
             for flight in sorted(step.flights, key=lambda each: each.sent):
-                key = step.number, flight.bucket
+                key = step.reducer, step.number, flight.bucket
                 others = {r: times[key] for r, times in enumerate(sent) if r != rank}
                 last = max(others, key=lambda r: others[r], default=rank)
                 flight.first_arrived = min(others.values(), default=0)

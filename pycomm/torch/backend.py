@@ -32,6 +32,7 @@ class Backend(Member, _TorchBackend):  # type: ignore[misc]  # torch is not type
         _TorchBackend.__init__(self, comm.rank, comm.size)
         Member.__init__(self, comm, store, timeout)
         self._count = 0
+        self._parts: list[Member] = []  # of split_group, which torch tells of no end
 
     @property
     def options(self) -> Any:
@@ -44,7 +45,14 @@ class Backend(Member, _TorchBackend):  # type: ignore[misc]  # torch is not type
                 f"rank {self._comm.rank} is in none of the groups that split_group makes: give it one, or use"
                 " new_group"
             )
-        return self.join(store, ranks.index(self._comm.rank), len(ranks), opts._timeout)
+        part = self.join(store, ranks.index(self._comm.rank), len(ranks), opts._timeout)
+        self._parts.append(part)
+        return part
+
+    def shutdown(self) -> None:
+        for part in self._parts:
+            part.shutdown()
+        super().shutdown()
 
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         if wait_all_ranks:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import GroupMember, ProcessGroup, ReduceOp
 
 import pycomm
 from pycomm import Communicator
@@ -338,6 +338,10 @@ class Collectives:
 
 def communicator_of(group: Any) -> Communicator:
     """Raises TypeError for a process group that is not pycomm's."""
+    if group is None:
+        raise TypeError('there is no process group yet: call init_process_group("pycomm") before')
+    if group is GroupMember.NON_GROUP_MEMBER:
+        raise TypeError("this rank is not in that process group")
     found = group
     if isinstance(group, ProcessGroup) and not isinstance(group, Collectives):
         with suppress(RuntimeError):  # it has a backend for each device, but none for this one

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pycomm import Communicator, Work
-from pycomm.torch.work import FromAny, Handle
+from pycomm.torch.work import FromAny, Handle, Receive
 
 _HEADER = struct.Struct("<qq16s")
 
@@ -98,9 +98,10 @@ class Inbox:
         self._receives: list[_Receive] = []  # that no message has come for, the earliest first
         self._aside: list[_Message] = []  # that no receive has asked for, the earliest first
         self._reading: set[int] = set()
+        self._works: dict[int, Work] = {}  # the latest read, by rank
 
     def receive(self, x: Any, source: int, tag: int) -> Handle:
-        handle = Handle([x])
+        handle = Receive([x], lambda: self._works.get(source) if source in self._reading else None)
         if not self._await(x, source, tag, handle) and source != self._comm.rank:
             self._start(source)
         return handle
@@ -194,6 +195,7 @@ class Inbox:
                 except Exception as raised:
                     error = raised
                     continue
+                self._works[source] = work
                 work.add_done_callback(done)
                 if not turn.second():
                     return

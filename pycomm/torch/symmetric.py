@@ -21,8 +21,9 @@ def empty(*size: Any, dtype: Any = None, group: Any = None) -> Any:
 
     size: numbers, or one sequence of them, as torch.empty takes them; every rank asks for as many bytes.
     dtype: torch's default dtype if None. group: the default process group if None. The elements are 0. The
-    group's collectives use the tensor and its views in place, if all ranks pass such; other calls take it as
-    they take other tensors. The memory is freed when every rank has dropped its tensor.
+    group's collectives use the tensor and its views in place; in a call all ranks pass views at the same
+    place of it, or get a MismatchError. Other groups take it as they take other tensors. The memory is freed
+    when every rank has dropped its tensor.
 
     It takes some milliseconds, more for larger ones: keep the tensor.
 
@@ -30,7 +31,11 @@ def empty(*size: Any, dtype: Any = None, group: Any = None) -> Any:
     there is not enough memory.
     """
     shape = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    if isinstance(shape, str) or any(int(length) != length or length < 0 for length in shape):
+        raise ValueError(f"`size` is {shape!r}: pass numbers of elements, 0 or more")
     dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` is {dtype!r}: pass one of torch's, such as torch.float32")
     comm = communicator_of(dist.group.WORLD if group is None else group)
     return _as_tensor(comm.empty(_bytes(shape, dtype), "uint8"), shape, dtype)
 

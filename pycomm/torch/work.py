@@ -111,17 +111,23 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         limit = seconds(timeout)
-        for work in self._native:  # whoever waits for pycomm's Work drives it
-            try:
-                work.wait(limit)
-            except CommError:
-                if not work.is_completed():
-                    raise
+        while not self._done.is_set() and (works := self._works()):
+            for work in works:  # whoever waits for pycomm's Work drives it
+                try:
+                    work.wait(limit)
+                except CommError:
+                    if not work.is_completed():
+                        raise
+            self._done.wait(1e-5)  # another thread may be about to say so
         if not self._done.wait(limit):
             raise CommTimeoutError(f"the call has not completed within {limit} s; it goes on")
         if self._error is not None:
             raise self._error
         return True
+
+    def _works(self) -> list[Work]:
+        """What to wait for now."""
+        return self._native
 
     def synchronize(self) -> None:
         self.wait()
@@ -146,7 +152,7 @@ class Handle(_TorchWork):  # type: ignore[misc]  # torch is not typed here
         """In a callback of another future, it waits for the call: that thread drives calls, and the future's
         wait() would not."""
         self._stays = False
-        if _THREAD.calls_back and self._native:
+        if _THREAD.calls_back and self._works():
             with suppress(Exception):  # the future will say
                 self.wait()
         with self._lock:
@@ -175,6 +181,19 @@ _DROPPED: deque[Handle] = deque(maxlen=64)
 
 
 @uncompiled
+class Receive(Handle):
+    """A receive from one rank. `reading`: the read that goes on there, which may bring its message."""
+
+    def __init__(self, result: list[Any], reading: Callable[[], Work | None]) -> None:
+        super().__init__(result)
+        self._reading = reading
+
+    def _works(self) -> list[Work]:
+        work = self._reading()
+        return [] if work is None else [work]
+
+
+@uncompiled
 class FromAny(Handle):
     """A receive from any rank, which goes on while somebody waits for it or asks whether it has completed.
 
@@ -187,6 +206,8 @@ class FromAny(Handle):
         self._look, self._limit = look, limit
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        if _THREAD.calls_back:
+            raise ValueError("a receive from any rank in a callback: pass `src`, or receive outside of it")
         limit = seconds(timeout) or self._limit or float("inf")
         end, pause = time.monotonic() + limit, 1e-5
         while not self._done.is_set():

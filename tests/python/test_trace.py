@@ -154,7 +154,7 @@ def test_misuse_names_the_remedy(ranks: Ranks) -> None:
         with pytest.raises(ValueError, match="call stop"):
             traced.report()
         traced.stop()
-        with pytest.raises(ValueError, match="no step was traced"):
+        with pytest.raises(ValueError, match="no whole step was traced"):
             traced.summary(0)
         assert trace.active(comm) is None
 
@@ -168,8 +168,8 @@ def flights(*sent_and_finished: tuple[int, int]) -> list[trace.Flight]:
 def test_a_bucket_is_on_its_way_once_all_ranks_have_sent_it() -> None:
     """Rank 1 sends the first bucket 5 after rank 0 has, and the second one 3 after the first is back."""
     ranks = [
-        [trace.Step(7, 0, 50, [(30, 50)], flights((10, 40), (20, 48)))],
-        [trace.Step(6, 0, 1), trace.Step(7, 1, 50, [(35, 49)], flights((15, 41), (43, 49)))],
+        [trace.Step("a", 7, 0, 50, [(30, 50)], flights((10, 40), (20, 48)))],
+        [trace.Step("a", 6, 0, 1), trace.Step("a", 7, 1, 50, [(35, 49)], flights((15, 41), (43, 49)))],
     ]
     trace._bring_together(ranks)
     assert [[step.number for step in steps] for steps in ranks] == [[7], [7]]  # what both have
@@ -239,7 +239,7 @@ def test_calls_that_belong_to_a_bucket() -> None:
 
 
 def test_alone_nobody_is_late() -> None:
-    ranks = [[trace.Step(0, 0, 50, [(10, 30)], flights((10, 30)))]]
+    ranks = [[trace.Step("a", 0, 0, 50, [(10, 30)], flights((10, 30)))]]
     trace._bring_together(ranks)
     (flight,) = ranks[0][0].flights
     assert (flight.waits, flight.communicates, flight.late_rank) == ((10, 10), (10, 30), -1)
@@ -301,3 +301,20 @@ def test_a_trace_ends_with_the_group() -> None:
         traced.stop()
 
     pycomm.run_local(fn, 2)
+
+
+def test_reducers_may_end_their_steps_in_another_order(ranks: Ranks) -> None:
+    def fn(comm: Communicator) -> None:
+        reducers = [GradientReducer([shape], comm) for shape in ((300,), (70,))]
+        with trace.start(comm) as traced:
+            for _ in range(3):
+                for reducer in reducers:
+                    reducer.gradients[0][...] = 1
+                    reducer.ready(0)
+                for reducer in reducers if comm.rank == 0 else reversed(reducers):
+                    reducer.finish()
+        for steps in traced.ranks:
+            assert len({step.reducer for step in steps}) == 2
+            assert sorted(step.number for step in steps) == [0, 0, 1, 1]
+
+    ranks(fn, 2)

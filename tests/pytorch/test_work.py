@@ -33,6 +33,26 @@ def test_a_callback_makes_a_call_and_waits_for_it() -> None:
     on_ranks(fn, 2)
 
 
+def test_a_callback_receives() -> None:
+    def fn() -> Any:
+        x = torch.zeros(4)
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.ones(40000), async_op=True).wait()
+            dist.send(torch.ones(4), 1)
+            dist.send(2 * torch.ones(4), 1)
+            return None
+        y = torch.zeros(4)
+
+        def receive(_: Any) -> None:
+            dist.recv(x, 0)
+            dist.irecv(y, 0).get_future().wait()
+
+        dist.all_reduce(torch.ones(40000), async_op=True).get_future().then(receive).wait()
+        return x.tolist() + y.tolist()
+
+    assert on_ranks(fn, 2)[1] == [1.0] * 4 + [2.0] * 4
+
+
 def resident() -> float:
     """MiB of memory."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line[:5] == "VmRSS")
