@@ -41,7 +41,7 @@ class _Step:
         self.active: int | None = None  # ranks with input; None: not known yet
         self.scale = 1.0  # makes averages over all ranks those over the active ones
         self.works: list[Any] = []
-        self.owed: dict[int, Any] = {}  # before the step, of gradients that this rank has not used
+        self.owed: dict[int, Any] = {}  # before the step, of parameters that this rank has not used
         self.times: trace.Step | None = None  # if the group is traced
 
 
@@ -74,7 +74,8 @@ class GradientReducer:
     Otherwise, and always with `lag`, gradients are copied to the buckets and back.
 
     `find_unused`: gradients that no pass of a step has made ready are unused() at finish(), not an error. A
-    parameter that no rank has used has no `.grad` after finish(), so that the optimizer leaves it alone.
+    parameter that no rank has used has no `.grad` after finish(), so that the optimizer leaves it alone; an
+    array or tensor then holds zeros, or what error feedback has paid of its residual.
     `uneven_inputs`: ranks may make different numbers of steps (see join). `lag`: see finish().
 
     To make one is a collective call: ValueError, on all ranks, if their gradients differ. Not thread-safe.
@@ -373,7 +374,7 @@ class GradientReducer:
             gradient.require()
         else:
             gradient.leave_out()
-            if self._find_unused and self._feedback is not None and self._lag == 0:
+            if gradient.of_parameter and self._find_unused and self._feedback is not None and self._lag == 0:
                 step.owed[i] = self._feedback.owed(gradient.name)
         try:
             if not step.active:
@@ -463,8 +464,9 @@ class GradientReducer:
             if not stats.finite:
                 self._feedback.skip()
             elif self._find_unused:  # what was paid to a parameter that nobody used is still owed
-                for i in np.flatnonzero(step.is_used == 0).tolist():
-                    self._feedback.owe(self._gradients[i].name, step.owed[i])
+                for of, owed in step.owed.items():
+                    if step.is_used[of] == 0:
+                        self._feedback.owe(self._gradients[of].name, owed)
         if step.arrangement.order == self._order:
             self._spare.append(step.arrangement)
         return stats

@@ -1,0 +1,54 @@
+"""A GradientReducer with error feedback: what it has applied and what it still owes are the true averages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from codec_data import F32, Array
+
+from pycomm import Communicator, GradientReducer
+
+Ranks = Callable[..., list[Any]]
+SHAPE = (40, 24)
+
+
+def gradient(step: int, rank: int) -> Array:
+    return np.random.default_rng([step, rank]).standard_normal(SHAPE).astype(F32)
+
+
+def owed(comm: Communicator, reducer: GradientReducer) -> Array:
+    """Of gradient "0", by an average over the ranks."""
+    assert reducer.error_feedback is not None
+    mine = np.asarray(reducer.error_feedback.state_dict()["0"], "d")
+    return comm.all_reduce(mine, op="avg").reshape(SHAPE)
+
+
+@pytest.mark.parametrize("codec", ["sign", "int8", "powersgd"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_arrays_that_nobody_uses_get_what_is_owed(ranks: Ranks, codec: str, lag: int) -> None:
+    """Their average is theirs: it is paid once, and never owed again."""
+
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer(
+            [SHAPE],
+            comm,
+            codec=codec,
+            error_feedback=None if codec == "powersgd" else True,
+            find_unused=True,
+            lag=lag,
+        )
+        (array,) = reducer.gradients
+        applied, want = np.zeros(SHAPE), np.zeros(SHAPE)
+        for step in range(7):
+            if step % 3 != 2:
+                array[...] = gradient(step, comm.rank)
+                reducer.ready(0)
+                want += np.mean([gradient(step, rank) for rank in range(comm.size)], axis=0, dtype="d")
+            if reducer.finish() is not None:
+                applied += array
+        for _ in reducer.drain():
+            applied += array
+        np.testing.assert_allclose(applied + owed(comm, reducer), want, atol=2e-6)
+
+    ranks(fn, 2)
