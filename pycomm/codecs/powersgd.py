@@ -213,6 +213,9 @@ class Exchange:
         self.of_torch = any(is_tensor(given[i]) for i in chosen)
         self._owner, self._comm = owner, comm
         self._tag = layouts.signature(list(names), shapes)
+        self._chosen = (
+            f"of {len(chosen)}, #{hashlib.blake2b(repr(chosen).encode(), digest_size=4).hexdigest()}"
+        )
         self._rest = [x for i, x in enumerate(given) if i not in set(chosen)]
         self._matrices = [given[i].reshape(shapes[i][0], -1) for i in chosen]
         sizes = [tuple(x.shape) for x in self._matrices]
@@ -237,7 +240,7 @@ class Exchange:
             for x, p, q in zip(self._values, self._ps, self._qs, strict=True):
                 _like(p, x)[:] = x @ _like(q, x)
         if self._matrices:
-            self._send(self._p, "bucket")
+            self._send(self._p, f"matrices {self._chosen}, bucket")
         if self._rest:
             self._send(self._rest, "uncompressed")
         if self._of_call is not None:
@@ -281,7 +284,13 @@ class Exchange:
         self._owner.finished(self, dict(zip(self.names, self._qs, strict=True)) if finite else None)
 
     def _send(self, what: Any, word: str) -> None:
-        self._works.append(self._comm.all_reduce(what, op="avg", async_op=True, tag=f"{word} {self._tag}"))
+        try:
+            work = self._comm.all_reduce(what, op="avg", async_op=True, tag=f"{word} {self._tag}")
+        except _native.AbortedError:
+            for earlier in self._works:
+                earlier.wait()  # raises what ended the group
+            raise
+        self._works.append(work)
 
     def _with_residuals(self) -> list[Any]:
         """The matrices as float32, with what is owed: where the next residuals will be."""

@@ -416,3 +416,13 @@ def test_ranks_that_pass_other_shapes() -> None:
         assert "(30, 20)" in str(caught.value) and "(30, 25)" in str(caught.value)
 
     pycomm.run_local(fn, 2)
+
+
+def test_ranks_that_exempt_other_matrices_do_not_average_them() -> None:
+    def fn(comm: Communicator) -> None:
+        exempt = "ab"[comm.rank]
+        powersgd = PowerSGD(1, error_feedback=ErrorFeedback(exempt=lambda name, shape: name == exempt))
+        with pytest.raises(pycomm.MismatchError, match="matrices of 1, #"):
+            powersgd.all_reduce([np.ones((40, 24), F32), np.ones((40, 24), F32)], comm, names=["a", "b"])
+
+    pycomm.run_local(fn, 2)
