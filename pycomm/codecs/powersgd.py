@@ -271,15 +271,17 @@ class Exchange:
         self.turn()
         for work in self._works:
             work.wait()
-        finite = bool(np.isfinite(self._q).all()) and all(_is_finite(x) for x in self._rest)
+        with np.errstate(invalid="ignore", over="ignore"):
+            for x, p, q in zip(self._matrices, self._ps, self._qs, strict=True):
+                _write_product(x, p, q)
+        written = [self._q, *self._matrices, *self._rest]  # a product may be beyond the gradients' type
+        finite = all(_is_finite(x) for x in written)
         if self._of_call is not None and finite:
             for x, p, q in zip(self._values, self._ps, self._own, strict=True):
                 x -= _like(p, x) @ _like(q, x).T
                 x /= self._scale
             kept: Kept = self._of_call.residuals
             kept.commit()
-        for x, p, q in zip(self._matrices, self._ps, self._qs, strict=True):
-            _write_product(x, p, q)
         self._done = True
         self._owner.finished(self, dict(zip(self.names, self._qs, strict=True)) if finite else None)
 

@@ -167,6 +167,22 @@ def test_a_step_that_is_not_finite_changes_nothing(ranks: Ranks, bad: float, whe
     ranks(fn, 2)
 
 
+def test_a_result_beyond_its_type_changes_nothing() -> None:
+    """The factors are finite, their product is not one of float16."""
+    comm = pycomm.init()
+    powersgd = PowerSGD(1)
+    ones = np.full((40, 24), 40000, np.float16)
+    powersgd.all_reduce([ones], comm)
+    assert powersgd.error_feedback is not None
+    powersgd.error_feedback.load_state_dict({"0": np.full(ones.size, 30000, F32)})
+    before = powersgd.state_dict()
+    powersgd.all_reduce([ones], comm)
+    assert np.isinf(ones).all()
+    for part, values in powersgd.state_dict().items():
+        np.testing.assert_array_equal(values["0"], before[part]["0"])
+    comm.close()
+
+
 def test_skip_takes_a_step_back(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         powersgd = PowerSGD(2)
