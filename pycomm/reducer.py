@@ -519,7 +519,7 @@ def _send(
     if step is not None and step.times is not None:
         step.times.bucket_sent(bucket)
     of = arrangement.buckets[bucket]
-    if powersgd is not None and powersgd.compressed(of.names, [tuple(view.shape) for view in of.views]):
+    if powersgd is not None and powersgd.compressed(of.names, of.views):
         return powersgd.begin(of.views, comm, of.names)
     return comm.all_reduce(of, op="avg", async_op=True, **options)
 

@@ -34,8 +34,8 @@ class PowerSGD:
     algorithms 1 and 2.)
 
     A gradient of more than two dimensions is the matrix of its first dimension by the others. What has fewer
-    than two dimensions, would not become smaller ((n + m) rank >= n m), or is exempt by the ErrorFeedback's
-    rule, is averaged exactly. A world of one rank compresses like any other.
+    than two dimensions, has no more bytes than its factors, 4 (n + m) rank, or is exempt by the
+    ErrorFeedback's rule, is averaged exactly. A world of one rank compresses like any other.
 
     `rank`: columns of the factors, at least 1. `seed`: of the first factors, the same on all ranks.
     `error_feedback`: an ErrorFeedback, which keeps the residuals; True for one of this object's own; False
@@ -118,10 +118,12 @@ class PowerSGD:
 
     # ---- for the reducer and for pycomm.torch ----
 
-    def compressed(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    def compressed(self, names: Sequence[str], gradients: Sequence[Any]) -> list[int]:
         """Which of these gradients cross as factors."""
+        shapes = [tuple(x.shape) for x in gradients]
         exempt = set() if self._feedback is None else set(self._feedback.exempted(names, shapes))
-        return [i for i, s in enumerate(shapes) if i not in exempt and self.wire_bytes(s) < 4 * math.prod(s)]
+        smaller = [self.wire_bytes(s) < x.nbytes for s, x in zip(shapes, gradients, strict=True)]
+        return [i for i in range(len(shapes)) if smaller[i] and i not in exempt]
 
     def wire_bytes(self, shape: tuple[int, ...]) -> float:
         """Of the two factors of a gradient of this shape; infinity for what is no matrix."""
@@ -208,7 +210,7 @@ class Exchange:
     ) -> None:
         given = [_checked_gradient(x, i) for i, x in enumerate(gradients)]
         shapes = [tuple(x.shape) for x in given]
-        chosen = owner.compressed(names, shapes)
+        chosen = owner.compressed(names, given)
         self.names = [names[i] for i in chosen]
         self.of_torch = any(is_tensor(given[i]) for i in chosen)
         self._owner, self._comm = owner, comm

@@ -183,6 +183,23 @@ def test_a_result_beyond_its_type_changes_nothing() -> None:
     comm.close()
 
 
+@pytest.mark.parametrize("dtype", [F32, np.float16])
+def test_what_would_not_become_smaller_is_exact(ranks: Ranks, dtype: Any) -> None:
+    """With 8 columns, factors of 16 x 40 have 4 (16 + 40) 8 = 1792 bytes, it has 2560 in float32."""
+
+    def fn(comm: Communicator) -> None:
+        whole = np.arange(640).reshape(16, 40).astype(dtype)
+        reducer = GradientReducer([(16, 40)], comm, dtype=dtype, codec=PowerSGD(8))
+        for powersgd in (PowerSGD(8), PowerSGD(8, error_feedback=False)):
+            powersgd.all_reduce([whole.copy()], comm)
+            assert (powersgd.state_dict()["factors"] == {}) == (dtype is np.float16)
+        reducer.ready(0)
+        reducer.finish()
+        assert (reducer.state_dict()["factors"] == {}) == (dtype is np.float16)
+
+    ranks(fn, 2)
+
+
 def test_skip_takes_a_step_back(ranks: Ranks) -> None:
     def fn(comm: Communicator) -> None:
         powersgd = PowerSGD(2)
