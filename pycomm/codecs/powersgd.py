@@ -162,7 +162,7 @@ class PowerSGD:
 
     def finished(self, exchange: Exchange, factors: Mapping[str, Factor] | None) -> None:
         """Takes the factors of an exchange, None if they are of no use."""
-        self._open.remove(exchange)
+        self._open = [each for each in self._open if each is not exchange]
         self._of_torch |= exchange.of_torch
         for name, factor in (factors or {}).items():
             self._factors[name] = _normal(factor, self._drawn(name, len(factor)))
@@ -254,7 +254,7 @@ class Exchange:
         if self._turned:
             return
         if self._matrices:
-            self._works[0].wait()
+            self._wait_for(self._works[:1])
             for x, p, q in zip(self._values, self._ps, self._qs, strict=True):
                 p[:] = orthonormal(p)
                 with np.errstate(invalid="ignore", over="ignore"):
@@ -271,8 +271,7 @@ class Exchange:
         if self._done:
             return
         self.turn()
-        for work in self._works:
-            work.wait()
+        self._wait_for(self._works)
         with np.errstate(invalid="ignore", over="ignore"):
             for x, p, q in zip(self._matrices, self._ps, self._qs, strict=True):
                 _write_product(x, p, q)
@@ -286,6 +285,14 @@ class Exchange:
             kept.commit()
         self._done = True
         self._owner.finished(self, dict(zip(self.names, self._qs, strict=True)) if finite else None)
+
+    def _wait_for(self, works: Sequence[Any]) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except _native.CommError:
+            self._owner.finished(self, None)
+            raise
 
     def _send(self, what: Any, word: str) -> None:
         try:

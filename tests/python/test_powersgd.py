@@ -459,3 +459,21 @@ def test_ranks_that_exempt_other_matrices_do_not_average_them() -> None:
             powersgd.all_reduce([np.ones((40, 24), F32), np.ones((40, 24), F32)], comm, names=["a", "b"])
 
     pycomm.run_local(fn, 2)
+
+
+def test_a_group_that_has_failed_is_over() -> None:
+    """Its exchange does not come up in the calls on the next group."""
+    of_rank = [PowerSGD(2, error_feedback=False) for _ in range(2)]
+
+    def fails(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with pytest.raises(pycomm.CommError):
+                of_rank[0].all_reduce([np.ones((40, 24), F32)], comm)
+
+    def goes_on(comm: Communicator) -> None:
+        ones = np.ones((40, 24), F32)
+        of_rank[comm.rank].all_reduce([ones], comm)
+        np.testing.assert_allclose(ones, 1, rtol=1e-6)
+
+    pycomm.run_local(fails, 2)
+    pycomm.run_local(goes_on, 2)
