@@ -332,6 +332,14 @@ def separate(given: Iterable[Any], name: str) -> list[Any]:
     return found
 
 
+def refuse_twice(given: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises ValueError for a gradient that is given twice."""
+    first: dict[int, str] = {}
+    for x, name in zip(given, names, strict=True):
+        if hasattr(x, "shape") and first.setdefault(id(x), name) != name:
+            raise ValueError(f"gradients {first[id(x)]!r} and {name!r} are the same: pass each one once")
+
+
 def _tensors(given: Iterable[Any]) -> list[Any]:
     found = separate(given, "tensors")
     for i, x in enumerate(found):

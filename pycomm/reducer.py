@@ -13,7 +13,7 @@ import numpy as np
 
 from pycomm import _native, checks, trace
 from pycomm.arrangement import Arrangement, Gradient
-from pycomm.bucket import checked_names, separate
+from pycomm.bucket import checked_names, refuse_twice, separate
 from pycomm.codecs.feedback import ErrorFeedback
 from pycomm.codecs.kinds import Codec, feedback_of
 from pycomm.codecs.powersgd import PowerSGD, chosen
@@ -114,7 +114,7 @@ class GradientReducer:
         if not given:
             raise ValueError("`gradients` is empty: pass parameters, arrays or shapes")
         found = checked_names(names, len(given))
-        _refuse_twice(given, found)
+        refuse_twice(given, found)
         self._gradients = [Gradient(x, name, dtype) for x, name in zip(given, found, strict=True)]
         self._comm = comm
         self._options: dict[str, Any] = {}
@@ -526,10 +526,3 @@ def _send(
 
 def _copied(data: Any) -> Any:
     return data.clone() if is_tensor(data) else data.copy()
-
-
-def _refuse_twice(given: list[Any], names: list[str]) -> None:
-    first: dict[int, str] = {}
-    for x, name in zip(given, names, strict=True):
-        if hasattr(x, "shape") and first.setdefault(id(x), name) != name:
-            raise ValueError(f"gradients {first[id(x)]!r} and {name!r} are the same: pass each one once")

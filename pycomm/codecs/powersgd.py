@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pycomm import _native, checks, layouts
-from pycomm.bucket import checked_names, separate
+from pycomm.bucket import checked_names, refuse_twice, separate
 from pycomm.codecs.feedback import CallResiduals, ErrorFeedback
 from pycomm.codecs.kinds import Codec, resolve, with_residuals
 from pycomm.gradients import is_parameter, is_tensor
@@ -83,7 +83,9 @@ class PowerSGD:
         if not isinstance(comm, _native.Communicator):
             raise TypeError(f"`comm` is {checks.shown(comm)}: pass a pycomm.Communicator")
         given = separate(gradients, "gradients")
-        self.begin(given, comm, checked_names(names, len(given))).wait()
+        found = checked_names(names, len(given))
+        refuse_twice(given, found)
+        self.begin(given, comm, found).wait()
         return given
 
     def state_dict(self) -> dict[str, Any]:

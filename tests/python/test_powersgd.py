@@ -412,6 +412,7 @@ def test_wrong_arguments() -> None:
         ([x.astype("d")], TypeError, r"`gradients\[0\]` is float64: powersgd takes float32, float16"),
         ([frozen], ValueError, "read-only.*pass a copy"),
         ([None], TypeError, "`gradients\\[0\\]` is None: no gradient"),
+        ([x, x], ValueError, "gradients '0' and '1' are the same"),
         (x, TypeError, "pass a list"),
     ]:
         with pytest.raises(error, match=words):
