@@ -121,6 +121,7 @@ class GradientReducer:
         self._feedback: ErrorFeedback | None = None
         self._powersgd: PowerSGD | None = None
         if codec is not None:
+            _refuse_float8(self._gradients, dtype)
             used = chosen(codec, error_feedback, comm)
             if isinstance(used, PowerSGD):
                 if order == "priority":
@@ -526,3 +527,14 @@ def _send(
 
 def _copied(data: Any) -> Any:
     return data.clone() if is_tensor(data) else data.copy()
+
+
+def _refuse_float8(gradients: Sequence[Gradient], dtype: Any) -> None:
+    for gradient in gradients:
+        sent = _native.describe_buffer(gradient.given, "gradients", False).dtype if dtype is None else dtype
+        name, _ = _native.packable_dtype(sent)
+        if name.startswith("float8"):
+            raise TypeError(
+                f"gradient {gradient.name!r} crosses as {name}, which no codec takes: pass another dtype, or"
+                " leave codec out"
+            )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from codec_data import F32, Array
 
+import pycomm
 from pycomm import Communicator, GradientReducer
 
 Ranks = Callable[..., list[Any]]
@@ -52,3 +53,11 @@ def test_arrays_that_nobody_uses_get_what_is_owed(ranks: Ranks, codec: str, lag:
         np.testing.assert_allclose(applied + owed(comm, reducer), want, atol=2e-6)
 
     ranks(fn, 2)
+
+
+@pytest.mark.parametrize("codec", ["int8", "powersgd"])
+def test_codecs_of_float8_are_refused_at_once(codec: str) -> None:
+    comm = pycomm.init()
+    with pytest.raises(TypeError, match="'0' crosses as float8_e4m3fn, which no codec takes"):
+        GradientReducer([SHAPE], comm, dtype="float8_e4m3fn", codec=codec)
+    comm.close()
