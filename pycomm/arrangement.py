@@ -135,10 +135,10 @@ class Arrangement:
         if as_views:
             self._use_views()
 
-    def pack(self, bucket: int) -> None:
-        """Brings the bucket's gradients there."""
-        if not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
-            self.buckets[bucket].pack()
+    def pack(self, bucket: int, scale: float) -> None:
+        """Brings the bucket's gradients there, each value times `scale`."""
+        if scale != 1 or not all(self._gradients[i].lies_in_bucket for i in self.members[bucket]):
+            self.buckets[bucket].pack(scale)
 
     def cosine(self) -> float:
         """Of the angle between all gradients as they are and what the buckets hold; NaN if one is zero."""

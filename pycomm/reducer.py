@@ -40,6 +40,7 @@ class _Step:
         self.missing = [len(members) for members in arrangement.members]  # of each bucket
         self.active: int | None = None  # ranks with input; None: not known yet
         self.scale = 1.0  # makes averages over all ranks those over the active ones
+        self.scale_sent = 1.0  # the same, of gradients that residuals are added to, which it is not for
         self.works: list[Any] = []
         self.owed: dict[int, Any] = {}  # before the step, of parameters that this rank has not used
         self.times: trace.Step | None = None  # if the group is traced
@@ -236,8 +237,8 @@ class GradientReducer:
         gradients that count as nothing. Yields what finish() returns in each of these steps; take the
         optimizer step there as well, so that the replicas stay equal.
 
-        Averages are over the ranks that have input left. The first ready() of a step tells the others that
-        this rank has, in a call of its own.
+        Averages are over the ranks that have input left; what error feedback owes is that of all ranks. The
+        first ready() of a step tells the others that this rank has, in a call of its own.
         """
         if not self._uneven:
             raise ValueError("join() without uneven_inputs: make the GradientReducer with it, on all ranks")
@@ -384,7 +385,7 @@ class GradientReducer:
             if step.missing[bucket] == 1:
                 if times is not None:
                     times.bucket_ready(bucket, step.arrangement.buckets[bucket].__pycomm_signature__)
-                step.arrangement.pack(bucket)
+                step.arrangement.pack(bucket, step.scale_sent)
             step.is_ready[i] = True
             step.ready.append(i)
             step.is_used[i] = used
@@ -420,7 +421,11 @@ class GradientReducer:
             count = np.array([has_input], np.int64)
             active = int(self._comm.all_reduce(count, tag="GradientReducer: ranks with input")[0])
         self._step.active = active
-        self._step.scale = self._comm.size / max(active, 1)
+        scale = self._comm.size / max(active, 1)
+        if self._feedback is None:
+            self._step.scale = scale
+        else:
+            self._step.scale_sent = scale
         return active
 
     def _finish(self) -> Stats | None:

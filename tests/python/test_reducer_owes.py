@@ -55,6 +55,44 @@ def test_arrays_that_nobody_uses_get_what_is_owed(ranks: Ranks, codec: str, lag:
     ranks(fn, 2)
 
 
+@pytest.mark.parametrize("codec", ["sign", "int8", "powersgd"])
+@pytest.mark.parametrize(("as_view", "lag"), [(True, 0), (False, 0), (False, 1)])
+def test_what_is_owed_is_paid_once_after_a_rank_has_joined(
+    ranks: Ranks, codec: str, as_view: bool, lag: int
+) -> None:
+    """Gradients count more then, residuals do not."""
+
+    def fn(comm: Communicator) -> None:
+        reducer = GradientReducer(
+            [SHAPE],
+            comm,
+            codec=codec,
+            error_feedback=None if codec == "powersgd" else True,
+            uneven_inputs=True,
+            gradient_as_bucket_view=as_view,
+            lag=lag,
+        )
+        (array,) = reducer.gradients
+        applied, want = np.zeros(SHAPE), np.zeros(SHAPE)
+        for step in range(7):
+            active = [rank for rank in range(comm.size) if step < 4 + 3 * rank]
+            if active:
+                want += np.mean([gradient(step, rank) for rank in active], axis=0, dtype="d")
+            if comm.rank in active:
+                array[...] = gradient(step, comm.rank)
+                reducer.ready(0)
+                if reducer.finish() is not None:
+                    applied += array
+        for stats in reducer.join():
+            if stats is not None:
+                applied += array
+        for _ in reducer.drain():
+            applied += array
+        np.testing.assert_allclose(applied + owed(comm, reducer), want, atol=2e-6)
+
+    ranks(fn, 2)
+
+
 @pytest.mark.parametrize("codec", ["int8", "powersgd"])
 def test_codecs_of_float8_are_refused_at_once(codec: str) -> None:
     comm = pycomm.init()
