@@ -159,12 +159,22 @@ class Arrangement:
         for gradient in self._gradients:
             gradient.lay_in_bucket()
         found = [bucket.unpack(scale) for bucket in self.buckets]
+        self._are_finite = [stats.finite for stats in found]
         return Stats(
             math.fsum(stats.sum_squares for stats in found),
             max((stats.max_abs for stats in found), default=0.0),
             sum(stats.nans for stats in found),
             sum(stats.infs for stats in found),
         )
+
+    def is_finite(self, i: int) -> bool:
+        """Whether the last take() found no NaN and no Inf in the bucket of gradient `i`."""
+        return self._are_finite[self.bucket_of[i]]
+
+    def average(self, i: int) -> Any:
+        """What the bucket holds of gradient `i`."""
+        bucket = self.bucket_of[i]
+        return self.buckets[bucket].views[self.members[bucket].index(i)]
 
     def _filled(self, dtype: Any, bucket_bytes: float) -> list[list[int]]:
         members: list[list[int]] = []

@@ -42,6 +42,7 @@ class _Step:
         self.scale = 1.0  # makes averages over all ranks those over the active ones
         self.scale_sent = 1.0  # the same, of gradients that residuals are added to, which it is not for
         self.works: list[Any] = []
+        self.loss_scale = 1.0
         self.owed: dict[int, Any] = {}  # before the step, of parameters that this rank has not used
         self.times: trace.Step | None = None  # if the group is traced
 
@@ -297,6 +298,7 @@ class GradientReducer:
                     "order": list(step.arrangement.order),
                     "is_used": step.is_used.tolist(),
                     "scale": step.scale,
+                    "loss_scale": step.loss_scale,
                     "buckets": [_copied(bucket.data) for bucket in step.arrangement.buckets],
                 }
                 for step in self._in_flight
@@ -344,6 +346,7 @@ class GradientReducer:
         step = self._step_in(arrangement)
         step.is_used[:] = saved["is_used"]
         step.scale = float(saved["scale"])
+        step.loss_scale = float(saved.get("loss_scale", 1.0))
         return step
 
     def _refuse_open_step(self, method: str) -> None:
@@ -433,6 +436,8 @@ class GradientReducer:
         step.flights.send_all()
         if self._powersgd is not None:
             self._powersgd.turn()
+        if self._feedback is not None:
+            step.loss_scale = self._feedback.scale
         step.works = list(step.flights.works)
         if self._find_unused:
             used = self._comm.all_reduce(step.is_used, tag="GradientReducer: ranks that used", async_op=True)
@@ -473,6 +478,11 @@ class GradientReducer:
                 for of, owed in step.owed.items():
                     if step.is_used[of] == 0:
                         self._feedback.owe(self._gradients[of].name, owed)
+        elif self._feedback is not None and self._find_unused:  # later steps have built on what was owed
+            for of in np.flatnonzero(step.is_used == 0).tolist():
+                if self._gradients[of].of_parameter and step.arrangement.is_finite(of):
+                    average = step.arrangement.average(of)
+                    self._feedback.owe_more(self._gradients[of].name, average, step.loss_scale)
         if step.arrangement.order == self._order:
             self._spare.append(step.arrangement)
         return stats

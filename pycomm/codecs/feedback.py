@@ -228,6 +228,15 @@ class ErrorFeedback:
             source.settle()
             source.part(name)[:] = 0 if residual is None else residual
 
+    def owe_more(self, name: str, average: Any, scale: float) -> None:
+        """Adds the average of an earlier call, under this loss scale, that nobody used. Waits for the calls
+        that have begun since."""
+        source = self._where.get(name)
+        if source is not None:
+            source.settle()
+            paid = average.detach().float().numpy() if is_tensor(average) else np.asarray(average, np.float32)
+            source.part(name)[:] += paid.reshape(-1) / np.float32(scale)
+
     def _watch_for_strangers(self, names: Iterable[str]) -> None:
         """Counts steps; after some, warns of loaded residuals that no call has used, since they may be
         misnamed.

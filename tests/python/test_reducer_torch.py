@@ -285,15 +285,24 @@ def test_channels_last_parameters_are_refused(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("codec", ["int4", "powersgd"])
-def test_what_nobody_used_is_owed_what_it_was(ranks: Ranks, codec: str) -> None:
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_what_nobody_used_is_owed_what_it_was(ranks: Ranks, codec: str, lag: int) -> None:
     """The average of such a gradient is dropped, with what error feedback had put into it."""
     torch = pytest.importorskip("torch")
 
     def fn(comm: Communicator) -> None:
         given = [torch.nn.Parameter(torch.zeros(24, 24)) for _ in range(3)]
-        reducer = GradientReducer(given, comm, codec=codec, error_feedback=True, find_unused=True)
+        reducer = GradientReducer(given, comm, codec=codec, error_feedback=True, find_unused=True, lag=lag)
         assert reducer.error_feedback is not None
+        reducer.error_feedback.scale = 4.0
         total, want = np.zeros((3, 24, 24)), np.zeros((3, 24, 24))
+
+        def apply(step: int) -> None:
+            for i, p in enumerate(given):
+                assert (p.grad is None) == (i == (step + 2) % 3)
+                if p.grad is not None:
+                    total[i] += p.grad.numpy() / 4
+
         for step in range(7):
             reducer.zero_grad()
             for rank in range(comm.size):
@@ -301,13 +310,12 @@ def test_what_nobody_used_is_owed_what_it_was(ranks: Ranks, codec: str) -> None:
                 gradient = np.random.default_rng([step, rank]).standard_normal((24, 24)).astype(np.float32)
                 want[i] += gradient.astype("d") / comm.size
                 if rank == comm.rank:
-                    given[i].grad = torch.from_numpy(gradient)
+                    given[i].grad = torch.from_numpy(4 * gradient)
                     reducer.ready(i)
-            reducer.finish()
-            for i, p in enumerate(given):
-                assert (p.grad is None) == (i == (step + 2) % 3)
-                if p.grad is not None:
-                    total[i] += p.grad.numpy()
+            if reducer.finish() is not None:
+                apply(step - lag)
+        for step, _ in enumerate(reducer.drain(), 7 - lag):
+            apply(step)
         for i in range(3):
             mine = np.asarray(reducer.error_feedback.state_dict()[str(i)])
             left = comm.all_gather(mine).reshape(comm.size, -1).mean(axis=0, dtype="d")
