@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +71,7 @@ class GradientReducer:
     next bucket is sent, or in finish(). `error_feedback` takes the place of the codec's own. finish() undoes
     the residuals' changes in a step that is not finite; with `lag` only in its buckets that are not, since
     later steps have built on the others. By default residuals belong to this reducer (see `error_feedback`).
+    Reducers share an ErrorFeedback or a PowerSGD only if their gradients have different names.
 
     `gradient_as_bucket_view`: after finish(), parameters' `.grad` are views of the buckets, so that gradients
     that backward() adds there are not copied: zero them by zero_grad(), or torch's with set_to_none=False.
@@ -137,6 +139,9 @@ class GradientReducer:
                 self._feedback = feedback_of(used, comm)
         elif error_feedback is not None:
             raise ValueError(f"error_feedback={error_feedback!r} without `codec`: nothing is lost")
+        for keeper in (self._powersgd, self._feedback):
+            if keeper is not None:
+                _claim(keeper, self, found)
         self._by_priority = order == "priority"
         self._find_unused = bool(find_unused)
         self._uneven = bool(uneven_inputs)
@@ -403,6 +408,7 @@ class GradientReducer:
     def _fail(self, error: _native.CommError) -> NoReturn:
         """Raises what ended the group: an earlier call may have met it, and this one only heard of it."""
         self._failure = error
+        _release(self)
         for step in (*self._in_flight, self._step):
             for work in step.flights.works:
                 try:
@@ -538,6 +544,32 @@ def _send(
     if powersgd is not None and powersgd.compressed(of.names, of.views):
         return powersgd.begin(of.views, comm, of.names)
     return comm.all_reduce(of, op="avg", async_op=True, **options)
+
+
+# Who uses an ErrorFeedback or a PowerSGD, for gradients of these names.
+_claims: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[GradientReducer, set[str]]]
+_claims = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _claim(keeper: ErrorFeedback | PowerSGD, reducer: GradientReducer, names: Sequence[str]) -> None:
+    """Raises ValueError if another reducer keeps residuals or factors under one of these names there."""
+    with _lock:
+        claims = _claims.setdefault(keeper, weakref.WeakKeyDictionary())
+        for others in claims.values():
+            if not others.isdisjoint(names):
+                raise ValueError(
+                    f"another GradientReducer uses this {type(keeper).__name__}, also for a gradient named"
+                    f" {min(others.intersection(names))!r}: make one for each, or pass other names, or drop"
+                    " the other reducer first"
+                )
+        claims[reducer] = set(names)
+
+
+def _release(reducer: GradientReducer) -> None:
+    with _lock:
+        for claims in _claims.values():
+            claims.pop(reducer, None)
 
 
 def _copied(data: Any) -> Any:

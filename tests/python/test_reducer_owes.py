@@ -9,6 +9,7 @@ from codec_data import F32, Array
 
 import pycomm
 from pycomm import Communicator, GradientReducer
+from pycomm.codecs import ErrorFeedback, PowerSGD
 
 Ranks = Callable[..., list[Any]]
 SHAPE = (40, 24)
@@ -98,4 +99,24 @@ def test_codecs_of_float8_are_refused_at_once(codec: str) -> None:
     comm = pycomm.init()
     with pytest.raises(TypeError, match="'0' crosses as float8_e4m3fn, which no codec takes"):
         GradientReducer([SHAPE], comm, dtype="float8_e4m3fn", codec=codec)
+    comm.close()
+
+
+@pytest.mark.parametrize("kind", [ErrorFeedback, PowerSGD])
+def test_reducers_share_no_residuals(kind: Any) -> None:
+    """By name, one would be paid what the other is owed."""
+
+    def reducer(comm: Communicator, name: str) -> GradientReducer:
+        codec = {"codec": keeper} if kind is PowerSGD else {"codec": "sign", "error_feedback": keeper}
+        return GradientReducer([SHAPE, SHAPE], comm, names=["own " + name, name], **codec)
+
+    keeper = kind()
+    comm = pycomm.init()
+    first = reducer(comm, "a")
+    other = reducer(comm, "b")
+    with pytest.raises(ValueError, match=f"another GradientReducer uses this {kind.__name__}.*'a'.*drop"):
+        reducer(comm, "a")
+    del first
+    again = reducer(comm, "a")
+    assert again.error_feedback is other.error_feedback
     comm.close()
