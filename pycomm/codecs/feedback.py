@@ -81,7 +81,9 @@ class ErrorFeedback:
     def skip(self) -> None:
         """Undoes the changes of the last step: for a step whose result the optimizer does not use.
 
-        A step is a series of calls in which no name occurs twice. A second skip() does nothing.
+        A step is a series of calls in which no name occurs twice. A second skip() does nothing. But one after
+        a step that has made no call, such as one without backward(), undoes the step before, which the
+        optimizer has used: call skip() only after calls.
         """
         for of_call in self._of_round:
             of_call.settle()
