@@ -214,6 +214,11 @@ class ErrorFeedback:
         self._round.update(names)
         self._of_round.append(of_call)
 
+    def begin_step(self) -> None:
+        """For a caller that knows where a step begins: skip() undoes the calls from now on alone."""
+        self._round.clear()
+        self._of_round.clear()
+
     def owed(self, name: str) -> Residual | None:
         """A copy of what is owed of a parameter; None before a call about it."""
         source = self._where.get(name)

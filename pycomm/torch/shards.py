@@ -83,8 +83,8 @@ class _Unit:
 class Shards(Compression):
     """Each module under fully_shard gets a reduce_scatter of its own.
 
-    A rank sees only its own part of an average. Whether a step was finite is therefore agreed once a step,
-    before its residuals are used or saved.
+    A step is one backward(), whichever modules it reduces. A rank sees only its own part of an
+    average. Whether a step was finite is therefore agreed once a step, before its residuals are used or saved.
     """
 
     def __init__(
@@ -122,13 +122,15 @@ class Shards(Compression):
             unit = _Unit(parameters, self._compressed)
             self._units.append(unit)
             module.set_custom_reduce_scatter(_ReduceScatter(self, unit))
-        self._reduced: set[int] = set()  # units, in this step
+        self._pass: int | None = None  # backward(), of the step that has not ended
         self._is_finite = True  # this rank's part of the averages of this step
 
     def reduce(self, unit: _Unit, out: Any, x: Any, op: Any) -> None:
-        if id(unit) in self._reduced:
+        if torch._C._current_graph_task_id() != self._pass:
             self._end_step()
-        self._reduced.add(id(unit))
+            self._pass = torch._C._current_graph_task_id()
+            if self._feedback is not None:
+                self._feedback.begin_step()
         kind, factor = _operator(op)
         whole = x.numel() == self._comm.size * sum(unit.widths)  # else gradients are missing
         if not whole or not unit.coded:
@@ -159,11 +161,11 @@ class Shards(Compression):
         self._comm.reduce_scatter(x, out=out, op=op, codec=self._codec, step=step, tag=unit.name)
 
     def _end_step(self) -> None:
-        if self._feedback is not None and self._reduced:
+        if self._feedback is not None and self._pass is not None:
             bad = np.array([not self._is_finite], np.int64)
             if self._comm.all_reduce(bad, op="max", tag="compress: whether the step was finite")[0]:
                 self._feedback.skip()
-        self._reduced.clear()
+        self._pass = None
         self._is_finite = True
 
     def _residuals(self) -> dict[str, Any]:
@@ -181,7 +183,7 @@ class Shards(Compression):
         merged = {name: torch.as_tensor(residual) for name, residual in mean.state_dict().items()}
         units = [unit for unit in self._units if any(each.name in merged for each in unit.coded)]
         super()._load_residuals([{unit.name: unit.table(merged).reshape(-1) for unit in units}])
-        self._reduced.clear()
+        self._pass = None
         self._is_finite = True
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from compressed import SIZE, WAYS, Sums, backward, batch, ddp, fsdp, gradients, net, owed, true_average
 from groups import on_ranks
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pycomm
 import pycomm.torch
@@ -58,6 +58,46 @@ def test_a_step_that_the_optimizer_leaves_out() -> None:
                 else:
                     sums.step(step)
             sums.check()
+
+    on_ranks(fn, SIZE)
+
+
+class Heads(torch.nn.Module):
+    """A trunk and one of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Linear(12, 40, bias=False)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(40, 30, bias=False) for _ in range(2))
+        self.used = 0
+
+    def forward(self, x: Any) -> Any:
+        return self.heads[self.used](torch.tanh(self.trunk(x)))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_bad_steps_of_a_model_whose_modules_take_turns(skips: bool) -> None:
+    """Only what the bad step itself has reduced is undone."""
+
+    def fn() -> None:
+        model = Heads()
+        for layer in (model.trunk, *model.heads):
+            fully_shard(layer)
+        fully_shard(model)
+        sums = Sums(model, pycomm.torch.compress(model, "sign"))
+        for step in range(7):
+            model.used = step % 2
+            model.zero_grad()
+            bad = step in (3, 4, 6)
+            backward(model, step, math.inf if bad and not skips and dist.get_rank() == 0 else 1.0)
+            if bad and skips:
+                sums.compression.error_feedback.skip()
+            elif not bad:
+                whole = Heads()
+                whole.used = model.used
+                sums.add(true_average(step, model=whole))
+        sums.check()
 
     on_ranks(fn, SIZE)
 
