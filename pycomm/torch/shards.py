@@ -83,8 +83,9 @@ class _Unit:
 class Shards(Compression):
     """Each module under fully_shard gets a reduce_scatter of its own.
 
-    A step is one backward(), whichever modules it reduces. A rank sees only its own part of an
-    average. Whether a step was finite is therefore agreed once a step, before its residuals are used or saved.
+    A step is one backward(), whichever modules it reduces. A rank sees only its own part of an average, and
+    another replica of HSDP other residuals. Whether a step was finite is therefore agreed once a step by all
+    ranks, before its residuals are used or saved.
     """
 
     def __init__(
@@ -122,6 +123,9 @@ class Shards(Compression):
             unit = _Unit(parameters, self._compressed)
             self._units.append(unit)
             module.set_custom_reduce_scatter(_ReduceScatter(self, unit))
+        self._sharing = [comm]  # whose ranks have all averages of a step between them
+        if self._feedback is not None and hasattr(groups[0].mesh_info, "replicate_process_group"):
+            self._sharing.append(communicator_of(groups[0]._all_reduce_process_group))
         self._pass: int | None = None  # backward(), of the step that has not ended
         self._is_finite = True  # this rank's part of the averages of this step
 
@@ -163,7 +167,9 @@ class Shards(Compression):
     def _end_step(self) -> None:
         if self._feedback is not None and self._pass is not None:
             bad = np.array([not self._is_finite], np.int64)
-            if self._comm.all_reduce(bad, op="max", tag="compress: whether the step was finite")[0]:
+            for comm in self._sharing:
+                bad = comm.all_reduce(bad, op="max", tag="compress: whether the step was finite")
+            if bad[0]:
                 self._feedback.skip()
         self._pass = None
         self._is_finite = True

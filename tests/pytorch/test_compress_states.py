@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from compressed import SIZE, WAYS, Sums, backward, batch, ddp, fsdp, gradients, net, owed, true_average
 from groups import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pycomm
@@ -100,6 +101,24 @@ def test_bad_steps_of_a_model_whose_modules_take_turns(skips: bool) -> None:
         sums.check()
 
     on_ranks(fn, SIZE)
+
+
+def test_a_step_that_is_not_finite_in_one_of_the_replicas() -> None:
+    """The average of all replicas is lost, so that each keeps its residuals."""
+
+    def fn() -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        model = fsdp(mesh=mesh)
+        sums = Sums(model, pycomm.torch.compress(model, "sign"), ranks=4)
+        for step in range(4):
+            if step == 2:
+                model.zero_grad()
+                backward(model, step, math.nan if dist.get_rank() == 0 else 1.0)
+            else:
+                sums.step(step)
+        sums.check()
+
+    on_ranks(fn, 4)
 
 
 # ---- checkpoints ----
