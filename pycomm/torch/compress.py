@@ -28,7 +28,8 @@ def compress(
 
     `model`: a DistributedDataParallel, whose buckets pycomm then averages in a communication hook; or a model
     with modules under fully_shard (FSDP2), whose gradients pycomm then reduce-scatters. Its process group is
-    pycomm's. All ranks make this call alike, before the first backward().
+    pycomm's. All ranks make this call alike, before the first backward(). Parameters that are frozen
+    (requires_grad=False) have no part in it: freeze them before this call.
 
     `codec`: a name or object of pycomm.codecs; with fully_shard one that reduce_scatter carries, which
     "topk", "shared_int" and "powersgd" are not. `error_feedback`: as in GradientReducer. `exempt`: which

@@ -104,7 +104,7 @@ class Shards(Compression):
                 " that is sharded over one"
             )
         comm = communicator_of(groups[0]._reduce_scatter_process_group)
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(comm, named, codec, error_feedback, exempt, "reduce_scatter")
         if self._feedback is not None and any(_divides_before(group) for group in groups):
             raise ValueError(
@@ -119,6 +119,7 @@ class Shards(Compression):
                     names[id(p.sharded_param)], tuple(p.sharded_param.shape), p.fsdp_placement.dim, comm.size
                 )
                 for p in group.fsdp_params
+                if p.sharded_param.requires_grad
             ]
             unit = _Unit(parameters, self._compressed)
             self._units.append(unit)

@@ -253,6 +253,40 @@ def test_a_module_of_which_a_part_is_not_used() -> None:
     on_ranks(fn, SIZE)
 
 
+def test_frozen_parameters_have_no_part() -> None:
+    """The others of their module are compressed, whatever the frozen ones' dtype."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.base = torch.nn.Linear(12, 30, bias=False)
+            self.base.requires_grad_(False)
+            self.table = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64), requires_grad=False)
+            self.down = torch.nn.Linear(12, 16, bias=False)
+            self.up = torch.nn.Linear(16, 30, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return self.base(x) + self.up(self.down(x))
+
+    def fn() -> None:
+        sharded, whole = Adapted(), Adapted()
+        for layer in (sharded.base, sharded.down, sharded.up):
+            fully_shard(layer)
+        del whole.table  # FSDP2 takes one dtype a module
+        for model in (ddp(Adapted()), fully_shard(sharded), fully_shard(whole)):
+            compression = pycomm.torch.compress(model, "sign")
+            sums = Sums(model, compression)
+            for step in range(3):
+                model.zero_grad()
+                backward(model, step)
+                sums.add(true_average(step, model=Adapted()))
+            sums.check()
+            assert compression.traffic.sent < 0.2 * compression.traffic.uncompressed
+
+    on_ranks(fn, SIZE)
+
+
 @pytest.mark.parametrize("codec", ["int4", "powersgd"])
 @pytest.mark.parametrize("kind", ["bfloat16", "autocast"])
 def test_half_precision_in_ddp(kind: str, codec: str) -> None:
