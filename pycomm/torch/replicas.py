@@ -73,7 +73,8 @@ class Replicas(Compression):
         super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
         self._buckets: dict[_Names, pycomm.Bucket] = {}
         self._flights: list[_Flight] = []
-        self._finds_unused = model.find_unused_parameters and self._feedback is not None
+        finds_unused = model.find_unused_parameters or model.static_graph
+        self._finds_unused = finds_unused and self._feedback is not None
         self._model = weakref.ref(model)  # which keeps this alive: a cycle through C++ would never end
         self._owed: dict[str, Any] = {}  # of parameters that this rank's pass may not have used
         model.register_comm_hook(None, lambda state, bucket: self._average(bucket))

@@ -191,6 +191,30 @@ def test_parameters_that_are_not_used(codec: str) -> None:
     on_ranks(fn, SIZE)
 
 
+@pytest.mark.parametrize("codec", ["sign", "powersgd"])
+def test_what_a_static_graph_does_not_use_is_still_owed(codec: str) -> None:
+    """After the state of a run that has used it."""
+
+    def fn() -> None:
+        model = ddp(Branches(), find_unused_parameters=True)
+        before = pycomm.torch.compress(model, codec)
+        for step in range(len(model.module.layers)):
+            model.module.used = step
+            backward(model, step)
+        static = ddp(Branches(), static_graph=True)
+        compression = pycomm.torch.compress(static, codec)
+        compression.load_state_dict(before.state_dict())
+        want = owed(before)
+        for step in range(3):
+            backward(static, step)
+        left = owed(compression)
+        for name, residual in want.items():
+            assert residual.any()
+            assert torch.equal(left[name], residual) == (not name.startswith("layers.0.")), name
+
+    on_ranks(fn, SIZE)
+
+
 @pytest.mark.parametrize("codec", ["int8", "powersgd"])
 def test_a_static_graph_and_uneven_inputs(codec: str) -> None:
     """Under join() a rank that has no more input averages zeros, and pays what it owes."""
