@@ -71,6 +71,8 @@ class Replicas(Compression):
         named = {self._names[id(p)]: p for p in model.module.parameters() if id(p) in self._names}
         comm = communicator_of(model.process_group)
         super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
+        if self._feedback is not None or isinstance(self._codec, PowerSGD):
+            _require_contiguous({name: p for name, p in named.items() if name in self._compressed})
         self._buckets: dict[_Names, pycomm.Bucket] = {}
         self._flights: list[_Flight] = []
         finds_unused = model.find_unused_parameters or model.static_graph
@@ -136,3 +138,15 @@ class Replicas(Compression):
         for name, is_used in zip(self._names.values(), used, strict=True):
             if name in self._owed and not is_used:
                 self._feedback.owe(name, self._owed[name])
+
+
+def _require_contiguous(parameters: dict[str, Any]) -> None:
+    """DDP's gradients have the order in memory of their parameters, and so would what is kept of them."""
+    for name, p in parameters.items():
+        if not p.is_contiguous():
+            raise ValueError(
+                f"parameter {name!r} is not contiguous, as with channels_last, so that its residuals would be"
+                " those of other elements in another model: call"
+                " model.to(memory_format=torch.contiguous_format) before DistributedDataParallel, name the"
+                " parameter in `exempt`, or pass a codec without error feedback"
+            )

@@ -264,6 +264,20 @@ def test_wrong_arguments() -> None:
     on_ranks(fn, SIZE)
 
 
+def test_channels_last() -> None:
+    """What is kept has the order of elements in memory: only codecs that keep nothing take it."""
+
+    def fn() -> None:
+        layers = torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Conv2d(8, 4, 3, bias=False)
+        model = ddp(torch.nn.Sequential(*layers).to(memory_format=torch.channels_last))
+        for codec in ("powersgd", PowerSGD(error_feedback=False), "sign"):
+            with pytest.raises(ValueError, match="'0.weight' is not contiguous.*memory_format"):
+                pycomm.torch.compress(model, codec)
+        pycomm.torch.compress(model, "int8")
+
+    on_ranks(fn, SIZE)
+
+
 # ---- training ----
 
 
