@@ -63,12 +63,10 @@ class Replicas(Compression):
             raise ValueError(
                 "skip_all_reduce_unused_params leaves out buckets, on which the hook relies: pass False"
             )
-        self._names = {
-            id(p): name
-            for name, p in model.module.named_parameters()
-            if p.requires_grad and name not in model.parameters_to_ignore
-        }
-        named = {self._names[id(p)]: p for p in model.module.parameters() if id(p) in self._names}
+        names = {id(p): name for name, p in model.module.named_parameters()}
+        parameters, _ = model._build_params_for_reducer()  # what DDP averages, in its order
+        named = {names[id(p)]: p for p in parameters}
+        self._names = {id(p): name for name, p in named.items()}
         comm = communicator_of(model.process_group)
         super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
         if self._feedback is not None or isinstance(self._codec, PowerSGD):

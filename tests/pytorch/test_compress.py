@@ -11,6 +11,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
 
 import pycomm
 import pycomm.torch
@@ -186,6 +187,36 @@ def test_parameters_that_are_not_used(codec: str) -> None:
                     exact[name] = exact.get(name, 0) + grad / SIZE
             assert gradients(model).keys() == exact.keys()
             sums.add(exact)
+        sums.check()
+
+    on_ranks(fn, SIZE)
+
+
+def test_parameters_that_ddp_ignores() -> None:
+    """It averages those of the outermost module all the same, and so they are compressed."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
+            self.weight = torch.nn.Parameter(torch.randn(12, 12))
+
+        def forward(self, x: Any) -> Any:
+            return self.layers[1](self.layers[0](x)) @ self.weight
+
+    def fn() -> None:
+        inner = Scaled()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            inner, ["weight", "layers.0.weight"]
+        )
+        model = ddp(inner)
+        sums = Sums(model, pycomm.torch.compress(model, "sign"))
+        for step in range(3):
+            model.zero_grad()
+            backward(model, step)
+            sums.add(true_average(step, model=Scaled()))
+        assert owed(sums.compression).keys() == {"weight", "layers.1.weight"}
         sums.check()
 
     on_ranks(fn, SIZE)
