@@ -43,8 +43,8 @@ def compress(
 
     Raises TypeError or ValueError, and changes nothing, for another model or another process group, for a
     codec that cannot carry the call, for parameters to be compressed that are not float32, float16 or
-    bfloat16, and for a pattern that matches no parameter. With DistributedDataParallel also for parameters in
-    memory_format=torch.channels_last under error feedback or PowerSGD.
+    bfloat16, and for a pattern that matches no parameter. With DistributedDataParallel also for sparse gradients,
+    and for parameters in memory_format=torch.channels_last under error feedback or PowerSGD.
     """
     if isinstance(model, DistributedDataParallel):
         return Replicas(model, codec, error_feedback, exempt)

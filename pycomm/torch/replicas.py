@@ -64,7 +64,14 @@ class Replicas(Compression):
                 "skip_all_reduce_unused_params leaves out buckets, on which the hook relies: pass False"
             )
         names = {id(p): name for name, p in model.module.named_parameters()}
-        parameters, _ = model._build_params_for_reducer()  # what DDP averages, in its order
+        # What DDP averages, in its order, and of which it expects sparse gradients.
+        parameters, are_sparse = model._build_params_for_reducer()
+        for p, is_sparse in zip(parameters, are_sparse, strict=True):
+            if is_sparse:
+                raise ValueError(
+                    f"gradients of {names[id(p)]!r} are sparse, which DistributedDataParallel does not hand"
+                    " to a communication hook: pass sparse=False to the embedding"
+                )
         named = {names[id(p)]: p for p in parameters}
         self._names = {id(p): name for name, p in named.items()}
         comm = communicator_of(model.process_group)

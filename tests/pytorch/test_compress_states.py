@@ -278,6 +278,17 @@ def test_channels_last() -> None:
     on_ranks(fn, SIZE)
 
 
+def test_sparse_gradients() -> None:
+    def fn() -> None:
+        model = ddp(torch.nn.Sequential(torch.nn.Embedding(20, 8, sparse=True), torch.nn.Linear(8, 4)))
+        with pytest.raises(ValueError, match="gradients of '0.weight' are sparse.*sparse=False"):
+            pycomm.torch.compress(model, "int8", exempt=["0.*"])
+        model(torch.tensor([1, 2])).sum().backward()
+        assert model.module[0].weight.grad.is_sparse
+
+    on_ranks(fn, SIZE)
+
+
 # ---- training ----
 
 
