@@ -41,10 +41,11 @@ def compress(
     they were. With fully_shard, a module of which some parameters have no gradient in a step is reduced
     uncompressed in that step, and HSDP's all_reduce between replicas always is.
 
-    Raises TypeError or ValueError, and changes nothing, for another model or another process group, for a
-    codec that cannot carry the call, for parameters to be compressed that are not float32, float16 or
-    bfloat16, and for a pattern that matches no parameter. With DistributedDataParallel also for sparse gradients,
-    and for parameters in memory_format=torch.channels_last under error feedback or PowerSGD.
+    Raises TypeError or ValueError, and changes nothing, for another model, one that is compressed already, or
+    another process group; for a codec that cannot carry the call; for parameters to be compressed that are
+    not float32, float16 or bfloat16; and for a pattern that matches no parameter. With
+    DistributedDataParallel also for sparse gradients, and for parameters in
+    memory_format=torch.channels_last under error feedback or PowerSGD.
     """
     if isinstance(model, DistributedDataParallel):
         return Replicas(model, codec, error_feedback, exempt)

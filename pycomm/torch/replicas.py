@@ -54,6 +54,11 @@ class Replicas(Compression):
         error_feedback: ErrorFeedback | bool | None,
         exempt: Iterable[str] | Rule,
     ) -> None:
+        if model._comm_hooks:
+            raise ValueError(
+                "`model` has a communication hook already, maybe of an earlier compress(), and torch takes one:"
+                " wrap the module in another DistributedDataParallel"
+            )
         if model.mixed_precision is not None:
             raise ValueError(
                 "mixed_precision of DistributedDataParallel has a hook of its own: use torch.autocast, or a"

@@ -97,6 +97,8 @@ class Shards(Compression):
     ) -> None:
         modules = sharded_modules(model)
         groups = [_param_group(module) for module in modules]
+        if any(isinstance(group._reduce_scatter_comm, _ReduceScatter) for group in groups):
+            raise ValueError("`model` is compressed already: an earlier compress() has returned its Compression")
         process_groups = {id(group._reduce_scatter_process_group) for group in groups}
         if len(process_groups) != 1:
             raise ValueError(

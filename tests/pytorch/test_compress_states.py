@@ -264,6 +264,22 @@ def test_wrong_arguments() -> None:
     on_ranks(fn, SIZE)
 
 
+def test_a_model_that_is_compressed_already() -> None:
+    """It goes on as the first call said."""
+
+    def fn() -> None:
+        for way in WAYS:
+            model = WAYS[way]()
+            sums = Sums(model, pycomm.torch.compress(model, "sign"))
+            with pytest.raises(ValueError, match="`model` .* already"):
+                pycomm.torch.compress(model, "int8")
+            for step in range(2):
+                sums.step(step)
+            sums.check()
+
+    on_ranks(fn, SIZE)
+
+
 def test_channels_last() -> None:
     """What is kept has the order of elements in memory: only codecs that keep nothing take it."""
 
