@@ -35,7 +35,7 @@ def compress(
     "topk", "shared_int" and "powersgd" are not. `error_feedback`: as in GradientReducer. `exempt`: which
     parameters are averaged uncompressed: names or patterns as in named_parameters(), such as "*.bias" or
     "embedding.*"; or a rule of a name and a shape. By default those of at most one dimension: biases, and the
-    gains of norms.
+    gains of norms. What an ErrorFeedback that you pass exempts by its own rule is uncompressed as well.
 
     Averages have the same bits on all ranks. If those of a step are not finite, the step leaves residuals as
     they were. With fully_shard, a module of which some parameters have no gradient in a step is reduced

@@ -43,8 +43,21 @@ class Compression:
     ) -> None:
         self._comm = comm
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        rule = _rule(exempt, self._shapes)
-        self._compressed = {name for name, shape in self._shapes.items() if not rule(name, shape)}
+        self._codec = chosen(codec, error_feedback, comm, collective)
+        if isinstance(self._codec, PowerSGD):
+            self._feedback = self._codec.error_feedback
+        else:
+            self._feedback = feedback_of(self._codec, comm)
+        rules = [_rule(exempt, self._shapes)]
+        if self._feedback is not None:
+            passed = error_feedback, getattr(codec, "error_feedback", None)
+            if any(each is self._feedback for each in passed):
+                rules.append(self._feedback.exempt)
+            else:
+                self._feedback.exempt = lambda name, shape: False  # which `exempt` has decided
+        self._compressed = {
+            name for name, shape in self._shapes.items() if not any(rule(name, shape) for rule in rules)
+        }
         for name, p in parameters.items():
             if name in self._compressed and p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise TypeError(
@@ -52,15 +65,10 @@ class Compression:
                     " convert the model, or name the parameter in `exempt`"
                 )
         if not self._compressed:
-            raise ValueError(f"`exempt` leaves none of {len(self._shapes)} parameters to be compressed")
-        self._codec = chosen(codec, error_feedback, comm, collective)
-        if isinstance(self._codec, PowerSGD):
-            self._feedback = self._codec.error_feedback
-        else:
-            self._feedback = feedback_of(self._codec, comm)
-        given = error_feedback if isinstance(error_feedback, ErrorFeedback) else codec
-        if self._feedback not in (None, given, getattr(given, "error_feedback", None)):
-            self._feedback.exempt = lambda name, shape: False  # which `exempt` has decided
+            raise ValueError(
+                f"`exempt` leaves none of {len(self._shapes)} parameters to be compressed (with the rule of an"
+                " ErrorFeedback, if one was passed)"
+            )
         self._calls = 0
         self._sent = self._uncompressed = 0
 

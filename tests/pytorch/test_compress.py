@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pycomm
 import pycomm.torch
-from pycomm.codecs import PowerSGD
+from pycomm.codecs import ErrorFeedback, Int4, PowerSGD
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -64,6 +64,35 @@ def test_exempt_parameters_are_exact(way: str) -> None:
             assert exact == want.keys() - compressed
 
     on_ranks(fn, SIZE)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_rule_of_an_error_feedback_exempts_as_well(within: bool) -> None:
+    def fn() -> Any:
+        found = []
+        for way in WAYS:
+            feedback = ErrorFeedback(lambda name, shape: name == "5.weight" or len(shape) < 2)
+            given: Any = (Int4(error_feedback=feedback), None) if within else ("int4", feedback)
+            model = WAYS[way](torch.nn.Sequential(*list(net())[:5], torch.nn.Linear(30, 8)))
+            compression = pycomm.torch.compress(
+                model, given[0], error_feedback=given[1], exempt=["0.weight"]
+            )
+            backward(model, 0)
+            assert compression.state_dict()["residuals"].keys() == {"3.weight"}
+            found.append(compression.traffic)
+        return found
+
+    of_ddp, of_fsdp2 = on_ranks(fn, SIZE)[0]
+    assert of_ddp == of_fsdp2
+
+    def nothing() -> None:
+        for way in WAYS:
+            with pytest.raises(ValueError, match="leaves none of 8"):
+                pycomm.torch.compress(
+                    WAYS[way](), "int4", error_feedback=ErrorFeedback(lambda name, shape: True), exempt=[]
+                )
+
+    on_ranks(nothing, SIZE)
 
 
 FED: list[tuple[str, Any]] = [
