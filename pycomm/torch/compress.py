@@ -32,10 +32,11 @@ def compress(
     (requires_grad=False) have no part in it: freeze them before this call.
 
     `codec`: a name or object of pycomm.codecs; with fully_shard one that reduce_scatter carries, which
-    "topk", "shared_int" and "powersgd" are not. `error_feedback`: as in GradientReducer. `exempt`: which
-    parameters are averaged uncompressed: names or patterns as in named_parameters(), such as "*.bias" or
-    "embedding.*"; or a rule of a name and a shape. By default those of at most one dimension: biases, and the
-    gains of norms. What an ErrorFeedback that you pass exempts by its own rule is uncompressed as well.
+    "topk", "shared_int" and "powersgd" are not. `error_feedback`: as in GradientReducer. An ErrorFeedback or
+    PowerSGD that you pass is of this model alone. `exempt`: which parameters are averaged uncompressed: names
+    or patterns as in named_parameters(), such as "*.bias" or "embedding.*"; or a rule of a name and a shape.
+    By default those of at most one dimension: biases, and the gains of norms. What an ErrorFeedback that you
+    pass exempts by its own rule is uncompressed as well.
 
     Averages have the same bits on all ranks. If those of a step are not finite, the step leaves residuals as
     they were. With fully_shard, a module of which some parameters have no gradient in a step is reduced
@@ -43,9 +44,9 @@ def compress(
 
     Raises TypeError or ValueError, and changes nothing, for another model, one that is compressed already, or
     another process group; for a codec that cannot carry the call; for parameters to be compressed that are
-    not float32, float16 or bfloat16; and for a pattern that matches no parameter. With
-    DistributedDataParallel also for sparse gradients, and for parameters in
-    memory_format=torch.channels_last under error feedback or PowerSGD.
+    not float32, float16 or bfloat16; for a pattern that matches no parameter; and for an ErrorFeedback or
+    PowerSGD that another model has. With DistributedDataParallel also for sparse gradients, and for
+    parameters in memory_format=torch.channels_last under error feedback or PowerSGD.
     """
     if isinstance(model, DistributedDataParallel):
         return Replicas(model, codec, error_feedback, exempt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from pycomm.codecs.powersgd import PowerSGD, chosen
 
 _STEPS = 1 << 32  # steps of a codec's random bits
 _KEYS = {"calls", "residuals", "factors"}
+_KEEPERS = ErrorFeedback, PowerSGD
+_holders: weakref.WeakKeyDictionary[ErrorFeedback | PowerSGD, weakref.ref[Compression]]
+_holders = weakref.WeakKeyDictionary()
 
 
 class Traffic(NamedTuple):
@@ -66,8 +70,8 @@ class Compression:
                 )
         if not self._compressed:
             raise ValueError(
-                f"`exempt` leaves none of {len(self._shapes)} parameters to be compressed (with the rule of an"
-                " ErrorFeedback, if one was passed)"
+                f"`exempt` leaves none of {len(self._shapes)} parameters to be compressed, with the rule of"
+                " an ErrorFeedback if one was passed"
             )
         self._calls = 0
         self._sent = self._uncompressed = 0
@@ -115,6 +119,19 @@ class Compression:
         return f"<pycomm.torch.Compression by {self._codec.name} of {len(self._compressed)} parameters>"
 
     # ---- for the kinds of models ----
+
+    def _hold(self) -> None:
+        """Takes what keeps residuals and factors, by names that another model may have as well."""
+        keepers = [each for each in (self._codec, self._feedback) if isinstance(each, _KEEPERS)]
+        for keeper in keepers:
+            holder = _holders.get(keeper)
+            if holder is not None and holder() is not None:
+                raise ValueError(
+                    f"this {type(keeper).__name__} has what another model is owed, of an earlier compress():"
+                    " make one for each model"
+                )
+        for keeper in keepers:
+            _holders[keeper] = weakref.ref(self)
 
     def _residuals(self) -> dict[str, Any]:
         return {} if self._feedback is None else self._feedback.state_dict()

@@ -56,8 +56,8 @@ class Replicas(Compression):
     ) -> None:
         if model._comm_hooks:
             raise ValueError(
-                "`model` has a communication hook already, maybe of an earlier compress(), and torch takes one:"
-                " wrap the module in another DistributedDataParallel"
+                "`model` has a communication hook already, maybe of an earlier compress(), and torch takes"
+                " one: wrap the module in another DistributedDataParallel"
             )
         if model.mixed_precision is not None:
             raise ValueError(
@@ -83,6 +83,7 @@ class Replicas(Compression):
         super().__init__(comm, named, codec, error_feedback, exempt, "all_reduce")
         if self._feedback is not None or isinstance(self._codec, PowerSGD):
             _require_contiguous({name: p for name, p in named.items() if name in self._compressed})
+        self._hold()
         self._buckets: dict[_Names, pycomm.Bucket] = {}
         self._flights: list[_Flight] = []
         finds_unused = model.find_unused_parameters or model.static_graph

@@ -98,7 +98,9 @@ class Shards(Compression):
         modules = sharded_modules(model)
         groups = [_param_group(module) for module in modules]
         if any(isinstance(group._reduce_scatter_comm, _ReduceScatter) for group in groups):
-            raise ValueError("`model` is compressed already: an earlier compress() has returned its Compression")
+            raise ValueError(
+                "`model` is compressed already: an earlier compress() has returned its Compression"
+            )
         process_groups = {id(group._reduce_scatter_process_group) for group in groups}
         if len(process_groups) != 1:
             raise ValueError(
@@ -113,6 +115,7 @@ class Shards(Compression):
                 "gradients of a module cross as float16, which FSDP2 divides before it sums them, so that"
                 " residuals would have another unit: pass reduce_dtype=torch.float32, or error_feedback=False"
             )
+        self._hold()
         names = {id(p): name for name, p in named.items()}
         self._units = []
         for module, group in zip(modules, groups, strict=True):

@@ -74,9 +74,7 @@ def test_the_rule_of_an_error_feedback_exempts_as_well(within: bool) -> None:
             feedback = ErrorFeedback(lambda name, shape: name == "5.weight" or len(shape) < 2)
             given: Any = (Int4(error_feedback=feedback), None) if within else ("int4", feedback)
             model = WAYS[way](torch.nn.Sequential(*list(net())[:5], torch.nn.Linear(30, 8)))
-            compression = pycomm.torch.compress(
-                model, given[0], error_feedback=given[1], exempt=["0.weight"]
-            )
+            compression = pycomm.torch.compress(model, given[0], error_feedback=given[1], exempt=["0.weight"])
             backward(model, 0)
             assert compression.state_dict()["residuals"].keys() == {"3.weight"}
             found.append(compression.traffic)

@@ -1,5 +1,6 @@
 """pycomm.torch.compress: steps that are left out, checkpoints, what is refused, and training."""
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pycomm
 import pycomm.torch
-from pycomm.codecs import PowerSGD
+from pycomm.codecs import ErrorFeedback, Int4, PowerSGD
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -260,6 +261,27 @@ def test_wrong_arguments() -> None:
                 compression.load_state_dict(wrong)
         after = compression.state_dict()
         assert all(torch.equal(after["residuals"][n], r) for n, r in state["residuals"].items())
+
+    on_ranks(fn, SIZE)
+
+
+def test_what_keeps_residuals_is_of_one_model() -> None:
+    """Parameters of another one have the same names. When the model is gone, the next may have it."""
+
+    def fn() -> None:
+        for way, codec, options in [
+            ("ddp", PowerSGD(1), {}),
+            ("ddp", PowerSGD(1, error_feedback=False), {}),
+            ("ddp", Int4(error_feedback=ErrorFeedback()), {}),
+            ("fsdp2", "int4", {"error_feedback": ErrorFeedback()}),
+        ]:
+            first, second = WAYS[way](), WAYS[way]()
+            pycomm.torch.compress(first, codec, **options)
+            with pytest.raises(ValueError, match="another model is owed.*: make one for each model"):
+                pycomm.torch.compress(second, codec, **options)
+            del first
+            gc.collect()
+            pycomm.torch.compress(second, codec, **options)
 
     on_ranks(fn, SIZE)
 
