@@ -97,7 +97,8 @@ class Compression:
         """Goes on where state_dict() was called. `state` is this rank's, or for another number of ranks the
         list of those of all old ranks, whose residuals' mean is kept.
 
-        Raises ValueError, and changes nothing, for a state of other parameters.
+        Raises ValueError, and changes nothing, for a state of other parameters, and for one with residuals
+        where there is no error feedback.
         """
         states: list[Any] = list(state) if isinstance(state, (list, tuple)) else [state]
         if not states or not all(isinstance(each, Mapping) and each.keys() >= _KEYS for each in states):
@@ -109,6 +110,11 @@ class Compression:
                     f"`state` has a residual of {name!r} of {len(residual)} elements, and here {size} of that"
                     " name are compressed: load the state of this model, with the same `exempt`"
                 )
+        if self._feedback is None and any(each["residuals"] for each in states):
+            raise ValueError(
+                "`state` has residuals, and here is no error feedback that would pay them: pass"
+                ' error_feedback=True to compress(), or leave the state\'s "residuals" empty'
+            )
         if isinstance(self._codec, PowerSGD):
             self._codec.load_state_dict(states)
         elif self._feedback is not None:

@@ -204,6 +204,22 @@ def test_a_state_goes_to_another_number_of_ranks(size: int, before: str, after: 
         )
 
 
+def test_residuals_where_there_is_no_error_feedback() -> None:
+    def fn() -> None:
+        for way, codec, plain in [
+            ("ddp", "sign", "int8"),
+            ("ddp", "powersgd", PowerSGD(error_feedback=False)),
+            ("fsdp2", "sign", "int8"),
+        ]:
+            state, _ = some_steps(way, codec, None, range(1))
+            compression = pycomm.torch.compress(WAYS[way](), plain)
+            with pytest.raises(ValueError, match="has residuals, and here is no error feedback"):
+                compression.load_state_dict(state)
+            compression.load_state_dict(state | {"residuals": {}})
+
+    on_ranks(fn, SIZE)
+
+
 # ---- what is refused, with nothing changed ----
 
 
