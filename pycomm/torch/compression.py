@@ -79,7 +79,8 @@ class Compression:
     @property
     def error_feedback(self) -> ErrorFeedback | None:
         """What keeps the residuals: set its `scale` to the loss scale before each backward(), and call its
-        `skip()` for a step of finite averages that the optimizer leaves out. None without error feedback."""
+        `skip()` for a step of finite averages that the optimizer leaves out. It undoes the last backward()
+        that has sent: call it only after one of that step. None without error feedback."""
         return self._feedback
 
     @property
