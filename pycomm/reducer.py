@@ -217,8 +217,9 @@ class GradientReducer:
         missing = [i for i, is_ready in enumerate(self._step.is_ready) if not is_ready]
         if missing and not self._find_unused:
             raise ValueError(
-                f"not ready: {self._shown(missing)}; call ready() or unused() for each gradient of a step,"
-                " or make the GradientReducer with find_unused=True"
+                f"not ready: {self._shown(missing)}; call ready() or unused() for each gradient of a step"
+                " (attach() lets backward() call ready() of torch parameters), or make the GradientReducer"
+                " with find_unused=True"
             )
         for i in missing:
             self._mark(i, used=False)
@@ -377,8 +378,9 @@ class GradientReducer:
             self._raise_failure()
         if step.is_ready[i]:
             raise ValueError(
-                f"gradient {gradient.name!r} is ready a second time: call finish() before the next step, and"
-                " no_sync() for all passes of a step but the last"
+                f"gradient {gradient.name!r} is ready a second time: call finish() before the next step, also"
+                " after a pass that failed (unused() for what it has not reached), and no_sync() for all"
+                " passes of a step but the last"
             )
         if used:
             gradient.require()
