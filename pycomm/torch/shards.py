@@ -115,6 +115,9 @@ class Shards(Compression):
                 "gradients of a module cross as float16, which FSDP2 divides before it sums them, so that"
                 " residuals would have another unit: pass reduce_dtype=torch.float32, or error_feedback=False"
             )
+        self._sharing = [comm]  # whose ranks have all averages of a step between them
+        if self._feedback is not None and hasattr(groups[0].mesh_info, "replicate_process_group"):
+            self._sharing.append(communicator_of(groups[0]._all_reduce_process_group))
         self._hold()
         names = {id(p): name for name, p in named.items()}
         self._units = []
@@ -129,9 +132,6 @@ class Shards(Compression):
             unit = _Unit(parameters, self._compressed)
             self._units.append(unit)
             module.set_custom_reduce_scatter(_ReduceScatter(self, unit))
-        self._sharing = [comm]  # whose ranks have all averages of a step between them
-        if self._feedback is not None and hasattr(groups[0].mesh_info, "replicate_process_group"):
-            self._sharing.append(communicator_of(groups[0]._all_reduce_process_group))
         self._pass: int | None = None  # backward(), of the step that has not ended
         self._is_finite = True  # this rank's part of the averages of this step
 

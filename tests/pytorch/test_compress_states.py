@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from compressed import SIZE, WAYS, Sums, backward, batch, ddp, fsdp, gradients, net, owed, true_average
 from groups import on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import pycomm
@@ -230,6 +230,24 @@ def test_another_backend() -> None:
                 pycomm.torch.compress(model, "int8")
 
     on_ranks(fn, SIZE, backend="gloo")
+
+
+def test_replicas_of_another_backend() -> None:
+    """With error feedback they have to agree whether a step was finite."""
+
+    def fn() -> None:
+        gloo = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        mesh = DeviceMesh.from_group(
+            [gloo, dist.group.WORLD], "cpu", torch.arange(SIZE)[None], mesh_dim_names=("replicas", "shards")
+        )
+        model = fsdp(mesh=mesh)
+        with pytest.raises(TypeError, match="process group is gloo"):
+            pycomm.torch.compress(model, "sign")
+        backward(model, 0)
+        want, got = true_average(0), gradients(model)
+        assert all(torch.allclose(got[name], want[name], atol=1e-6) for name in want)
+
+    on_ranks(fn, SIZE)
 
 
 def test_wrong_arguments() -> None:
