@@ -139,9 +139,6 @@ class GradientReducer:
                 self._feedback = feedback_of(used, comm)
         elif error_feedback is not None:
             raise ValueError(f"error_feedback={error_feedback!r} without `codec`: nothing is lost")
-        for keeper in (self._powersgd, self._feedback):
-            if keeper is not None:
-                _claim(keeper, self, found)
         self._by_priority = order == "priority"
         self._find_unused = bool(find_unused)
         self._uneven = bool(uneven_inputs)
@@ -159,6 +156,9 @@ class GradientReducer:
         self._steps = 0
         self._in_flight: deque[_Step] = deque()  # sent and not taken, the oldest first
         self._arrange(list(reversed(range(len(given)))))
+        for keeper in (self._powersgd, self._feedback):
+            if keeper is not None:
+                _claim(keeper, self, found)
 
     # ---- a step ----
 
@@ -410,7 +410,6 @@ class GradientReducer:
     def _fail(self, error: _native.CommError) -> NoReturn:
         """Raises what ended the group: an earlier call may have met it, and this one only heard of it."""
         self._failure = error
-        _release(self)
         for step in (*self._in_flight, self._step):
             for work in step.flights.works:
                 try:
@@ -558,20 +557,14 @@ def _claim(keeper: ErrorFeedback | PowerSGD, reducer: GradientReducer, names: Se
     """Raises ValueError if another reducer keeps residuals or factors under one of these names there."""
     with _lock:
         claims = _claims.setdefault(keeper, weakref.WeakKeyDictionary())
-        for others in claims.values():
-            if not others.isdisjoint(names):
+        for other, others in claims.items():
+            if other._comm is reducer._comm and not others.isdisjoint(names):
                 raise ValueError(
                     f"another GradientReducer uses this {type(keeper).__name__}, also for a gradient named"
                     f" {min(others.intersection(names))!r}: make one for each, or pass other names, or drop"
                     " the other reducer first"
                 )
         claims[reducer] = set(names)
-
-
-def _release(reducer: GradientReducer) -> None:
-    with _lock:
-        for claims in _claims.values():
-            claims.pop(reducer, None)
 
 
 def _copied(data: Any) -> Any:

@@ -120,3 +120,13 @@ def test_reducers_share_no_residuals(kind: Any) -> None:
     again = reducer(comm, "a")
     assert again.error_feedback is other.error_feedback
     comm.close()
+
+
+def test_an_old_group_keeps_nothing_from_the_next() -> None:
+    """After a lost rank the old reducer may live on, and the same PowerSGD serve the next group."""
+    powersgd = PowerSGD(error_feedback=False)
+    old = []
+    for _ in range(2):
+        comm = pycomm.init()
+        old.append(GradientReducer([SHAPE], comm, codec=powersgd))
+        comm.close()
