@@ -37,6 +37,7 @@ import pycomm
 import pycomm.torch
 from pycomm.bench import machine
 from pycomm.bench.shapes import MODELS, parameters
+from pycomm.torch.collectives import communicator_of
 
 TIMES = (0, 1, 3)  # computation, in units of pycomm's communication
 SIDE = 96  # of the matrices that are multiplied
@@ -200,7 +201,7 @@ def communication_s(elements: int, group: pycomm.Communicator, rounds: int) -> f
 
 
 def pycomm_group(engines: dict[str, Any]) -> pycomm.Communicator:
-    return engines["pycomm"].process_group._comm
+    return communicator_of(engines["pycomm"].process_group)
 
 
 def results(model: str, comm: pycomm.Communicator, rounds: int) -> list[Result]:

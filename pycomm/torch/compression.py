@@ -155,7 +155,7 @@ class Compression:
     def _count(self, compressed: Iterable[Any], uncompressed: Iterable[Any]) -> None:
         for x in compressed:
             if isinstance(self._codec, PowerSGD):
-                whole = 4 * x.numel()
+                whole = x.nbytes
                 self._sent += int(min(self._codec.wire_bytes(tuple(x.shape)), whole))
             else:
                 self._sent += wire_bytes(self._codec, x.numel())
