@@ -250,7 +250,7 @@ def test_explain_a_call(capsys: pytest.CaptureFixture[str]) -> None:
             "all_reduce", "4", "--nodes", nodes, code=2
         )
     assert "did you mean 'int8'" in explain("all_reduce", "4", "--codec", "int9", code=2)
-    assert "broadcast takes no codec" in explain("broadcast", "4", "--codec", "int8", code=2)
+    assert "broadcast cannot carry int8" in explain("broadcast", "4", "--codec", "int8", code=2)
     assert "--root 2: the ranks are 0 to 1" in explain("reduce", "4", "--root", "2", code=2)
     assert "--ranks 0" in explain("reduce", "4", "--ranks", "0", code=2)
     assert "'4x' is not a size" in explain("reduce", "4x", code=2)
