@@ -19,6 +19,12 @@ def gradient(step: int, rank: int) -> Array:
     return np.random.default_rng([step, rank]).standard_normal(SHAPE).astype(F32)
 
 
+def owing(comm: Communicator, codec: str, **options: Any) -> GradientReducer:
+    """Of one gradient, with error feedback, which powersgd has by itself."""
+    feedback = None if codec == "powersgd" else True
+    return GradientReducer([SHAPE], comm, codec=codec, error_feedback=feedback, **options)
+
+
 def owed(comm: Communicator, reducer: GradientReducer) -> Array:
     """Of gradient "0", by an average over the ranks."""
     assert reducer.error_feedback is not None
@@ -32,14 +38,7 @@ def test_arrays_that_nobody_uses_get_what_is_owed(ranks: Ranks, codec: str, lag:
     """Their average is theirs: it is paid once, and never owed again."""
 
     def fn(comm: Communicator) -> None:
-        reducer = GradientReducer(
-            [SHAPE],
-            comm,
-            codec=codec,
-            error_feedback=None if codec == "powersgd" else True,
-            find_unused=True,
-            lag=lag,
-        )
+        reducer = owing(comm, codec, find_unused=True, lag=lag)
         (array,) = reducer.gradients
         applied, want = np.zeros(SHAPE), np.zeros(SHAPE)
         for step in range(7):
@@ -64,15 +63,7 @@ def test_what_is_owed_is_paid_once_after_a_rank_has_joined(
     """Gradients count more then, residuals do not."""
 
     def fn(comm: Communicator) -> None:
-        reducer = GradientReducer(
-            [SHAPE],
-            comm,
-            codec=codec,
-            error_feedback=None if codec == "powersgd" else True,
-            uneven_inputs=True,
-            gradient_as_bucket_view=as_view,
-            lag=lag,
-        )
+        reducer = owing(comm, codec, uneven_inputs=True, gradient_as_bucket_view=as_view, lag=lag)
         (array,) = reducer.gradients
         applied, want = np.zeros(SHAPE), np.zeros(SHAPE)
         for step in range(7):
